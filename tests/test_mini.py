@@ -1,0 +1,151 @@
+"""The embedded network, its noise levels, and the capture of its attention."""
+
+import math
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from trace_fast import reference
+from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
+from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
+from trace_fast.backbones.schedule import VariancePreserving
+
+
+class AttentionOracle(TorchFunctionMode):
+    """Records what scaled_dot_product_attention receives, knowing nothing of the network."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((args[0].clone(), args[1].clone()))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = Mini(MiniConfig(dim=48, depth=3, heads=4)).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return network
+
+
+@pytest.fixture
+def sample():
+    return torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(1))
+
+
+LEVEL = torch.tensor([99, 700])
+
+
+def test_output_has_the_shape_of_its_input(network, sample):
+    assert network(sample, LEVEL).shape == (2, 3, 20, 28)
+
+
+def test_output_depends_on_the_level_and_on_every_pixel(network, sample):
+    base = network(sample, LEVEL)
+    assert not torch.equal(base, network(sample, LEVEL.flip(0)))
+    touched = sample.clone()
+    touched[:, :, -1, -1] += 1
+    assert (network(touched, LEVEL) - base)[:, :, :4, :4].abs().max() > 0  # attention reaches the far corner
+
+
+def test_config_rejects_heads_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"dim / heads must be a multiple of 4, got dim 48 and heads 5"):
+        Mini(MiniConfig(dim=48, heads=5))
+
+
+@pytest.mark.parametrize("size", [(21, 28), (0, 28), (20, 26)])
+def test_grid_rejects_sizes_that_are_no_multiples_of_the_patch(network, size):
+    from trace_fast.backbones import Settings
+
+    with pytest.raises(ValueError, match="size must be positive multiples of 4 pixels"):
+        MiniBackbone(network, Settings(size=(20, 28))).grid(size)
+
+
+def test_rotary_keeps_lengths_and_sees_only_relative_positions():
+    height, width, dim = 3, 5, 8
+    rotary = rotary_embedding(height, width, dim)
+    query, key = torch.randn(2, dim)
+    turned = apply_rotary(torch.stack([query, key])[None, :, None].expand(1, 2, 15, dim).reshape(2, 15, 1, dim), rotary)
+    torch.testing.assert_close(turned.norm(dim=-1), torch.stack([query, key]).norm(dim=-1)[:, None, None].expand(2, 15, 1))
+    scores = (turned[0, :, 0] @ turned[1, :, 0].T).view(height, width, height, width)
+    # (0,1) -> (1,3) and (1,2) -> (2,4) are the same move
+    torch.testing.assert_close(scores[0, 1, 1, 3], scores[1, 2, 2, 4])
+    assert (scores[0, 1, 1, 3] - scores[0, 1, 1, 2]).abs() > 1e-4
+
+
+def test_capture_hands_over_exactly_what_attention_receives(network, sample):
+    seen = {}
+    with AttentionOracle() as oracle:
+        with Capture([block.attn for block in network.blocks], lambda i, q, k: seen.update({i: (q.clone(), k.clone())})):
+            network(sample, LEVEL)
+    assert sorted(seen) == [0, 1, 2] and len(oracle.calls) == 3
+    for index, (query, key) in enumerate(oracle.calls):
+        assert query.shape == (2, 4, 35, 12)
+        assert torch.equal(seen[index][0], query) and torch.equal(seen[index][1], key)
+
+
+def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, sample):
+    modules = [block.attn for block in network.blocks]
+    plain = network(sample, LEVEL)
+    with Capture(modules, lambda *_: None) as capture:
+        captured = network(sample, LEVEL)
+    assert capture.counts == [1, 1, 1]
+    assert torch.equal(plain, captured)
+    for module in network.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_capture_removes_its_hooks_after_an_error(network, sample):
+    with pytest.raises(ZeroDivisionError):
+        with Capture([block.attn for block in network.blocks], lambda *_: 1 / 0):
+            network(sample, LEVEL)
+    for module in network.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_capture_complains_of_a_silent_module(network, sample):
+    with pytest.raises(RuntimeError, match=r"got nothing from 1 of 2 modules \(Attention\)"):
+        with Capture([network.blocks[0].attn, Mini(network.config).blocks[0].attn], lambda *_: None):
+            network(sample, LEVEL)
+
+
+def test_captured_map_is_the_networks_own(network, sample):
+    """The value path of a block, computed from the captured map alone, is what the block computed."""
+    seen, values, outputs = {}, {}, {}
+    attention = network.blocks[1].attn
+    handles = [
+        attention.to_v.register_forward_hook(lambda _, __, out: values.update(v=out)),
+        attention.to_out[0].register_forward_hook(lambda _, args, __: outputs.update(mixed=args[0])),
+    ]
+    with Capture([attention], lambda _, q, k: seen.update(q=q, k=k)):
+        network(sample, LEVEL)
+    for handle in handles:
+        handle.remove()
+    mixed = outputs["mixed"].unflatten(-1, (4, -1))  # (B, N, H, d)
+    for head in range(4):
+        one = (seen["q"][:, head : head + 1].double(), seen["k"][:, head : head + 1].double())
+        attended = reference.attention_map(*one) @ values["v"].double().unflatten(-1, (4, -1))[:, :, head]
+        torch.testing.assert_close(attended, mixed[:, :, head].double(), atol=1e-5, rtol=1e-5)
+
+
+def test_schedule_is_that_of_stable_diffusion():
+    signal, sigma = VariancePreserving().coefficients(torch.tensor([0, 1, 999]))
+    betas = [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2 for t in range(1000)]
+    assert signal.flatten()[0].item() ** 2 == pytest.approx(1 - betas[0], rel=1e-6)
+    assert signal.flatten()[1].item() == pytest.approx(math.sqrt((1 - betas[0]) * (1 - betas[1])), rel=1e-6)
+    assert signal.flatten()[2].item() ** 2 == pytest.approx(math.prod(1 - b for b in betas), rel=1e-4)
+    torch.testing.assert_close(signal**2 + sigma**2, torch.ones_like(signal))
+
+
+def test_inversion_with_the_true_velocity_stays_on_the_noising_path():
+    schedule = VariancePreserving()
+    latent, noise = torch.randn(2, 2, 3, 4, 6, dtype=torch.float64).unbind(0)
+    now, following = torch.tensor([99, 500]), torch.tensor([199, 999])
+    step = schedule.invert(schedule.noise(latent, noise, now), schedule.velocity(latent, noise, now), now, following)
+    torch.testing.assert_close(step, schedule.noise(latent, noise, following), atol=1e-6, rtol=1e-6)

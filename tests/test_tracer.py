@@ -1,0 +1,242 @@
+"""Stage 1 as a whole: the search over noise levels against its definition, in float64."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import trace_fast
+from trace_fast import Tracer, reference
+from trace_fast.backbones import Settings
+from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
+from trace_fast.tracer import TIMESTEPS
+
+LEVELS = (0, 99, 299, 899)
+
+
+def make_backbone(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    network = Mini(MiniConfig(dim=32, depth=3, heads=2))
+    for parameter in network.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return MiniBackbone(network.to(dtype), Settings(**{"size": (24, 40), **settings}))
+
+
+@pytest.fixture
+def tracer():
+    return Tracer(make_backbone())
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3))
+
+
+def definition(backbone, images, levels, noising, seed, blocks):
+    """The first stage, written from the paper with plain loops: a map a level, then every step and every map."""
+    schedule, maps = backbone.schedule, []
+    latent = images * 2 - 1
+    noise = torch.randn((1, *latent.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(latent)
+    sample = latent
+    for index, level in enumerate(levels):
+        timestep = torch.full((len(images),), level)
+        if noising == "gaussian":
+            sample = schedule.noise(latent, noise, timestep)
+        total = []
+        handles = []
+        for block in blocks:
+            module = backbone.network.blocks[block].attn
+            found = {}
+            handles.append(module.register_forward_pre_hook(lambda m, a, k, f=found: f.update(x=a[0], r=k), with_kwargs=True))
+            total.append((module, found))
+        prediction = backbone.network(sample, timestep)
+        for handle in handles:
+            handle.remove()
+        heads = []
+        for module, found in total:
+            from trace_fast.backbones.rotary import apply_rotary
+
+            rotary = found["r"]["image_rotary_emb"]
+            q = apply_rotary(module.norm_q(module.to_q(found["x"]).unflatten(-1, (2, -1))), rotary).double()
+            k = apply_rotary(module.norm_k(module.to_k(found["x"]).unflatten(-1, (2, -1))), rotary).double()
+            scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+            heads.append(scores.softmax(-1).mean(1))
+        maps.append(torch.stack(heads).mean(0))
+        if noising == "inversion" and index + 1 < len(levels):
+            sample = schedule.invert(sample, prediction, timestep, torch.full_like(timestep, levels[index + 1]))
+    kl = [(p * (p.log() - q.log())).sum(-1).mean(-1) for p, q in zip(maps, maps[1:])]
+    abdiv = [reference.abdiv(m, 6, 10) for m in maps]
+    return torch.stack(kl, 1), torch.stack(abdiv, 1)
+
+
+@pytest.mark.parametrize("noising", ["inversion", "gaussian"])
+@pytest.mark.parametrize("blocks", [None, (2, 0)])
+def test_scan_is_the_definition(tracer, images, noising, blocks):
+    kl, abdiv = tracer.scan(images, timesteps=LEVELS, noising=noising, seed=7, blocks=blocks)
+    # the definition runs in float64 throughout; the tracer's network in float32
+    expected = definition(make_backbone(torch.float64), images.double(), LEVELS, noising, 7, blocks or (0, 1, 2))
+    assert kl.shape == (2, 3) and abdiv.shape == (2, 4, 6, 10)
+    assert kl.dtype == abdiv.dtype == torch.float32
+    torch.testing.assert_close(kl.double(), expected[0], rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(abdiv.double(), expected[1], rtol=2e-3, atol=1e-5)
+    assert expected[0].min() > 1e-3  # the comparison is about something
+
+
+def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch):
+    whole = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
+    monkeypatch.setattr("trace_fast.tracer.MAP_BYTES", 3 * 2 * 4 * 60**2)  # room for two levels and the one before
+    parts = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
+    for one, other in zip(whole, parts):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_a_batch_do_not_see_one_another(tracer, images):
+    for noising in ("inversion", "gaussian"):
+        together = tracer(images, noising=noising, timesteps=LEVELS, return_kl=True)
+        alone = tracer(images[1:], noising=noising, timesteps=LEVELS, return_kl=True)
+        torch.testing.assert_close(together.edges[1:], alone.edges, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.kl[1:], alone.kl, rtol=1e-4, atol=1e-6)
+
+
+def test_iep_is_the_peak_and_the_noisier_map_of_the_pair(tracer, images):
+    output = tracer(images, timestep="iep", timesteps=LEVELS, return_abdiv=True)
+    kl, abdiv = tracer.scan(images, timesteps=LEVELS)
+    step = kl.argmax(1)
+    assert output.timesteps.tolist() == list(LEVELS)
+    assert output.timestep.tolist() == [LEVELS[k + 1] for k in step.tolist()]
+    assert torch.equal(output.kl, kl)
+    assert torch.equal(output.abdiv, torch.stack([abdiv[b, k + 1] for b, k in enumerate(step.tolist())]))
+
+
+@pytest.mark.parametrize("noising", ["inversion", "gaussian"])
+def test_fixed_level_is_the_same_with_and_without_the_curve(tracer, images, noising):
+    brief = tracer(images, timestep=299, noising=noising, return_abdiv=True)
+    full = tracer(images, timestep=299, noising=noising, return_kl=True, return_abdiv=True)
+    assert brief.kl is None and full.kl.shape == (2, len(TIMESTEPS) - 1)
+    assert brief.timestep.tolist() == full.timestep.tolist() == [299, 299]
+    torch.testing.assert_close(brief.abdiv, full.abdiv, rtol=1e-4, atol=1e-6)
+
+
+def test_fixed_level_off_the_grid_is_visited(tracer, images):
+    output = tracer(images, timestep=250, noising="gaussian", return_kl=True)
+    assert output.timestep.tolist() == [250, 250]
+    assert output.timesteps.tolist() == sorted({*TIMESTEPS, 250})
+
+
+def test_settings_are_the_defaults_and_are_recorded(images):
+    tracer = Tracer(make_backbone(timestep=199, noising="gaussian", blocks=(0, 1), edge_scale=0.5), name="some")
+    output = tracer(images, return_abdiv=True)
+    assert (output.model, output.noising, output.size) == ("some", "gaussian", (24, 40))
+    assert output.timestep.tolist() == [199, 199]
+    _, abdiv = tracer.scan(images, timesteps=(199,), noising="gaussian", blocks=(0, 1))
+    assert torch.equal(output.abdiv, abdiv[:, 0])
+
+
+def test_edges_are_a_monotone_map_at_the_inputs_size(tracer):
+    photograph = (np.random.default_rng(0).random((37, 61, 3)) * 255).astype(np.uint8)
+    output = tracer(photograph, timestep=99, noising="gaussian", return_abdiv=True)
+    assert output.edges.shape == (1, 1, 37, 61) and output.edges.dtype == torch.float32
+    assert 0 <= output.edges.min() and output.edges.max() <= 1
+    spread = torch.nn.functional.interpolate(output.abdiv[None], (37, 61), mode="bilinear")
+    torch.testing.assert_close(output.edges, 1 - torch.exp(-spread / tracer.backbone.settings.edge_scale))
+
+
+def test_seed_matters_for_gaussian_noising_alone(tracer, images):
+    def run(noising, seed):
+        return tracer(images, timestep=499, noising=noising, seed=seed).edges
+
+    assert torch.equal(run("gaussian", 1), run("gaussian", 1))
+    assert not torch.equal(run("gaussian", 1), run("gaussian", 2))
+    assert torch.equal(run("inversion", 1), run("inversion", 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer level, got 'peak'"),
+        ({"timestep": True}, TypeError, "timestep must be 'iep' or an integer level, got True"),
+        ({"timestep": 1000}, ValueError, "timestep must be from 0 to 999, got 1000"),
+        ({"timesteps": (99, 0)}, ValueError, r"timesteps must be rising levels from 0 to 999, got \(99, 0\)"),
+        ({"timesteps": ()}, ValueError, "timesteps must be rising levels"),
+        ({"timesteps": (0, 1000)}, ValueError, "timesteps must be rising levels"),
+        ({"timesteps": (0, 9.5)}, TypeError, "timesteps must be integers"),
+        ({"timesteps": (99,), "timestep": "iep"}, ValueError, "timesteps must be at least two levels"),
+        ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian, got 'ddpm'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(tracer, images, monkeypatch, arguments, error, message):
+    monkeypatch.setattr(tracer.backbone, "predict", lambda *_: pytest.fail("the network was run"))
+    with pytest.raises(error, match=message):
+        tracer(images, **arguments)
+
+
+@pytest.mark.parametrize("blocks", [(), (0, 0), (3,), (-1,)])
+def test_wrong_blocks_are_refused(tracer, images, blocks):
+    with pytest.raises(ValueError, match="blocks must be distinct indices from 0 to 2"):
+        tracer.scan(images, blocks=blocks)
+
+
+class TestFolder:
+    """Weights in a folder: read back, or refused with one clear line."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        backbone = make_backbone()
+        save_file({k: v.half() for k, v in backbone.network.state_dict().items()}, tmp_path / "model.safetensors")
+        config = {"family": "mini", "architecture": backbone.network.config.to_dict(), "tracing": {"size": [24, 40]}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    def test_a_good_folder_is_read(self, folder, images):
+        output = Tracer.from_pretrained(folder, device="cpu")(images, timestep=99)
+        assert output.edges.shape == (2, 1, 24, 40) and output.model == str(folder)
+
+    def test_unknown_name_lists_the_known(self):
+        with pytest.raises(ValueError, match=r"model must be one of mini, or a folder .* got 'sd9'"):
+            Tracer.from_pretrained("sd9")
+
+    def refuse(self, folder, message):
+        with pytest.raises(ValueError, match=message):
+            Tracer.from_pretrained(folder)
+
+    def test_truncated_weights(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.refuse(folder, "model.safetensors is damaged")
+
+    def test_weights_that_are_not_safetensors(self, folder):
+        (folder / "model.safetensors").write_bytes(b"\x80\x04pickle")
+        self.refuse(folder, "model.safetensors is damaged")
+
+    def test_missing_weights(self, folder):
+        (folder / "model.safetensors").unlink()
+        self.refuse(folder, "model must be a folder of matching files")
+
+    def test_weights_of_another_architecture(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["architecture"]["depth"] = 4
+        (folder / "config.json").write_text(json.dumps(config))
+        self.refuse(folder, "Missing key")
+
+    def test_weights_with_nan(self, folder):
+        weights = make_backbone().network.state_dict()
+        weights["head.bias"] = torch.full_like(weights["head.bias"], float("nan"))
+        save_file(weights, folder / "model.safetensors")
+        self.refuse(folder, "holds numbers that are not finite in head.bias")
+
+    @pytest.mark.parametrize("text", ["{", "{}", '{"family": "other"}', '{"family": "mini", "architecture": {"x": 1}}', "[]"])
+    def test_damaged_configuration(self, folder, text):
+        (folder / "config.json").write_text(text)
+        self.refuse(folder, "model must be a folder of matching files")
+
+    def test_unknown_setting(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["tracing"]["colour"] = 1
+        (folder / "config.json").write_text(json.dumps(config))
+        self.refuse(folder, r"unknown tracing settings \['colour'\]")
+
+
+def test_models_lists_what_is_embedded():
+    assert trace_fast.models() == ("mini",)

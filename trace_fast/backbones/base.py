@@ -1,0 +1,82 @@
+"""What the tracer needs to know of a network: the one protocol every family implements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trace_fast.backbones.schedule import VariancePreserving
+
+__all__ = ["Backbone", "Settings", "load_weights"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a backbone prefers to be traced; every value can be overridden in a call.
+
+    Attributes:
+        size: processing size in pixels, (height, width); images are squashed to it and edges stretched back.
+        timestep: "iep" for the peak of the KL curve, or a fixed noise level.
+        noising: "inversion" (deterministic) or "gaussian" (independent levels).
+        blocks: indices of the self-attention blocks that are averaged; None for all of them.
+        edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats.
+        reason: why a preference differs from the paper's, with the figure that decided it.
+    """
+
+    size: tuple[int, int]
+    timestep: str | int = "iep"
+    noising: str = "inversion"
+    blocks: tuple[int, ...] | None = None
+    edge_scale: float = 0.1
+    reason: str = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """Settings from JSON values; unknown names raise TypeError."""
+        known = {entry.name for entry in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise TypeError(f"unknown tracing settings {unknown}, known are {sorted(known)}")
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
+
+class Backbone(Protocol):
+    """A denoising network whose self-attention can be read.
+
+    Attributes:
+        network: the module that is run; it stays in evaluation mode and needs no gradients.
+        settings: how it prefers to be traced.
+        schedule: what its noise levels mean.
+    """
+
+    network: nn.Module
+    settings: Settings
+    schedule: VariancePreserving
+
+    def attentions(self) -> list[nn.Module]:
+        """The self-attention modules, in the order in which they run."""
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Token grid (h, w) at a processing size in pixels; raises ValueError where the network does not allow it."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, ...)."""
+
+    def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """One call of the network at levels (B,): the prediction, shaped like `sample`."""
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file as float32; ValueError where it is damaged or holds a number that is not finite."""
+    try:
+        weights = {name: value.float() for name, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+    if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path.name} holds numbers that are not finite in {broken[0]}")
+    return weights

@@ -1,0 +1,79 @@
+"""Reading the queries and keys of self-attention while a network runs, without changing what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from trace_fast.backbones.rotary import apply_rotary
+
+__all__ = ["Capture"]
+
+
+class Capture:
+    """Context in which every self-attention of a network hands its query and key to a function.
+
+    Forward hooks sit on the last layers before the product: `norm_q` and `norm_k` where the module has them, else
+    `to_q` and `to_k`; a rotary embedding passed to the module as `image_rotary_emb` is applied as the module does.
+    Attention processors and backends are left alone, and the hooks are removed on the way out, also after an error.
+
+    Args:
+        modules: attention modules, in the order of their blocks, with `to_q`, `to_k`, `heads` and perhaps `norm_q`,
+            `norm_k`, whose outputs are (B, N, H * d) or (B, N, H, d).
+        sink: called once per module and forward pass as sink(index, query, key), both (B, H, N, d). They are the
+            network's own tensors: use them before returning, never write to them.
+
+    Raises:
+        RuntimeError: on leaving without an error, if some module was never heard from (its projections are fused,
+            say, or it was skipped).
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], sink: Callable[[int, Tensor, Tensor], None]):
+        self.modules = list(modules)
+        self.sink = sink
+        self.counts = [0] * len(self.modules)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        for index, module in enumerate(self.modules):
+            self._watch(index, module)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        silent = [index for index, count in enumerate(self.counts) if not count]
+        if error is None and silent:
+            kinds = sorted({type(self.modules[index]).__name__ for index in silent})
+            raise RuntimeError(
+                f"Capture: every self-attention must pass through its to_q and to_k, got nothing from {len(silent)} of "
+                f"{len(self.modules)} modules ({', '.join(kinds)}); unfuse their projections (unfuse_qkv_projections)"
+            )
+
+    def _watch(self, index: int, module: nn.Module) -> None:
+        seen: dict[str, Any] = {}
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.clear()
+            seen["rotary"] = kwargs.get("image_rotary_emb")
+
+        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                x = output if output.dim() == 4 else output.unflatten(-1, (module.heads, -1))  # (B, N, H, d)
+                seen[name] = x if seen["rotary"] is None else apply_rotary(x, seen["rotary"])
+
+            return hook
+
+        def finish(*_: Any) -> None:
+            if "query" in seen and "key" in seen:
+                self.counts[index] += 1
+                self.sink(index, seen["query"].transpose(1, 2), seen["key"].transpose(1, 2))
+            seen.clear()
+
+        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        for name, letter in (("query", "q"), ("key", "k")):
+            leaf = getattr(module, f"norm_{letter}", None) or getattr(module, f"to_{letter}")
+            self._handles.append(leaf.register_forward_hook(keep(name)))
+        self._handles.append(module.register_forward_hook(finish))

@@ -1,0 +1,173 @@
+"""The embedded backbone: a pixel-space diffusion transformer small enough for two CPU cores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trace_fast.backbones.base import Settings, load_weights
+from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
+from trace_fast.backbones.schedule import VariancePreserving
+
+__all__ = ["Mini", "MiniBackbone", "MiniConfig"]
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """Architecture of `Mini`. Sizes in channels, `patch` in pixels.
+
+    `patch` is the side of one token, `heads` must divide `dim`, and the head dimension must be a multiple of 4
+    (half of it encodes the row, half the column).
+    """
+
+    dim: int = 160
+    depth: int = 6
+    heads: int = 4
+    patch: int = 4
+    expansion: int = 4
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised queries and keys; attribute names are those of diffusers' attention classes."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+        query, key, value = (  # (B, N, H, d)
+            project(hidden_states).unflatten(-1, (self.heads, -1)) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        query = apply_rotary(self.norm_q(query), image_rotary_emb)
+        key = apply_rotary(self.norm_k(key), image_rotary_emb)
+        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, then a depthwise 3 x 3 convolution and an MLP, both modulated by the noise level.
+
+    The convolution does the local part of denoising, so that attention need not.
+    """
+
+    def __init__(self, config: MiniConfig):
+        super().__init__()
+        dim, hidden = config.dim, config.dim * config.expansion
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, config.heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(self, x: Tensor, level: Tensor, grid: tuple[int, int], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (level + self.scale_shift_table)[:, :, None].unbind(1)  # (B, 1, C)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, image_rotary_emb=rotary)
+        y = self.norm2(x) * (1 + scale2) + shift2
+        y = y + self.local(y.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return x + gate2 * self.mlp(y)
+
+
+class Mini(nn.Module):
+    """Pixel-space diffusion transformer with v-prediction.
+
+    An overlapping stem makes one token of every `patch` x `patch` pixels; every block attends over the whole grid.
+    The grid follows the input: any height and width that are multiples of `patch`.
+    """
+
+    def __init__(self, config: MiniConfig | None = None):
+        super().__init__()
+        self.config = config = config or MiniConfig()
+        dim, patch = config.dim, config.patch
+        if dim % config.heads or (dim // config.heads) % 4:
+            raise ValueError(f"Mini: dim / heads must be a multiple of 4, got dim {dim} and heads {config.heads}")
+        self.stem = nn.Conv2d(3, dim, 2 * patch, stride=patch, padding=patch // 2)
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, 3 * patch * patch)
+        self.initialise()
+
+    def initialise(self) -> None:
+        for block in self.blocks:
+            nn.init.zeros_(block.local.weight)
+            nn.init.zeros_(block.local.bias)
+        nn.init.zeros_(self.time[-1].weight)
+        nn.init.constant_(self.time[-1].bias, 0.0)
+        with torch.no_grad():  # gates start at 1 / depth: every block contributes from the first step
+            self.time[-1].bias.view(6, -1)[[2, 5]] = 1 / self.config.depth
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Predict v from a noisy image.
+
+        Args:
+            sample: (B, 3, H, W) float, pixels in [-1, 1] mixed with unit noise; H and W multiples of `patch`.
+            timestep: (B,) noise level, 0 (image) to 999 (noise).
+
+        Returns:
+            (B, 3, H, W), v = sqrt(abar) noise - sqrt(1 - abar) image.
+        """
+        config = self.config
+        grid = (sample.shape[-2] // config.patch, sample.shape[-1] // config.patch)
+        rotary = rotary_embedding(*grid, config.dim // config.heads, sample.device)
+        level = self.time(sinusoidal_embedding(timestep, config.dim).to(self.stem.weight.dtype)).unflatten(1, (6, -1))
+        x = self.stem(sample).flatten(2).transpose(1, 2)  # (B, N, C)
+        for block in self.blocks:
+            x = block(x, level, grid, rotary)
+        patches = self.head(self.norm(x)).transpose(1, 2)  # (B, 3 * patch * patch, N)
+        return functional.pixel_shuffle(patches.unflatten(2, grid), config.patch)
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """(B,) noise levels -> (B, dim) float32 cosines and sines, wavelengths from 2 pi to 10,000 times that."""
+    frequencies = torch.exp(torch.linspace(0, -math.log(10_000), dim // 2, device=timestep.device))
+    angles = timestep.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class MiniBackbone:
+    """`Mini` as the tracer sees it: pixels are the latent, every block's attention is read."""
+
+    def __init__(self, network: Mini, settings: Settings):
+        self.network = network.eval().requires_grad_(False)
+        self.settings = settings
+        self.schedule = VariancePreserving()
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: dict[str, Any]) -> MiniBackbone:
+        network = Mini(MiniConfig(**config["architecture"]))
+        network.load_state_dict(load_weights(folder / "model.safetensors"))
+        side = 32 * network.config.patch
+        return cls(network, Settings.from_dict({"size": [side, side], **config.get("tracing", {})}))
+
+    def attentions(self) -> list[nn.Module]:
+        return [block.attn for block in self.network.blocks]
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        patch = self.network.config.patch
+        if min(size) < patch or size[0] % patch or size[1] % patch:
+            raise ValueError(f"mini: size must be positive multiples of {patch} pixels, got {size}")
+        return size[0] // patch, size[1] // patch
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.network(sample, timestep)

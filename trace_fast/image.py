@@ -1,0 +1,262 @@
+"""The door for images: files, PIL, NumPy and torch come in, float32 RGB (B, 3, H, W) in [0, 1] goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    # one image, or a (B, C, H, W) tensor of several
+    Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "OUTPUT_TYPES", "check_output_type", "from_tensor", "resize", "to_tensor"]
+
+MIN_SIDE = 16  # smallest accepted side, in pixels
+MAX_PIXELS = 178_956_970  # largest accepted image: where Pillow refuses a file as a decompression bomb
+OUTPUT_TYPES = ("np", "pt", "pil")
+
+# what float resampling may overshoot by; clamped, not refused
+_ROUNDING = 1e-4
+
+
+def to_tensor(image: Picture) -> Tensor:
+    """Read one image of any accepted kind as float32 RGB in [0, 1].
+
+    Grey is repeated to RGB, alpha is flattened on white. uint8 is divided by 255, uint16 by 65535; floats must
+    lie in [0, 1] already (what rounding adds, up to 1e-4, is clamped).
+
+    Args:
+        image: one of
+            - str or path: a file Pillow can read; of an animation the first frame;
+            - PIL image of any mode, its EXIF orientation honoured; modes I;16 and I are read as uint16, F as float;
+            - NumPy array (H, W) or (H, W, C), uint8, uint16, float16, float32 or float64;
+            - tensor (H, W), (C, H, W) or (B, C, H, W), uint8, uint16, float16, bfloat16, float32 or float64.
+            C is 1 (grey), 3 (RGB) or 4 (RGBA). Arrays are channels last and tensors channels first, always: a side
+            has at least 16 pixels, so a wrong layout is never mistaken for a right one. An image has at most
+            `MAX_PIXELS` pixels whatever its kind: one limit for files and for arrays.
+
+    Returns:
+        (B, 3, H, W) float32 in [0, 1], never sharing memory with `image`; B = 1 except for a (B, C, H, W) tensor.
+        On the device of a tensor, otherwise on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: neither of these kinds, or a dtype that is not listed (bool and signed integers have no range).
+        ValueError: shape, size or range; a folder; a file that is damaged or not an image (the message names it).
+
+    Example:
+        >>> to_tensor(np.zeros((48, 64), dtype=np.uint8)).shape
+        torch.Size([1, 3, 48, 64])
+    """
+    if isinstance(image, Tensor):
+        planes = _from_torch(image)
+    elif isinstance(image, np.ndarray):
+        planes = _from_array(image)
+    elif isinstance(image, (str, os.PathLike)):
+        planes = _from_file(image)
+    else:
+        planes = _from_object(image)
+    return _to_rgb(_to_unit(planes))
+
+
+def from_tensor(edges: Tensor, image: Picture, output_type: str | None = None) -> Any:
+    """Give edges back as the kind of thing their image was.
+
+    Args:
+        edges: (B, 1, H, W) float in [0, 1].
+        image: what `to_tensor` read; only its kind matters.
+        output_type: None follows the image: "pt" for a tensor, "np" for everything else.
+
+    Returns:
+        - "np": float32 array, (B, H, W) for a (B, C, H, W) tensor, (H, W) for every other image;
+        - "pt": float32 tensor (B, 1, H, W), on the device of a tensor image, otherwise where the edges are;
+        - "pil": PIL image of mode L, 255 = edge; a list of B for a (B, C, H, W) tensor.
+
+    Raises:
+        ValueError: output_type is something else.
+
+    Example:
+        >>> from_tensor(torch.rand(1, 1, 48, 64), "photo.jpg").shape
+        (48, 64)
+    """
+    check_output_type(output_type)
+    edges = edges.detach().to(torch.float32)
+    if output_type == "pt" or (output_type is None and isinstance(image, Tensor)):
+        return edges.to(image.device) if isinstance(image, Tensor) else edges
+    planes = edges[:, 0].cpu()  # (B, H, W)
+    is_batch = isinstance(image, Tensor) and image.ndim == 4
+    if output_type != "pil":
+        return planes.numpy() if is_batch else planes[0].numpy()
+
+    from PIL import Image
+
+    pictures = [Image.fromarray(plane.mul(255).round().to(torch.uint8).numpy()) for plane in planes]
+    return pictures if is_batch else pictures[0]
+
+
+def check_output_type(output_type: str | None) -> None:
+    """Refuse an unknown output type; for callers that want to do so before they compute anything.
+
+    Raises:
+        ValueError: output_type is neither None nor one of `OUTPUT_TYPES`.
+    """
+    if output_type is not None and output_type not in OUTPUT_TYPES:
+        raise ValueError(f"edges: output_type must be 'np', 'pt', 'pil' or None, got {output_type!r}")
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resample to a given size with an antialiased bilinear filter; the aspect ratio is not kept.
+
+    Args:
+        image: (B, C, H, W) float.
+        size: (height, width) in pixels.
+
+    Returns:
+        (B, C, height, width) of the same dtype; the image itself where it has that size already.
+
+    Raises:
+        ValueError: image is not (B, C, H, W), or a side of size is below 1.
+
+    Example:
+        >>> resize(torch.rand(2, 3, 48, 64), (30, 20)).shape
+        torch.Size([2, 3, 30, 20])
+    """
+    if image.ndim != 4:
+        raise ValueError(f"resize: image must be (B, C, H, W), got shape {tuple(image.shape)}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"resize: size must be (height, width), both at least 1, got {tuple(size)}")
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _from_torch(image: Tensor) -> Tensor:
+    kinds = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if image.dtype not in kinds:
+        raise TypeError(
+            f"edges: image must be a tensor of uint8, uint16, float16, bfloat16, float32 or float64, got {image.dtype}"
+        )
+    shape = tuple(image.shape)
+    planes = image[None, None] if image.ndim == 2 else image[None] if image.ndim == 3 else image
+    if planes.ndim != 4 or planes.shape[1] not in (1, 3, 4):
+        hint = "; a tensor is channels first" if image.ndim > 2 and shape[-1] in (1, 3, 4) else ""
+        raise ValueError(
+            "edges: image must be a tensor (H, W), (C, H, W) or (B, C, H, W) with C = 1, 3 or 4, "
+            f"got shape {shape}{hint}"
+        )
+    if planes.shape[0] == 0:
+        raise ValueError(f"edges: image must hold at least one image, got shape {shape}")
+    _check_size(planes.shape[2], planes.shape[3])
+    return planes
+
+
+def _from_array(image: np.ndarray) -> Tensor:
+    if image.dtype.name not in ("uint8", "uint16", "float16", "float32", "float64"):
+        raise TypeError(
+            f"edges: image must be an array of uint8, uint16, float16, float32 or float64, got {image.dtype}"
+        )
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        hint = "; an array is channels last" if image.ndim == 3 and image.shape[0] in (1, 3, 4) else ""
+        raise ValueError(
+            f"edges: image must be an array (H, W) or (H, W, C) with C = 1, 3 or 4, got shape {image.shape}{hint}"
+        )
+    _check_size(image.shape[0], image.shape[1])
+    # a copy in native byte order with positive strides, which is what torch takes
+    pixels = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(pixels.reshape(*image.shape[:2], -1)).permute(2, 0, 1)[None]
+
+
+def _from_file(path: str | os.PathLike[str]) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    name = repr(os.fsdecode(path))
+    if os.path.isdir(path):
+        raise ValueError(f"edges: image must be a file, got the folder {name}")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"edges: image must be an existing file, got {name}")
+    with open(path, "rb") as file:
+        try:
+            picture = Image.open(file)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ValueError(f"edges: image must have at most {MAX_PIXELS} pixels, got more in {name}") from None
+        except UnidentifiedImageError:
+            raise ValueError(f"edges: image must be an image file, got {name}, which Pillow cannot read") from None
+        except Exception as error:  # each format's reader fails in its own way on damaged bytes
+            raise ValueError(f"edges: image must be readable to its end, got {name}: {error}") from error
+        return _from_pil(picture, name)
+
+
+def _from_object(image: object) -> Tensor:
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return _from_pil(image, "a PIL image")
+    if isinstance(image, (list, tuple)) and not image:
+        raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
+    raise TypeError(f"edges: image must be a path, a PIL image, a NumPy array or a tensor, got {type(image).__name__}")
+
+
+def _from_pil(picture: Image.Image, name: str) -> Tensor:
+    from PIL import ImageOps
+
+    _check_size(picture.height, picture.width, f" in {name}")
+    try:
+        picture.load()
+    except Exception as error:  # damage may show only now, since Pillow opens a file by its header alone
+        raise ValueError(f"edges: image must be readable to its end, got {name}: {error}") from error
+    with contextlib.suppress(Exception):  # damaged EXIF data beside sound pixels: taken as upright
+        picture = ImageOps.exif_transpose(picture)
+
+    if picture.mode.startswith("I"):
+        pixels = np.asarray(picture)
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"edges: image must be in [0, 65535] in mode I, got values from {low} to {high} in {name}")
+        return torch.from_numpy(pixels.astype(np.uint16))[None, None]
+    if picture.mode == "F":
+        return torch.from_numpy(np.array(picture))[None, None]
+    if picture.mode == "La":  # the one premultiplied mode that Pillow converts in two steps
+        picture = picture.convert("LA")
+    has_alpha = picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+    pixels = np.array(picture.convert("RGBA" if has_alpha else "RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _check_size(height: int, width: int, where: str = "") -> None:
+    if height < MIN_SIDE or width < MIN_SIDE:
+        raise ValueError(
+            f"edges: image must be at least {MIN_SIDE} pixels high and wide, got {height} x {width}{where}"
+        )
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"edges: image must have at most {MAX_PIXELS} pixels, got {height} x {width}{where}")
+
+
+def _to_unit(planes: Tensor) -> Tensor:
+    """(B, C, H, W) of an accepted dtype to float32 in [0, 1]."""
+    values = planes.to(torch.float32)
+    if planes.dtype == torch.uint8:
+        return values / 255
+    if planes.dtype == torch.uint16:
+        return values / 65535
+    low, high = (bound.item() for bound in values.aminmax())
+    # one comparison that a NaN fails too
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(f"edges: image must be finite and in [0, 1] as a float, got values from {low:g} to {high:g}")
+    return values.clamp(0, 1)
+
+
+def _to_rgb(values: Tensor) -> Tensor:
+    """(B, 1 | 3 | 4, H, W) to contiguous (B, 3, H, W): grey repeated, alpha flattened on white."""
+    if values.shape[1] == 1:
+        return values.repeat(1, 3, 1, 1)
+    if values.shape[1] == 4:
+        values = torch.lerp(torch.ones_like(values[:, :3]), values[:, :3], values[:, 3:])
+    return values.contiguous()

@@ -1,0 +1,302 @@
+"""Stage 1 of TRACE: noise an image step by step, find t*, read the instance edges out of self-attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trace_fast import image as door
+from trace_fast import ops
+from trace_fast.backbones import Backbone, load_backbone
+from trace_fast.backbones.capture import Capture
+
+__all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
+
+TIMESTEPS = (0, *range(99, 1000, 100))  # stride 100 of a 1000-step schedule, and the image itself
+NOISINGS = ("inversion", "gaussian")
+MAP_BYTES = 2**30  # attention maps held at once when independent levels run as a batch
+
+
+@dataclass(frozen=True)
+class TraceOutput:
+    """What `Tracer` found in one image or in a batch of one size.
+
+    Attributes:
+        edges: (B, 1, H, W) float32 in [0, 1], edge probability at the input's size.
+        timestep: (B,) int64, the noise level whose attention was read: t*, or the fixed level.
+        timesteps: (T,) int64, the levels that were visited, rising.
+        kl: (B, T - 1) float32, nats; kl[:, k] = KL(SA(timesteps[k]) || SA(timesteps[k + 1])). None unless measured.
+        abdiv: (B, h, w) float32, nats, at `timestep`; None unless asked for.
+        model: name or folder of the backbone.
+        noising: "inversion" or "gaussian".
+        size: processing size in pixels, (height, width).
+    """
+
+    edges: Tensor
+    timestep: Tensor
+    timesteps: Tensor
+    kl: Tensor | None
+    abdiv: Tensor | None
+    model: str
+    noising: str
+    size: tuple[int, int]
+
+
+class Tracer:
+    """Instance edges from the self-attention of a diffusion model, without training (TRACE, sections 3.1 and 3.2).
+
+    Holds a backbone and nothing else: calls do not depend on one another.
+    """
+
+    def __init__(self, backbone: Backbone, *, name: str = "custom", device: torch.device | str | None = None):
+        self.backbone = backbone
+        self.name = name
+        self.device = torch.device(device or "cpu")
+        self.backbone.network.eval().requires_grad_(False).to(self.device)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path = "mini", *, device: torch.device | str | None = None) -> Tracer:
+        """Read a backbone: a name of `trace_fast.models()`, or a local folder of config.json and model.safetensors.
+
+        Args:
+            model: name or folder.
+            device: where to run; default the GPU where there is one, else the CPU.
+
+        Raises:
+            ValueError: unknown name, or damaged or mismatching files.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(load_backbone(model), name=str(model), device=device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        *,
+        timestep: str | int | None = None,
+        timesteps: Sequence[int] | None = None,
+        noising: str | None = None,
+        seed: int = 0,
+        return_kl: bool = False,
+        return_abdiv: bool = False,
+    ) -> TraceOutput:
+        """Trace one image, or a batch of one size.
+
+        Args:
+            image: path, PIL image, HW or HWC array, CHW or BCHW tensor (see `trace_fast.edges`).
+            timestep: "iep" reads the level where the KL divergence between consecutive maps peaks (t*); an integer
+                reads that level; None does what the backbone's settings prefer.
+            timesteps: levels of the search, rising, 0 (the image) to 999 (noise); default 0, 99, 199, ..., 999.
+            noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
+            seed: of the gaussian noise; the same noise serves every level and image.
+            return_kl: measure the KL curve also where a fixed level is read.
+            return_abdiv: keep the divergence at the token grid.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is said above.
+        """
+        settings = self.backbone.settings
+        noising = check_noising(settings.noising if noising is None else noising)
+        levels = check_timesteps(timesteps)
+        timestep = check_timestep(settings.timestep if timestep is None else timestep, levels)
+        if timestep != "iep":
+            before = levels if return_kl else [level for level in levels if level < timestep and noising == "inversion"]
+            levels = tuple(sorted({*before, timestep}))
+        pixels = door.to_tensor(image)
+        kl, abdiv = self.scan(pixels, timesteps=levels, noising=noising, seed=seed)
+        if timestep == "iep":
+            chosen = kl.argmax(1) + 1  # the noisier map of the winning pair
+        else:
+            chosen = torch.full((len(abdiv),), levels.index(timestep), device=abdiv.device)
+        visited = torch.tensor(levels, device=abdiv.device)
+        strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
+        return TraceOutput(
+            edges=probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
+            timestep=visited[chosen],
+            timesteps=visited,
+            kl=kl if return_kl or timestep == "iep" else None,
+            abdiv=strength if return_abdiv else None,
+            model=self.name,
+            noising=noising,
+            size=settings.size,
+        )
+
+    @torch.no_grad()
+    def scan(
+        self,
+        images: Tensor,
+        *,
+        timesteps: Sequence[int] | None = None,
+        noising: str | None = None,
+        seed: int = 0,
+        blocks: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Visit noise levels and measure every step and map: TRACE, Eq. 1 and 2.
+
+        One network call a level; maps are accumulated in place, one buffer a level held plus one. Nothing is copied
+        to the host.
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1], squashed to the processing size.
+            timesteps: levels, rising, in 0 .. 999; default 0, 99, 199, ..., 999. Inversion starts at 0 from the image
+                and goes through exactly these levels.
+            noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
+            seed: of the gaussian noise.
+            blocks: indices of the self-attention blocks that are averaged; None does what the settings prefer.
+
+        Returns:
+            (kl, abdiv): (B, T - 1) and (B, T, h, w), float32, nats, on the tracer's device.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is said above.
+        """
+        settings, schedule = self.backbone.settings, self.backbone.schedule
+        levels = check_timesteps(timesteps)
+        noising = check_noising(settings.noising if noising is None else noising)
+        chosen = check_blocks(settings.blocks if blocks is None else blocks, len(self.backbone.attentions()))
+        height, width = self.backbone.grid(settings.size)
+        count, tokens = len(images), height * width
+
+        latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
+        if noising == "gaussian":  # levels do not depend on one another: as many at once as memory allows
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn((1, *latent.shape[1:]), generator=generator).to(latent)
+            chunk = min(len(levels), max(1, MAP_BYTES // (4 * count * tokens**2) - 1))
+        else:
+            chunk = 1
+        maps = torch.empty((chunk + 1, count, tokens, tokens), device=self.device)  # slot 0: the level before
+        kls, strengths = [], []
+        sample = latent
+        for start in range(0, len(levels), chunk):
+            batch = levels[start : start + chunk]
+            timestep = torch.tensor(batch, device=self.device).repeat_interleave(count)
+            if noising == "gaussian":
+                sample = schedule.noise(latent.repeat(len(batch), 1, 1, 1), noise, timestep)
+            current = maps[1 : len(batch) + 1].flatten(0, 1)  # (L * B, N, N)
+            prediction = self._attend(current, sample, timestep, chosen)
+            if start == 0:
+                strengths.append(ops.abdiv(maps[1], height, width))
+                previous, current = maps[1 : len(batch)].flatten(0, 1), current[count:]
+            else:
+                previous = maps[: len(batch)].flatten(0, 1)
+            if len(current):
+                kl, strength = ops.step_kl_abdiv(previous, current, height, width)
+                kls.append(kl)
+                strengths.append(strength)
+            if start + chunk < len(levels):
+                maps[0].copy_(maps[len(batch)])
+                if noising == "inversion":
+                    following = torch.full_like(timestep, levels[start + 1])
+                    sample = schedule.invert(sample, prediction, timestep, following)
+        kl = torch.cat(kls).unflatten(0, (-1, count)).T if kls else torch.empty((count, 0), device=self.device)
+        abdiv = torch.cat(strengths).unflatten(0, (-1, count)).transpose(0, 1)
+        return kl.contiguous(), abdiv.contiguous()
+
+    def _attend(self, total: Tensor, sample: Tensor, timestep: Tensor, blocks: tuple[int, ...]) -> Tensor:
+        """Run the network once; `total` (B, N, N) becomes the mean self-attention map over heads and `blocks`."""
+        total.zero_()
+
+        def add(_: int, query: Tensor, key: Tensor) -> None:
+            ops.accumulate_attention(total, query, key, 1 / len(blocks))
+
+        modules = self.backbone.attentions()
+        with Capture([modules[index] for index in blocks], add):
+            return self.backbone.predict(sample, timestep)
+
+
+def probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:
+    """Edge probability 1 - exp(-ABDiv / scale) at `size`: (B, h, w) nats to (B, 1, *size) float32 in [0, 1]."""
+    strength = functional.interpolate(abdiv[:, None], tuple(size), mode="bilinear")
+    return 1 - torch.exp(-strength / scale)
+
+
+def check_timesteps(timesteps: Sequence[int] | None) -> tuple[int, ...]:
+    levels = TIMESTEPS if timesteps is None else tuple(timesteps)
+    if not all(isinstance(level, int) and not isinstance(level, bool) for level in levels):
+        raise TypeError(f"trace: timesteps must be integers, got {timesteps!r}")
+    rising = all(low < high for low, high in zip(levels, levels[1:]))
+    if not levels or not rising or levels[0] < 0 or levels[-1] > 999:
+        raise ValueError(f"trace: timesteps must be rising levels from 0 to 999, got {timesteps!r}")
+    return levels
+
+
+def check_timestep(timestep: Any, levels: tuple[int, ...]) -> Any:
+    if timestep == "iep":
+        if len(levels) < 2:
+            raise ValueError(f"trace: timesteps must be at least two levels to find t*, got {levels}")
+    elif isinstance(timestep, bool) or not isinstance(timestep, int):
+        raise TypeError(f"trace: timestep must be 'iep' or an integer level, got {timestep!r}")
+    elif not 0 <= timestep <= 999:
+        raise ValueError(f"trace: timestep must be from 0 to 999, got {timestep}")
+    return timestep
+
+
+def check_noising(noising: Any) -> str:
+    if noising not in NOISINGS:
+        raise ValueError(f"trace: noising must be one of {', '.join(NOISINGS)}, got {noising!r}")
+    return noising
+
+
+def check_blocks(blocks: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    chosen = tuple(range(count)) if blocks is None else tuple(blocks)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= index < count for index in chosen):
+        raise ValueError(f"trace: blocks must be distinct indices from 0 to {count - 1}, got {blocks!r}")
+    return chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _tracer(model: str, device: str) -> Tracer:
+    return Tracer.from_pretrained(model, device=device)
+
+
+def edges(
+    image: Any,
+    *,
+    model: str | Path = "mini",
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    output_type: str | None = None,
+) -> Any:
+    """Instance edges of an image: where one object ends and the next begins.
+
+    Edge probability is 1 - exp(-ABDiv / s) of the self-attention of a diffusion model, read at the noise level that
+    the model's settings say (TRACE, section 3).
+
+    Args:
+        image: a path, a PIL image of any mode, an (H, W) or (H, W, C) array with C = 1, 3 or 4, uint8, uint16 or float
+            in [0, 1], a (C, H, W) or (B, C, H, W) tensor likewise, or a list of any of these, sizes mixed.
+        model: a name of `trace_fast.models()` or a local folder. The last four used are kept loaded.
+        device: where to run; default a tensor's own device, else the GPU where there is one, else the CPU.
+        seed: of the noise, where the model uses any.
+        output_type: "np", "pt" or "pil" instead of the kind that follows from the input.
+
+    Returns:
+        Probability in [0, 1] at the input's size, float32: (H, W) array for a path, PIL image or array; (B, 1, H, W)
+        tensor on the input's device for a tensor; a list for a list. As "pil", a greyscale 8-bit picture.
+
+    Raises:
+        TypeError: the image is of a kind or dtype that is not listed.
+        ValueError: its shape or values are not usable, or `model` is unknown or damaged.
+
+    Example:
+        >>> import numpy, trace_fast
+        >>> trace_fast.edges(numpy.zeros((48, 64, 3), "uint8")).shape
+        (48, 64)
+    """
+    if isinstance(image, list):
+        if not image:
+            raise ValueError("edges: image must hold at least one image, got an empty list")
+        return [edges(item, model=model, device=device, seed=seed, output_type=output_type) for item in image]
+    door.check_output_type(output_type)
+    if device is None:
+        device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"
+    output = _tracer(str(model), str(device))(image, seed=seed)
+    return door.from_tensor(output.edges, image, output_type)
