@@ -1,0 +1,298 @@
+"""Training of the embedded backbone `mini` from a folder of photographs, without labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from trace_fast.backbones.mini import Mini, MiniConfig
+from trace_fast.backbones.schedule import VariancePreserving
+
+__all__ = ["PretrainConfig", "pretrain", "load_photographs", "collages", "crops"]
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)  # images seen, for the scaling curve
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What a training run is made of. Every random number follows from `seed` and the step, so a resumed run goes on
+    exactly where it stopped.
+
+    Args:
+        photographs: folder of image files, or of tar files of them.
+        output: folder for the checkpoints; a run found there is resumed.
+        images: number of images to see before stopping.
+        sizes: side of the training images, in pixels, small and large.
+        batches: images in a step of either size.
+        large_every: every so many steps, one is at the large size.
+        collages: share of every batch made of fragments of several photographs.
+        rate: peak learning rate of AdamW; warmed up over `warmup` steps, linear to zero over the last `decay` share.
+        ema: decay of the moving average of the weights; the average is what is kept.
+    """
+
+    photographs: Path
+    output: Path
+    images: int = 300_000
+    sizes: tuple[int, int] = (64, 128)
+    batches: tuple[int, int] = (32, 8)
+    large_every: int = 6
+    collages: float = 0.5
+    rate: float = 1.5e-3
+    warmup: int = 200
+    decay: float = 0.25
+    ema: float = 0.999
+    seed: int = 0
+    device: str = "cpu"
+    save_minutes: float = 5.0
+    model: MiniConfig = field(default_factory=MiniConfig)
+
+    def batch(self, step: int) -> tuple[int, int]:
+        """(size, number of images) of a step."""
+        large = step % self.large_every == self.large_every - 1
+        return self.sizes[large], self.batches[large]
+
+    def step_rate(self, step: int, seen: int) -> float:
+        left = max(0.0, 1 - seen / self.images)
+        return self.rate * min(1.0, (step + 1) / self.warmup, left / self.decay)
+
+
+def load_photographs(folder: Path, size: int = 256) -> np.ndarray:
+    """Every image of a folder (files, or tar files of them), centre-cropped to (n, size, size, 3) uint8, in name order."""
+    from PIL import Image, ImageOps
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        for path in sorted(folder.iterdir()):
+            if path.suffix == ".tar":
+                with tarfile.open(path) as archive:
+                    for member in archive:
+                        if Path(member.name).suffix.lower() in SUFFIXES:
+                            yield member.name, archive.extractfile(member).read()
+            elif path.suffix.lower() in SUFFIXES:
+                yield path.name, path.read_bytes()
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"pretrain: photographs must be a folder of image or tar files, got {str(folder)!r}")
+    photographs = []
+    for _, content in tqdm(files(), desc="reading photographs", unit="image"):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        photographs.append(np.asarray(ImageOps.fit(image, (size, size))))
+    if not photographs:
+        raise ValueError(f"pretrain: photographs must hold image files, got none in {str(folder)!r}")
+    return np.stack(photographs)
+
+
+def crops(photographs: np.ndarray, count: int, size: int, random: np.random.Generator) -> Tensor:
+    """Random square crops, flipped half of the time, resized to (count, 3, size, size) float32 in [-1, 1].
+
+    Sides are log-uniform between `size` pixels (native detail) and the whole photograph.
+    """
+    from PIL import Image
+
+    full = photographs.shape[1]
+    batch = np.empty((count, size, size, 3), np.uint8)
+    for row in batch:
+        side = math.exp(random.uniform(math.log(min(size, full)), math.log(full)))
+        left, top = random.uniform(0, full - side, 2)
+        photograph = Image.fromarray(photographs[random.integers(len(photographs))])
+        box = (left, top, left + side, top + side)
+        picture = np.asarray(photograph.resize((size, size), Image.Resampling.BILINEAR, box=box))
+        row[:] = picture[:, ::-1] if random.random() < 0.5 else picture
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def collages(images: Tensor, count: int, random: torch.Generator, fragments: int = 8) -> Tensor:
+    """Pictures made of fragments of others: (count, 3, h, w), like `images` (n, 3, h, w) in [-1, 1].
+
+    Each starts as one image; up to `fragments` blobs are laid over it, each cut from another image, with a contrast
+    and tint of its own. A blob is an ellipse whose radius is bent by a few random harmonics.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=random)
+
+    n, _, h, w = images.shape
+    canvas = images[torch.randint(n, (count,), generator=random)]
+    rows, columns = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    present = torch.randint(1, fragments + 1, (count,), generator=random)
+    orders = torch.arange(2, 7).view(1, -1, 1, 1)
+    for index in range(fragments):
+        y, x, turn = uniform(0.05, 0.95, count, 1, 1), uniform(0.05, 0.95, count, 1, 1), uniform(0, math.pi, count, 1, 1)
+        radius = torch.exp(uniform(math.log(0.06), math.log(0.4), count, 1, 1))
+        stretch = torch.exp(uniform(-0.6, 0.6, count, 1, 1))
+        across = ((columns - x) * turn.cos() + (rows - y) * turn.sin()) * stretch
+        along = ((rows - y) * turn.cos() - (columns - x) * turn.sin()) / stretch
+        phase = uniform(0, 2 * math.pi, count, orders.numel(), 1, 1)
+        height = torch.randn((count, orders.numel(), 1, 1), generator=random) * 0.35 / orders
+        bend = (height * torch.cos(orders * torch.atan2(along, across)[:, None] + phase)).sum(1)
+        alpha = torch.sigmoid((radius * (1 + bend) - torch.hypot(across, along)) * 2 * h)  # about one pixel soft
+        alpha = (alpha * (index < present)[:, None, None])[:, None]
+        texture = images[torch.randint(n, (count,), generator=random)]
+        mean = texture.mean((2, 3), keepdim=True)
+        contrast = uniform(0, 1.3, count, 1, 1, 1).clamp(max=1)
+        tint = 0.15 * torch.randn((count, 3, 1, 1), generator=random)
+        canvas = torch.lerp(canvas, mean + contrast * (texture - mean) + tint, alpha)
+    return canvas.clamp(-1, 1)
+
+
+class Pretraining:
+    """The state of a run: weights, their moving average, optimiser, images seen."""
+
+    def __init__(self, config: PretrainConfig):
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.model = Mini(config.model).to(config.device)
+        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.step = self.seen = 0
+        self.seconds = 0.0
+        self.losses: list[tuple[int, float]] = []  # (images seen, mean loss since the last entry)
+        self.schedule = VariancePreserving()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes, by name: `model.*`, `average.*`, and AdamW's `exp_avg.*` and `exp_avg_sq.*`."""
+        tensors = {f"average.{name}": value for name, value in self.average.items()}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimiser.state[parameter]
+            if not state:
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            tensors[f"model.{name}"] = parameter.data
+            tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        return tensors
+
+    def save(self) -> None:
+        progress = {"step": self.step, "seen": self.seen, "seconds": self.seconds, "losses": self.losses}
+        replace_file(
+            self.config.output / "state.safetensors",
+            lambda path: save_file(self.tensors(), path, {"progress": json.dumps(progress)}),
+        )
+
+    def resume(self) -> None:
+        path = self.config.output / "state.safetensors"
+        if not path.exists():
+            return
+        with safe_open(path, "pt") as stored:
+            progress = json.loads(stored.metadata()["progress"])
+            for name, value in self.tensors().items():
+                value.copy_(stored.get_tensor(name))
+        for state in self.optimiser.state.values():
+            state["step"].fill_(progress["step"])
+        self.step, self.seen, self.seconds = progress["step"], progress["seen"], progress["seconds"]
+        self.losses = [tuple(entry) for entry in progress["losses"]]
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights in half precision, as `Tracer.from_pretrained` reads them, with a model card."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.half().contiguous().cpu() for name, value in self.average.items()}
+        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path))
+        description = {"family": "mini", "architecture": self.config.model.to_dict(), "images": self.seen}
+        replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+        replace_file(folder / "README.md", lambda path: path.write_text(self.card()))
+
+    def card(self) -> str:
+        config, count = self.config, sum(p.numel() for p in self.model.parameters())
+        loss = f"{self.losses[-1][1]:.4f}" if self.losses else "none yet"
+        return "\n".join(
+            [
+                "# mini: a small diffusion model of photographs",
+                "",
+                "Made to show TRACE's first stage with no download; it is not an image generator of any quality.",
+                "",
+                f"- Parameters: {count:,} ({config.model})",
+                f"- Data: {config.collages:.0%} collages of photograph fragments, else plain photographs; no labels",
+                f"- Photographs: {self.photographs} under CC BY 2.0, CC BY 4.0 or CC0 1.0 (by the list beside them)",
+                f"- Objective: v-prediction, mean squared error, {self.schedule}",
+                f"- Steps: {self.step:,}; images seen: {self.seen:,}; sizes {config.sizes} px; batches {config.batches}",
+                f"- Loss, moving average of v error: {loss}",
+                f"- Machine: {platform.processor() or platform.machine()}, {config.device}, "
+                f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
+                "- Licence of the weights: Apache-2.0",
+                "",
+            ]
+        )
+
+    def train_step(self, photographs: np.ndarray) -> float:
+        config, device = self.config, self.config.device
+        size, count = config.batch(self.step)
+        random = np.random.default_rng([config.seed, self.step])
+        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+        images = crops(photographs, count, size, random)
+        made = round(config.collages * count)
+        images = torch.cat([images[: count - made], collages(images, made, generator)])
+        level = (self.schedule.steps * torch.rand(count, generator=generator) ** 1.5).long()
+        noise = torch.randn(images.shape, generator=generator)
+        target = self.schedule.velocity(images, noise, level).to(device)
+        noisy = self.schedule.noise(images, noise, level).to(device)
+        rate = config.step_rate(self.step, self.seen)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            prediction = self.model(noisy, level.to(device))
+        loss = functional.mse_loss(prediction.float(), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        decay = min(config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self.average[name].lerp_(parameter, 1 - decay)
+        self.step += 1
+        self.seen += count
+        return loss.item()
+
+    def run(self) -> None:
+        config = self.config
+        config.output.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        photographs = load_photographs(config.photographs)
+        self.photographs = f"{len(photographs):,} photographs"
+        started, saved, recent = time.monotonic() - self.seconds, time.monotonic(), []
+        with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain") as bar:
+            while self.seen < config.images:
+                before = self.seen
+                recent.append(self.train_step(photographs))
+                self.seconds = time.monotonic() - started
+                bar.update(self.seen - before)
+                if len(recent) == 60:
+                    self.losses.append((self.seen, sum(recent) / len(recent)))
+                    bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
+                    recent = []
+                for mark in MARKS:
+                    if before < mark <= self.seen:
+                        self.export(config.output / f"images-{mark:08d}")
+                if time.monotonic() - saved > 60 * config.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        self.export(config.output / "final")
+
+
+def replace_file(path: Path, write) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    os.replace(beside, path)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train `mini`; resume a run found in `config.output`. Returns the folder of the finished weights."""
+    run = Pretraining(config)
+    run.run()
+    return config.output / "final"
