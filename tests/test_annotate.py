@@ -1,0 +1,325 @@
+"""Pictures of edges, and the promise that a file is written whole or not at all."""
+
+import builtins
+import os
+import sys
+from subprocess import run
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trace_fast import TraceOutput
+from trace_fast.annotate import overlay, panel, plot_curve, write_picture, write_png
+
+HEIGHT, WIDTH = 20, 31
+LEVELS = (0, *range(99, 1000, 100))
+
+
+@pytest.fixture
+def edges():
+    return np.random.default_rng(0).random((HEIGHT, WIDTH), dtype=np.float32)
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def make_output(kl, timestep, timesteps=LEVELS):
+    count = len(timestep)
+    return TraceOutput(
+        edges=torch.zeros(count, 1, HEIGHT, WIDTH),
+        timestep=torch.tensor(timestep),
+        timesteps=torch.tensor(timesteps),
+        kl=kl,
+        abdiv=None,
+        model="mini",
+        noising="inversion",
+        size=(128, 128),
+    )
+
+
+class TestWritePng:
+    @pytest.mark.parametrize(("bits", "mode"), [(8, "L"), (16, "I;16")])
+    def test_levels_come_back(self, edges, tmp_path, bits, mode):
+        edges[0, :2] = 0, 1
+        write_png(tmp_path / "x.png", edges, bits)
+        with Image.open(tmp_path / "x.png") as picture:
+            assert (picture.format, picture.mode, picture.size) == ("PNG", mode, (WIDTH, HEIGHT))
+            found = np.array(picture)
+        np.testing.assert_array_equal(found, np.rint(edges.astype(np.float64) * (2**bits - 1)))
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            torch.from_numpy,
+            lambda x: torch.from_numpy(x)[None],
+            lambda x: torch.from_numpy(x)[None, None].requires_grad_(),
+            lambda x: x.astype(">f8"),
+            lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+            lambda x: x[None, None],
+        ],
+    )
+    def test_kinds_of_edges(self, edges, tmp_path, kind):
+        write_png(tmp_path / "plain.png", edges)
+        write_png(tmp_path / "other.png", kind(edges))
+        assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+    def test_path_may_be_a_string_and_is_replaced(self, edges, tmp_path):
+        path = str(tmp_path / "x.PNG")
+        for values in (np.zeros_like(edges), edges):
+            write_png(path, values)
+        with Image.open(path) as picture:
+            np.testing.assert_array_equal(np.array(picture), np.rint(edges * 255))
+        assert os.listdir(tmp_path) == ["x.PNG"]
+
+    def test_permissions_are_those_of_any_new_file(self, edges, tmp_path):
+        (tmp_path / "plain").touch()
+        write_png(tmp_path / "x.png", edges)
+        assert (tmp_path / "x.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    def test_a_failed_write_leaves_what_was_there(self, edges, tmp_path, monkeypatch, error):
+        def fail(self, file, **_):
+            file.write(b"half a file")
+            raise error
+
+        write_png(tmp_path / "old.png", edges)
+        before = (tmp_path / "old.png").read_bytes()
+        monkeypatch.setattr(Image.Image, "save", fail)
+        for name in ("old.png", "new.png"):
+            with pytest.raises(type(error)):
+                write_png(tmp_path / name, edges)
+        assert os.listdir(tmp_path) == ["old.png"]
+        assert (tmp_path / "old.png").read_bytes() == before
+
+    def test_a_folder_in_the_way_is_kept(self, edges, tmp_path):
+        (tmp_path / "x.png").mkdir()
+        with pytest.raises(OSError, match=r"x\.png"):
+            write_png(tmp_path / "x.png", edges)
+        assert os.listdir(tmp_path) == ["x.png"]
+
+    def test_missing_folder(self, edges, tmp_path):
+        with pytest.raises(
+            FileNotFoundError, match=r"^write_png: path must be in an existing folder, got '.*/no/x\.png'"
+        ):
+            write_png(tmp_path / "no" / "x.png", edges)
+
+    @pytest.mark.parametrize("bits", [1, 24, "8", None])
+    def test_other_bits(self, edges, tmp_path, bits):
+        with pytest.raises(ValueError, match=f"^write_png: bits must be 8 or 16, got {bits!r}$"):
+            write_png(tmp_path / "x.png", edges, bits)
+
+    def test_other_ending(self, edges, tmp_path):
+        with pytest.raises(ValueError, match=r"^write_png: path must end in \.png, got '.*x\.jpg'$"):
+            write_png(tmp_path / "x.jpg", edges)
+
+    @pytest.mark.parametrize("wrong", [[[0.5]], "x", Image.new("L", (WIDTH, HEIGHT))])
+    def test_other_types(self, tmp_path, wrong):
+        with pytest.raises(TypeError, match=r"^write_png: edges must be an array or a tensor, got"):
+            write_png(tmp_path / "x.png", wrong)
+
+    @pytest.mark.parametrize("wrong", [np.zeros((4, 5), np.uint8), torch.zeros(4, 5, dtype=torch.bool)])
+    def test_other_dtypes(self, tmp_path, wrong):
+        with pytest.raises(TypeError, match=r"^write_png: edges must be float, got"):
+            write_png(tmp_path / "x.png", wrong)
+
+    @pytest.mark.parametrize("shape", [(), (5,), (0, 5), (1, 3, 4, 5), (1, 1, 1, 4, 5)])
+    def test_other_shapes(self, tmp_path, shape):
+        with pytest.raises(ValueError, match=r"^write_png: edges must be \(H, W\), .* got shape \("):
+            write_png(tmp_path / "x.png", torch.zeros(shape))
+
+    def test_a_batch_is_several_files(self, tmp_path):
+        with pytest.raises(ValueError, match=r"^write_png: edges must be of one image, got 3: write one file for each"):
+            write_png(tmp_path / "x.png", torch.zeros(3, 1, 4, 5))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 2.0])
+    def test_other_values(self, edges, tmp_path, value):
+        edges[3, 4] = value
+        with pytest.raises(ValueError, match=r"^write_png: edges must be finite and in \[0, 1\], got values from"):
+            write_png(tmp_path / "x.png", edges)
+        assert os.listdir(tmp_path) == []
+
+
+class TestWritePicture:
+    @pytest.mark.parametrize(("name", "kind"), [("x.png", "PNG"), ("x.JPG", "JPEG"), ("x.webp", "WEBP")])
+    def test_format_follows_the_ending(self, photo, tmp_path, name, kind):
+        write_picture(tmp_path / name, Image.fromarray(photo))
+        with Image.open(tmp_path / name) as picture:
+            assert (picture.format, picture.size) == (kind, (WIDTH, HEIGHT))
+
+    @pytest.mark.parametrize("name", ["x", "x.docx"])
+    def test_other_endings(self, photo, tmp_path, name):
+        with pytest.raises(
+            ValueError, match=f"^write_picture: path must have the ending of a picture format, .*{name}'$"
+        ):
+            write_picture(tmp_path / name, Image.fromarray(photo))
+
+    def test_a_failed_write_leaves_nothing(self, tmp_path):
+        with pytest.raises(OSError, match="mode RGBA as JPEG"):
+            write_picture(tmp_path / "x.jpg", Image.new("RGBA", (WIDTH, HEIGHT)))
+        assert os.listdir(tmp_path) == []
+
+
+class TestOverlay:
+    def test_strong_edges_are_magenta_and_the_rest_is_the_dimmed_photo(self, photo):
+        edges = np.zeros((HEIGHT, WIDTH), np.float32)
+        edges[:, 7] = 1
+        found = np.array(overlay(photo, edges))
+        assert found.shape == (HEIGHT, WIDTH, 3)
+        assert (found[:, 7] == (255, 0, 153)).all()
+        rest = np.arange(WIDTH) != 7
+        dimmed = 0.375 * (photo + photo.mean(axis=2, keepdims=True))
+        np.testing.assert_allclose(found[:, rest], dimmed[:, rest], atol=0.51)
+
+    def test_opacity_is_the_strength(self):
+        found = overlay(np.full((HEIGHT, WIDTH), 1.0), np.full((HEIGHT, WIDTH), 0.5))
+        assert found.getpixel((3, 4)) == (223, 96, 172)  # halfway between 191 grey and magenta
+
+    @pytest.mark.parametrize("background", [0, 90, 255])
+    def test_edges_stand_out_on_any_grey_level(self, background):
+        edges = np.eye(HEIGHT, WIDTH)
+        found = np.array(overlay(np.full((HEIGHT, WIDTH, 3), background, np.uint8), edges)).astype(int)
+        assert np.abs(found[0, 0] - found[0, 5]).max() >= 150
+
+    def test_kinds_of_images(self, photo, edges, tmp_path):
+        Image.fromarray(photo).save(tmp_path / "x.png")
+        expected = np.array(overlay(photo, edges))
+        chw = torch.from_numpy(photo).permute(2, 0, 1)
+        for image in (tmp_path / "x.png", Image.fromarray(photo), chw):
+            picture = overlay(image, torch.from_numpy(edges)[None, None])
+            assert (picture.mode, picture.size) == ("RGB", (WIDTH, HEIGHT))
+            np.testing.assert_array_equal(np.array(picture), expected)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_batch_gives_a_list(self, count):
+        images, edges = torch.rand(count, 3, HEIGHT, WIDTH), torch.rand(count, 1, HEIGHT, WIDTH)
+        pictures = overlay(images, edges)
+        assert len(pictures) == count
+        for picture, image, edge in zip(pictures, images, edges, strict=True):
+            assert picture.tobytes() == overlay(image, edge).tobytes()
+
+    @pytest.mark.parametrize(
+        ("shape", "told"),
+        [((WIDTH, HEIGHT), "1 of 31 x 20"), ((2, HEIGHT, WIDTH), "2 of 20 x 31"), ((1, 1), "1 of 1 x 1")],
+    )
+    def test_edges_of_another_image(self, photo, shape, told):
+        with pytest.raises(ValueError, match=f"^overlay: edges must be of .* 1 of 20 x 31, got {told}$"):
+            overlay(photo, np.zeros(shape))
+
+    def test_other_values(self, photo):
+        with pytest.raises(
+            ValueError, match=r"^overlay: edges must be finite and in \[0, 1\], got values from 0 to 255"
+        ):
+            overlay(photo, np.eye(HEIGHT, WIDTH) * 255)
+
+
+class TestPanel:
+    def test_pictures_stand_side_by_side_at_one_height(self, photo, edges):
+        wide = np.zeros((40, 120, 3), np.uint8)
+        sheet = panel([photo, edges, wide], ["", "", ""], height=60)
+        gap, widths = 5, [93, 93, 180]
+        assert (sheet.mode, sheet.size) == ("RGB", (sum(widths) + 2 * gap, 60))
+        assert np.array(sheet)[:, 93:98].min() == 255
+        assert np.array(sheet)[:, -180:].max() == 0
+
+    def test_height_is_the_first_ones(self, photo):
+        sheet = panel([photo], [""])
+        np.testing.assert_array_equal(np.array(sheet), photo)
+
+    def test_titles_are_above_their_pictures(self):
+        black = np.zeros((100, 150), np.uint8)
+        sheet = np.array(panel([black, black], ["photo", ""]))
+        top = len(sheet) - 100
+        assert 15 <= top <= 40
+        assert sheet[:top, :150].min() < 128
+        assert sheet[:top, 150:].min() == 255
+        assert sheet[top:, :150].max() == 0
+
+    def test_a_long_title_is_not_cut(self):
+        black = np.zeros((100, 20), np.uint8)
+        sheet = panel([black], ["a title wider than its picture"])
+        assert sheet.width > 60
+        columns = np.array(sheet.convert("L"))[:-100].min(axis=0)
+        assert columns[0] > 128 or columns[-1] > 128
+
+    def test_errors(self, photo):
+        with pytest.raises(ValueError, match=r"^panel: titles must be one for each image, got 1 for 2 images"):
+            panel([photo, photo], ["one"])
+        with pytest.raises(ValueError, match=r"^panel: titles must be one for each image, got 0 for 0 images"):
+            panel([], [])
+        with pytest.raises(ValueError, match=r"^panel: height must be at least 1, got 0"):
+            panel([photo], [""], height=0)
+        with pytest.raises(ValueError, match=r"^panel: images must be single pictures, got a batch of 2"):
+            panel([torch.zeros(2, 3, HEIGHT, WIDTH)], [""])
+
+
+class TestPlotCurve:
+    @pytest.fixture
+    def kl(self):
+        return torch.rand(3, 10, generator=torch.Generator().manual_seed(0)) / 10
+
+    def test_curve_and_mark(self, kl):
+        (axes,) = plot_curve(make_output(kl[:1], [499])).axes
+        curve, vertical, dot = axes.lines
+        assert curve.get_xydata().tolist() == [list(point) for point in zip(LEVELS[1:], kl[0].tolist(), strict=True)]
+        assert list(vertical.get_xdata()) == [499, 499]
+        assert (dot.get_xdata(), dot.get_ydata()) == ([499], [kl[0, 4].item()])
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["t* = 499"]
+        assert axes.get_title() == "mini, inversion"
+
+    def test_a_batch_is_a_line_each(self, kl):
+        (axes,) = plot_curve(make_output(kl, [99, 499, 999])).axes
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == ["image 0, t* = 99", "image 1, t* = 499", "image 2, t* = 999"]
+
+    def test_a_large_batch_has_no_legend(self, kl):
+        (axes,) = plot_curve(make_output(kl.repeat(4, 1), [99] * 12)).axes
+        assert axes.get_legend() is None
+
+    def test_a_level_that_ends_no_step_has_a_line_but_no_dot(self, kl):
+        (axes,) = plot_curve(make_output(kl[:1], [0])).axes
+        assert len(axes.lines) == 2
+
+    @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.pdf", b"%PDF"), ("x.svg", b"<?xml")])
+    def test_files(self, kl, tmp_path, name, start):
+        plot_curve(make_output(kl[:1], [499]), tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+        assert os.listdir(tmp_path) == [name]
+
+    def test_unknown_ending_leaves_nothing(self, kl, tmp_path):
+        with pytest.raises(ValueError, match="docx"):
+            plot_curve(make_output(kl[:1], [499]), tmp_path / "x.docx")
+        assert os.listdir(tmp_path) == []
+
+    def test_missing_folder(self, kl, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"^plot_curve: path must be in an existing folder"):
+            plot_curve(make_output(kl[:1], [499]), tmp_path / "no" / "x.png")
+
+    def test_no_curve(self):
+        with pytest.raises(
+            ValueError, match=r"^plot_curve: output must hold a KL curve, got kl=None; trace with return_kl"
+        ):
+            plot_curve(make_output(None, [499]))
+
+    def test_matplotlib_missing(self, kl, monkeypatch):
+        def refuse(name, *arguments, real=builtins.__import__):
+            if name.startswith("matplotlib"):
+                raise ImportError(name)
+            return real(name, *arguments)
+
+        monkeypatch.setattr(builtins, "__import__", refuse)
+        with pytest.raises(RuntimeError, match=r"needs matplotlib: pip install 'trace_fast\[demo\]'$"):
+            plot_curve(make_output(kl[:1], [499]))
+
+    def test_global_state_is_left_alone(self):
+        code = (
+            "import sys, torch, trace_fast.annotate as a; from types import SimpleNamespace as N;"
+            "loaded = {'matplotlib', 'PIL'} & set(sys.modules);"
+            "a.plot_curve(N(kl=torch.rand(1, 1), timestep=torch.tensor([99]), timesteps=torch.tensor([0, 99]),"
+            " model='m', noising='n'));"
+            "sys.exit(bool(loaded) or 'matplotlib.pyplot' in sys.modules)"
+        )
+        assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,221 @@
+"""The command line: `trace-fast edges`, `trace-fast demo`, `trace-fast pretrain`, `trace-fast backends`.
+
+Heavy modules are imported inside the commands, so that help costs no more than `import trace_fast.cli`.
+Exit status: 0 all well, 1 some images failed (the others are done), 2 nothing was started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+__all__ = ["main"]
+
+# what a folder is searched for; a file named on the command line may have any ending
+_ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# what a user, a file or the machine may cause: told in one line, without a traceback
+_FAILURES = (OSError, RuntimeError, TypeError, ValueError)
+
+app = typer.Typer(
+    help="Instance edges from a diffusion model's self-attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the `trace-fast` command."""
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from trace_fast import __version__
+
+        typer.echo(f"trace-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def edges(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Image files, and folders of image files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to; made if needed.")],
+    model: Annotated[str, typer.Option(help="Registered name, or a folder with a saved model.")] = "mini",
+    timestep: Annotated[
+        str | None,
+        typer.Option(metavar="iep|INT", help="Level to read, or iep to search it; else what the model prefers."),
+    ] = None,
+    noising: Annotated[
+        Literal["inversion", "gaussian"] | None,
+        typer.Option(help="How an image is brought to a level; else what the model prefers."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; else the GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the gaussian noise.")] = 0,
+    bits: Annotated[Literal["8", "16"], typer.Option(help="Depth of the edge files.")] = "8",
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also write the edges drawn over the photo.")] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="Also plot the KL curve; needs matplotlib.")] = False,
+) -> None:
+    """Write the instance edges of each image as DIR/NAME.png: black is 0, white is 1.
+
+    Asked to, it also writes DIR/NAME_overlay.png and DIR/NAME_curve.png. Files of an earlier run are replaced.
+    """
+    level = _parse_timestep(timestep)
+    kinds = ["", *["_overlay"] * overlay, *["_curve"] * curve]
+    images = _list_images(inputs)
+    results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
+    _check_results(results)
+    if curve and find_spec("matplotlib") is None:
+        _refuse("--curve needs matplotlib: pip install 'trace_fast[demo]'")
+
+    from tqdm import tqdm
+
+    from trace_fast import annotate
+    from trace_fast.image import to_tensor
+    from trace_fast.tracer import Tracer
+
+    try:
+        tracer = Tracer.from_pretrained(model, device=device)
+    except (*_FAILURES, AssertionError) as error:  # torch built without CUDA asserts on device="cuda"
+        _refuse(str(error))
+    _open_folder(output)
+
+    failed = 0
+    # several images show progress, on a terminal only
+    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
+        try:
+            photo = to_tensor(image)
+            traced = tracer(photo, timestep=level, noising=noising, seed=seed, return_kl=curve)
+            annotate.write_png(paths[""], traced.edges, int(bits))
+            if overlay:
+                annotate.write_picture(paths["_overlay"], annotate.overlay(photo[0], traced.edges))
+            if curve:
+                annotate.plot_curve(traced, paths["_curve"])
+        except _FAILURES as error:
+            failed += 1
+            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
+    typer.echo(f"{len(results) - failed} of {len(results)} written to {output}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")] = Path("demo"),
+) -> None:
+    """Trace sample photographs, and write their edges beside them as pictures."""
+    from trace_fast import demo
+
+    _open_folder(output)
+    try:
+        typer.echo(demo.run(output))
+    except _FAILURES as error:
+        _refuse(str(error))
+
+
+@app.command()
+def pretrain(
+    photographs: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of image files, or of tar files of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Checkpoints; a run there is resumed.")],
+    images: Annotated[int, typer.Option(min=1, help="Images to see before stopping.")] = 300_000,
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Train the embedded model from photographs, without labels. Interrupt it at will: the same command goes on."""
+    from trace_fast.pretrain import PretrainConfig, pretrain
+
+    _open_folder(output)
+    try:
+        typer.echo(pretrain(PretrainConfig(photographs, output, images=images, device=device, seed=seed)))
+    except _FAILURES as error:
+        _refuse(str(error))
+
+
+@app.command()
+def backends() -> None:
+    """Show which implementation of each op runs on each device."""
+    import trace_fast
+
+    try:
+        typer.echo(trace_fast.backends())
+    except _FAILURES as error:
+        _refuse(str(error))
+
+
+def _parse_timestep(text: str | None) -> str | int | None:
+    if text is None or text == "iep":
+        return text
+    try:
+        level = int(text)
+    except ValueError:
+        level = -1
+    if not 0 <= level <= 999:
+        _refuse(f"--timestep must be iep or an integer from 0 to 999, got {text!r}")
+    return level
+
+
+def _list_images(inputs: list[Path]) -> list[Path]:
+    """Files as they are, folders as their image files by name; each file once."""
+    images: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.suffix.lower() in _ENDINGS and not entry.name.startswith(".") and entry.is_file()
+            )
+            if not found:
+                _refuse(f"no image files in the folder '{path}'")
+            images += found
+        else:
+            images.append(path)
+    return list({os.path.abspath(image): image for image in images}.values())
+
+
+def _check_results(results: dict[Path, dict[str, Path]]) -> None:
+    """Refuse a run in which a result would replace another one, or one of the images."""
+    # some file systems do not tell upper case from lower
+    sources = {os.path.realpath(image).casefold(): image for image in results}
+    writers: dict[str, Path] = {}
+    for image, paths in results.items():
+        for path in paths.values():
+            place = os.path.realpath(path).casefold()
+            if place in sources:
+                _refuse(f"'{path}' would replace the image '{sources[place]}': choose another folder with --output")
+            if place in writers:
+                _refuse(
+                    f"'{writers[place]}' and '{image}' would both be written to '{path}': "
+                    "rename one, or give each its own --output"
+                )
+            writers[place] = image
+
+
+def _open_folder(folder: Path) -> None:
+    """Make the folder and write to it for a moment: permissions alone do not tell whether that works."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        _refuse(f"the folder '{folder}' cannot be written to: {error.strerror}")
+
+
+def _refuse(reason: str) -> NoReturn:
+    typer.echo(f"trace-fast: {reason}", err=True)
+    raise typer.Exit(2)
