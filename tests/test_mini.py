@@ -72,7 +72,8 @@ def test_rotary_keeps_lengths_and_sees_only_relative_positions():
     rotary = rotary_embedding(height, width, dim)
     query, key = torch.randn(2, dim)
     turned = apply_rotary(torch.stack([query, key])[None, :, None].expand(1, 2, 15, dim).reshape(2, 15, 1, dim), rotary)
-    torch.testing.assert_close(turned.norm(dim=-1), torch.stack([query, key]).norm(dim=-1)[:, None, None].expand(2, 15, 1))
+    lengths = torch.stack([query, key]).norm(dim=-1)[:, None, None].expand(2, 15, 1)
+    torch.testing.assert_close(turned.norm(dim=-1), lengths)
     scores = (turned[0, :, 0] @ turned[1, :, 0].T).view(height, width, height, width)
     # (0,1) -> (1,3) and (1,2) -> (2,4) are the same move
     torch.testing.assert_close(scores[0, 1, 1, 3], scores[1, 2, 2, 4])
@@ -81,9 +82,9 @@ def test_rotary_keeps_lengths_and_sees_only_relative_positions():
 
 def test_capture_hands_over_exactly_what_attention_receives(network, sample):
     seen = {}
-    with AttentionOracle() as oracle:
-        with Capture([block.attn for block in network.blocks], lambda i, q, k: seen.update({i: (q.clone(), k.clone())})):
-            network(sample, LEVEL)
+    modules = [block.attn for block in network.blocks]
+    with AttentionOracle() as oracle, Capture(modules, lambda i, q, k: seen.update({i: (q.clone(), k.clone())})):
+        network(sample, LEVEL)
     assert sorted(seen) == [0, 1, 2] and len(oracle.calls) == 3
     for index, (query, key) in enumerate(oracle.calls):
         assert query.shape == (2, 4, 35, 12)
@@ -102,17 +103,19 @@ def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, sample)
 
 
 def test_capture_removes_its_hooks_after_an_error(network, sample):
-    with pytest.raises(ZeroDivisionError):
-        with Capture([block.attn for block in network.blocks], lambda *_: 1 / 0):
-            network(sample, LEVEL)
+    with pytest.raises(ZeroDivisionError), Capture([block.attn for block in network.blocks], lambda *_: 1 / 0):
+        network(sample, LEVEL)
     for module in network.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 def test_capture_complains_of_a_silent_module(network, sample):
-    with pytest.raises(RuntimeError, match=r"got nothing from 1 of 2 modules \(Attention\)"):
-        with Capture([network.blocks[0].attn, Mini(network.config).blocks[0].attn], lambda *_: None):
-            network(sample, LEVEL)
+    modules = [network.blocks[0].attn, Mini(network.config).blocks[0].attn]
+    with (
+        pytest.raises(RuntimeError, match=r"got nothing from 1 of 2 modules \(Attention\)"),
+        Capture(modules, lambda *_: None),
+    ):
+        network(sample, LEVEL)
 
 
 def test_captured_map_is_the_networks_own(network, sample):

@@ -1,5 +1,6 @@
 """Stage 1 as a whole: the search over noise levels against its definition, in float64."""
 
+import itertools
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ import trace_fast
 from trace_fast import Tracer, reference
 from trace_fast.backbones import Settings
 from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
+from trace_fast.backbones.rotary import apply_rotary
 from trace_fast.tracer import TIMESTEPS
 
 LEVELS = (0, 99, 299, 899)
@@ -34,40 +36,41 @@ def images():
     return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3))
 
 
+def attention_map(module, hidden_states, image_rotary_emb):
+    """Head mean of one attention module's map, from its input: plain products in float64."""
+    query, key = (
+        apply_rotary(norm(project(hidden_states).unflatten(-1, (module.heads, -1))), image_rotary_emb)
+        for norm, project in ((module.norm_q, module.to_q), (module.norm_k, module.to_k))
+    )
+    scores = torch.einsum("bihd,bjhd->bhij", query.double(), key.double()) * query.shape[-1] ** -0.5
+    return scores.softmax(-1).mean(1)
+
+
 def definition(backbone, images, levels, noising, seed, blocks):
     """The first stage, written from the paper with plain loops: a map a level, then every step and every map."""
     schedule, maps = backbone.schedule, []
-    latent = images * 2 - 1
+    sample = latent = images * 2 - 1
     noise = torch.randn((1, *latent.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(latent)
-    sample = latent
     for index, level in enumerate(levels):
         timestep = torch.full((len(images),), level)
         if noising == "gaussian":
             sample = schedule.noise(latent, noise, timestep)
-        total = []
-        handles = []
-        for block in blocks:
-            module = backbone.network.blocks[block].attn
-            found = {}
-            handles.append(module.register_forward_pre_hook(lambda m, a, k, f=found: f.update(x=a[0], r=k), with_kwargs=True))
-            total.append((module, found))
+        found = []
+        handles = [
+            backbone.network.blocks[block].attn.register_forward_pre_hook(
+                lambda module, args, kwargs, found=found: found.append(attention_map(module, args[0], **kwargs)),
+                with_kwargs=True,
+            )
+            for block in blocks
+        ]
         prediction = backbone.network(sample, timestep)
         for handle in handles:
             handle.remove()
-        heads = []
-        for module, found in total:
-            from trace_fast.backbones.rotary import apply_rotary
-
-            rotary = found["r"]["image_rotary_emb"]
-            q = apply_rotary(module.norm_q(module.to_q(found["x"]).unflatten(-1, (2, -1))), rotary).double()
-            k = apply_rotary(module.norm_k(module.to_k(found["x"]).unflatten(-1, (2, -1))), rotary).double()
-            scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-            heads.append(scores.softmax(-1).mean(1))
-        maps.append(torch.stack(heads).mean(0))
+        maps.append(torch.stack(found).mean(0))
         if noising == "inversion" and index + 1 < len(levels):
             sample = schedule.invert(sample, prediction, timestep, torch.full_like(timestep, levels[index + 1]))
-    kl = [(p * (p.log() - q.log())).sum(-1).mean(-1) for p, q in zip(maps, maps[1:])]
-    abdiv = [reference.abdiv(m, 6, 10) for m in maps]
+    kl = [(p * (p.log() - q.log())).sum(-1).mean(-1) for p, q in itertools.pairwise(maps)]
+    abdiv = [reference.abdiv(one, 6, 10) for one in maps]
     return torch.stack(kl, 1), torch.stack(abdiv, 1)
 
 
@@ -88,7 +91,7 @@ def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch)
     whole = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
     monkeypatch.setattr("trace_fast.tracer.MAP_BYTES", 3 * 2 * 4 * 60**2)  # room for two levels and the one before
     parts = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
-    for one, other in zip(whole, parts):
+    for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -138,7 +141,7 @@ def test_edges_are_a_monotone_map_at_the_inputs_size(tracer):
     photograph = (np.random.default_rng(0).random((37, 61, 3)) * 255).astype(np.uint8)
     output = tracer(photograph, timestep=99, noising="gaussian", return_abdiv=True)
     assert output.edges.shape == (1, 1, 37, 61) and output.edges.dtype == torch.float32
-    assert 0 <= output.edges.min() and output.edges.max() <= 1
+    assert output.edges.min() >= 0 and output.edges.max() <= 1
     spread = torch.nn.functional.interpolate(output.abdiv[None], (37, 61), mode="bilinear")
     torch.testing.assert_close(output.edges, 1 - torch.exp(-spread / tracer.backbone.settings.edge_scale))
 
@@ -193,6 +196,11 @@ class TestFolder:
         output = Tracer.from_pretrained(folder, device="cpu")(images, timestep=99)
         assert output.edges.shape == (2, 1, 24, 40) and output.model == str(folder)
 
+    def test_a_missing_gpu_is_named(self, folder, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RuntimeError, match="device must be present, got 'cuda:1' where torch sees no GPU"):
+            Tracer.from_pretrained(folder, device="cuda:1")
+
     def test_unknown_name_lists_the_known(self):
         with pytest.raises(ValueError, match=r"model must be one of mini, or a folder .* got 'sd9'"):
             Tracer.from_pretrained("sd9")
@@ -226,7 +234,9 @@ class TestFolder:
         save_file(weights, folder / "model.safetensors")
         self.refuse(folder, "holds numbers that are not finite in head.bias")
 
-    @pytest.mark.parametrize("text", ["{", "{}", '{"family": "other"}', '{"family": "mini", "architecture": {"x": 1}}', "[]"])
+    @pytest.mark.parametrize(
+        "text", ["{", "{}", '{"family": "other"}', '{"family": "mini", "architecture": {"x": 1}}', "[]"]
+    )
     def test_damaged_configuration(self, folder, text):
         (folder / "config.json").write_text(text)
         self.refuse(folder, "model must be a folder of matching files")

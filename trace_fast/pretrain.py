@@ -9,8 +9,9 @@ import os
 import platform
 import tarfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,19 @@ from tqdm import tqdm
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
 
-__all__ = ["PretrainConfig", "pretrain", "load_photographs", "collages", "crops"]
+__all__ = ["PretrainConfig", "collages", "crops", "load_photographs", "pretrain"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)  # images seen, for the scaling curve
+MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)  # images seen, for the scaling curve
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """What a training run is made of. Every random number follows from `seed` and the step, so a resumed run goes on
-    exactly where it stopped.
+    """What a training run is made of.
 
-    Args:
+    Every random number follows from `seed` and the step, so a resumed run goes on exactly where it stopped.
+
+    Attributes:
         photographs: folder of image files, or of tar files of them.
         output: folder for the checkpoints; a run found there is resumed.
         images: number of images to see before stopping.
@@ -69,28 +71,31 @@ class PretrainConfig:
         return self.sizes[large], self.batches[large]
 
     def step_rate(self, step: int, seen: int) -> float:
+        """Learning rate of a step."""
         left = max(0.0, 1 - seen / self.images)
         return self.rate * min(1.0, (step + 1) / self.warmup, left / self.decay)
 
 
 def load_photographs(folder: Path, size: int = 256) -> np.ndarray:
-    """Every image of a folder (files, or tar files of them), centre-cropped to (n, size, size, 3) uint8, in name order."""
+    """Every image of a folder of files, or tar files of them, centre-cropped to (n, size, size, 3) uint8."""
     from PIL import Image, ImageOps
 
-    def files() -> Iterator[tuple[str, bytes]]:
+    def files() -> Iterator[bytes]:
         for path in sorted(folder.iterdir()):
             if path.suffix == ".tar":
                 with tarfile.open(path) as archive:
                     for member in archive:
                         if Path(member.name).suffix.lower() in SUFFIXES:
-                            yield member.name, archive.extractfile(member).read()
+                            file = archive.extractfile(member)
+                            assert file is not None
+                            yield file.read()
             elif path.suffix.lower() in SUFFIXES:
-                yield path.name, path.read_bytes()
+                yield path.read_bytes()
 
     if not folder.is_dir():
         raise FileNotFoundError(f"pretrain: photographs must be a folder of image or tar files, got {str(folder)!r}")
     photographs = []
-    for _, content in tqdm(files(), desc="reading photographs", unit="image"):
+    for content in tqdm(files(), desc="reading photographs", unit="image"):
         image = Image.open(io.BytesIO(content)).convert("RGB")
         photographs.append(np.asarray(ImageOps.fit(image, (size, size))))
     if not photographs:
@@ -133,7 +138,8 @@ def collages(images: Tensor, count: int, random: torch.Generator, fragments: int
     present = torch.randint(1, fragments + 1, (count,), generator=random)
     orders = torch.arange(2, 7).view(1, -1, 1, 1)
     for index in range(fragments):
-        y, x, turn = uniform(0.05, 0.95, count, 1, 1), uniform(0.05, 0.95, count, 1, 1), uniform(0, math.pi, count, 1, 1)
+        y, x = uniform(0.05, 0.95, count, 1, 1), uniform(0.05, 0.95, count, 1, 1)
+        turn = uniform(0, math.pi, count, 1, 1)
         radius = torch.exp(uniform(math.log(0.06), math.log(0.4), count, 1, 1))
         stretch = torch.exp(uniform(-0.6, 0.6, count, 1, 1))
         across = ((columns - x) * turn.cos() + (rows - y) * turn.sin()) * stretch
@@ -171,7 +177,8 @@ class Pretraining:
         for name, parameter in self.model.named_parameters():
             state = self.optimiser.state[parameter]
             if not state:
-                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             tensors[f"model.{name}"] = parameter.data
             tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
         return tensors
@@ -201,7 +208,12 @@ class Pretraining:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.half().contiguous().cpu() for name, value in self.average.items()}
         replace_file(folder / "model.safetensors", lambda path: save_file(weights, path))
-        description = {"family": "mini", "architecture": self.config.model.to_dict(), "images": self.seen}
+        description = {
+            "family": "mini",
+            "architecture": self.config.model.to_dict(),
+            "images": self.seen,
+            "tracing": {"size": [self.config.sizes[1]] * 2},
+        }
         replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
         replace_file(folder / "README.md", lambda path: path.write_text(self.card()))
 
@@ -218,7 +230,8 @@ class Pretraining:
                 f"- Data: {config.collages:.0%} collages of photograph fragments, else plain photographs; no labels",
                 f"- Photographs: {self.photographs} under CC BY 2.0, CC BY 4.0 or CC0 1.0 (by the list beside them)",
                 f"- Objective: v-prediction, mean squared error, {self.schedule}",
-                f"- Steps: {self.step:,}; images seen: {self.seen:,}; sizes {config.sizes} px; batches {config.batches}",
+                f"- Steps: {self.step:,}; images seen: {self.seen:,}",
+                f"- Sizes: {config.sizes} px, in batches of {config.batches}, large every {config.large_every} steps",
                 f"- Loss, moving average of v error: {loss}",
                 f"- Machine: {platform.processor() or platform.machine()}, {config.device}, "
                 f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
@@ -243,7 +256,8 @@ class Pretraining:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with warnings.catch_warnings(), torch.autocast(torch.device(device).type, torch.bfloat16):
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
             prediction = self.model(noisy, level.to(device))
         loss = functional.mse_loss(prediction.float(), target)
         loss.backward()
@@ -284,7 +298,7 @@ class Pretraining:
         self.export(config.output / "final")
 
 
-def replace_file(path: Path, write) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside, then rename: a reader never sees half a file."""
     beside = path.with_name(path.name + ".part")
     write(beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Tracer:
     def __init__(self, backbone: Backbone, *, name: str = "custom", device: torch.device | str | None = None):
         self.backbone = backbone
         self.name = name
-        self.device = torch.device(device or "cpu")
+        self.device = torch.device("cpu" if device is None else device)
         self.backbone.network.eval().requires_grad_(False).to(self.device)
 
     @classmethod
@@ -71,9 +72,12 @@ class Tracer:
 
         Raises:
             ValueError: unknown name, or damaged or mismatching files.
+            RuntimeError: the device is not there.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"load: device must be present, got {str(device)!r} where torch sees no GPU; use 'cpu'")
         return cls(load_backbone(model), name=str(model), device=device)
 
     @torch.no_grad()
@@ -106,23 +110,23 @@ class Tracer:
         settings = self.backbone.settings
         noising = check_noising(settings.noising if noising is None else noising)
         levels = check_timesteps(timesteps)
-        timestep = check_timestep(settings.timestep if timestep is None else timestep, levels)
-        if timestep != "iep":
-            before = levels if return_kl else [level for level in levels if level < timestep and noising == "inversion"]
-            levels = tuple(sorted({*before, timestep}))
+        fixed = check_timestep(settings.timestep if timestep is None else timestep, levels)
+        if fixed is not None:  # inversion must pass through the levels before it
+            needed = levels if return_kl else [level for level in levels if level < fixed and noising == "inversion"]
+            levels = tuple(sorted({*needed, fixed}))
         pixels = door.to_tensor(image)
         kl, abdiv = self.scan(pixels, timesteps=levels, noising=noising, seed=seed)
-        if timestep == "iep":
+        if fixed is None:
             chosen = kl.argmax(1) + 1  # the noisier map of the winning pair
         else:
-            chosen = torch.full((len(abdiv),), levels.index(timestep), device=abdiv.device)
+            chosen = torch.full((len(abdiv),), levels.index(fixed), device=abdiv.device)
         visited = torch.tensor(levels, device=abdiv.device)
         strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
         return TraceOutput(
             edges=probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
             timestep=visited[chosen],
             timesteps=visited,
-            kl=kl if return_kl or timestep == "iep" else None,
+            kl=kl if return_kl or fixed is None else None,
             abdiv=strength if return_abdiv else None,
             model=self.name,
             noising=noising,
@@ -222,24 +226,26 @@ def check_timesteps(timesteps: Sequence[int] | None) -> tuple[int, ...]:
     levels = TIMESTEPS if timesteps is None else tuple(timesteps)
     if not all(isinstance(level, int) and not isinstance(level, bool) for level in levels):
         raise TypeError(f"trace: timesteps must be integers, got {timesteps!r}")
-    rising = all(low < high for low, high in zip(levels, levels[1:]))
+    rising = all(low < high for low, high in itertools.pairwise(levels))
     if not levels or not rising or levels[0] < 0 or levels[-1] > 999:
         raise ValueError(f"trace: timesteps must be rising levels from 0 to 999, got {timesteps!r}")
     return levels
 
 
-def check_timestep(timestep: Any, levels: tuple[int, ...]) -> Any:
+def check_timestep(timestep: Any, levels: tuple[int, ...]) -> int | None:
+    """The fixed level, or None for a search over `levels`."""
     if timestep == "iep":
         if len(levels) < 2:
             raise ValueError(f"trace: timesteps must be at least two levels to find t*, got {levels}")
-    elif isinstance(timestep, bool) or not isinstance(timestep, int):
+        return None
+    if isinstance(timestep, bool) or not isinstance(timestep, int):
         raise TypeError(f"trace: timestep must be 'iep' or an integer level, got {timestep!r}")
-    elif not 0 <= timestep <= 999:
+    if not 0 <= timestep <= 999:
         raise ValueError(f"trace: timestep must be from 0 to 999, got {timestep}")
     return timestep
 
 
-def check_noising(noising: Any) -> str:
+def check_noising(noising: str) -> str:
     if noising not in NOISINGS:
         raise ValueError(f"trace: noising must be one of {', '.join(NOISINGS)}, got {noising!r}")
     return noising
@@ -291,9 +297,9 @@ def edges(
         >>> trace_fast.edges(numpy.zeros((48, 64, 3), "uint8")).shape
         (48, 64)
     """
-    if isinstance(image, list):
+    if isinstance(image, (list, tuple)):
         if not image:
-            raise ValueError("edges: image must hold at least one image, got an empty list")
+            raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
         return [edges(item, model=model, device=device, seed=seed, output_type=output_type) for item in image]
     door.check_output_type(output_type)
     if device is None:

@@ -54,9 +54,12 @@ class Backbone(Protocol):
         schedule: what its noise levels mean.
     """
 
-    network: nn.Module
     settings: Settings
     schedule: VariancePreserving
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that is run."""
 
     def attentions(self) -> list[nn.Module]:
         """The self-attention modules, in the order in which they run."""

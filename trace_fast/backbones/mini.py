@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["Mini", "MiniBackbone", "MiniConfig"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class MiniConfig:
     expansion: int = 4
 
     def to_dict(self) -> dict[str, int]:
+        """Values for a configuration file."""
         return asdict(self)
 
 
@@ -55,8 +58,16 @@ class Attention(nn.Module):
         )
         query = apply_rotary(self.norm_q(query), image_rotary_emb)
         key = apply_rotary(self.norm_k(key), image_rotary_emb)
-        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def zeros(module: Layer) -> Layer:
+    """The layer with weight and bias at zero, so that training starts from a network that does nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 class Block(nn.Module):
@@ -71,12 +82,13 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, config.heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.local = zeros(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
 
     def forward(self, x: Tensor, level: Tensor, grid: tuple[int, int], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (level + self.scale_shift_table)[:, :, None].unbind(1)  # (B, 1, C)
+        modulation = (level + self.scale_shift_table)[:, :, None]  # (B, 6, 1, C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, image_rotary_emb=rotary)
         y = self.norm2(x) * (1 + scale2) + shift2
         y = y + self.local(y.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
@@ -97,22 +109,12 @@ class Mini(nn.Module):
         if dim % config.heads or (dim // config.heads) % 4:
             raise ValueError(f"Mini: dim / heads must be a multiple of 4, got dim {dim} and heads {config.heads}")
         self.stem = nn.Conv2d(3, dim, 2 * patch, stride=patch, padding=patch // 2)
-        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        modulation = zeros(nn.Linear(dim, 6 * dim))
+        modulation.bias.data.view(6, dim)[[2, 5]] = 1 / config.depth  # gates: every block counts from the first step
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), modulation)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.head = nn.Linear(dim, 3 * patch * patch)
-        self.initialise()
-
-    def initialise(self) -> None:
-        for block in self.blocks:
-            nn.init.zeros_(block.local.weight)
-            nn.init.zeros_(block.local.bias)
-        nn.init.zeros_(self.time[-1].weight)
-        nn.init.constant_(self.time[-1].bias, 0.0)
-        with torch.no_grad():  # gates start at 1 / depth: every block contributes from the first step
-            self.time[-1].bias.view(6, -1)[[2, 5]] = 1 / self.config.depth
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zeros(nn.Linear(dim, 3 * patch * patch))
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """Predict v from a noisy image.
@@ -152,22 +154,27 @@ class MiniBackbone:
 
     @classmethod
     def from_folder(cls, folder: Path, config: dict[str, Any]) -> MiniBackbone:
+        """Read the weights beside a configuration; raises what `load_backbone` turns into one error."""
         network = Mini(MiniConfig(**config["architecture"]))
         network.load_state_dict(load_weights(folder / "model.safetensors"))
         side = 32 * network.config.patch
         return cls(network, Settings.from_dict({"size": [side, side], **config.get("tracing", {})}))
 
     def attentions(self) -> list[nn.Module]:
-        return [block.attn for block in self.network.blocks]
+        """The attention of every block."""
+        return [module for module in self.network.modules() if isinstance(module, Attention)]
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens of `patch` x `patch` pixels; any size that they fill."""
         patch = self.network.config.patch
         if min(size) < patch or size[0] % patch or size[1] % patch:
             raise ValueError(f"mini: size must be positive multiples of {patch} pixels, got {size}")
         return size[0] // patch, size[1] // patch
 
     def encode(self, images: Tensor) -> Tensor:
+        """Pixels from [0, 1] to [-1, 1]."""
         return images * 2 - 1
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The predicted v."""
         return self.network(sample, timestep)

@@ -1,4 +1,4 @@
-"""Rotary position embedding in the form diffusers' transformers use: interleaved pairs, turned after q/k normalisation."""
+"""Rotary position embedding as diffusers' transformers apply it: interleaved pairs, after q/k normalisation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ def rotary_embedding(height: int, width: int, dim: int, device: torch.device | N
     """Cosines and sines of a two-dimensional rotary position embedding.
 
     Args:
-        height, width: grid, in tokens.
+        height: grid rows, in tokens.
+        width: grid columns, in tokens.
         dim: channels of one head; the first half turns with the row, the second with the column.
+        device: where to make them.
 
     Returns:
         (cos, sin), each (height * width, dim) float32, pairs of equal angles interleaved.

@@ -1,4 +1,4 @@
-"""Noise levels: how a latent at level t is made, noised and inverted. Kept in float32, apart from any sampler's class."""
+"""Noise levels: how a latent at level t is made by noising or inversion, in float32, apart from any sampler."""
 
 from __future__ import annotations
 

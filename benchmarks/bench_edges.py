@@ -1,0 +1,99 @@
+"""Stage 1 end to end on a 640 x 480 photograph with the embedded model, and where the time goes.
+
+The stages are those of the whole search, 11 noise levels: `load` reads the JPEG, `forward` runs the network without
+capture, `forward_capture` the same with every map accumulated, `divergence` measures all steps and maps, `post`
+carries the edges to the input's size.
+"""
+
+import pytest
+import torch
+from PIL import Image
+
+import trace_fast
+from trace_fast import Tracer, image, ops, reference
+from trace_fast.tracer import TIMESTEPS, probability
+
+HEIGHT, WIDTH = 480, 640
+EDGES = "edges of 640 x 480, mini"
+
+
+@pytest.fixture(scope="module")
+def tracer():
+    return Tracer.from_pretrained("mini")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    data = pytest.importorskip("skimage.data")
+    path = tmp_path_factory.mktemp("photographs") / "photograph.jpg"
+    Image.fromarray(data.coffee()).resize((WIDTH, HEIGHT)).save(path, quality=92)
+    return path
+
+
+@pytest.fixture(scope="module")
+def maps(tracer):
+    """As many maps as levels, of the tracer's own grid: (T, 1, N, N), rows sum to 1."""
+    height, width = tracer.backbone.grid(tracer.backbone.settings.size)
+    tokens = height * width
+    return torch.randn(len(TIMESTEPS), 1, tokens, tokens, device=tracer.device).mul_(3).softmax(-1)
+
+
+@pytest.mark.parametrize("noising", ["inversion", "gaussian"])
+def test_search(measure, tracer, path, noising):
+    def search():
+        return tracer(path, timestep="iep", noising=noising)
+
+    output = search()
+    kl, abdiv = tracer.scan(image.to_tensor(path), noising=noising)
+    assert output.edges.shape == (1, 1, HEIGHT, WIDTH)
+    assert torch.equal(output.kl, kl)
+    chosen = kl[0].argmax() + 1
+    scale = tracer.backbone.settings.edge_scale
+    assert torch.equal(output.edges, probability(abdiv[:, chosen], scale, (HEIGHT, WIDTH)))
+    measure(EDGES, f"search, {noising}", search)
+
+
+def test_edges_default(measure, path):
+    found = trace_fast.edges(path)
+    assert found.shape == (HEIGHT, WIDTH)
+    assert 0 <= found.min() < found.max() <= 1
+    measure(EDGES, "trace_fast.edges", lambda: trace_fast.edges(path))
+
+
+@pytest.mark.parametrize("stage", ["load", "forward", "forward_capture", "divergence", "post"])
+def test_stage(measure, tracer, path, maps, stage):
+    backbone, size = tracer.backbone, tracer.backbone.settings.size
+    height, width = backbone.grid(size)
+    pixels = image.to_tensor(path)
+    latent = backbone.encode(image.resize(pixels, size))
+    levels = [torch.tensor([level]) for level in TIMESTEPS]
+    blocks = tuple(range(len(backbone.attentions())))
+    total = torch.empty_like(maps[0])
+
+    def load():
+        return image.to_tensor(path)
+
+    @torch.no_grad()
+    def forward():
+        return [backbone.predict(latent, level) for level in levels]
+
+    @torch.no_grad()
+    def forward_capture():
+        return [tracer._attend(total, latent, level, blocks) for level in levels]
+
+    def divergence():
+        pairs = zip(maps, maps[1:], strict=False)
+        return [ops.step_kl_abdiv(previous, current, height, width) for previous, current in pairs]
+
+    def post():
+        return probability(strength, backbone.settings.edge_scale, (HEIGHT, WIDTH))
+
+    strength = divergence()[0][1]
+    if stage == "forward_capture":
+        assert all(torch.equal(a, b) for a, b in zip(forward(), forward_capture(), strict=True))
+    if stage == "divergence":
+        kl, abdiv = reference.step_kl_abdiv(maps[0].double(), maps[1].double(), height, width)
+        torch.testing.assert_close(divergence()[0][0].double(), kl, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(divergence()[0][1].double(), abdiv, rtol=1e-4, atol=1e-6)
+    stages = {call.__name__: call for call in (load, forward, forward_capture, divergence, post)}
+    measure("stages of the search, 11 levels", stage, stages[stage])

@@ -1,0 +1,54 @@
+"""The first thing a newcomer runs: instance edges of a photograph, and how they were found."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from trace_fast import annotate
+from trace_fast.tracer import Tracer
+
+__all__ = ["PHOTOGRAPHS", "run"]
+
+PHOTOGRAPHS = ("coffee", "chelsea", "astronaut")  # what scikit-image carries inside its package
+
+
+def run(output: Path) -> Path:
+    """Trace the photographs that scikit-image carries; write edges, a panel and a KL curve for each.
+
+    Args:
+        output: folder, made where it is missing.
+
+    Returns:
+        The panel of the first photograph.
+
+    Raises:
+        RuntimeError: scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError:
+        raise RuntimeError("demo: scikit-image must be installed: pip install 'trace_fast[demo]'") from None
+    output.mkdir(parents=True, exist_ok=True)
+    tracer = Tracer.from_pretrained("mini")
+    for name in PHOTOGRAPHS:
+        photograph: np.ndarray = getattr(data, name)()
+        started = time.perf_counter()
+        result = tracer(photograph, return_kl=True)
+        seconds = time.perf_counter() - started
+        edges = result.edges[0, 0].numpy()
+        annotate.write_png(output / f"{name}.png", edges)
+        pictures = [photograph, edges, annotate.overlay(photograph, edges)]
+        panel = annotate.panel(pictures, ["photograph", "edges", "overlay"])
+        annotate.write_picture(output / f"{name}_panel.png", panel)
+        annotate.plot_curve(result, output / f"{name}_curve.png")
+        height, width = photograph.shape[:2]
+        assert result.kl is not None
+        peak = result.timesteps[1:][result.kl[0].argmax()]
+        print(
+            f"{name}: {width} x {height} pixels, edges of level {result.timestep[0]} in {seconds:.2f} s, "
+            f"KL curve peaks at level {peak} -> {output / f'{name}_panel.png'}"
+        )
+    return output / f"{PHOTOGRAPHS[0]}_panel.png"
