@@ -1,0 +1,196 @@
+"""Every op in plain torch, on any device and in any floating dtype: the specification.
+
+"The paper" is "TRACE: Your Diffusion Model is Secretly an Instance Edge Detector" (ICLR 2026, arXiv 2503.07982).
+Sizes: B batch, H heads, d channels per head, h x w token grid, N = h * w tokens. Half precision is computed in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["abdiv", "accumulate_attention", "attention_map", "resize_attention", "step_kl", "step_kl_abdiv"]
+
+# probabilities are clamped to it from below, so that their logarithms are finite
+TINY = 2.0**-126
+
+
+def attention_map(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """Self-attention map of one block, averaged over heads.
+
+    SA = 1/H sum over heads of softmax(scale Q K^T), which the paper reads its edges from.
+
+    Args:
+        query: (B, H, N, d) float.
+        key: (B, H, N, d) float.
+        scale: factor of the logits; None is 1 / sqrt(d).
+
+    Returns:
+        (B, N, N), float32 or wider; row i is what token i attends to and sums to 1.
+
+    Example:
+        >>> query, key = torch.randn(2, 1, 4, 6, 8)
+        >>> attention_map(query, key).shape
+        torch.Size([1, 6, 6])
+    """
+    batch, _, tokens, _ = query.shape
+    total = torch.zeros(batch, tokens, tokens, dtype=_wide(query), device=query.device)
+    accumulate_attention(total, query, key, 1.0, scale)
+    return total
+
+
+def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float | None = None) -> None:
+    """Add one block's head-mean attention map to a running total, in place.
+
+    total += weight * 1/H sum over heads of softmax(scale Q K^T). With weight 1/K for each of K blocks, the total is
+    the paper's aggregated map, and one (N, N) buffer serves all blocks.
+
+    Args:
+        total: (B, N, N) float32 or wider, updated in place.
+        query: (B, H, N, d) float.
+        key: (B, H, N, d) float.
+        weight: factor of this block.
+        scale: factor of the logits; None is 1 / sqrt(d).
+
+    Example:
+        >>> total = torch.zeros(1, 6, 6)
+        >>> query, key = torch.randn(2, 1, 4, 6, 8)
+        >>> accumulate_attention(total, query, key, weight=0.5)
+    """
+    heads, channels = query.shape[1], query.shape[3]
+    scale = channels**-0.5 if scale is None else scale
+    query, key = query.to(_wide(query)) * scale, key.to(_wide(key))
+    # one head at a time: two maps of memory instead of 2 H, and faster for it
+    for head in range(heads):
+        total.add_((query[:, head] @ key[:, head].mT).softmax(-1), alpha=weight / heads)
+
+
+def resize_attention(attention: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Carry an attention map to a finer grid, so that maps of different blocks can be averaged.
+
+    SA' = U SA diag(1/c) U^T, U (target, size) the bilinear interpolation of grids (align_corners=False) and c its
+    column sums: queries are interpolated, and each coarse key's mass is spread over the fine keys that it covers.
+    Rows sum to 1 exactly, at every ratio.
+
+    Args:
+        attention: (B, N, N) float, rows sum to 1.
+        size: (height, width) of the grid, in tokens, with N = height * width.
+        target: (height, width) of the finer grid, in tokens, at least `size` in both.
+
+    Returns:
+        (B, M, M), M = tokens of `target`, float32 or wider.
+
+    Example:
+        >>> resize_attention(torch.full((1, 6, 6), 1 / 6), (2, 3), (4, 6)).shape
+        torch.Size([1, 24, 24])
+    """
+    attention = attention.to(_wide(attention))
+    down, across = (_bilinear_sums(n, m, attention) for n, m in zip(size, target, strict=True))
+    spread = attention / (down[:, None] * across).reshape(-1)
+
+    def interpolate(maps: Tensor) -> Tensor:
+        return F.interpolate(maps.unflatten(-1, size), target, mode="bilinear", align_corners=False).flatten(-2)
+
+    return interpolate(interpolate(spread.mT).mT)
+
+
+def step_kl(previous: Tensor, current: Tensor) -> Tensor:
+    """Divergence between the attention maps of two noise levels, whose maximum is the Instance Emergence Point.
+
+    KL(SA(X_t_prev) || SA(X_t)) (the paper's IEP), mean over query rows; the less noisy map comes first.
+
+    Args:
+        previous: (B, N, N) float, rows sum to 1.
+        current: (B, N, N) float, rows sum to 1.
+
+    Returns:
+        (B,), float32 or wider, in nats, >= 0 up to rounding. Probabilities are clamped below at 2^-126.
+
+    Example:
+        >>> previous, current = torch.rand(2, 1, 6, 6).softmax(-1)
+        >>> step_kl(previous, current).shape
+        torch.Size([1])
+    """
+    return _kl(previous, _log(previous), _log(current)).mean(-1)
+
+
+def abdiv(attention: Tensor, height: int, width: int) -> Tensor:
+    """Boundary strength from the divergence between opposite neighbours.
+
+    ABDiv = KL(right || left) + KL(below || above) of the attention rows around each token (the paper's Attention
+    Boundary Divergence).
+
+    Args:
+        attention: (B, N, N) float, rows sum to 1, N = height * width; row i is what token i attends to.
+        height: grid rows, in tokens.
+        width: grid columns, in tokens.
+
+    Returns:
+        (B, height, width), float32 or wider, in nats, >= 0 up to rounding; neighbours are clamped to the grid at the
+        border, probabilities below at 2^-126.
+
+    Example:
+        >>> abdiv(torch.rand(1, 6, 6).softmax(-1), 2, 3).shape
+        torch.Size([1, 2, 3])
+    """
+    return _abdiv(attention, _log(attention), height, width)
+
+
+def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """`step_kl` of a pair of maps and `abdiv` of the second, from one read of each.
+
+    Args:
+        previous: (B, N, N) float, rows sum to 1, N = height * width.
+        current: (B, N, N) float, rows sum to 1.
+        height: grid rows, in tokens.
+        width: grid columns, in tokens.
+
+    Returns:
+        `step_kl(previous, current)`, (B,), and `abdiv(current, height, width)`, (B, height, width), in nats.
+
+    Example:
+        >>> previous, current = torch.rand(2, 1, 6, 6).softmax(-1)
+        >>> [x.shape for x in step_kl_abdiv(previous, current, 2, 3)]
+        [torch.Size([1]), torch.Size([1, 2, 3])]
+    """
+    log_current = _log(current)
+    kl = _kl(previous, _log(previous), log_current).mean(-1)
+    return kl, _abdiv(current, log_current, height, width)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype sums are taken in: float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _bilinear_sums(size: int, target: int, like: Tensor) -> Tensor:
+    """How much of `target` points each of `size` points gives to, in total, in bilinear interpolation: (size,)."""
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    return F.interpolate(eye[None], target, mode="linear", align_corners=False)[0].sum(-1)
+
+
+def _log(p: Tensor) -> Tensor:
+    """Logarithm of probabilities, finite at 0."""
+    return p.to(_wide(p)).clamp_min(TINY).log()
+
+
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Sum over the last axis of p (log p - log q); the difference comes first, or the sums would cancel."""
+    return (log_p - log_q).mul_(p).sum(-1)
+
+
+def _abdiv(p: Tensor, log_p: Tensor, height: int, width: int) -> Tensor:
+    """ABDiv of maps (B, N, N) given with their logarithms."""
+    p, log_p = p.unflatten(1, (height, width)), log_p.unflatten(1, (height, width))
+
+    def kl(axis: int, ahead: int, behind: int, count: int) -> Tensor:
+        p_ahead, log_ahead = p.narrow(axis, ahead, count), log_p.narrow(axis, ahead, count)
+        return _kl(p_ahead, log_ahead, log_p.narrow(axis, behind, count))
+
+    def along(axis: int) -> Tensor:
+        last = p.size(axis) - 1
+        if last == 0:
+            return kl(axis, 0, 0, 1)
+        # first point, interior, last point
+        return torch.cat([kl(axis, 1, 0, 1), kl(axis, 2, 0, last - 1), kl(axis, last, last - 1, 1)], axis)
+
+    return along(2) + along(1)
