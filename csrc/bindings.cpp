@@ -1,0 +1,123 @@
+// The Python module trace_fast._C: the only file that knows pybind11. Addresses and sizes in, nothing out.
+//
+// The launchers in trace_fast/ops check and allocate with torch before they come here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "trace_fast.h"
+
+namespace py = pybind11;
+using namespace trace_fast;
+
+namespace {
+
+// The instruction sets this machine runs, slowest first.
+std::vector<std::pair<std::string, Isa>> supported() {
+  std::vector<std::pair<std::string, Isa>> sets = {{"baseline", Isa::baseline}};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.emplace_back("avx2", Isa::avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    sets.emplace_back("avx512", Isa::avx512);
+#endif
+  return sets;
+}
+
+std::pair<std::string, Isa> chosen = supported().back();
+
+void set_instruction_set(const std::string& name) {
+  for (const auto& set : supported())
+    if (set.first == name) {
+      chosen = set;
+      return;
+    }
+  throw std::invalid_argument("set_instruction_set: name must be one of instruction_sets(), got " + name);
+}
+
+// The specialisation of an entry point for the current instruction set.
+#if defined(__x86_64__)
+#define SELECT(op)                                   \
+  (chosen.second == Isa::avx512 ? op<Isa::avx512>   \
+   : chosen.second == Isa::avx2 ? op<Isa::avx2>     \
+                                 : op<Isa::baseline>)
+#else
+#define SELECT(op) (op<Isa::baseline>)
+#endif
+
+// The floats at an address; a null address, as of a tensor without storage, is refused unless there are none.
+float* floats(uintptr_t address, int64_t size) {
+  if (address == 0 && size != 0) throw std::invalid_argument("_C: a pointer is null");
+  return reinterpret_cast<float*>(address);
+}
+
+// Scratch memory is sized by the number of threads.
+int positive(int num_threads) {
+  if (num_threads < 1) throw std::invalid_argument("_C: num_threads is less than 1");
+  return num_threads;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  m.attr("with_cuda") = false;
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const auto& set : supported()) names.push_back(set.first);
+    return names;
+  });
+  m.def("instruction_set", [] { return chosen.first; });
+  m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
+
+  m.def(
+      "accumulate_attention",
+      [](uintptr_t total, uintptr_t query, uintptr_t key, int64_t batch, int64_t heads, int64_t tokens,
+         int64_t channels, float weight, float scale, int num_threads) {
+        const int64_t map = batch * tokens * tokens, features = batch * heads * tokens * channels;
+        SELECT(accumulate_attention)
+        (floats(total, map), floats(query, features), floats(key, features), batch, heads, tokens, channels, weight,
+         scale, positive(num_threads));
+      },
+      py::arg("total"), py::arg("query"), py::arg("key"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
+      py::arg("channels"), py::arg("weight"), py::arg("scale"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "step_kl",
+      [](uintptr_t previous, uintptr_t current, int64_t batch, int64_t tokens, uintptr_t kl, int num_threads) {
+        const int64_t map = batch * tokens * tokens;
+        SELECT(step_kl)(floats(previous, map), floats(current, map), batch, tokens, floats(kl, batch),
+                        positive(num_threads));
+      },
+      py::arg("previous"), py::arg("current"), py::arg("batch"), py::arg("tokens"), py::arg("kl"),
+      py::arg("num_threads"), release_gil());
+
+  m.def(
+      "abdiv",
+      [](uintptr_t attention, int64_t batch, int64_t height, int64_t width, uintptr_t scores, int num_threads) {
+        const int64_t tokens = height * width;
+        SELECT(abdiv)
+        (floats(attention, batch * tokens * tokens), batch, height, width, floats(scores, batch * tokens),
+         positive(num_threads));
+      },
+      py::arg("attention"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("abdiv"),
+      py::arg("num_threads"), release_gil());
+
+  m.def(
+      "step_kl_abdiv",
+      [](uintptr_t previous, uintptr_t current, int64_t batch, int64_t height, int64_t width, uintptr_t kl,
+         uintptr_t scores, int num_threads) {
+        const int64_t tokens = height * width, map = batch * tokens * tokens;
+        SELECT(step_kl_abdiv)
+        (floats(previous, map), floats(current, map), batch, height, width, floats(kl, batch),
+         floats(scores, batch * tokens), positive(num_threads));
+      },
+      py::arg("previous"), py::arg("current"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kl"),
+      py::arg("abdiv"), py::arg("num_threads"), release_gil());
+}

@@ -1,0 +1,38 @@
+#include "common.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace trace_fast {
+
+namespace {
+constexpr std::align_val_t kCacheLine{64};
+}
+
+void run_parallel(int64_t count, int num_threads, void (*body)(const void*, int64_t, int), const void* context) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int thread) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, item, thread);
+  };
+
+  // joins on every way out, so that a thread that cannot be started leaves no other behind
+  struct Pool {
+    std::vector<std::thread> threads;
+    ~Pool() {
+      for (std::thread& thread : threads) thread.join();
+    }
+  } pool;
+  const int helpers = static_cast<int>(std::min<int64_t>(num_threads, count)) - 1;
+  pool.threads.reserve(std::max(helpers, 0));
+  for (int i = 0; i < helpers; ++i) pool.threads.emplace_back(work, i + 1);
+  work(0);
+}
+
+Scratch::Scratch(int64_t size) : data(static_cast<float*>(::operator new(size * sizeof(float), kCacheLine))) {}
+
+Scratch::~Scratch() { ::operator delete(data, kCacheLine); }
+
+}  // namespace trace_fast

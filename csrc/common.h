@@ -1,0 +1,33 @@
+// Threads and scratch memory: nothing specific to an op or to a vector unit.
+//
+// The cpu/*.cpp files are compiled for several vector units, so what they share must not be an inline function or a
+// template of external linkage: the linker would keep one copy, perhaps the one this machine cannot run.
+#pragma once
+
+#include <cstdint>
+
+namespace trace_fast {
+
+// Calls body(context, item, thread) for each item in [0, count) on at most num_threads threads, this one included.
+void run_parallel(int64_t count, int num_threads, void (*body)(const void* context, int64_t item, int thread),
+                  const void* context);
+
+// Calls body(item, thread) for each item in [0, count); free threads take the next item. body must not throw.
+template <class Body>
+static void parallel_for(int64_t count, int num_threads, const Body& body) {
+  run_parallel(
+      count, num_threads,
+      [](const void* context, int64_t item, int thread) { (*static_cast<const Body*>(context))(item, thread); }, &body);
+}
+
+// Uninitialised floats on a cache-line boundary, freed with the scope.
+struct Scratch {
+  explicit Scratch(int64_t size);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* const data;
+};
+
+}  // namespace trace_fast

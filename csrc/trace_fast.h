@@ -1,0 +1,39 @@
+// The map of the core: every native entry point, declared once.
+//
+// The core knows neither torch nor Python. Arrays are contiguous float32 in row-major order, allocated by the caller;
+// outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height * width, channels per head.
+// Results do not depend on num_threads.
+#pragma once
+
+#include <cstdint>
+
+namespace trace_fast {
+
+// The vector unit a CPU kernel is compiled for. Each cpu/*.cpp is compiled once per member and defines the
+// specialisations of that member alone; bindings.cpp picks one at run time.
+enum class Isa { baseline, avx2, avx512 };
+
+// Adds weight * (mean over heads of softmax(scale * query key^T)) to total, in place.
+// total (batch, tokens, tokens); query, key (batch, heads, tokens, channels).
+// Holds a packed copy of key and, per thread, one block of rows; never a per-head tokens x tokens map.
+template <Isa isa>
+void accumulate_attention(float* total, const float* query, const float* key, int64_t batch, int64_t heads,
+                          int64_t tokens, int64_t channels, float weight, float scale, int num_threads);
+
+// Writes KL(previous || current), in nats, mean over query rows.
+// previous, current (batch, tokens, tokens); kl (batch).
+template <Isa isa>
+void step_kl(const float* previous, const float* current, int64_t batch, int64_t tokens, float* kl, int num_threads);
+
+// Writes KL(right || left) + KL(below || above) of the rows around each token, in nats.
+// attention (batch, tokens, tokens); abdiv (batch, height, width).
+template <Isa isa>
+void abdiv(const float* attention, int64_t batch, int64_t height, int64_t width, float* abdiv, int num_threads);
+
+// Writes step_kl of the pair and abdiv of current, reading each map once.
+// previous, current (batch, tokens, tokens); kl (batch); abdiv (batch, height, width).
+template <Isa isa>
+void step_kl_abdiv(const float* previous, const float* current, int64_t batch, int64_t height, int64_t width,
+                   float* kl, float* abdiv, int num_threads);
+
+}  // namespace trace_fast

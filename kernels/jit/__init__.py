@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `trace_fast.kernels`; none yet."""

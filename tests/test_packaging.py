@@ -1,0 +1,116 @@
+"""What is shipped, what importing it costs, and what the native core is made of."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from trace_fast import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("PIL", "accelerate", "diffusers", "matplotlib", "peft", "transformers", "triton", "typer")
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Run Python in a process of its own; its output."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> list[str]:
+    """Names in the wheel that the source distribution builds, without optimisation to save time."""
+    folder = tmp_path_factory.mktemp("wheel")
+    python(
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})",
+        cwd=sdist,
+        CXXFLAGS="-O0",
+    )
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as names:
+        assert names.read("trace_fast-0.1.0.dist-info/top_level.txt").split() == [b"trace_fast"]
+        return names.namelist()
+
+
+def test_sdist_holds_what_a_build_needs(sdist):
+    needed = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "kernels/jit/__init__.py"]
+    needed += [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert [name for name in needed if not (sdist / name).is_file()] == []
+
+
+def test_wheel_installs_one_package(wheel):
+    assert {name.split("/")[0] for name in wheel} == {"trace_fast", "trace_fast-0.1.0.dist-info"}
+    native = next(name for name in wheel if name.startswith("trace_fast/_C.") and name.endswith((".so", ".pyd")))
+    for name in (native, "trace_fast/_C.pyi", "trace_fast/py.typed", "trace_fast/kernels/__init__.py"):
+        assert name in wheel
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "trace_fast").rglob("*.py")}
+    assert sources <= set(wheel)
+    weights = {str(path.relative_to(ROOT)) for path in (ROOT / "trace_fast" / "weights").rglob("*.safetensors")}
+    assert weights <= set(wheel)
+
+
+def test_import_is_lean():
+    # what torch itself imports is not ours to avoid
+    new = python("-c", "import sys, torch; old = set(sys.modules); import trace_fast; print(*set(sys.modules) - old)")
+    assert sorted({name.split(".")[0] for name in new.split()} & set(HEAVY)) == []
+
+
+def test_cuda_without_nvcc_stops_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "TRACE_FAST_CUDA": "1", "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU"
+    ]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_no_logarithm_or_exponential_comes_from_libm():
+    names = subprocess.run(["nm", "-D", "-u", _C.__file__], capture_output=True, text=True, check=True).stdout
+    imported = {line.split()[-1].split("@")[0] for line in names.splitlines()}
+    assert imported.isdisjoint({"exp", "expf", "exp2", "exp2f", "log", "logf", "log2", "log2f"})
+    assert not any("GOMP" in name for name in imported)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 registers")
+def test_kernels_use_whole_registers():
+    code = subprocess.run(["objdump", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    lines = code.splitlines()
+    # the multiply-adds of the polynomials and products, and the shift that takes a logarithm's exponent
+    for register in ("%zmm", "%ymm"):
+        assert sum("vfmadd" in line and register in line for line in lines) > 50
+        assert any("vpsrad" in line and register in line for line in lines)

@@ -1,0 +1,37 @@
+"""The native core: addresses of contiguous float32 arrays and their sizes; see csrc/trace_fast.h."""
+
+with_cuda: bool
+
+def instruction_sets() -> list[str]:
+    """Instruction sets this machine runs, slowest first."""
+
+def instruction_set() -> str:
+    """The one in use: the fastest unless set otherwise."""
+
+def set_instruction_set(name: str) -> None:
+    """Use another of `instruction_sets()`."""
+
+def accumulate_attention(
+    total: int,
+    query: int,
+    key: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    channels: int,
+    weight: float,
+    scale: float,
+    num_threads: int,
+) -> None: ...
+def step_kl(previous: int, current: int, batch: int, tokens: int, kl: int, num_threads: int) -> None: ...
+def abdiv(attention: int, batch: int, height: int, width: int, abdiv: int, num_threads: int) -> None: ...
+def step_kl_abdiv(
+    previous: int,
+    current: int,
+    batch: int,
+    height: int,
+    width: int,
+    kl: int,
+    abdiv: int,
+    num_threads: int,
+) -> None: ...
