@@ -1,0 +1,188 @@
+"""The native divergence ops against the reference in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trace_fast import _C, ops, reference
+from trace_fast.testing import assert_no_worse, random_maps
+
+GRIDS = [(1, 1), (1, 4), (5, 1), (2, 3), (3, 7), (16, 24), (31, 17)]
+
+
+def outputs(module, previous, current, height, width):
+    """Every result of the family, from `ops` or from `reference`."""
+    return [
+        module.step_kl(previous, current),
+        module.abdiv(current, height, width),
+        *module.step_kl_abdiv(previous, current, height, width),
+    ]
+
+
+def assert_all_no_worse(results, exact, eager):
+    for triple in zip(results, exact, eager, strict=True):
+        # a divergence sums logarithms of either sign, of order 1
+        assert_no_worse(*triple, magnitude=1.0)
+
+
+def assert_outputs_no_worse(previous, current, *grid):
+    exact = outputs(reference, previous.double(), current.double(), *grid)
+    assert_all_no_worse(outputs(ops, previous, current, *grid), exact, outputs(reference, previous, current, *grid))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_no_worse_than_eager(grid, batch, instruction_set):
+    assert_outputs_no_worse(*random_maps(batch, grid[0] * grid[1]), *grid)
+
+
+def test_no_worse_than_eager_on_a_large_grid():
+    maps = random_maps(1, 64 * 96)
+    exact = reference.step_kl_abdiv(*(x.double() for x in maps), 64, 96)
+    assert_all_no_worse(ops.step_kl_abdiv(*maps, 64, 96), exact, reference.step_kl_abdiv(*maps, 64, 96))
+
+
+def test_no_worse_than_eager_on_flat_maps(instruction_set):
+    previous, current = torch.randn(2, 2, 384, 384, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    assert_outputs_no_worse(previous, current, 16, 24)
+
+
+def test_by_hand(instruction_set):
+    previous = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
+    current = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])
+    first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert_close(ops.step_kl(previous, current), torch.tensor([(first + math.log(2)) / 2]))
+    # two tokens side by side: both compare the right one with the left one
+    right_left = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert_close(ops.abdiv(current, 1, 2), torch.full((1, 1, 2), right_left))
+    assert_close(ops.abdiv(current, 2, 1), torch.full((1, 2, 1), right_left))
+
+
+def test_zeros_and_denormals_count_as_the_smallest_normal(instruction_set):
+    small = torch.tensor([[[1.0, 0.0], [1.0, 1e-40]]])
+    assert torch.equal(ops.step_kl(small, small), torch.zeros(1))
+    assert_close(ops.step_kl(small.flip(-1), small), torch.tensor([126 * math.log(2)]))
+    assert torch.equal(ops.abdiv(small, 1, 2), torch.zeros(1, 1, 2))
+
+
+def test_equal_maps_diverge_by_zero(instruction_set):
+    attention = random_maps(2, 51)[0]
+    assert torch.equal(ops.step_kl(attention, attention.clone()), torch.zeros(2))
+    assert torch.equal(ops.abdiv(attention[:, :1].expand(-1, 51, -1), 3, 17), torch.zeros(2, 3, 17))
+
+
+@pytest.mark.parametrize("poisoned", ["previous", "current"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_nan_and_infinity_are_handed_on(poisoned, value, instruction_set):
+    maps = dict(zip(("previous", "current"), random_maps(2, 51), strict=True))
+    maps[poisoned][1, 20, 33] = value
+    results = outputs(ops, *maps.values(), 3, 17)
+    for result, expected in zip(results, outputs(reference, *maps.values(), 3, 17), strict=True):
+        assert torch.equal(result.isfinite(), expected.isfinite())
+    assert not results[0][1].isfinite()
+    assert results[0][0].isfinite()
+
+
+def test_non_contiguous_maps_give_the_same_bits():
+    previous, current = random_maps(3, 51)
+    expected = outputs(ops, previous, current, 3, 17)
+    for spread in (previous.mT.contiguous().mT, torch.stack((previous, current), 1)[:, 0]):
+        assert not spread.is_contiguous()
+        for result, value in zip(outputs(ops, spread, current, 3, 17), expected, strict=True):
+            assert torch.equal(result, value)
+
+
+@pytest.mark.parametrize("offset", range(0, 20))
+def test_views_at_any_offset(offset, instruction_set):
+    previous, current = random_maps(2, 21)
+    expected = outputs(ops, previous, current, 3, 7)
+    shifted = []
+    for attention in (previous, current):
+        buffer = torch.full((attention.numel() + 64,), math.nan)
+        shifted.append(buffer[offset : offset + attention.numel()].view_as(attention).copy_(attention))
+    for result, value in zip(outputs(ops, *shifted, 3, 7), expected, strict=True):
+        assert torch.equal(result, value)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 15])
+def test_nothing_else_is_written(offset, instruction_set):
+    previous, current = random_maps(2, 21)
+    before = previous.clone(), current.clone()
+    buffer = torch.full((offset + 2 + 42 + 16,), -7.0)
+    kl, scores = buffer[offset : offset + 2], buffer[offset + 2 : offset + 44]
+    _C.step_kl_abdiv(previous.data_ptr(), current.data_ptr(), 2, 3, 7, kl.data_ptr(), scores.data_ptr(), 2)
+    assert torch.equal(scores, ops.abdiv(current, 3, 7).flatten())
+    assert (buffer[:offset] == -7).all()
+    assert (buffer[offset + 44 :] == -7).all()
+    assert torch.equal(previous, before[0])
+    assert torch.equal(current, before[1])
+
+
+def test_bits_depend_neither_on_the_run_nor_on_threads(threads):
+    previous, current = random_maps(1, 1024)
+    kl, scores = torch.empty(1), torch.empty(1, 32, 32)
+    _C.step_kl_abdiv(previous.data_ptr(), current.data_ptr(), 1, 32, 32, kl.data_ptr(), scores.data_ptr(), 1)
+    for _ in range(5):
+        again = ops.step_kl_abdiv(previous, current, 32, 32)
+        assert torch.equal(again[0], kl)
+        assert torch.equal(again[1], scores)
+
+
+def test_empty_batch():
+    kl, scores = ops.step_kl_abdiv(*torch.empty(2, 0, 6, 6), 2, 3)
+    assert kl.shape == (0,)
+    assert scores.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda p: ops.step_kl([p], p), TypeError, "step_kl: previous must be a float32 tensor, got list"),
+        (lambda p: ops.step_kl(p, p.double()), TypeError, "step_kl: current must be float32, got float64"),
+        (
+            lambda p: ops.step_kl(p[0], p),
+            ValueError,
+            r"step_kl: previous must be \(B, N, N\), got \(6, 6\)",
+        ),
+        (
+            lambda p: ops.step_kl(p, p[:, :5, :5]),
+            ValueError,
+            r"step_kl: current must be \(B, N, N\) with B = 1, N = 6, got \(1, 5, 5\)",
+        ),
+        (
+            lambda p: ops.step_kl(p, p.to("meta")),
+            ValueError,
+            "step_kl: current must be on cpu like previous, got meta",
+        ),
+        (lambda p: ops.abdiv(p[:, :5], 2, 3), ValueError, r"abdiv: attention must be \(B, N, N\), got \(1, 5, 6\)"),
+        (lambda p: ops.abdiv(p, 2, 2), ValueError, r"abdiv: height \* width must be N = 6, got 2 \* 2"),
+        (lambda p: ops.abdiv(p, -2, -3), ValueError, "abdiv: height must be at least 1, got -2"),
+        (lambda p: ops.abdiv(p, 2, 3.0), TypeError, "abdiv: width must be an int, got float"),
+        (lambda p: ops.step_kl_abdiv(p, p, 6, 2), ValueError, r"step_kl_abdiv: height \* width must be N = 6"),
+        (
+            lambda p: ops.abdiv(torch.empty(1, 0, 0), 1, 1),
+            ValueError,
+            r"abdiv: attention must be \(B, N, N\), got \(1, 0, 0\)",
+        ),
+    ],
+)
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call(torch.full((1, 6, 6), 1 / 6))
+
+
+def test_null_pointers_and_no_threads_are_refused():
+    attention = random_maps(1, 6)[0]
+    with pytest.raises(ValueError, match="_C: a pointer is null"):
+        _C.step_kl(attention.data_ptr(), 0, 1, 6, attention.data_ptr(), 1)
+    with pytest.raises(ValueError, match="_C: num_threads is less than 1"):
+        _C.step_kl(attention.data_ptr(), attention.data_ptr(), 1, 6, attention.data_ptr(), 0)
+
+
+def test_there_is_no_gradient():
+    previous, current = random_maps(1, 6)
+    for result in outputs(ops, previous, current.requires_grad_(), 2, 3):
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            result.sum().backward()
