@@ -219,7 +219,7 @@ class Tracer:
 def probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:
     """Edge probability 1 - exp(-ABDiv / scale) at `size`: (B, h, w) nats to (B, 1, *size) float32 in [0, 1]."""
     strength = functional.interpolate(abdiv[:, None], tuple(size), mode="bilinear")
-    return 1 - torch.exp(-strength / scale)
+    return 1 - torch.exp(-strength.clamp(min=0) / scale)  # rounding may leave a divergence just below zero
 
 
 def check_timesteps(timesteps: Sequence[int] | None) -> tuple[int, ...]:

@@ -1,0 +1,87 @@
+"""How a provider is measured, and what is written beside the times: machine, threads, versions, backends, memory.
+
+Run `pytest benchmarks --benchmark-only`; add `--benchmark-json=benchmarks/results/<name>.json` to keep the figures.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import trace_fast
+from trace_fast import _C
+
+# a provider is timed for about so long, in so many rounds at least
+SECONDS, ROUNDS = 2.0, 7
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["cores"] = os.cpu_count()
+    machine_info["instruction_set"] = _C.instruction_set()
+    machine_info["backends"] = trace_fast.backends()
+    machine_info["versions"] = {name: importlib.metadata.version(name) for name in ("trace_fast", "torch", "numpy")}
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes of resident memory that one call adds at its peak, outputs included; None where Linux does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+
+    def read(field: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    # memory that the allocator keeps for later would hide what a call needs
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before
+
+
+@pytest.fixture
+def measure(benchmark) -> Callable[..., None]:
+    """Time `call`, which has been verified, as `provider` of a group; `work` is what a call has to do, in numbers."""
+
+    def measure(group: str, provider: str, call: Callable[[], object], **work: float) -> None:
+        call()
+        memory = peak_memory(call)
+        start = time.perf_counter()
+        call()
+        rounds = max(ROUNDS, min(500, int(SECONDS / (time.perf_counter() - start))))
+        benchmark.group = group
+        benchmark.extra_info.update(provider=provider, peak_memory=memory, **work)
+        benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    groups: dict[str, list] = {}
+    for case in session.benchmarks:
+        groups.setdefault(case.group, []).append(case)
+    write = terminalreporter.write_line
+    write("")
+    write(f"{torch.get_num_threads()} threads, {_C.instruction_set()}; memory is what one call adds at its peak")
+    for group, cases in groups.items():
+        slowest = next((case for case in cases if case.extra_info["provider"] == "eager"), None)
+        write("")
+        write(f"{group:34} {'median ms':>10} {'IQR ms':>8} {'eager /':>8} {'GB/s':>7} {'GFLOP/s':>8} {'MiB':>7}")
+        for case in sorted(cases, key=lambda case: case.stats.median):
+            median, info = case.stats.median, case.extra_info
+            ratio = f"{slowest.stats.median / median:.1f}" if slowest else ""
+            bandwidth = f"{info['bytes'] / median / 1e9:.1f}" if "bytes" in info else ""
+            flops = f"{info['flop'] / median / 1e9:.0f}" if "flop" in info else ""
+            memory = "" if info["peak_memory"] is None else f"{info['peak_memory'] / 2**20:.1f}"
+            times = f"{median * 1e3:>10.3f} {case.stats.iqr * 1e3:>8.3f}"
+            write(f"  {info['provider']:32} {times} {ratio:>8} {bandwidth:>7} {flops:>8} {memory:>7}")
