@@ -261,27 +261,34 @@ class TestPlotCurve:
     def kl(self):
         return torch.rand(3, 10, generator=torch.Generator().manual_seed(0)) / 10
 
-    def test_curve_and_mark(self, kl):
-        (axes,) = plot_curve(make_output(kl[:1], [499])).axes
-        curve, vertical, dot = axes.lines
+    def peak(self, curve):
+        return LEVELS[1:][curve.argmax()]
+
+    def test_curve_and_its_peak(self, kl):
+        peak = self.peak(kl[0])
+        (axes,) = plot_curve(make_output(kl[:1], [peak])).axes
+        curve, dot, vertical = axes.lines
         assert curve.get_xydata().tolist() == [list(point) for point in zip(LEVELS[1:], kl[0].tolist(), strict=True)]
-        assert list(vertical.get_xdata()) == [499, 499]
-        assert (dot.get_xdata(), dot.get_ydata()) == ([499], [kl[0, 4].item()])
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["t* = 499"]
+        assert (dot.get_xdata(), dot.get_ydata()) == ([peak], [kl[0].max().item()])
+        assert list(vertical.get_xdata()) == [peak, peak]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"t* = {peak}"]
         assert axes.get_title() == "mini, inversion"
 
-    def test_a_batch_is_a_line_each(self, kl):
-        (axes,) = plot_curve(make_output(kl, [99, 499, 999])).axes
+    def test_a_level_read_elsewhere_is_told_from_the_peak(self, kl):
+        (axes,) = plot_curve(make_output(kl[:1], [0])).axes
+        assert list(axes.lines[2].get_xdata()) == [0, 0]
         names = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert names == ["image 0, t* = 99", "image 1, t* = 499", "image 2, t* = 999"]
+        assert names == [f"t* = {self.peak(kl[0])}", "read at 0"]
+
+    def test_a_batch_is_a_line_each(self, kl):
+        peaks = [self.peak(curve) for curve in kl]
+        (axes,) = plot_curve(make_output(kl, peaks)).axes
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == [f"image {index}, t* = {peak}" for index, peak in enumerate(peaks)]
 
     def test_a_large_batch_has_no_legend(self, kl):
         (axes,) = plot_curve(make_output(kl.repeat(4, 1), [99] * 12)).axes
         assert axes.get_legend() is None
-
-    def test_a_level_that_ends_no_step_has_a_line_but_no_dot(self, kl):
-        (axes,) = plot_curve(make_output(kl[:1], [0])).axes
-        assert len(axes.lines) == 2
 
     @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.pdf", b"%PDF"), ("x.svg", b"<?xml")])
     def test_files(self, kl, tmp_path, name, start):

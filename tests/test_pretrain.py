@@ -70,7 +70,7 @@ def test_a_run_falls_in_loss_and_can_be_traced(config):
     folder = pretrain(replace(config, images=1000, collages=0.0, rate=3e-3))
     state = json.loads(safetensors_metadata(config.output / "state.safetensors")["progress"])
     losses = [loss for _, loss in state["losses"]]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert "images seen: 1,00" in (folder / "README.md").read_text()
     assert Tracer.from_pretrained(folder, device="cpu")(np.zeros((20, 30, 3), np.uint8)).edges.shape == (1, 1, 20, 30)
 

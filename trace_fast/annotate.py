@@ -7,16 +7,15 @@ was there before.
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trace_fast._files import whole_file
 from trace_fast.image import to_tensor
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def write_png(path: str | os.PathLike[str], edges: np.ndarray | Tensor, bits: in
     from PIL import Image
 
     levels = np.rint(planes[0].double().numpy() * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
-    with _whole_file(path, "write_png") as file:
+    with whole_file(path, "write_png") as file:
         Image.fromarray(levels).save(file, format="PNG")
 
 
@@ -82,7 +81,7 @@ def write_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"write_picture: path must have the ending of a picture format, got '{path}'")
-    with _whole_file(path, "write_picture") as file:
+    with whole_file(path, "write_picture") as file:
         picture.save(file, format=kind)
 
 
@@ -199,34 +198,19 @@ def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="timestep t", ylabel="KL(previous || t), nats")
     axes.set_title(f"{output.model}, {output.noising}", fontsize="medium")
-    for index, (chosen, curve) in enumerate(zip(output.timestep.tolist(), output.kl.tolist(), strict=True)):
-        name = f"t* = {chosen}" if len(output.kl) == 1 else f"image {index}, t* = {chosen}"
+    for index, (read, curve) in enumerate(zip(output.timestep.tolist(), output.kl.tolist(), strict=True)):
+        peak = max(range(len(curve)), key=curve.__getitem__)
+        name = f"t* = {levels[peak]}" if len(output.kl) == 1 else f"image {index}, t* = {levels[peak]}"
         (line,) = axes.plot(levels, curve, marker=".", label=name)
-        axes.axvline(chosen, color=line.get_color(), linestyle=":")
-        if chosen in levels:
-            axes.plot(chosen, curve[levels.index(chosen)], marker="o", markersize=9, color=line.get_color())
+        axes.plot(levels[peak], curve[peak], marker="o", markersize=9, color=line.get_color())
+        label = None if read == levels[peak] else f"read at {read}"
+        axes.axvline(read, color=line.get_color(), linestyle=":", label=label)
     if len(output.kl) <= 10:  # beyond that a legend hides the curves
         axes.legend()
     if path is not None:
-        with _whole_file(path, "plot_curve") as file:
+        with whole_file(path, "plot_curve") as file:
             figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
     return figure
-
-
-@contextmanager
-def _whole_file(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when the block ends well, and in one step; else `path` is as it was."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{op}: path must be in an existing folder, got '{path}'")
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:  # Ctrl-C included
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _to_planes(edges: np.ndarray | Tensor, op: str) -> Tensor:

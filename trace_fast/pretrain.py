@@ -5,23 +5,23 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import platform
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from trace_fast._files import whole_file
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -184,11 +184,10 @@ class Pretraining:
         return tensors
 
     def save(self) -> None:
+        """Write what `resume` reads."""
         progress = {"step": self.step, "seen": self.seen, "seconds": self.seconds, "losses": self.losses}
-        replace_file(
-            self.config.output / "state.safetensors",
-            lambda path: save_file(self.tensors(), path, {"progress": json.dumps(progress)}),
-        )
+        state = save(self.tensors(), {"progress": json.dumps(progress)})
+        write(self.config.output / "state.safetensors", state)
 
     def resume(self) -> None:
         path = self.config.output / "state.safetensors"
@@ -207,15 +206,15 @@ class Pretraining:
         """Write the averaged weights in half precision, as `Tracer.from_pretrained` reads them, with a model card."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.half().contiguous().cpu() for name, value in self.average.items()}
-        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path))
         description = {
             "family": "mini",
             "architecture": self.config.model.to_dict(),
             "images": self.seen,
             "tracing": {"size": [self.config.sizes[1]] * 2},
         }
-        replace_file(folder / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
-        replace_file(folder / "README.md", lambda path: path.write_text(self.card()))
+        write(folder / "model.safetensors", save(weights))
+        write(folder / "README.md", self.card().encode())
+        write(folder / "config.json", (json.dumps(description, indent=2) + "\n").encode())
 
     def card(self) -> str:
         config, count = self.config, sum(p.numel() for p in self.model.parameters())
@@ -298,11 +297,10 @@ class Pretraining:
         self.export(config.output / "final")
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
+def write(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    with whole_file(path, "pretrain") as file:
+        file.write(content)
 
 
 def pretrain(config: PretrainConfig) -> Path:
