@@ -5,6 +5,8 @@ capture, `forward_capture` the same with every map accumulated, `divergence` mea
 carries the edges to the input's size.
 """
 
+import itertools
+
 import pytest
 import torch
 from PIL import Image
@@ -82,8 +84,7 @@ def test_stage(measure, tracer, path, maps, stage):
         return [tracer._attend(total, latent, level, blocks) for level in levels]
 
     def divergence():
-        pairs = zip(maps, maps[1:], strict=False)
-        return [ops.step_kl_abdiv(previous, current, height, width) for previous, current in pairs]
+        return [ops.step_kl_abdiv(previous, current, height, width) for previous, current in itertools.pairwise(maps)]
 
     def post():
         return probability(strength, backbone.settings.edge_scale, (HEIGHT, WIDTH))

@@ -29,8 +29,8 @@ def speed(results: dict[str, Any]) -> str:
     machine, commit = results["machine_info"], results["commit_info"]["id"][:7]
     lines = [
         f"Measured on {machine['cpu']['brand_raw']}, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"torch {machine['versions']['torch']}, commit `{commit}`, by `make bench`. Memory is what one call adds at its "
-        "peak, its outputs included.",
+        f"torch {machine['versions']['torch']}, commit `{commit}`, by `make bench`. Memory is what one call adds at "
+        "its peak, outputs included.",
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for case in results["benchmarks"]:
