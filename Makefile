@@ -13,6 +13,14 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
+sanitize: $(VENV)/installed
+	TRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
+	for threads in 1 2; do \
+	  OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(BIN)/pytest tests/test_attention.py tests/test_divergence.py -x -s -k 'not large' || exit 1; \
+	done
+
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
