@@ -109,6 +109,17 @@ def test_capture_removes_its_hooks_after_an_error(network, sample):
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+def test_capture_refuses_fused_projections_and_sets_no_hook(network):
+    fused = network.blocks[1].attn
+    fused.norm_q = fused.to_q = None
+    with (
+        pytest.raises(RuntimeError, match="unfuse their projections"),
+        Capture([network.blocks[0].attn, fused], lambda *_: None),
+    ):
+        pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
 def test_capture_complains_of_a_silent_module(network, sample):
     modules = [network.blocks[0].attn, Mini(network.config).blocks[0].attn]
     with (

@@ -76,7 +76,7 @@ def test_a_run_falls_in_loss_and_can_be_traced(config):
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
-    unbroken = load_file(pretrain(config) / "model.safetensors")
+    unbroken = pretrain(config)
 
     class StopError(Exception):
         pass
@@ -97,8 +97,38 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
     run.train_step = stop_after_five
     with pytest.raises(StopError):
         run.run()
-    resumed = load_file(pretrain(broken) / "model.safetensors")
-    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+    resumed = pretrain(broken)
+    assert [
+        load_file(config.output / "state.safetensors")[name].equal(value)
+        for name, value in load_file(broken.output / "state.safetensors").items()
+    ].count(False) == 0
+    assert (resumed / "config.json").read_text() == (unbroken / "config.json").read_text()
+
+
+def test_a_run_of_another_configuration_is_not_resumed(config):
+    pretrain(replace(config, images=4))
+    with pytest.raises(ValueError, match="output must be empty or hold a run of the same configuration"):
+        pretrain(replace(config, seed=1))
+
+
+def test_a_damaged_state_is_named(config):
+    pretrain(replace(config, images=4))
+    state = config.output / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="output must hold a whole state"):
+        pretrain(config)
+
+
+def test_a_damaged_photograph_is_named(photographs):
+    (photographs / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"photographs must be readable, got .*bad\.png"):
+        load_photographs(photographs)
+
+
+def test_a_missing_device_is_named(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="device must be present, got 'cuda'"):
+        pretrain(replace(config, device="cuda"))
 
 
 def safetensors_metadata(path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def definition(backbone, images, levels, noising, seed, blocks):
 @pytest.mark.parametrize("blocks", [None, (2, 0)])
 def test_scan_is_the_definition(tracer, images, noising, blocks):
     kl, abdiv = tracer.scan(images, timesteps=LEVELS, noising=noising, seed=7, blocks=blocks)
-    # the definition runs in float64 throughout; the tracer's network in float32
+    # the definition's network runs in float64 and the tracer's in float32, which is what the tolerance allows for
     expected = definition(make_backbone(torch.float64), images.double(), LEVELS, noising, 7, blocks or (0, 1, 2))
     assert kl.shape == (2, 3) and abdiv.shape == (2, 4, 6, 10)
     assert kl.dtype == abdiv.dtype == torch.float32
@@ -90,7 +91,10 @@ def test_scan_is_the_definition(tracer, images, noising, blocks):
 def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch):
     whole = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
     monkeypatch.setattr("trace_fast.tracer.MAP_BYTES", 3 * 2 * 4 * 60**2)  # room for two levels and the one before
+    sizes, predict = [], tracer.backbone.predict
+    monkeypatch.setattr(tracer.backbone, "predict", lambda x, t: sizes.append(len(x)) or predict(x, t))
     parts = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
+    assert sizes == [4, 4]  # two levels of two images at once
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -126,6 +130,34 @@ def test_fixed_level_off_the_grid_is_visited(tracer, images):
     output = tracer(images, timestep=250, noising="gaussian", return_kl=True)
     assert output.timestep.tolist() == [250, 250]
     assert output.timesteps.tolist() == sorted({*TIMESTEPS, 250})
+
+
+def test_numbers_of_other_kinds_are_levels_too(tracer, images):
+    plain = tracer(images, timesteps=LEVELS, timestep=99)
+    other = tracer(images, timesteps=np.array(LEVELS), timestep=torch.tensor(99))
+    assert torch.equal(plain.edges, other.edges)
+
+
+def test_threads_take_turns(tracer, images):
+    expected = [tracer(image, timestep=0).edges for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda image: tracer(image, timestep=0).edges, [*images, *images, *images]))
+    assert all(torch.allclose(one, expected[index % 2], atol=1e-5) for index, one in enumerate(found))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"size": (64,)}, ValueError, r"size must be \(height, width\), positive integers, got \(64,\)"),
+        ({"size": (22, 40)}, ValueError, "size must be positive multiples of 4 pixels"),
+        ({"edge_scale": 0}, ValueError, "edge_scale must be a positive number, got 0"),
+        ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer level"),
+        ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian"),
+    ],
+)
+def test_settings_are_checked(settings, error, message):
+    with pytest.raises(error, match=message):
+        make_backbone(**settings)
 
 
 def test_settings_are_the_defaults_and_are_recorded(images):
@@ -164,8 +196,10 @@ def test_seed_matters_for_gaussian_noising_alone(tracer, images):
         ({"timesteps": (99, 0)}, ValueError, r"timesteps must be rising levels from 0 to 999, got \(99, 0\)"),
         ({"timesteps": ()}, ValueError, "timesteps must be rising levels"),
         ({"timesteps": (0, 1000)}, ValueError, "timesteps must be rising levels"),
-        ({"timesteps": (0, 9.5)}, TypeError, "timesteps must be integers"),
-        ({"timesteps": (99,), "timestep": "iep"}, ValueError, "timesteps must be at least two levels"),
+        ({"timesteps": (0, 9.5)}, TypeError, "timesteps must be a sequence of integers"),
+        ({"timesteps": 5}, TypeError, "timesteps must be a sequence of integers, got 5"),
+        ({"timesteps": (0,), "timestep": "iep"}, ValueError, "timesteps must be at least two levels"),
+        ({"timesteps": (99, 199), "noising": "inversion"}, ValueError, "timesteps must start at 0 for inversion"),
         ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian, got 'ddpm'"),
     ],
 )

@@ -10,7 +10,7 @@ try:
     from trace_fast import _C
 
     _build_error = None
-except ImportError as error:  # a source tree without a build: the reference still serves, if asked for
+except ImportError as error:  # the extension is not built: the reference serves if it is asked for
     _build_error = error
 
 __all__ = ["Backends", "backends", "choose"]

@@ -7,7 +7,7 @@ range or device.
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "grid", "number", "same_device", "tensor"]
+__all__ = ["contiguous", "device", "grid", "number", "same_device", "tensor"]
 
 
 def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int], *dtypes: torch.dtype) -> None:
@@ -66,3 +66,14 @@ def number(op: str, name: str, value: float) -> None:
     """Require a real number."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def device(op: str, value: torch.device | str) -> torch.device:
+    """Require a device that is there."""
+    try:
+        found = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: device must be a torch device, got {value!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{op}: device must be present, got '{found}' where torch sees no GPU; use 'cpu'")
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import platform
@@ -10,24 +9,28 @@ import tarfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from trace_fast import _checks
 from trace_fast._files import whole_file
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
+from trace_fast.image import resize, to_tensor
 
 __all__ = ["PretrainConfig", "collages", "crops", "load_photographs", "pretrain"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+PROGRESS = ("step", "seen", "seconds", "recent", "losses")
 MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)  # images seen, for the scaling curve
 
 
@@ -35,7 +38,8 @@ MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)  # image
 class PretrainConfig:
     """What a training run is made of.
 
-    Every random number follows from `seed` and the step, so a resumed run goes on exactly where it stopped.
+    Every random number follows from `seed` and the step, so a resumed run goes on exactly where it stopped. `images`
+    may be another number then: the rate follows it.
 
     Attributes:
         photographs: folder of image files, or of tar files of them.
@@ -65,6 +69,11 @@ class PretrainConfig:
     save_minutes: float = 5.0
     model: MiniConfig = field(default_factory=MiniConfig)
 
+    def identity(self) -> str:
+        """What a resumed run must share with the run before: all but where it runs, and how far."""
+        free = ("photographs", "output", "images", "device", "save_minutes")
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
+
     def batch(self, step: int) -> tuple[int, int]:
         """(size, number of images) of a step."""
         large = step % self.large_every == self.large_every - 1
@@ -77,27 +86,41 @@ class PretrainConfig:
 
 
 def load_photographs(folder: Path, size: int = 256) -> np.ndarray:
-    """Every image of a folder of files, or tar files of them, centre-cropped to (n, size, size, 3) uint8."""
-    from PIL import Image, ImageOps
+    """Every image of a folder of files, or tar files of them, centre-cropped to (n, size, size, 3) uint8.
 
-    def files() -> Iterator[bytes]:
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no images, or one is damaged or too small; the message names it.
+    """
+    from PIL import Image
+
+    def files() -> Iterator[tuple[str, BinaryIO]]:
         for path in sorted(folder.iterdir()):
             if path.suffix == ".tar":
                 with tarfile.open(path) as archive:
                     for member in archive:
-                        if Path(member.name).suffix.lower() in SUFFIXES:
-                            file = archive.extractfile(member)
-                            assert file is not None
-                            yield file.read()
+                        content = archive.extractfile(member)
+                        if content is not None and Path(member.name).suffix.lower() in SUFFIXES:
+                            yield f"{path}: {member.name}", cast(BinaryIO, content)
             elif path.suffix.lower() in SUFFIXES:
-                yield path.read_bytes()
+                with open(path, "rb") as content:
+                    yield str(path), content
 
     if not folder.is_dir():
         raise FileNotFoundError(f"pretrain: photographs must be a folder of image or tar files, got {str(folder)!r}")
     photographs = []
-    for content in tqdm(files(), desc="reading photographs", unit="image"):
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-        photographs.append(np.asarray(ImageOps.fit(image, (size, size))))
+    try:
+        for name, content in tqdm(files(), desc="reading photographs", unit="image"):
+            try:
+                pixels = to_tensor(Image.open(content))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"pretrain: photographs must be readable, got {name}: {error}") from error
+            side = min(pixels.shape[2:])
+            top, left = ((length - side) // 2 for length in pixels.shape[2:])
+            square = resize(pixels[:, :, top : top + side, left : left + side], (size, size))
+            photographs.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    except tarfile.TarError as error:
+        raise ValueError(f"pretrain: photographs must be readable, got a damaged tar file: {error}") from error
     if not photographs:
         raise ValueError(f"pretrain: photographs must hold image files, got none in {str(folder)!r}")
     return np.stack(photographs)
@@ -168,7 +191,8 @@ class Pretraining:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = self.seen = 0
         self.seconds = 0.0
-        self.losses: list[tuple[int, float]] = []  # (images seen, mean loss since the last entry)
+        self.recent: list[float] = []  # losses since the last entry of `losses`
+        self.losses: list[tuple[int, float]] = []  # (images seen, mean loss of the 60 steps before)
         self.schedule = VariancePreserving()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -185,22 +209,32 @@ class Pretraining:
 
     def save(self) -> None:
         """Write what `resume` reads."""
-        progress = {"step": self.step, "seen": self.seen, "seconds": self.seconds, "losses": self.losses}
-        state = save(self.tensors(), {"progress": json.dumps(progress)})
-        write(self.config.output / "state.safetensors", state)
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        metadata = {"progress": json.dumps(progress), "config": self.config.identity()}
+        write(self.config.output / "state.safetensors", save(self.tensors(), metadata))
 
     def resume(self) -> None:
+        """Go on from the state in `config.output`, if there is one; ValueError where it is of another run."""
         path = self.config.output / "state.safetensors"
         if not path.exists():
             return
-        with safe_open(path, "pt") as stored:
-            progress = json.loads(stored.metadata()["progress"])
-            for name, value in self.tensors().items():
-                value.copy_(stored.get_tensor(name))
+        try:
+            with safe_open(path, "pt") as stored:
+                metadata = stored.metadata()
+            values = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"pretrain: output must hold a whole state, got {str(path)!r}: {error}") from error
+        if metadata["config"] != self.config.identity():
+            raise ValueError(
+                f"pretrain: output must be empty or hold a run of the same configuration, got {metadata['config']} "
+                f"where this run is {self.config.identity()}"
+            )
+        for name, value in self.tensors().items():
+            value.copy_(values[name])
+        for name, value in json.loads(metadata["progress"]).items():
+            setattr(self, name, value)
         for state in self.optimiser.state.values():
-            state["step"].fill_(progress["step"])
-        self.step, self.seen, self.seconds = progress["step"], progress["seen"], progress["seconds"]
-        self.losses = [tuple(entry) for entry in progress["losses"]]
+            state["step"].fill_(self.step)
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in half precision, as `Tracer.from_pretrained` reads them, with a model card."""
@@ -226,15 +260,14 @@ class Pretraining:
                 "Made to show TRACE's first stage with no download; it is not an image generator of any quality.",
                 "",
                 f"- Parameters: {count:,} ({config.model})",
-                f"- Data: {config.collages:.0%} collages of photograph fragments, else plain photographs; no labels",
-                f"- Photographs: {self.photographs} under CC BY 2.0, CC BY 4.0 or CC0 1.0 (by the list beside them)",
+                f"- Data: photographs of {config.photographs.name!r} (state their licences here), without labels; "
+                f"{config.collages:.0%} of every batch collages of their fragments",
                 f"- Objective: v-prediction, mean squared error, {self.schedule}",
                 f"- Steps: {self.step:,}; images seen: {self.seen:,}",
                 f"- Sizes: {config.sizes} px, in batches of {config.batches}, large every {config.large_every} steps",
-                f"- Loss, moving average of v error: {loss}",
+                f"- Mean squared error of v in the last 60 steps logged: {loss}",
                 f"- Machine: {platform.processor() or platform.machine()}, {config.device}, "
                 f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
-                "- Licence of the weights: Apache-2.0",
                 "",
             ]
         )
@@ -275,18 +308,17 @@ class Pretraining:
         config.output.mkdir(parents=True, exist_ok=True)
         self.resume()
         photographs = load_photographs(config.photographs)
-        self.photographs = f"{len(photographs):,} photographs"
-        started, saved, recent = time.monotonic() - self.seconds, time.monotonic(), []
+        started, saved = time.monotonic() - self.seconds, time.monotonic()
         with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain") as bar:
             while self.seen < config.images:
                 before = self.seen
-                recent.append(self.train_step(photographs))
+                self.recent.append(self.train_step(photographs))
                 self.seconds = time.monotonic() - started
                 bar.update(self.seen - before)
-                if len(recent) == 60:
-                    self.losses.append((self.seen, sum(recent) / len(recent)))
+                if len(self.recent) == 60:
+                    self.losses.append((self.seen, sum(self.recent) / 60))
                     bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
-                    recent = []
+                    self.recent = []
                 for mark in MARKS:
                     if before < mark <= self.seen:
                         self.export(config.output / f"images-{mark:08d}")
@@ -304,7 +336,13 @@ def write(path: Path, content: bytes) -> None:
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train `mini`; resume a run found in `config.output`. Returns the folder of the finished weights."""
+    """Train `mini`; resume a run found in `config.output`. Returns the folder of the finished weights.
+
+    Raises:
+        FileNotFoundError, ValueError: the photographs cannot be read, or the run found is of another configuration.
+        RuntimeError: the device is not there.
+    """
+    _checks.device("pretrain", config.device)
     run = Pretraining(config)
     run.run()
     return config.output / "final"

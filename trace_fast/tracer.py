@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trace_fast import _checks, ops
 from trace_fast import image as door
-from trace_fast import ops
-from trace_fast.backbones import Backbone, load_backbone
+from trace_fast.backbones import Backbone, load_backbone, models
+from trace_fast.backbones.base import STEPS, check_noising, check_timestep
 from trace_fast.backbones.capture import Capture
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
 
 TIMESTEPS = (0, *range(99, 1000, 100))  # stride 100 of a 1000-step schedule, and the image itself
-NOISINGS = ("inversion", "gaussian")
 MAP_BYTES = 2**30  # attention maps held at once when independent levels run as a batch
 
 
@@ -53,14 +55,20 @@ class TraceOutput:
 class Tracer:
     """Instance edges from the self-attention of a diffusion model, without training (TRACE, sections 3.1 and 3.2).
 
-    Holds a backbone and nothing else: calls do not depend on one another.
+    Holds a backbone and nothing else: calls do not depend on one another. Calls from several threads take turns.
+
+    Args:
+        backbone: what is read.
+        name: recorded in the output.
+        device: where the backbone is moved to.
     """
 
-    def __init__(self, backbone: Backbone, *, name: str = "custom", device: torch.device | str | None = None):
+    def __init__(self, backbone: Backbone, *, name: str = "custom", device: torch.device | str = "cpu"):
         self.backbone = backbone
         self.name = name
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = _checks.device("load", device)
         self.backbone.network.eval().requires_grad_(False).to(self.device)
+        self._lock = threading.Lock()  # hooks sit on the network, which all threads share
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "mini", *, device: torch.device | str | None = None) -> Tracer:
@@ -76,8 +84,7 @@ class Tracer:
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"load: device must be present, got {str(device)!r} where torch sees no GPU; use 'cpu'")
+        device = _checks.device("load", device)
         return cls(load_backbone(model), name=str(model), device=device)
 
     @torch.no_grad()
@@ -99,6 +106,7 @@ class Tracer:
             timestep: "iep" reads the level where the KL divergence between consecutive maps peaks (t*); an integer
                 reads that level; None does what the backbone's settings prefer.
             timesteps: levels of the search, rising, 0 (the image) to 999 (noise); default 0, 99, 199, ..., 999.
+                Inversion sets out from the image, so its first level is 0.
             noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
             seed: of the gaussian noise; the same noise serves every level and image.
             return_kl: measure the KL curve also where a fixed level is read.
@@ -109,8 +117,10 @@ class Tracer:
         """
         settings = self.backbone.settings
         noising = check_noising(settings.noising if noising is None else noising)
-        levels = check_timesteps(timesteps)
-        fixed = check_timestep(settings.timestep if timestep is None else timestep, levels)
+        levels = check_timesteps(timesteps, noising)
+        fixed = check_timestep(settings.timestep if timestep is None else timestep)
+        if (fixed is None or return_kl) and len(levels) < 2:
+            raise ValueError(f"trace: timesteps must be at least two levels for a KL curve, got {levels}")
         if fixed is not None:  # inversion must pass through the levels before it
             needed = levels if return_kl else [level for level in levels if level < fixed and noising == "inversion"]
             levels = tuple(sorted({*needed, fixed}))
@@ -145,13 +155,13 @@ class Tracer:
     ) -> tuple[Tensor, Tensor]:
         """Visit noise levels and measure every step and map: TRACE, Eq. 1 and 2.
 
-        One network call a level; maps are accumulated in place, one buffer a level held plus one. Nothing is copied
-        to the host.
+        The network runs once for every level, gaussian levels as a batch; maps are accumulated in place, one buffer a
+        level of the batch plus one. Nothing is copied to the host.
 
         Args:
             images: (B, 3, H, W) float32 in [0, 1], squashed to the processing size.
-            timesteps: levels, rising, in 0 .. 999; default 0, 99, 199, ..., 999. Inversion starts at 0 from the image
-                and goes through exactly these levels.
+            timesteps: levels, rising, in 0 .. 999; default 0, 99, 199, ..., 999. Inversion goes through exactly these
+                levels, from the image at 0.
             noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
             seed: of the gaussian noise.
             blocks: indices of the self-attention blocks that are averaged; None does what the settings prefer.
@@ -163,8 +173,8 @@ class Tracer:
             TypeError, ValueError: an argument is not what is said above.
         """
         settings, schedule = self.backbone.settings, self.backbone.schedule
-        levels = check_timesteps(timesteps)
         noising = check_noising(settings.noising if noising is None else noising)
+        levels = check_timesteps(timesteps, noising)
         chosen = check_blocks(settings.blocks if blocks is None else blocks, len(self.backbone.attentions()))
         height, width = self.backbone.grid(settings.size)
         count, tokens = len(images), height * width
@@ -212,7 +222,7 @@ class Tracer:
             ops.accumulate_attention(total, query, key, 1 / len(blocks))
 
         modules = self.backbone.attentions()
-        with Capture([modules[index] for index in blocks], add):
+        with self._lock, Capture([modules[index] for index in blocks], add):
             return self.backbone.predict(sample, timestep)
 
 
@@ -222,33 +232,18 @@ def probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:
     return 1 - torch.exp(-strength.clamp(min=0) / scale)  # rounding may leave a divergence just below zero
 
 
-def check_timesteps(timesteps: Sequence[int] | None) -> tuple[int, ...]:
-    levels = TIMESTEPS if timesteps is None else tuple(timesteps)
-    if not all(isinstance(level, int) and not isinstance(level, bool) for level in levels):
-        raise TypeError(f"trace: timesteps must be integers, got {timesteps!r}")
+def check_timesteps(timesteps: Sequence[int] | None, noising: str) -> tuple[int, ...]:
+    """Levels as integers, rising, in range; from 0 for inversion."""
+    try:
+        levels = TIMESTEPS if timesteps is None else tuple(operator.index(level) for level in timesteps)
+    except TypeError:
+        raise TypeError(f"trace: timesteps must be a sequence of integers, got {timesteps!r}") from None
     rising = all(low < high for low, high in itertools.pairwise(levels))
-    if not levels or not rising or levels[0] < 0 or levels[-1] > 999:
-        raise ValueError(f"trace: timesteps must be rising levels from 0 to 999, got {timesteps!r}")
+    if not levels or not rising or levels[0] < 0 or levels[-1] >= STEPS:
+        raise ValueError(f"trace: timesteps must be rising levels from 0 to {STEPS - 1}, got {timesteps!r}")
+    if noising == "inversion" and levels[0] != 0:
+        raise ValueError(f"trace: timesteps must start at 0 for inversion, got {timesteps!r}")
     return levels
-
-
-def check_timestep(timestep: Any, levels: tuple[int, ...]) -> int | None:
-    """The fixed level, or None for a search over `levels`."""
-    if timestep == "iep":
-        if len(levels) < 2:
-            raise ValueError(f"trace: timesteps must be at least two levels to find t*, got {levels}")
-        return None
-    if isinstance(timestep, bool) or not isinstance(timestep, int):
-        raise TypeError(f"trace: timestep must be 'iep' or an integer level, got {timestep!r}")
-    if not 0 <= timestep <= 999:
-        raise ValueError(f"trace: timestep must be from 0 to 999, got {timestep}")
-    return timestep
-
-
-def check_noising(noising: str) -> str:
-    if noising not in NOISINGS:
-        raise ValueError(f"trace: noising must be one of {', '.join(NOISINGS)}, got {noising!r}")
-    return noising
 
 
 def check_blocks(blocks: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -304,5 +299,6 @@ def edges(
     door.check_output_type(output_type)
     if device is None:
         device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"
-    output = _tracer(str(model), str(device))(image, seed=seed)
+    name = model if model in models() or not Path(model).is_dir() else Path(model).resolve()
+    output = _tracer(str(name), str(device))(image, seed=seed)
     return door.from_tensor(output.edges, image, output_type)

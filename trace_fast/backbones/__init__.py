@@ -33,7 +33,8 @@ def load_backbone(model: str | Path) -> Backbone:
         )
     try:
         config = json.loads((folder / "config.json").read_text())
-        family = FAMILIES[config["family"]]
-        return family.from_folder(folder, config)
+        if config["family"] not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {config['family']!r}")
+        return FAMILIES[config["family"]].from_folder(folder, config)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"load: model must be a folder of matching files, got {str(folder)!r}: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +14,37 @@ from torch import Tensor, nn
 
 from trace_fast.backbones.schedule import VariancePreserving
 
-__all__ = ["Backbone", "Settings", "load_weights"]
+__all__ = ["NOISINGS", "STEPS", "Backbone", "Settings", "check_noising", "check_timestep", "load_weights"]
+
+STEPS = 1000  # noise levels are 0 .. STEPS - 1, from image to noise
+NOISINGS = ("inversion", "gaussian")
+
+
+def check_timestep(timestep: Any) -> int | None:
+    """A fixed level as an integer, or None for "iep"."""
+    if isinstance(timestep, str) and timestep == "iep":
+        return None
+    try:
+        level = operator.index(timestep)
+    except TypeError:
+        level = None
+    if level is None or isinstance(timestep, bool):
+        raise TypeError(f"trace: timestep must be 'iep' or an integer level, got {timestep!r}")
+    if not 0 <= level < STEPS:
+        raise ValueError(f"trace: timestep must be from 0 to {STEPS - 1}, got {level}")
+    return level
+
+
+def check_noising(noising: Any) -> str:
+    """One of `NOISINGS`."""
+    if noising not in NOISINGS:
+        raise ValueError(f"trace: noising must be one of {', '.join(NOISINGS)}, got {noising!r}")
+    return str(noising)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a backbone prefers to be traced; every value can be overridden in a call.
+    """How a backbone prefers to be traced. A call may choose another timestep, noising or blocks.
 
     Attributes:
         size: processing size in pixels, (height, width); images are squashed to it and edges stretched back.
@@ -26,6 +53,9 @@ class Settings:
         blocks: indices of the self-attention blocks that are averaged; None for all of them.
         edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats.
         reason: why a preference differs from the paper's, with the figure that decided it.
+
+    Raises:
+        TypeError, ValueError: a value is not what is said above.
     """
 
     size: tuple[int, int]
@@ -34,6 +64,15 @@ class Settings:
     blocks: tuple[int, ...] | None = None
     edge_scale: float = 0.1
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        size = self.size
+        if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+            raise ValueError(f"settings: size must be (height, width), positive integers, got {size!r}")
+        if not isinstance(self.edge_scale, (int, float)) or not 0 < self.edge_scale < math.inf:
+            raise ValueError(f"settings: edge_scale must be a positive number, got {self.edge_scale!r}")
+        check_timestep(self.timestep)
+        check_noising(self.noising)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:

@@ -26,8 +26,8 @@ class Capture:
             network's own tensors: use them before returning, never write to them.
 
     Raises:
-        RuntimeError: on leaving without an error, if some module was never heard from (its projections are fused,
-            say, or it was skipped).
+        RuntimeError: some module has no to_q or to_k, or was never heard from when the block ends without an error
+            (its projections are fused, say, or it was skipped).
     """
 
     def __init__(self, modules: Sequence[nn.Module], sink: Callable[[int, Tensor, Tensor], None]):
@@ -37,22 +37,34 @@ class Capture:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture:
-        for index, module in enumerate(self.modules):
-            self._watch(index, module)
+        leaves = [self._leaves(module) for module in self.modules]  # before any hook is set
+        for index, (module, (query, key)) in enumerate(zip(self.modules, leaves, strict=True)):
+            self._watch(index, module, query, key)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         while self._handles:
             self._handles.pop().remove()
-        silent = [index for index, count in enumerate(self.counts) if not count]
+        silent = [module for module, count in zip(self.modules, self.counts, strict=True) if not count]
         if error is None and silent:
-            kinds = sorted({type(self.modules[index]).__name__ for index in silent})
-            raise RuntimeError(
-                f"Capture: every self-attention must pass through its to_q and to_k, got nothing from {len(silent)} of "
-                f"{len(self.modules)} modules ({', '.join(kinds)}); unfuse their projections (unfuse_qkv_projections)"
-            )
+            raise RuntimeError(self._complain(silent))
 
-    def _watch(self, index: int, module: nn.Module) -> None:
+    def _complain(self, modules: Sequence[nn.Module]) -> str:
+        kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
+        return (
+            f"Capture: every self-attention must pass through its to_q and to_k, got nothing from {len(modules)} of "
+            f"{len(self.modules)} modules ({kinds}); unfuse their projections (unfuse_qkv_projections)"
+        )
+
+    def _leaves(self, module: nn.Module) -> list[nn.Module]:
+        """The last layers before the product: of the query, of the key."""
+        found = [getattr(module, f"norm_{x}", None) or getattr(module, f"to_{x}", None) for x in "qk"]
+        leaves = [leaf for leaf in found if leaf is not None]
+        if len(leaves) < 2:
+            raise RuntimeError(self._complain([module]))
+        return leaves
+
+    def _watch(self, index: int, module: nn.Module, query: nn.Module, key: nn.Module) -> None:
         seen: dict[str, Any] = {}
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,7 +85,6 @@ class Capture:
             seen.clear()
 
         self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        for name, letter in (("query", "q"), ("key", "k")):
-            leaf = getattr(module, f"norm_{letter}", None) or getattr(module, f"to_{letter}")
-            self._handles.append(leaf.register_forward_hook(keep(name)))
+        self._handles.append(query.register_forward_hook(keep("query")))
+        self._handles.append(key.register_forward_hook(keep("key")))
         self._handles.append(module.register_forward_hook(finish))

@@ -148,9 +148,10 @@ class MiniBackbone:
     """`Mini` as the tracer sees it: pixels are the latent, every block's attention is read."""
 
     def __init__(self, network: Mini, settings: Settings):
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
         self.settings = settings
         self.schedule = VariancePreserving()
+        self.grid(settings.size)  # refuse a size that the patches do not fill
 
     @classmethod
     def from_folder(cls, folder: Path, config: dict[str, Any]) -> MiniBackbone:

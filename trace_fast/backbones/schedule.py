@@ -21,7 +21,6 @@ class VariancePreserving:
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    prediction: str = "v"
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """(signal, noise) factors, each (B, 1, 1, 1) float32, of integer levels (B,) in 0 .. steps - 1."""
@@ -41,7 +40,10 @@ class VariancePreserving:
         return signal * noise - sigma * latent
 
     def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
-        """One deterministic DDIM inversion step, from levels (B,) to the noisier levels `following` (B,)."""
+        """One deterministic DDIM inversion step, from levels (B,) to the noisier levels `following` (B,).
+
+        `prediction` is the velocity of `sample`, shaped like it.
+        """
         signal, sigma = self.coefficients(timestep)
         latent = signal * sample - sigma * prediction
         noise = sigma * sample + signal * prediction
