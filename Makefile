@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# options for the install of torch, such as TORCH='--index-url https://download.pytorch.org/whl/cpu'
+TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -23,7 +25,7 @@ sanitize: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt $(TORCH) torch
 	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
 	touch $@
 

@@ -2,6 +2,9 @@
 
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+COMMANDS = re.findall(r"^trace-fast .*$", README.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{index}" for index in range(len(BLOCKS))])
@@ -20,8 +24,29 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
     exec(compile(block, str(README), "exec"), {})
 
 
-def test_there_are_python_blocks():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, tmp_path):
+    from skimage import data, io
+
+    (tmp_path / "photos").mkdir()
+    io.imsave(tmp_path / "photos" / "coffee.jpg", data.coffee())
+    program = Path(sys.executable).with_name("trace-fast")
+    subprocess.run([program, *shlex.split(command)[1:]], cwd=tmp_path, check=True)
+    assert {path.name for path in (tmp_path / "edges").iterdir()} == {
+        "coffee.png",
+        "coffee_overlay.png",
+        "coffee_curve.png",
+    }
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)", README.read_text())) <= targets
+
+
+def test_there_is_something_to_run():
     assert len(BLOCKS) >= 1
+    assert len(COMMANDS) >= 1
 
 
 def test_links_to_files_resolve():

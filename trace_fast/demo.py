@@ -41,7 +41,7 @@ def run(output: Path) -> Path:
         edges = result.edges[0, 0].numpy()
         annotate.write_png(output / f"{name}.png", edges)
         pictures = [photograph, edges, annotate.overlay(photograph, edges)]
-        panel = annotate.panel(pictures, ["photograph", "edges", "overlay"])
+        panel = annotate.panel(pictures, ["photograph", "edges", "overlay"], height=320)
         annotate.write_picture(output / f"{name}_panel.png", panel)
         annotate.plot_curve(result, output / f"{name}_curve.png")
         height, width = photograph.shape[:2]
