@@ -67,11 +67,13 @@ def test_collages_keep_the_range_and_mix_their_sources():
 
 
 def test_a_run_falls_in_loss_and_can_be_traced(config):
-    folder = pretrain(replace(config, images=1000, collages=0.0, rate=3e-3))
+    folder = pretrain(replace(config, images=1000, collages=0.0, rate=3e-3, licence="CC0"))
     state = json.loads(safetensors_metadata(config.output / "state.safetensors")["progress"])
     losses = [loss for _, loss in state["losses"]]
     assert losses[-1] < 0.9 * losses[0]
-    assert "images seen: 1,00" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "images seen: 1,00" in card
+    assert "licence CC0" in card
     assert Tracer.from_pretrained(folder, device="cpu")(np.zeros((20, 30, 3), np.uint8)).edges.shape == (1, 1, 20, 30)
 
 

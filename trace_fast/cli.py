@@ -137,13 +137,15 @@ def pretrain(
     images: Annotated[int, typer.Option(min=1, help="Images to see before stopping.")] = 300_000,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    licence: Annotated[str, typer.Option(help="Of the photographs, for the model card.")] = "not stated",
 ) -> None:
     """Train the embedded model from photographs, without labels. Interrupt it at will: the same command goes on."""
     from trace_fast.pretrain import PretrainConfig, pretrain
 
     _open_folder(output)
     try:
-        typer.echo(pretrain(PretrainConfig(photographs, output, images=images, device=device, seed=seed)))
+        config = PretrainConfig(photographs, output, images=images, device=device, seed=seed, licence=licence)
+        typer.echo(pretrain(config))
     except _FAILURES as error:
         _refuse(str(error))
 

@@ -51,6 +51,10 @@ class PretrainConfig:
         collages: share of every batch made of fragments of several photographs.
         rate: peak learning rate of AdamW; warmed up over `warmup` steps, linear to zero over the last `decay` share.
         ema: decay of the moving average of the weights; the average is what is kept.
+        seed: of everything random.
+        device: where to train.
+        save_minutes: time between two states to resume from.
+        licence: of the photographs, for the model card.
     """
 
     photographs: Path
@@ -67,11 +71,12 @@ class PretrainConfig:
     seed: int = 0
     device: str = "cpu"
     save_minutes: float = 5.0
+    licence: str = "not stated"
     model: MiniConfig = field(default_factory=MiniConfig)
 
     def identity(self) -> str:
         """What a resumed run must share with the run before: all but where it runs, and how far."""
-        free = ("photographs", "output", "images", "device", "save_minutes")
+        free = ("photographs", "output", "images", "device", "save_minutes", "licence")
         return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
 
     def batch(self, step: int) -> tuple[int, int]:
@@ -260,7 +265,7 @@ class Pretraining:
                 "Made to show TRACE's first stage with no download; it is not an image generator of any quality.",
                 "",
                 f"- Parameters: {count:,} ({config.model})",
-                f"- Data: photographs of {config.photographs.name!r} (state their licences here), without labels; "
+                f"- Data: photographs of {config.photographs.name!r}, licence {config.licence}, without labels; "
                 f"{config.collages:.0%} of every batch collages of their fragments",
                 f"- Objective: v-prediction, mean squared error, {self.schedule}",
                 f"- Steps: {self.step:,}; images seen: {self.seen:,}",
