@@ -21,6 +21,7 @@ SECONDS, ROUNDS = 2.0, 7
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    del machine_info["node"]
     machine_info["threads"] = torch.get_num_threads()
     machine_info["cores"] = os.cpu_count()
     machine_info["instruction_set"] = _C.instruction_set()

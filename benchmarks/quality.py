@@ -40,9 +40,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import trace_fast
+from trace_fast.backbones.base import NOISINGS
 from trace_fast.backbones.mini import Mini, MiniBackbone
 from trace_fast.image import resize, to_tensor
-from trace_fast.tracer import NOISINGS, TIMESTEPS, Tracer
+from trace_fast.tracer import TIMESTEPS, Tracer
 
 GRID = 32  # cells per side that every method is scored on
 SIDE = 256  # side of the squashed label maps, in pixels
@@ -359,13 +360,14 @@ def main() -> None:
     if options.limit is not None and options.limit < SHEET:
         parser.error(f"quality: limit must be at least {SHEET}, got {options.limit}")
 
+    origin = provenance()  # before the work: the tree may change meanwhile
     tracer = Tracer.from_pretrained(options.model)
     size = tracer.backbone.settings.size
     photos = Photos.read(options.data, size, tracer.backbone.grid(size), options.limit)
     traced, tracing = trace(tracer, photos)
     maps = photos.classics | traced
     segments = {name: scores[photos.panoptic] for name, scores in maps.items()} | {CEILING: photos.segments.thin}
-    report = provenance() | {
+    report = origin | {
         "model": options.model,
         "photos": len(photos.ids),
         "panoptic_photos": len(photos.panoptic),

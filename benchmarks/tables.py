@@ -62,6 +62,17 @@ def quality(results: dict[str, Any]) -> str:
         low, high = row["ap_interval"]
         gap = f"{row['gap']:+.3f} ± {row['gap_error']:.3f}" if row["gap_error"] else ""
         lines.append(f"| {names[name]} | {row['ap']:.3f} | {low:.3f} to {high:.3f} | {row['ois']:.3f} | {gap} |")
+    tracing = results["tracing"]
+    shares = " and ".join(
+        f"{tracing[noising]['interior_share']:.1%} with {noising}" for noising in ("inversion", "gaussian")
+    )
+    settings = tracing["settings"]
+    lines += [
+        "",
+        f"The paper's noise level is no use at this size: the KL curve peaks at the first or the last step almost always "
+        f"(t* lies strictly inside the grid for {shares} noising). `mini` therefore reads level {settings['timestep']} "
+        'unless told otherwise; `timestep="iep"` searches.',
+    ]
     lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)
 
