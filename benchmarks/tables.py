@@ -69,9 +69,9 @@ def quality(results: dict[str, Any]) -> str:
     settings = tracing["settings"]
     lines += [
         "",
-        f"The paper's noise level is no use at this size: the KL curve peaks at the first or the last step almost "
-        f"always (t* lies strictly inside the grid for {shares} noising). `mini` therefore reads level {settings['timestep']} "
-        'unless told otherwise; `timestep="iep"` searches.',
+        "The paper's noise level is no use at this size: the KL curve peaks at the first or the last step almost "
+        f"always (t* lies strictly inside the grid for {shares} noising). `mini` therefore reads level "
+        f"{settings['timestep']} unless told otherwise; `timestep=\"iep\"` searches.",
     ]
     lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)

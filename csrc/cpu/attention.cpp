@@ -54,19 +54,28 @@ inline void multiply_tile(const float* query, const float* key, int64_t channels
     for (int64_t v = 0; v < kTileVecs; ++v) store(logits + r * stride + v * kLanes, sums[r][v]);
 }
 
-// total (tokens) += weight * softmax of logits (tokens), which is overwritten up to the next whole vector.
+// total (tokens) += weight * softmax of logits (tokens), which is overwritten up to the next whole tile.
+// A tile at a time, so that the maxima and sums of its vectors do not wait for one another.
 inline void add_softmax(float* logits, int64_t tokens, float weight, float* total) {
-  for (int64_t j = tokens; j < round_up(tokens, kLanes); ++j) logits[j] = -kInfinity;
-  vec top = splat(-kInfinity);
-  for (int64_t j = 0; j < tokens; j += kLanes) top = max(load(logits + j), top);
-  const float shift = max(top);
-  vec sums = {};
-  for (int64_t j = 0; j < tokens; j += kLanes) {
-    const vec mass = exp2(load(logits + j) - shift);
-    store(logits + j, mass);
-    sums += mass;
-  }
-  const float factor = weight / sum(sums);
+  const int64_t columns = round_up(tokens, kTileColumns);
+  for (int64_t j = tokens; j < columns; ++j) logits[j] = -kInfinity;
+  vec tops[kTileVecs];
+  for (vec& top : tops) top = splat(-kInfinity);
+  for (int64_t j = 0; j < columns; j += kTileColumns)
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kTileVecs; ++v) tops[v] = max(load(logits + j + v * kLanes), tops[v]);
+  for (int64_t v = 1; v < kTileVecs; ++v) tops[0] = max(tops[v], tops[0]);
+  const float shift = max(tops[0]);
+  vec sums[kTileVecs] = {};
+  for (int64_t j = 0; j < columns; j += kTileColumns)
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kTileVecs; ++v) {
+      const vec mass = exp2(load(logits + j + v * kLanes) - shift);
+      store(logits + j + v * kLanes, mass);
+      sums[v] += mass;
+    }
+  for (int64_t v = 1; v < kTileVecs; ++v) sums[0] += sums[v];
+  const float factor = weight / sum(sums[0]);
   int64_t j = 0;
   for (; j + kLanes <= tokens; j += kLanes) store(total + j, load(total + j) + factor * load(logits + j));
   for (; j < tokens; ++j) total[j] += factor * logits[j];
