@@ -75,8 +75,12 @@ class NinjaBuild(build_ext):
         shutil.copyfile(built, target)
 
 
-if os.environ.get("TRACE_FAST_CUDA") == "1" and shutil.which("nvcc") is None:
-    raise SystemExit("trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU")
+if os.environ.get("TRACE_FAST_CUDA") == "1":
+    if shutil.which("nvcc") is None:
+        raise SystemExit(
+            "trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU"
+        )
+    raise SystemExit("trace_fast: TRACE_FAST_CUDA=1 asks for CUDA kernels, and this version has none; unset it")
 
 setup(
     ext_modules=[Extension("trace_fast._C", CORE + CPU, depends=HEADERS)],

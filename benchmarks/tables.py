@@ -71,7 +71,7 @@ def quality(results: dict[str, Any]) -> str:
         "",
         "The paper's noise level is no use at this size: the KL curve peaks at the first or the last step almost "
         f"always (t* lies strictly inside the grid for {shares} noising). `mini` therefore reads level "
-        f"{settings['timestep']} unless told otherwise; `timestep=\"iep\"` searches.",
+        f'{settings["timestep"]} unless told otherwise; `timestep="iep"` searches.',
     ]
     lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)

@@ -67,7 +67,6 @@ int positive(int num_threads) {
 PYBIND11_MODULE(_C, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
-  m.attr("with_cuda") = false;
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const auto& set : supported()) names.push_back(set.first);

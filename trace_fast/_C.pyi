@@ -1,7 +1,5 @@
 """The native core: addresses of contiguous float32 arrays and their sizes; see csrc/trace_fast.h."""
 
-with_cuda: bool
-
 def instruction_sets() -> list[str]:
     """Instruction sets this machine runs, slowest first."""
 

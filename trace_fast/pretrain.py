@@ -225,13 +225,13 @@ class Pretraining:
             return
         try:
             with safe_open(path, "pt") as stored:
-                metadata = stored.metadata()
+                metadata = stored.metadata() or {}
             values = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"pretrain: output must hold a whole state, got {str(path)!r}: {error}") from error
-        if metadata["config"] != self.config.identity():
+        if (found := metadata.get("config")) != self.config.identity():
             raise ValueError(
-                f"pretrain: output must be empty or hold a run of the same configuration, got {metadata['config']} "
+                f"pretrain: output must be empty or hold a run of the same configuration, got {found} "
                 f"where this run is {self.config.identity()}"
             )
         for name, value in self.tensors().items():
