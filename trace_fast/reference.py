@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["abdiv", "accumulate_attention", "attention_map", "resize_attention", "step_kl", "step_kl_abdiv"]
+__all__ = [
+    "abdiv",
+    "accumulate_attention",
+    "accumulate_resized",
+    "attention_map",
+    "readout",
+    "resize_attention",
+    "step_kl",
+    "step_kl_abdiv",
+]
 
 # probabilities are clamped to it from below, so that their logarithms are finite
 TINY = 2.0**-126
@@ -45,7 +54,7 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     the paper's aggregated map, and one (N, N) buffer serves all blocks.
 
     Args:
-        total: (B, N, N) float32 or wider, updated in place.
+        total: (B, N, N) float, updated in place; half precision is rounded once, after the mean over heads.
         query: (B, H, N, d) float.
         key: (B, H, N, d) float.
         weight: factor of this block.
@@ -59,9 +68,41 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     heads, channels = query.shape[1], query.shape[3]
     scale = channels**-0.5 if scale is None else scale
     query, key = query.to(_wide(query)) * scale, key.to(_wide(key))
+    wide = total.to(_wide(total))
     # one head at a time: two maps of memory instead of 2 H, and faster for it
     for head in range(heads):
-        total.add_((query[:, head] @ key[:, head].mT).softmax(-1), alpha=weight / heads)
+        wide.add_((query[:, head] @ key[:, head].mT).softmax(-1), alpha=weight / heads)
+    if wide is not total:
+        total.copy_(wide)
+
+
+def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+    """Head-mean attention map of one block times a matrix.
+
+    SA V with SA = 1/H sum over heads of softmax(scale Q K^T). Every linear read-out of the map is of this form: a 3 x 3
+    convolution that reads the map as N channels is nine columns of V, shifted and summed. Half precision is computed
+    as `scaled_dot_product_attention` does: probabilities and V are rounded to the dtype of query before they meet.
+
+    Args:
+        query: (B, H, N, d) float.
+        key: (B, H, N, d) as query.
+        values: (N, C) float, the same for every head and image.
+        scale: factor of the logits; None is 1 / sqrt(d).
+
+    Returns:
+        (B, N, C), float32 or wider. Differentiable in query, key and values.
+
+    Example:
+        >>> query, key = torch.randn(2, 1, 4, 6, 8)
+        >>> readout(query, key, torch.randn(6, 9)).shape
+        torch.Size([1, 6, 9])
+    """
+    heads, channels = query.shape[1], query.shape[3]
+    scale = channels**-0.5 if scale is None else scale
+    narrow, wide = query.dtype, _wide(query)
+    query, key, values = query.to(wide) * scale, key.to(wide), values.to(narrow).to(wide)
+    products = [(query[:, head] @ key[:, head].mT).softmax(-1).to(narrow).to(wide) @ values for head in range(heads)]
+    return torch.stack(products).mean(0)
 
 
 def resize_attention(attention: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -84,13 +125,35 @@ def resize_attention(attention: Tensor, size: tuple[int, int], target: tuple[int
         torch.Size([1, 24, 24])
     """
     attention = attention.to(_wide(attention))
-    down, across = (_bilinear_sums(n, m, attention) for n, m in zip(size, target, strict=True))
+    down, across = bilinear_sums(size, target, attention)
     spread = attention / (down[:, None] * across).reshape(-1)
 
     def interpolate(maps: Tensor) -> Tensor:
         return F.interpolate(maps.unflatten(-1, size), target, mode="bilinear", align_corners=False).flatten(-2)
 
     return interpolate(interpolate(spread.mT).mT)
+
+
+def accumulate_resized(
+    total: Tensor, attention: Tensor, size: tuple[int, int], target: tuple[int, int], weight: float
+) -> None:
+    """Add an attention map of a coarser grid to a running total, in place.
+
+    total += weight * `resize_attention(attention, size, target)`. The blocks of a UNet have several grids: one total
+    for each, and every level of noise ends with one call for each of the coarser ones.
+
+    Args:
+        total: (B, M, M) float, updated in place, M = tokens of `target`.
+        attention: (B, N, N) float, N = tokens of `size`.
+        size: (height, width) of the grid of attention, in tokens.
+        target: (height, width) of the finer grid, in tokens, at least `size` in both.
+        weight: factor of the map.
+
+    Example:
+        >>> total = torch.zeros(1, 24, 24)
+        >>> accumulate_resized(total, torch.full((1, 6, 6), 1 / 6), (2, 3), (4, 6), weight=0.5)
+    """
+    total.add_(resize_attention(attention, size, target), alpha=weight)
 
 
 def step_kl(previous: Tensor, current: Tensor) -> Tensor:
@@ -162,10 +225,14 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _bilinear_sums(size: int, target: int, like: Tensor) -> Tensor:
-    """How much of `target` points each of `size` points gives to, in total, in bilinear interpolation: (size,)."""
-    eye = torch.eye(size, dtype=like.dtype, device=like.device)
-    return F.interpolate(eye[None], target, mode="linear", align_corners=False)[0].sum(-1)
+def bilinear_sums(size: tuple[int, int], target: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """How much each point of a grid gives to all points of a finer one, by axis: (h,) and (w,), as `like`."""
+
+    def along(points: int, finer: int) -> Tensor:
+        eye = torch.eye(points, dtype=like.dtype, device=like.device)
+        return F.interpolate(eye[None], finer, mode="linear", align_corners=False)[0].sum(-1)
+
+    return along(size[0], target[0]), along(size[1], target[1])
 
 
 def _log(p: Tensor) -> Tensor:
