@@ -88,6 +88,47 @@ PYBIND11_MODULE(_C, m) {
       py::arg("channels"), py::arg("weight"), py::arg("scale"), py::arg("num_threads"), release_gil());
 
   m.def(
+      "readout",
+      [](uintptr_t query, uintptr_t key, uintptr_t values, int64_t batch, int64_t heads, int64_t tokens,
+         int64_t channels, int64_t columns, float scale, uintptr_t parts, uintptr_t lse, int num_threads) {
+        const int64_t rows = batch * heads * tokens;
+        SELECT(readout)
+        (floats(query, rows * channels), floats(key, rows * channels), floats(values, tokens * columns), batch, heads,
+         tokens, channels, columns, scale, floats(parts, rows * columns), floats(lse, rows), positive(num_threads));
+      },
+      py::arg("query"), py::arg("key"), py::arg("values"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
+      py::arg("channels"), py::arg("columns"), py::arg("scale"), py::arg("parts"), py::arg("lse"),
+      py::arg("num_threads"), release_gil());
+
+  m.def(
+      "readout_backward",
+      [](uintptr_t grad, uintptr_t delta, uintptr_t query, uintptr_t key, uintptr_t values, uintptr_t lse,
+         int64_t batch, int64_t heads, int64_t tokens, int64_t channels, int64_t columns, float scale,
+         uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_values, int num_threads) {
+        const int64_t rows = batch * heads * tokens, features = rows * channels;
+        SELECT(readout_backward)
+        (floats(grad, batch * tokens * columns), floats(delta, rows), floats(query, features), floats(key, features),
+         floats(values, tokens * columns), floats(lse, rows), batch, heads, tokens, channels, columns, scale,
+         floats(grad_query, features), floats(grad_key, features), floats(grad_values, rows * columns),
+         positive(num_threads));
+      },
+      py::arg("grad"), py::arg("delta"), py::arg("query"), py::arg("key"), py::arg("values"), py::arg("lse"),
+      py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("channels"), py::arg("columns"), py::arg("scale"),
+      py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_values"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "accumulate_resized",
+      [](uintptr_t total, uintptr_t attention, int64_t batch, int64_t height, int64_t width, int64_t target_height,
+         int64_t target_width, float weight, int num_threads) {
+        const int64_t tokens = height * width, fine_tokens = target_height * target_width;
+        SELECT(accumulate_resized)
+        (floats(total, batch * fine_tokens * fine_tokens), floats(attention, batch * tokens * tokens), batch, height,
+         width, target_height, target_width, weight, positive(num_threads));
+      },
+      py::arg("total"), py::arg("attention"), py::arg("batch"), py::arg("height"), py::arg("width"),
+      py::arg("target_height"), py::arg("target_width"), py::arg("weight"), py::arg("num_threads"), release_gil());
+
+  m.def(
       "step_kl",
       [](uintptr_t previous, uintptr_t current, int64_t batch, int64_t tokens, uintptr_t kl, int num_threads) {
         const int64_t map = batch * tokens * tokens;

@@ -1,7 +1,8 @@
 // The map of the core: every native entry point, declared once.
 //
 // The core knows neither torch nor Python. Arrays are contiguous float32 in row-major order, allocated by the caller;
-// outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height * width, channels per head.
+// outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height * width, channels per head, columns of
+// values.
 // Results do not depend on num_threads.
 #pragma once
 
@@ -19,6 +20,29 @@ enum class Isa { baseline, avx2, avx512 };
 template <Isa isa>
 void accumulate_attention(float* total, const float* query, const float* key, int64_t batch, int64_t heads,
                           int64_t tokens, int64_t channels, float weight, float scale, int num_threads);
+
+// Writes softmax(scale * query key^T) values of each head, and log2 of the row sums of exp(scale * query key^T).
+// query, key (batch, heads, tokens, channels); values (tokens, columns); parts (batch, heads, tokens, columns);
+// lse (batch, heads, tokens). Holds a packed copy of key and values and, per thread, one block of rows.
+template <Isa isa>
+void readout(const float* query, const float* key, const float* values, int64_t batch, int64_t heads, int64_t tokens,
+             int64_t channels, int64_t columns, float scale, float* parts, float* lse, int num_threads);
+
+// Writes the gradients of readout: of query and key, and of values as far as each head contributes.
+// grad (batch, tokens, columns) is the gradient of every head's parts, delta (batch, heads, tokens) the sum over columns
+// of grad * parts; lse from readout. grad_query, grad_key as query, key; grad_values (batch, heads, tokens, columns).
+template <Isa isa>
+void readout_backward(const float* grad, const float* delta, const float* query, const float* key, const float* values,
+                      const float* lse, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                      int64_t columns, float scale, float* grad_query, float* grad_key, float* grad_values,
+                      int num_threads);
+
+// Adds weight * U attention diag(1 / column sums of U) U^T to total, in place; U interpolates the grid bilinearly.
+// total (batch, target tokens, target tokens); attention (batch, tokens, tokens); target >= size on both axes.
+// Holds, per thread, two grid rows of queries at a strip of fine keys.
+template <Isa isa>
+void accumulate_resized(float* total, const float* attention, int64_t batch, int64_t height, int64_t width,
+                        int64_t target_height, int64_t target_width, float weight, int num_threads);
 
 // Writes KL(previous || current), in nats, mean over query rows.
 // previous, current (batch, tokens, tokens); kl (batch).

@@ -21,6 +21,49 @@ def accumulate_attention(
     scale: float,
     num_threads: int,
 ) -> None: ...
+def readout(
+    query: int,
+    key: int,
+    values: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    channels: int,
+    columns: int,
+    scale: float,
+    parts: int,
+    lse: int,
+    num_threads: int,
+) -> None: ...
+def readout_backward(
+    grad: int,
+    delta: int,
+    query: int,
+    key: int,
+    values: int,
+    lse: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    channels: int,
+    columns: int,
+    scale: float,
+    grad_query: int,
+    grad_key: int,
+    grad_values: int,
+    num_threads: int,
+) -> None: ...
+def accumulate_resized(
+    total: int,
+    attention: int,
+    batch: int,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    weight: float,
+    num_threads: int,
+) -> None: ...
 def step_kl(previous: int, current: int, batch: int, tokens: int, kl: int, num_threads: int) -> None: ...
 def abdiv(attention: int, batch: int, height: int, width: int, abdiv: int, num_threads: int) -> None: ...
 def step_kl_abdiv(

@@ -1,7 +1,8 @@
-// Head-mean attention, accumulated in place.
+// Attention: maps averaged over heads or carried to a finer grid, and products with values that need no map.
 //
-// A work item is a block of query rows. For each head its logits come from a register-tiled product with the packed
-// keys, stay in cache through max, exp and sum, and are added to total. Logits are in units of log 2.
+// The keys are packed into panels as wide as a register tile, and all vectors run along them: logits of a block of
+// query rows come from a register-tiled product with the panels and stay in cache through max, exp, sum and what is
+// made of them.
 #include "../common.h"
 #include "../trace_fast.h"
 #include "simd.h"
@@ -9,21 +10,32 @@
 namespace trace_fast {
 namespace {
 
-// a register tile holds kTileRows x kTileVecs sums; its operands take the remaining vector registers
+// a register tile holds kTileRows x kTileVecs sums, or kTileRows x kTileDots sums whose lanes are still apart; its
+// operands take the remaining vector registers
 #if defined(__AVX512F__)
-constexpr int64_t kTileRows = 6, kTileVecs = 4;
+constexpr int64_t kTileRows = 6, kTileVecs = 4, kTileDots = 3;
 #else
-constexpr int64_t kTileRows = 6, kTileVecs = 2;
+constexpr int64_t kTileRows = 6, kTileVecs = 2, kTileDots = 2;
 #endif
 constexpr int64_t kTileColumns = kTileVecs * kLanes;
 constexpr int64_t kBlockRows = 2 * kTileRows;
 
-// packed (tokens / kTileColumns, channels, kTileColumns) = transposed panels of key (tokens, channels), zero-padded.
-void pack_panel(const float* key, int64_t tokens, int64_t channels, int64_t panel, float* packed) {
+// keys between two visits to sums that are kept in memory: a block of rows of them fits a first-level cache
+constexpr int64_t kChunk = 512;
+static_assert(kChunk % kTileColumns == 0 && kTileRows % kTileDots == 0, "chunks are whole panels, tiles whole dots");
+
+// the maximum of no logits: finite, so that its difference to any of them is a number or -infinity
+constexpr float kLowest = -0x1.fffffep127f;
+
+// fine keys that accumulate_resized carries through the grid at once
+constexpr int64_t kStrip = 256;
+
+// packed (tokens / kTileColumns, channels, kTileColumns) = transposed panels of rows (tokens, channels), zero-padded.
+void pack_panel(const float* rows, int64_t tokens, int64_t channels, int64_t panel, float* packed) {
   const int64_t first = panel * kTileColumns;
   packed += first * channels;
   for (int64_t j = 0; j < kTileColumns; ++j) {
-    const float* row = key + (first + j) * channels;
+    const float* row = rows + (first + j) * channels;
     for (int64_t c = 0; c < channels; ++c) packed[c * kTileColumns + j] = first + j < tokens ? row[c] : 0.0f;
   }
 }
@@ -36,49 +48,183 @@ void pack_queries(const float* query, int64_t rows, int64_t channels, float fact
   }
 }
 
-// logits (kTileRows, kTileColumns of stride) = query (channels, kTileRows)^T key (channels, kTileColumns).
-inline void multiply_tile(const float* query, const float* key, int64_t channels, float* logits, int64_t stride) {
+// out (kTileRows, kTileColumns) = left (depth, kTileRows)^T right (depth, kTileColumns), or += where kAdd.
+template <bool kAdd>
+inline void multiply_tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
+                          int64_t depth, float* out, int64_t out_stride) {
   vec sums[kTileRows][kTileVecs] = {};
-  for (int64_t c = 0; c < channels; ++c, query += kTileRows, key += kTileColumns) {
-    vec keys[kTileVecs];
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVecs; ++v) keys[v] = load(key + v * kLanes);
+  if (kAdd)
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kTileVecs; ++v) sums[r][v] += query[r] * keys[v];
+      for (int64_t v = 0; v < kTileVecs; ++v) sums[r][v] = load(out + r * out_stride + v * kLanes);
+  for (int64_t c = 0; c < depth; ++c, left += left_stride, right += right_stride) {
+    vec columns[kTileVecs];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kTileVecs; ++v) columns[v] = load(right + v * kLanes);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kTileVecs; ++v) sums[r][v] += left[r] * columns[v];
   }
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVecs; ++v) store(logits + r * stride + v * kLanes, sums[r][v]);
+    for (int64_t v = 0; v < kTileVecs; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
 }
 
-// total (tokens) += weight * softmax of logits (tokens), which is overwritten up to the next whole tile.
-// A tile at a time, so that the maxima and sums of its vectors do not wait for one another.
-inline void add_softmax(float* logits, int64_t tokens, float weight, float* total) {
-  const int64_t columns = round_up(tokens, kTileColumns);
+// out (rows, columns of stride) = packed queries (rows, channels) times packed keys (columns, channels)^T.
+inline void multiply_block(const float* queries, const float* keys, int64_t channels, int64_t rows, int64_t columns,
+                           float* out, int64_t stride) {
+  for (int64_t j = 0; j < columns; j += kTileColumns)
+    for (int64_t r = 0; r < rows; r += kTileRows)
+      multiply_tile<false>(queries + r * channels, kTileRows, keys + j * channels, kTileColumns, channels,
+                           out + r * stride + j, stride);
+}
+
+// sums (kTileRows, kTileDots of sums_stride, kLanes) += left (kTileRows, columns) times channels first and following of
+// packed (columns, channels). The lanes stay apart; past the last channel it is repeated.
+inline void multiply_dots(const float* left, int64_t left_stride, const float* packed, int64_t channels, int64_t first,
+                          int64_t columns, float* sums, int64_t sums_stride) {
+  int64_t offsets[kTileDots];
+  for (int64_t c = 0; c < kTileDots; ++c)
+    offsets[c] = (first + c < channels ? first + c : channels - 1) * kTileColumns;
+  vec dots[kTileRows][kTileDots];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < kTileDots; ++c) dots[r][c] = load(sums + r * sums_stride + c * kLanes);
+  for (int64_t j = 0; j < columns; j += kTileColumns, packed += channels * kTileColumns)
+    for (int64_t v = 0; v < kTileColumns; v += kLanes) {
+      vec rights[kTileDots];
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < kTileDots; ++c) rights[c] = load(packed + offsets[c] + v);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const vec row = load(left + r * left_stride + j + v);
+        // keeps the row in its register: GCC would load it again for each product, more than the load ports can bear
+        __atomic_signal_fence(__ATOMIC_ACQUIRE);
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kTileDots; ++c) dots[r][c] += row * rights[c];
+      }
+    }
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < kTileDots; ++c) store(sums + r * sums_stride + c * kLanes, dots[r][c]);
+}
+
+// Keys from tokens on only fill a panel of logits (columns): they get no mass.
+inline void close_row(float* logits, int64_t tokens, int64_t columns) {
   for (int64_t j = tokens; j < columns; ++j) logits[j] = -kInfinity;
+}
+
+// The largest of logits (columns), whole panels of them.
+// A tile at a time, so that the maxima of its vectors do not wait for one another.
+inline float top_logit(const float* logits, int64_t columns) {
   vec tops[kTileVecs];
   for (vec& top : tops) top = splat(-kInfinity);
   for (int64_t j = 0; j < columns; j += kTileColumns)
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kTileVecs; ++v) tops[v] = max(load(logits + j + v * kLanes), tops[v]);
   for (int64_t v = 1; v < kTileVecs; ++v) tops[0] = max(tops[v], tops[0]);
-  const float shift = max(tops[0]);
+  return max(tops[0]);
+}
+
+// logits (columns) = exp(logits - shift), whole panels of them; returns the sum.
+inline float exponentiate(float* logits, int64_t columns, float shift) {
   vec sums[kTileVecs] = {};
   for (int64_t j = 0; j < columns; j += kTileColumns)
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kTileVecs; ++v) {
-      const vec mass = exp2(load(logits + j + v * kLanes) - shift);
+      const vec mass = exp2((load(logits + j + v * kLanes) - shift) * kLog2E);
       store(logits + j + v * kLanes, mass);
       sums[v] += mass;
     }
   for (int64_t v = 1; v < kTileVecs; ++v) sums[0] += sums[v];
-  const float factor = weight / sum(sums[0]);
+  return sum(sums[0]);
+}
+
+// slopes (columns) = masses * (slopes - mean), whole panels of them.
+inline void differentiate(const float* masses, int64_t columns, float mean, float* slopes) {
+  for (int64_t j = 0; j < columns; j += kLanes) store(slopes + j, load(masses + j) * (load(slopes + j) - mean));
+}
+
+// total (tokens) += weight * softmax of logits (tokens), which is overwritten up to the next whole panel.
+inline void add_softmax(float* logits, int64_t tokens, float weight, float* total) {
+  const int64_t columns = round_up(tokens, kTileColumns);
+  close_row(logits, tokens, columns);
+  const float factor = weight / exponentiate(logits, columns, top_logit(logits, columns));
   int64_t j = 0;
   for (; j + kLanes <= tokens; j += kLanes) store(total + j, load(total + j) + factor * load(logits + j));
   for (; j < tokens; ++j) total[j] += factor * logits[j];
+}
+
+// rows (tokens, channels) = the panel of packed (kTileRows-padded channels, kTileColumns), transposed.
+void unpack_panel(const float* packed, int64_t tokens, int64_t channels, int64_t panel, float* rows) {
+  const int64_t first = panel * kTileColumns;
+  for (int64_t j = 0; j < kTileColumns && first + j < tokens; ++j)
+    for (int64_t c = 0; c < channels; ++c) rows[(first + j) * channels + c] = packed[c * kTileColumns + j];
+}
+
+// padded (width) = factor * row (channels), zero-padded to whole tiles.
+void pad_row(const float* row, int64_t channels, float factor, float* padded, int64_t width) {
+  for (int64_t c = 0; c < width; ++c) padded[c] = c < channels ? factor * row[c] : 0.0f;
+}
+
+void fill(float* values, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) values[i] = value;
+}
+
+// A point of the finer grid on one axis: the two points of the coarser one around it, and what it takes of each.
+struct Between {
+  int64_t low, high;
+  float from_low, from_high;
+};
+constexpr int64_t kBetweenFloats = sizeof(Between) / sizeof(float);
+
+// points (target) as F.interpolate(mode="bilinear", align_corners=False) places them on an axis of size points.
+// With sums (size), shares are divided by the total that a coarse point gives, which is left there.
+void place_between(int64_t size, int64_t target, float* sums, Between* points) {
+  for (int64_t i = 0; i < target; ++i) {
+    const double centre = (i + 0.5) * size / target - 0.5;
+    const double source = centre > 0 ? centre : 0;
+    const int64_t low = static_cast<int64_t>(source);
+    const float share = static_cast<float>(source - low);
+    // an axis that keeps its size is copied: 0 times a neighbour is not always 0
+    points[i] = {low, low + 1 < size && size != target ? low + 1 : low, 1 - share, share};
+  }
+  if (sums == nullptr) return;
+  fill(sums, size, 0);
+  for (int64_t i = 0; i < target; ++i) {
+    sums[points[i].low] += points[i].from_low;
+    sums[points[i].high] += points[i].from_high;
+  }
+  for (int64_t i = 0; i < target; ++i) {
+    points[i].from_low /= sums[points[i].low];
+    points[i].from_high /= sums[points[i].high];
+  }
+}
+
+// out (count) = the row of a coarse map (keys) at count fine keys from first on; line holds a coarse line of keys.
+void interpolate_keys(const float* row, int64_t width, const Between* down, const Between* across, int64_t fine_width,
+                      int64_t first, int64_t count, float* line, float* out) {
+  for (int64_t done = 0; done < count;) {
+    const Between& y = down[(first + done) / fine_width];
+    const Between* const x = across + (first + done) % fine_width;
+    const int64_t left = fine_width - (first + done) % fine_width;
+    const int64_t run = left < count - done ? left : count - done;
+    const float* const low = row + y.low * width;
+    const float* const high = row + y.high * width;
+    // only the part of the line between these keys is needed
+    const int64_t end = x[run - 1].high + 1;
+    int64_t c = x[0].low;
+    for (; c + kLanes <= end; c += kLanes) store(line + c, y.from_low * load(low + c) + y.from_high * load(high + c));
+    for (; c < end; ++c) line[c] = y.from_low * low[c] + y.from_high * high[c];
+    for (int64_t i = 0; i < run; ++i)
+      out[done + i] = x[i].from_low * line[x[i].low] + x[i].from_high * line[x[i].high];
+    done += run;
+  }
 }
 
 }  // namespace
@@ -107,14 +253,226 @@ void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, cons
     float* const block_queries = packed_queries.data + thread * kBlockRows * channels;
     float* const block_logits = logits.data + thread * kBlockRows * columns;
     for (int64_t map = image * heads; map < (image + 1) * heads; ++map) {
-      pack_queries(query + (map * tokens + first) * channels, rows, channels, scale * kLog2E, block_queries);
-      for (int64_t j = 0; j < columns; j += kTileColumns)
-        for (int64_t r = 0; r < rows; r += kTileRows)
-          multiply_tile(block_queries + r * channels, packed_keys.data + (map * columns + j) * channels, channels,
-                        block_logits + r * columns + j, columns);
+      pack_queries(query + (map * tokens + first) * channels, rows, channels, scale, block_queries);
+      multiply_block(block_queries, packed_keys.data + map * columns * channels, channels, rows, columns, block_logits,
+                     columns);
       for (int64_t r = 0; r < rows; ++r)
         add_softmax(block_logits + r * columns, tokens, weight / heads,
                     total + (image * tokens + first + r) * tokens);
+    }
+  });
+}
+
+template <>
+void readout<TRACE_FAST_ISA>(const float* query, const float* key, const float* values, int64_t batch, int64_t heads,
+                             int64_t tokens, int64_t channels, int64_t columns, float scale, float* parts, float* lse,
+                             int num_threads) {
+  const int64_t keys = round_up(tokens, kTileColumns);
+  const int64_t panels = keys / kTileColumns;
+  const int64_t blocks = round_up(tokens, kBlockRows) / kBlockRows;
+  const int64_t dots = round_up(columns, kTileDots) * kLanes;
+  const Scratch packed_keys(batch * heads * keys * channels);
+  const Scratch packed_values(keys * columns);
+  const Scratch packed_queries(num_threads * kBlockRows * channels);
+  const Scratch logits(num_threads * kBlockRows * kChunk);
+  const Scratch sums(num_threads * kBlockRows * dots);
+
+  parallel_for((batch * heads + 1) * panels, num_threads, [&](int64_t item, int) {
+    const int64_t map = item / panels;
+    if (map == batch * heads)
+      pack_panel(values, tokens, columns, item % panels, packed_values.data);
+    else
+      pack_panel(key + map * tokens * channels, tokens, channels, item % panels,
+                 packed_keys.data + map * keys * channels);
+  });
+
+  parallel_for(batch * heads * blocks, num_threads, [&](int64_t item, int thread) {
+    const int64_t map = item / blocks;
+    const int64_t first = item % blocks * kBlockRows;
+    const int64_t rows = tokens - first < kBlockRows ? tokens - first : kBlockRows;
+    float* const block_queries = packed_queries.data + thread * kBlockRows * channels;
+    float* const block_logits = logits.data + thread * kBlockRows * kChunk;
+    float* const block_sums = sums.data + thread * kBlockRows * dots;
+    pack_queries(query + (map * tokens + first) * channels, rows, channels, scale, block_queries);
+    float shifts[kBlockRows], masses[kBlockRows];
+    fill(shifts, kBlockRows, kLowest);
+    fill(masses, kBlockRows, 0);
+    fill(block_sums, kBlockRows * dots, 0);
+    for (int64_t j = 0; j < keys; j += kChunk) {
+      const int64_t width = keys - j < kChunk ? keys - j : kChunk;
+      multiply_block(block_queries, packed_keys.data + (map * keys + j) * channels, channels, rows, width, block_logits,
+                     kChunk);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const row = block_logits + r * kChunk;
+        close_row(row, tokens - j, width);
+        const float top = top_logit(row, width);
+        if (top > shifts[r]) {
+          // what was summed so far is relative to a lower maximum
+          const float factor = exp2(splat((shifts[r] - top) * kLog2E))[0];
+          for (int64_t c = 0; c < dots; ++c) block_sums[r * dots + c] *= factor;
+          masses[r] *= factor;
+          shifts[r] = top;
+        }
+        masses[r] += exponentiate(row, width, shifts[r]);
+      }
+      for (int64_t c = 0; c < columns; c += kTileDots)
+        for (int64_t r = 0; r < rows; r += kTileRows)
+          multiply_dots(block_logits + r * kChunk, kChunk, packed_values.data + j * columns, columns, c, width,
+                        block_sums + r * dots + c * kLanes, dots);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = map * tokens + first + r;
+      lse[row] = shifts[r] * kLog2E + log2(splat(masses[r]))[0];
+      for (int64_t c = 0; c < columns; ++c)
+        parts[row * columns + c] = sum(load(block_sums + r * dots + c * kLanes)) / masses[r];
+    }
+  });
+}
+
+template <>
+void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, const float* query, const float* key,
+                                      const float* values, const float* lse, int64_t batch, int64_t heads,
+                                      int64_t tokens, int64_t channels, int64_t columns, float scale,
+                                      float* grad_query, float* grad_key, float* grad_values, int num_threads) {
+  const int64_t keys = round_up(tokens, kTileColumns);
+  const int64_t panels = keys / kTileColumns;
+  const int64_t wide_channels = round_up(channels, kTileRows), wide_columns = round_up(columns, kTileRows);
+  const int64_t dots = wide_channels * kLanes;
+  const Scratch packed_values(keys * columns);
+  const Scratch packed_keys(num_threads * keys * channels);
+  const Scratch key_sums(num_threads * keys * wide_channels);
+  const Scratch value_sums(num_threads * keys * wide_columns);
+  const Scratch query_sums(num_threads * kBlockRows * dots);
+  // queries and gradients of a block of rows, packed for products with keys and values, padded for those with rows
+  const Scratch packed_rows(num_threads * kBlockRows * (channels + columns));
+  const Scratch padded_rows(num_threads * kBlockRows * (wide_channels + wide_columns));
+  const Scratch masses(num_threads * kBlockRows * keys);
+  const Scratch slopes(num_threads * kBlockRows * kChunk);
+
+  parallel_for(panels, num_threads,
+               [&](int64_t panel, int) { pack_panel(values, tokens, columns, panel, packed_values.data); });
+
+  parallel_for(batch * heads, num_threads, [&](int64_t map, int thread) {
+    const float* const map_grad = grad + map / heads * tokens * columns;
+    float* const map_keys = packed_keys.data + thread * keys * channels;
+    float* const map_key_sums = key_sums.data + thread * keys * wide_channels;
+    float* const map_value_sums = value_sums.data + thread * keys * wide_columns;
+    float* const block_query_sums = query_sums.data + thread * kBlockRows * dots;
+    float* const block_queries = packed_rows.data + thread * kBlockRows * (channels + columns);
+    float* const block_grads = block_queries + kBlockRows * channels;
+    float* const query_rows = padded_rows.data + thread * kBlockRows * (wide_channels + wide_columns);
+    float* const grad_rows = query_rows + kBlockRows * wide_channels;
+    float* const block_masses = masses.data + thread * kBlockRows * keys;
+    float* const block_slopes = slopes.data + thread * kBlockRows * kChunk;
+
+    for (int64_t panel = 0; panel < panels; ++panel)
+      pack_panel(key + map * tokens * channels, tokens, channels, panel, map_keys);
+    fill(map_key_sums, keys * wide_channels, 0);
+    fill(map_value_sums, keys * wide_columns, 0);
+
+    for (int64_t first = 0; first < tokens; first += kBlockRows) {
+      const int64_t rows = tokens - first < kBlockRows ? tokens - first : kBlockRows;
+      const int64_t row = map * tokens + first;
+      pack_queries(query + row * channels, rows, channels, scale, block_queries);
+      pack_queries(map_grad + first * columns, rows, columns, 1, block_grads);
+      multiply_block(block_queries, map_keys, channels, rows, keys, block_masses, keys);
+      // lse is rounded as large numbers are, so masses of a row need not sum to 1: all that they weigh is divided by it
+      float factors[kBlockRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        close_row(block_masses + r * keys, tokens, keys);
+        factors[r] = 1 / exponentiate(block_masses + r * keys, keys, lse[row + r] / kLog2E);
+        pad_row(query + (row + r) * channels, channels, factors[r] * scale, query_rows + r * wide_channels,
+                wide_channels);
+        pad_row(map_grad + (first + r) * columns, columns, factors[r], grad_rows + r * wide_columns, wide_columns);
+      }
+      fill(block_query_sums, kBlockRows * dots, 0);
+      for (int64_t chunk = 0; chunk < keys; chunk += kChunk) {
+        const int64_t width = keys - chunk < kChunk ? keys - chunk : kChunk;
+        multiply_block(block_grads, packed_values.data + chunk * columns, columns, rows, width, block_slopes, kChunk);
+        for (int64_t r = 0; r < rows; ++r)
+          differentiate(block_masses + r * keys + chunk, width, delta[row + r], block_slopes + r * kChunk);
+        for (int64_t j = 0; j < width; j += kTileColumns) {
+          for (int64_t c = 0; c < channels; c += kTileRows)
+            multiply_tile<true>(query_rows + c, wide_channels, block_slopes + j, kChunk, rows,
+                                map_key_sums + (chunk + j) * wide_channels + c * kTileColumns, kTileColumns);
+          for (int64_t c = 0; c < columns; c += kTileRows)
+            multiply_tile<true>(grad_rows + c, wide_columns, block_masses + chunk + j, keys, rows,
+                                map_value_sums + (chunk + j) * wide_columns + c * kTileColumns, kTileColumns);
+        }
+        for (int64_t c = 0; c < channels; c += kTileDots)
+          for (int64_t r = 0; r < rows; r += kTileRows)
+            multiply_dots(block_slopes + r * kChunk, kChunk, map_keys + chunk * channels, channels, c, width,
+                          block_query_sums + r * dots + c * kLanes, dots);
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < channels; ++c)
+          grad_query[(row + r) * channels + c] =
+              factors[r] * scale * sum(load(block_query_sums + r * dots + c * kLanes));
+    }
+
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = panel * kTileColumns;
+      unpack_panel(map_key_sums + first * wide_channels, tokens, channels, panel, grad_key + map * tokens * channels);
+      unpack_panel(map_value_sums + first * wide_columns, tokens, columns, panel, grad_values + map * tokens * columns);
+    }
+  });
+}
+
+template <>
+void accumulate_resized<TRACE_FAST_ISA>(float* total, const float* attention, int64_t batch, int64_t height,
+                                        int64_t width, int64_t target_height, int64_t target_width, float weight,
+                                        int num_threads) {
+  const int64_t tokens = height * width, fine_tokens = target_height * target_width;
+  const int64_t strips = round_up(fine_tokens, kStrip) / kStrip;
+  const int64_t longest = height > width ? height : width;
+  const Scratch sums(longest);
+  const Scratch points((target_height + target_width) * 2 * kBetweenFloats);
+  Between* const query_down = reinterpret_cast<Between*>(points.data);
+  Between* const query_across = query_down + target_height;
+  Between* const key_down = query_across + target_width;
+  Between* const key_across = key_down + target_height;
+  place_between(height, target_height, nullptr, query_down);
+  place_between(width, target_width, nullptr, query_across);
+  place_between(height, target_height, sums.data, key_down);
+  place_between(width, target_width, sums.data, key_across);
+  const Scratch lines(num_threads * width);
+  const Scratch rings(num_threads * 2 * width * kStrip);
+
+  parallel_for(batch * strips, num_threads, [&](int64_t item, int thread) {
+    const int64_t image = item / strips;
+    const int64_t first = item % strips * kStrip;
+    const int64_t count = fine_tokens - first < kStrip ? fine_tokens - first : kStrip;
+    const float* const map = attention + image * tokens * tokens;
+    float* const strip = total + image * fine_tokens * fine_tokens + first;
+    float* const line = lines.data + thread * width;
+    float* const ring = rings.data + thread * 2 * width * kStrip;
+    int64_t ready = 0;
+    for (int64_t y = 0; y < target_height; ++y) {
+      const Between& down = query_down[y];
+      // the coarse queries of one grid row, at these fine keys, take the place of those two grid rows above
+      for (; ready <= down.high; ++ready)
+        for (int64_t x = 0; x < width; ++x)
+          interpolate_keys(map + (ready * width + x) * tokens, width, key_down, key_across, target_width, first, count,
+                           line, ring + (ready % 2 * width + x) * kStrip);
+      const float* const low = ring + down.low % 2 * width * kStrip;
+      const float* const high = ring + down.high % 2 * width * kStrip;
+      for (int64_t x = 0; x < target_width; ++x) {
+        const Between& across = query_across[x];
+        const float* const corners[] = {low + across.low * kStrip, low + across.high * kStrip,
+                                        high + across.low * kStrip, high + across.high * kStrip};
+        const float shares[] = {weight * down.from_low * across.from_low, weight * down.from_low * across.from_high,
+                                weight * down.from_high * across.from_low, weight * down.from_high * across.from_high};
+        float* const row = strip + (y * target_width + x) * fine_tokens;
+        int64_t j = 0;
+        for (; j + kLanes <= count; j += kLanes) {
+          __builtin_prefetch(row + j + fine_tokens, 1);
+          store(row + j, load(row + j) + (shares[0] * load(corners[0] + j) + shares[1] * load(corners[1] + j) +
+                                          shares[2] * load(corners[2] + j) + shares[3] * load(corners[3] + j)));
+        }
+        for (; j < count; ++j)
+          row[j] += shares[0] * corners[0][j] + shares[1] * corners[1][j] + shares[2] * corners[2][j] +
+                    shares[3] * corners[3][j];
+      }
     }
   });
 }
