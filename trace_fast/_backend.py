@@ -1,9 +1,10 @@
 """Which implementation serves an op on a device.
 
-TRACE_FAST_BACKEND=reference|native forces one for every op; what is forced and missing raises, and nothing falls back
-silently: `backends()` shows who serves.
+TRACE_FAST_BACKEND=reference|native|triton forces one for every op; what is forced and missing raises, and nothing falls
+back silently: `backends()` shows who serves.
 """
 
+import importlib.util
 import os
 
 try:
@@ -13,17 +14,19 @@ try:
 except ImportError as error:  # the extension is not built: the reference serves if it is asked for
     _build_error = error
 
-__all__ = ["Backends", "backends", "choose"]
+__all__ = ["OPS", "Backends", "backends", "choose"]
 
-# devices with a kernel of our own, by op
-_NATIVE: dict[str, tuple[str, ...]] = {
-    "attention_map": ("cpu",),
-    "accumulate_attention": ("cpu",),
-    "resize_attention": (),
-    "step_kl": ("cpu",),
-    "abdiv": ("cpu",),
-    "step_kl_abdiv": ("cpu",),
-}
+OPS = (
+    "attention_map",
+    "accumulate_attention",
+    "accumulate_resized",
+    "resize_attention",
+    "readout",
+    "step_kl",
+    "abdiv",
+    "step_kl_abdiv",
+)
+_BEST = {"cpu": "native", "cuda": "triton"}  # every op has both; other devices are served by the reference
 
 
 class Backends(dict[str, dict[str, str]]):
@@ -39,10 +42,11 @@ def backends() -> Backends:
     """Implementation that serves each op on each kind of device, under the present TRACE_FAST_BACKEND.
 
     Returns:
-        {op: {"cpu" | "cuda": "native (<instruction set>)" | "reference" | "unavailable"}}; print it for a table.
+        {op: {"cpu" | "cuda": "native (<instruction set>)" | "triton" | "triton (interpreted)" | "reference" |
+        "unavailable"}}; print it for a table. It says who would serve on a GPU also where there is none.
 
     Raises:
-        ValueError: TRACE_FAST_BACKEND is neither reference nor native.
+        ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
     """
 
     def describe(op: str, device: str) -> str:
@@ -50,29 +54,51 @@ def backends() -> Backends:
             choice = choose(op, device)
         except RuntimeError:
             return "unavailable"
-        return f"native ({_C.instruction_set()})" if choice == "native" else choice
+        if choice == "native":
+            return f"native ({_C.instruction_set()})"
+        return "triton (interpreted)" if choice == "triton" and device == "cpu" else choice
 
-    return Backends({op: {device: describe(op, device) for device in ("cpu", "cuda")} for op in _NATIVE})
+    return Backends({op: {device: describe(op, device) for device in ("cpu", "cuda")} for op in OPS})
 
 
 def choose(op: str, device: str) -> str:
-    """The implementation of `op` on a type of device: "native" or "reference".
+    """The implementation of `op` on a type of device: "native", "triton" or "reference".
 
     Raises:
-        ValueError: TRACE_FAST_BACKEND is neither reference nor native.
-        RuntimeError: the choice is not available.
+        ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
+        RuntimeError: the choice is not available; the message says what would make it so.
     """
     forced = os.environ.get("TRACE_FAST_BACKEND", "")
-    if forced not in ("", "reference", "native"):
-        raise ValueError(f"{op}: TRACE_FAST_BACKEND must be reference or native, got {forced}")
-    exists = device in _NATIVE[op]
-    if forced == "reference" or not (forced or exists):
-        return "reference"
-    if not exists:
-        raise RuntimeError(f"{op}: there is no native kernel on {device}; unset TRACE_FAST_BACKEND")
-    if _build_error is not None:
-        raise RuntimeError(
-            f"{op}: the native core is not built ({_build_error}); "
-            "run `pip install .` again or set TRACE_FAST_BACKEND=reference"
-        )
-    return "native"
+    if forced not in ("", "reference", "native", "triton"):
+        raise ValueError(f"{op}: TRACE_FAST_BACKEND must be reference, native or triton, got {forced}")
+    choice = forced or _BEST.get(device, "reference")
+    if choice == "native":
+        if device != "cpu":
+            raise RuntimeError(f"{op}: there is no native kernel on {device}; unset TRACE_FAST_BACKEND")
+        if _build_error is not None:
+            raise RuntimeError(
+                f"{op}: the native core is not built ({_build_error}); "
+                "run `pip install .` again or set TRACE_FAST_BACKEND=reference"
+            )
+    elif choice == "triton":
+        if not _has_triton():
+            raise RuntimeError(
+                f"{op}: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
+            )
+        if device != "cuda" and not (device == "cpu" and _interprets()):
+            raise RuntimeError(
+                f"{op}: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, "
+                "or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted on the cpu"
+            )
+    return choice
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interprets() -> bool:
+    """Whether Triton kernels run in numpy; decided when they are defined."""
+    from trace_fast.kernels.launch import INTERPRETED
+
+    return INTERPRETED

@@ -12,7 +12,7 @@ def assert_no_worse(out: Tensor, exact: Tensor, eager: Tensor, magnitude: float 
     max |out - exact| <= 2 max |eager - exact| + floor, the floor being one rounding of the largest number.
 
     Args:
-        out: the result under test, finite.
+        out: the result under test, finite, on any device; compared on the CPU.
         exact: float64 result of the reference, of the same shape.
         eager: result of the reference in the dtype of `out`, of the same shape.
         magnitude: size of the numbers that are summed, where the sum may be smaller than they are.
@@ -20,6 +20,7 @@ def assert_no_worse(out: Tensor, exact: Tensor, eager: Tensor, magnitude: float 
     Raises:
         AssertionError: shape or dtype differ from eager's, a value is not finite, or the error is larger.
     """
+    out, exact, eager = out.cpu(), exact.cpu(), eager.cpu()
     assert out.shape == eager.shape == exact.shape, f"shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
     assert out.dtype == eager.dtype, f"dtype {out.dtype}, expected {eager.dtype}"
     assert exact.dtype == torch.float64, f"exact is {exact.dtype}, expected float64"

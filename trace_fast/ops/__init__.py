@@ -3,7 +3,22 @@
 Same names and signatures as `trace_fast.reference`, which is their specification.
 """
 
-from trace_fast.ops.attention import accumulate_attention, attention_map, resize_attention
+from trace_fast.ops.attention import (
+    accumulate_attention,
+    accumulate_resized,
+    attention_map,
+    readout,
+    resize_attention,
+)
 from trace_fast.ops.divergence import abdiv, step_kl, step_kl_abdiv
 
-__all__ = ["abdiv", "accumulate_attention", "attention_map", "resize_attention", "step_kl", "step_kl_abdiv"]
+__all__ = [
+    "abdiv",
+    "accumulate_attention",
+    "accumulate_resized",
+    "attention_map",
+    "readout",
+    "resize_attention",
+    "step_kl",
+    "step_kl_abdiv",
+]

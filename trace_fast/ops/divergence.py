@@ -7,6 +7,8 @@ from trace_fast import _backend, _checks, reference
 
 __all__ = ["abdiv", "step_kl", "step_kl_abdiv"]
 
+_MAPS = (torch.float32, torch.bfloat16)
+
 
 def step_kl(previous: Tensor, current: Tensor) -> Tensor:
     """Divergence between the attention maps of two noise levels, whose maximum is the Instance Emergence Point.
@@ -14,14 +16,14 @@ def step_kl(previous: Tensor, current: Tensor) -> Tensor:
     KL(SA(X_t_prev) || SA(X_t)) (the paper's IEP), mean over query rows; the less noisy map comes first.
 
     Args:
-        previous: (B, N, N) float32, rows sum to 1; copied first unless contiguous.
+        previous: (B, N, N) float32 or bfloat16, rows sum to 1; copied first unless contiguous.
         current: (B, N, N) as previous.
 
     Returns:
         (B,) float32, in nats, >= 0 up to rounding. Probabilities are clamped below at 2^-126.
 
     Raises:
-        TypeError: an argument is not a float32 tensor.
+        TypeError: an argument is not a float32 or bfloat16 tensor.
         ValueError: shapes or devices differ from each other.
 
     Example:
@@ -42,8 +44,8 @@ def abdiv(attention: Tensor, height: int, width: int) -> Tensor:
     Boundary Divergence).
 
     Args:
-        attention: (B, N, N) float32, rows sum to 1, N = height * width; row i is what token i attends to. Copied first
-            unless contiguous.
+        attention: (B, N, N) float32 or bfloat16, rows sum to 1, N = height * width; row i is what token i attends to.
+            Copied first unless contiguous.
         height: grid rows, in tokens.
         width: grid columns, in tokens.
 
@@ -52,14 +54,14 @@ def abdiv(attention: Tensor, height: int, width: int) -> Tensor:
         probabilities below at 2^-126.
 
     Raises:
-        TypeError: attention is not a float32 tensor.
+        TypeError: attention is not a float32 or bfloat16 tensor.
         ValueError: attention is not (B, N, N) or N differs from height * width.
 
     Example:
         >>> abdiv(torch.rand(1, 6, 6).softmax(-1), 2, 3).shape
         torch.Size([1, 2, 3])
     """
-    _checks.tensor("abdiv", "attention", attention, "B N N", {}, torch.float32)
+    _checks.tensor("abdiv", "attention", attention, "B N N", {}, *_MAPS)
     _checks.grid("abdiv", height, width, attention.shape[1])
     if _backend.choose("abdiv", attention.device.type) == "reference":
         return reference.abdiv(attention, height, width)
@@ -70,7 +72,7 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
     """`step_kl` of a pair of maps and `abdiv` of the second, from one read of each.
 
     Args:
-        previous: (B, N, N) float32, rows sum to 1, N = height * width; copied first unless contiguous.
+        previous: (B, N, N) float32 or bfloat16, rows sum to 1, N = height * width; copied first unless contiguous.
         current: (B, N, N) as previous.
         height: grid rows, in tokens.
         width: grid columns, in tokens.
@@ -79,7 +81,7 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
         `step_kl(previous, current)`, (B,), and `abdiv(current, height, width)`, (B, height, width), in nats.
 
     Raises:
-        TypeError: a map is not a float32 tensor.
+        TypeError: a map is not a float32 or bfloat16 tensor.
         ValueError: shapes or devices differ from each other, or N differs from height * width.
 
     Example:
@@ -97,16 +99,20 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
 def _check_pair(op: str, previous: Tensor, current: Tensor) -> None:
     """Check two maps of one shape on one device."""
     sizes: dict[str, int] = {}
-    _checks.tensor(op, "previous", previous, "B N N", sizes, torch.float32)
-    _checks.tensor(op, "current", current, "B N N", sizes, torch.float32)
+    _checks.tensor(op, "previous", previous, "B N N", sizes, *_MAPS)
+    _checks.tensor(op, "current", current, "B N N", sizes, *_MAPS)
     _checks.same_device(op, previous=previous, current=current)
 
 
-@torch.library.custom_op("trace_fast::step_kl", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("trace_fast::step_kl", mutates_args=())
 def _step_kl(previous: Tensor, current: Tensor) -> Tensor:
+    if _backend.choose("step_kl", current.device.type) == "triton":
+        from trace_fast.kernels import divergence as kernels
+
+        return kernels.divergence(previous.contiguous(), current.contiguous(), None)[0]
     from trace_fast import _C
 
-    previous, current = previous.contiguous(), current.contiguous()
+    previous, current = previous.float().contiguous(), current.float().contiguous()
     batch, tokens, _ = current.shape
     kl = current.new_empty(batch)
     _C.step_kl(previous.data_ptr(), current.data_ptr(), batch, tokens, kl.data_ptr(), torch.get_num_threads())
@@ -115,14 +121,18 @@ def _step_kl(previous: Tensor, current: Tensor) -> Tensor:
 
 @_step_kl.register_fake
 def _(previous: Tensor, current: Tensor) -> Tensor:
-    return current.new_empty(current.shape[0])
+    return _empty(current, current.shape[0])
 
 
-@torch.library.custom_op("trace_fast::abdiv", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("trace_fast::abdiv", mutates_args=())
 def _abdiv(attention: Tensor, height: int, width: int) -> Tensor:
+    if _backend.choose("abdiv", attention.device.type) == "triton":
+        from trace_fast.kernels import divergence as kernels
+
+        return kernels.divergence(None, attention.contiguous(), (height, width))[1]
     from trace_fast import _C
 
-    attention = attention.contiguous()
+    attention = attention.float().contiguous()
     batch = attention.shape[0]
     scores = attention.new_empty(batch, height, width)
     _C.abdiv(attention.data_ptr(), batch, height, width, scores.data_ptr(), torch.get_num_threads())
@@ -131,14 +141,18 @@ def _abdiv(attention: Tensor, height: int, width: int) -> Tensor:
 
 @_abdiv.register_fake
 def _(attention: Tensor, height: int, width: int) -> Tensor:
-    return attention.new_empty(attention.shape[0], height, width)
+    return _empty(attention, attention.shape[0], height, width)
 
 
-@torch.library.custom_op("trace_fast::step_kl_abdiv", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("trace_fast::step_kl_abdiv", mutates_args=())
 def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    if _backend.choose("step_kl_abdiv", current.device.type) == "triton":
+        from trace_fast.kernels import divergence as kernels
+
+        return kernels.divergence(previous.contiguous(), current.contiguous(), (height, width))
     from trace_fast import _C
 
-    previous, current = previous.contiguous(), current.contiguous()
+    previous, current = previous.float().contiguous(), current.float().contiguous()
     batch = current.shape[0]
     kl, scores = current.new_empty(batch), current.new_empty(batch, height, width)
     threads = torch.get_num_threads()
@@ -149,4 +163,9 @@ def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -
 
 @_step_kl_abdiv.register_fake
 def _(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return current.new_empty(current.shape[0]), current.new_empty(current.shape[0], height, width)
+    return _empty(current, current.shape[0]), _empty(current, current.shape[0], height, width)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Room for a result."""
+    return like.new_empty(shape, dtype=torch.float32)

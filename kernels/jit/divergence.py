@@ -1,0 +1,146 @@
+"""Divergence of attention maps on the GPU, over time and over space, from one read of each map in device memory.
+
+A program owns a block of the grid's columns and a tile of the keys and walks down the grid: the row of tokens below is
+read, its logarithms and those of the two rows before stay in registers, and the neighbours to the right and left were
+read a step ago and are still in the nearest cache. Tiles of keys leave partial sums, which a second kernel adds in a
+fixed order: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trace_fast.kernels.launch import INTERPRETED, Config, on_device, pick
+
+__all__ = ["divergence"]
+
+LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(2.0**-126)  # probabilities are clamped to it from below
+ON_DEVICE = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def log2(x):
+    """Logarithm of max(x, TINY) by one instruction, to two units in the last place; NaN gives NaN.
+
+    Triton's own costs 25 instructions on a device and would be what the kernel waits for, instead of memory; numpy,
+    which interprets the kernels, knows no assembly.
+    """
+    x = tl.maximum(x, TINY, propagate_nan=tl.PropagateNan.ALL)
+    if ON_DEVICE:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def load_tokens(attention, token, column, tokens, rows):
+    """Rows of a map at a tile of keys, float32: (WIDTH, COLUMNS). Outside every value is 1, its logarithm 0."""
+    inside = (rows & (token < tokens))[:, None] & (column < tokens)[None, :]
+    pointers = attention + tl.cast(token, tl.int64)[:, None] * tokens + column[None, :]
+    return tl.load(pointers, inside, 1.0).to(tl.float32)
+
+
+@triton.jit
+def divergence_kernel(previous, current, step_sums, score_sums, height, width, tokens, segment, STEP: tl.constexpr,
+                      ABDIV: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Sums over a tile of keys: of the step's divergence, over all tokens met, and of the scores, token by token.
+
+    Program (strip of WIDTH grid columns, tile of COLUMNS keys, image and segment of grid rows).
+    """
+    strips, tiles, segments = tl.num_programs(0), tl.num_programs(1), tl.cdiv(height, segment)
+    image, part = tl.cast(tl.program_id(2), tl.int64) // segments, tl.program_id(2) % segments
+    x = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    left, right = tl.maximum(x - 1, 0), tl.minimum(x + 1, width - 1)
+    rows = x < width
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    previous += image * tokens * tokens
+    current += image * tokens * tokens
+    score_sums += (image * tiles + tl.program_id(1)) * tokens
+    first, end = part * segment, tl.minimum((part + 1) * segment, height)
+
+    log_here = log2(load_tokens(current, first * width + x, column, tokens, rows))
+    log_above = log_here
+    if ABDIV:
+        log_above = log2(load_tokens(current, tl.maximum(first - 1, 0) * width + x, column, tokens, rows))
+    step = tl.zeros((WIDTH, COLUMNS), tl.float32)
+    for y in range(first, end):
+        below = load_tokens(current, tl.minimum(y + 1, height - 1) * width + x, column, tokens, rows)
+        log_below = log2(below)
+        if STEP:
+            before = load_tokens(previous, y * width + x, column, tokens, rows)
+            step += before * (log2(before) - log_here)
+        if ABDIV:
+            ahead = load_tokens(current, y * width + right, column, tokens, rows)
+            behind = load_tokens(current, y * width + left, column, tokens, rows)
+            score = ahead * (log2(ahead) - log2(behind)) + below * (log_below - log_above)
+            tl.store(score_sums + y * width + x, tl.sum(score, 1), rows)
+            log_above = log_here
+        log_here = log_below
+    if STEP:
+        program = (tl.program_id(2) * tiles + tl.program_id(1)) * strips + tl.program_id(0)
+        tl.store(step_sums + program, tl.sum(step))
+
+
+@triton.jit
+def finish_kernel(step_sums, score_sums, kl, scores, tokens, steps, tiles, STEP: tl.constexpr, ABDIV: tl.constexpr,
+                  STEPS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Add the partial sums of one image in their order, in nats: TOKENS scores, and the mean step."""
+    image = tl.cast(tl.program_id(1), tl.int64)
+    if ABDIV:
+        token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        score_sums += image * tiles * tokens
+        total = tl.zeros((TOKENS,), tl.float32)
+        for tile in range(tiles):
+            total += tl.load(score_sums + tile * tokens + token, token < tokens, 0.0)
+        tl.store(scores + image * tokens + token, total * LN2, token < tokens)
+    if STEP and tl.program_id(0) == 0:
+        index = tl.arange(0, STEPS)
+        step = tl.zeros((STEPS,), tl.float32)
+        for start in range(0, steps, STEPS):
+            step += tl.load(step_sums + image * steps + start + index, start + index < steps, 0.0)
+        tl.store(kl + image, tl.sum(step) * (LN2 / tokens))
+
+
+# tiles of WIDTH tokens by COLUMNS keys, large tiles first
+CONFIGS = (Config(8, 256, 4, 1), Config(8, 128, 4, 1), Config(4, 128, 2, 1))
+SEGMENT = 16  # grid rows that one program walks down; it reads two more
+WAVES = 4  # programs that a multiprocessor needs to hide the latency of memory
+FINISH = Config(128, 256, 4, 1)  # scores and steps that the second kernel adds up at once
+
+
+def divergence(
+    previous: Tensor | None, current: Tensor, size: tuple[int, int] | None, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """KL(previous || current) (B,) and ABDiv of current (B, *size); void without a previous map or without a size."""
+    batch, tokens, _ = current.shape
+    # a step does not ask where its tokens lie
+    height, width = size or (triton.cdiv(tokens, 64), min(tokens, 64))
+    segments = triton.cdiv(height, SEGMENT)
+
+    def grid(config: Config) -> tuple[int, int, int]:
+        return triton.cdiv(width, config.rows), triton.cdiv(tokens, config.columns), batch * segments
+
+    config = config or pick(CONFIGS, lambda config: math.prod(grid(config)) // WAVES, current.device)
+    strips, tiles, _ = grid(config)
+    steps = strips * tiles * segments
+    flags = {"STEP": previous is not None, "ABDIV": size is not None}
+    step_sums = current.new_empty(batch * steps, dtype=torch.float32)
+    score_sums = current.new_empty(batch * tiles * tokens if size else 0, dtype=torch.float32)
+    kl = current.new_empty(batch, dtype=torch.float32)
+    scores = current.new_empty((batch, *(size or (0, 0))), dtype=torch.float32)
+    with on_device(current):
+        divergence_kernel[grid(config)](
+            current if previous is None else previous, current, step_sums, score_sums, height, width, tokens, SEGMENT,
+            **flags, WIDTH=config.rows, COLUMNS=config.columns, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        finish_kernel[triton.cdiv(tokens, FINISH.rows) if size else 1, batch](
+            step_sums, score_sums, kl, scores, tokens, steps, tiles,
+            **flags, TOKENS=FINISH.rows, STEPS=FINISH.columns, num_warps=FINISH.warps, num_stages=FINISH.stages,
+        )  # fmt: skip
+    return kl, scores

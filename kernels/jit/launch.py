@@ -1,0 +1,66 @@
+"""What every launcher shares: tile configurations, how one is picked, and the device a kernel runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "Config", "alignment", "on_device", "pick"]
+
+# TRITON_INTERPRET=1 runs the kernels in numpy, on tensors of the CPU
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+MULTIPROCESSORS = 132  # of an H100 or H200: what a grid must fill where there is no device to ask
+
+
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    # the interpreter of Triton 3.7 multiplies the bit patterns of bfloat16
+    _create_dot = InterpreterBuilder.create_dot
+
+    def _create_dot_of_floats(self, a, b, *arguments):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return _create_dot(self, a, b, *arguments)
+
+    InterpreterBuilder.create_dot = _create_dot_of_floats
+
+
+class Config(NamedTuple):
+    """Tile of one program, in rows and columns of the map, and how it is compiled."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    polynomial: int = 0  # one exponential in so many is a polynomial; 0 for none
+
+
+def pick(configs: Sequence[Config], programs: Callable[[Config], int], device: torch.device) -> Config:
+    """The first configuration (they are ordered from large tiles to small) whose grid fills the device, or the last."""
+    needed = _multiprocessors(device)
+    return next((config for config in configs if programs(config) >= needed), configs[-1])
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Elements that every row of the tensors starts at a multiple of: as many as 16 bytes hold, or 1."""
+    elements = 16 // tensors[0].element_size()
+    aligned = all(x.data_ptr() % 16 == 0 and all(stride % elements == 0 for stride in x.stride()[:-1]) for x in tensors)
+    return elements if aligned else 1
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one, on whose current stream Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
