@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 import trace_fast
 from trace_fast import Tracer, reference
 from trace_fast.backbones import Settings
-from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
-from trace_fast.backbones.rotary import apply_rotary
+from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.mini import Attention, Mini, MiniBackbone, MiniConfig
+from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
+from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.tracer import TIMESTEPS
 
 LEVELS = (0, 99, 299, 899)
@@ -115,6 +117,103 @@ def test_iep_is_the_peak_and_the_noisier_map_of_the_pair(tracer, images):
     assert output.timestep.tolist() == [LEVELS[k + 1] for k in step.tolist()]
     assert torch.equal(output.kl, kl)
     assert torch.equal(output.abdiv, torch.stack([abdiv[b, k + 1] for b, k in enumerate(step.tolist())]))
+
+
+@pytest.mark.parametrize("noising", ["inversion", "gaussian"])
+@pytest.mark.parametrize("timestep", ["iep", 299])
+def test_the_host_never_waits_for_the_device(noising, timestep):
+    # a meta tensor has no numbers: whoever asks for one, to decide on the host, gets an error
+    tracer = Tracer(make_backbone(), device="meta")
+    images = torch.empty(2, 3, 24, 40, dtype=torch.uint8, device="meta")
+    output = tracer(images, timestep=timestep, timesteps=LEVELS, noising=noising, return_kl=True, return_abdiv=True)
+    assert output.edges.shape == (2, 1, 24, 40) and output.edges.is_meta
+    assert output.kl.shape == (2, 3) and output.abdiv.shape == (2, 6, 10) and output.timestep.shape == (2,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("noising", ["inversion", "gaussian"])
+def test_the_search_replays_in_a_cuda_graph(noising):
+    tracer = Tracer(make_backbone(), device="cuda")
+    images = torch.rand(2, 3, 24, 40, device="cuda")
+
+    def search():
+        return tracer.scan(images, timesteps=LEVELS, noising=noising, batch=2)
+
+    search()  # compiles kernels and copies constants
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = search()
+    for _ in range(2):
+        images.copy_(torch.rand_like(images))
+        graph.replay()
+        for one, other in zip(captured, search(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_the_search_makes_no_synchronising_call():
+    tracer = Tracer(make_backbone(), device="cuda")
+    images = torch.randint(256, (2, 3, 24, 40), dtype=torch.uint8, device="cuda")
+    tracer(images, timesteps=LEVELS, timestep="iep")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tracer(images, timesteps=LEVELS, timestep="iep")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class TwoGrids(torch.nn.Module):
+    """A network like a UNet: self-attention at two resolutions, the second of half the size, rounded up."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 4, stride=4)
+        self.fine, self.coarse, self.again = Attention(16, 2), Attention(16, 2), Attention(16, 2)
+        self.head = torch.nn.ConvTranspose2d(16, 3, 4, stride=4)
+
+    def forward(self, sample, timestep):
+        x = self.stem(sample) + timestep[:, None, None, None] / 1000
+        small = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+        small = small + self.mix(self.coarse, small)
+        x = x + self.mix(self.fine, x) + torch.nn.functional.interpolate(small, x.shape[-2:])
+        return self.head(x + self.mix(self.again, x))
+
+    @staticmethod
+    def mix(attention, x):
+        rotary = rotary_embedding(*x.shape[-2:], 8)
+        return attention(x.flatten(2).mT, image_rotary_emb=rotary).mT.unflatten(2, x.shape[-2:])
+
+
+class TwoGridsBackbone(MiniBackbone):
+    def __init__(self, network):
+        self.network, self.settings, self.schedule = network, Settings(size=(20, 28)), VariancePreserving()
+
+    def attentions(self):
+        return [self.network.coarse, self.network.fine, self.network.again]
+
+    def grids(self, size):
+        return [(3, 4), (5, 7), (5, 7)]
+
+
+@pytest.mark.parametrize(("blocks", "grid"), [(None, (5, 7)), ((0, 2), (5, 7)), ((0,), (3, 4))])
+def test_blocks_of_several_grids_meet_on_the_finest(blocks, grid):
+    torch.manual_seed(0)
+    tracer = Tracer(TwoGridsBackbone(TwoGrids()))
+    images = torch.rand(2, 3, 20, 28)
+    kl, abdiv = tracer.scan(images, timesteps=(0, 499), noising="gaussian", blocks=blocks)
+    maps = []
+    for level in (0, 499):
+        found = []
+        with Capture(tracer.backbone.attentions(), lambda _, q, k, found=found: found.append((q, k))), torch.no_grad():
+            timestep = torch.full((2,), level)
+            noise = torch.randn((1, 3, 20, 28), generator=torch.Generator().manual_seed(0))
+            tracer.backbone.predict(tracer.backbone.schedule.noise(images * 2 - 1, noise, timestep), timestep)
+        read = [reference.attention_map(q.double(), k.double()) for q, k in found]
+        chosen = [(read[index], tracer.backbone.grids(None)[index]) for index in blocks or range(3)]
+        maps.append(torch.stack([reference.resize_attention(one, size, grid) for one, size in chosen]).mean(0))
+    assert abdiv.shape == (2, 2, *grid)
+    torch.testing.assert_close(kl[:, 0].double(), reference.step_kl(*maps), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(abdiv[:, 1].double(), reference.abdiv(maps[1], *grid), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("noising", ["inversion", "gaussian"])

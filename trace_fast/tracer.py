@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 import threading
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from trace_fast.backbones.capture import Capture
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
 
 TIMESTEPS = (0, *range(99, 1000, 100))  # stride 100 of a 1000-step schedule, and the image itself
-MAP_BYTES = 2**30  # attention maps held at once when independent levels run as a batch
+MAP_BYTES = 2**30  # attention maps held at once when independent levels run as a batch, where no GPU tells its room
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Tracer:
             chosen = kl.argmax(1) + 1  # the noisier map of the winning pair
         else:
             chosen = torch.full((len(abdiv),), levels.index(fixed), device=abdiv.device)
-        visited = torch.tensor(levels, device=abdiv.device)
+        visited = on_device(levels, abdiv.device)
         strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
         return TraceOutput(
             edges=probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
@@ -152,11 +153,14 @@ class Tracer:
         noising: str | None = None,
         seed: int = 0,
         blocks: Sequence[int] | None = None,
+        batch: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Visit noise levels and measure every step and map: TRACE, Eq. 1 and 2.
 
-        The network runs once for every level, gaussian levels as a batch; maps are accumulated in place, one buffer a
-        level of the batch plus one. Nothing is copied to the host.
+        The network runs once for every level, gaussian levels in batches. Blocks are added up in place, so that
+        attention takes `batch + 1` maps, 4 (batch + 1) B N^2 bytes, plus one of every coarser grid: 128 MiB for an
+        image and N = 4096 with inversion. The host never waits for the device, and once a call has been made, another
+        like it can be captured in a CUDA graph.
 
         Args:
             images: (B, 3, H, W) float32 in [0, 1], squashed to the processing size.
@@ -165,9 +169,12 @@ class Tracer:
             noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
             seed: of the gaussian noise.
             blocks: indices of the self-attention blocks that are averaged; None does what the settings prefer.
+            batch: gaussian levels that run at once; None takes as many as half of the free memory holds maps of (the
+                driver is asked, so give a number where a graph is captured). Inversion runs one by one.
 
         Returns:
-            (kl, abdiv): (B, T - 1) and (B, T, h, w), float32, nats, on the tracer's device.
+            (kl, abdiv): (B, T - 1) and (B, T, h, w), float32, nats, on the tracer's device; (h, w) is the finest grid
+            of the blocks.
 
         Raises:
             TypeError, ValueError: an argument is not what is said above.
@@ -176,54 +183,99 @@ class Tracer:
         noising = check_noising(settings.noising if noising is None else noising)
         levels = check_timesteps(timesteps, noising)
         chosen = check_blocks(settings.blocks if blocks is None else blocks, len(self.backbone.attentions()))
-        height, width = self.backbone.grid(settings.size)
+        grids = [self.backbone.grids(settings.size)[index] for index in chosen]
+        height, width = max(grids, key=math.prod)
         count, tokens = len(images), height * width
+        if noising == "inversion":
+            batch = 1
+        elif batch is None:
+            batch = self._room() // (4 * count * tokens**2) - 1
+        batch = min(len(levels), max(1, batch))
 
         latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
-        if noising == "gaussian":  # levels do not depend on one another: as many at once as memory allows
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn((1, *latent.shape[1:]), generator=generator).to(latent)
-            chunk = min(len(levels), max(1, MAP_BYTES // (4 * count * tokens**2) - 1))
-        else:
-            chunk = 1
-        maps = torch.empty((chunk + 1, count, tokens, tokens), device=self.device)  # slot 0: the level before
+        visited = on_device(levels, self.device)
+        noise = unit_noise(seed, (1, *latent.shape[1:]), self.device).to(latent)
+        maps = torch.empty((batch, count, tokens, tokens), device=self.device)
+        before = torch.empty((count, tokens, tokens), device=self.device)  # the last map of the levels gone by
         kls, strengths = [], []
+
+        def measure(previous: Tensor, current: Tensor) -> None:
+            kl, strength = ops.step_kl_abdiv(previous, current, height, width)
+            kls.append(kl)
+            strengths.append(strength)
+
         sample = latent
-        for start in range(0, len(levels), chunk):
-            batch = levels[start : start + chunk]
-            timestep = torch.tensor(batch, device=self.device).repeat_interleave(count)
+        for start in range(0, len(levels), batch):
+            timestep = visited[start : start + batch, None].expand(-1, count).flatten()  # (L * B,)
             if noising == "gaussian":
-                sample = schedule.noise(latent.repeat(len(batch), 1, 1, 1), noise, timestep)
-            current = maps[1 : len(batch) + 1].flatten(0, 1)  # (L * B, N, N)
-            prediction = self._attend(current, sample, timestep, chosen)
+                sample = schedule.noise(latent.repeat(len(timestep) // count, 1, 1, 1), noise, timestep)
+            current = maps[: len(timestep) // count]  # (L, B, N, N)
+            prediction = self._attend(current.flatten(0, 1), sample, timestep, chosen, grids)
             if start == 0:
-                strengths.append(ops.abdiv(maps[1], height, width))
-                previous, current = maps[1 : len(batch)].flatten(0, 1), current[count:]
+                strengths.append(ops.abdiv(current[0], height, width))
             else:
-                previous = maps[: len(batch)].flatten(0, 1)
-            if len(current):
-                kl, strength = ops.step_kl_abdiv(previous, current, height, width)
-                kls.append(kl)
-                strengths.append(strength)
-            if start + chunk < len(levels):
-                maps[0].copy_(maps[len(batch)])
+                measure(before, current[0])
+            if len(current) > 1:
+                measure(current[:-1].flatten(0, 1), current[1:].flatten(0, 1))
+            if start + batch < len(levels):
+                if batch == 1:
+                    before, maps = maps[0], before[None]
+                else:
+                    before.copy_(current[-1])
                 if noising == "inversion":
-                    following = torch.full_like(timestep, levels[start + 1])
+                    following = visited[start + 1].expand(count)
                     sample = schedule.invert(sample, prediction, timestep, following)
         kl = torch.cat(kls).unflatten(0, (-1, count)).T if kls else torch.empty((count, 0), device=self.device)
         abdiv = torch.cat(strengths).unflatten(0, (-1, count)).transpose(0, 1)
         return kl.contiguous(), abdiv.contiguous()
 
-    def _attend(self, total: Tensor, sample: Tensor, timestep: Tensor, blocks: tuple[int, ...]) -> Tensor:
-        """Run the network once; `total` (B, N, N) becomes the mean self-attention map over heads and `blocks`."""
-        total.zero_()
+    def _attend(
+        self,
+        total: Tensor,
+        sample: Tensor,
+        timestep: Tensor,
+        blocks: Sequence[int],
+        grids: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Run the network once; `total` (B, N, N) becomes the mean self-attention map over heads and `blocks`.
 
-        def add(_: int, query: Tensor, key: Tensor) -> None:
-            ops.accumulate_attention(total, query, key, 1 / len(blocks))
+        `grids` are those of the blocks. Blocks of a coarser grid share a map of their own, which is carried to the
+        finest grid when all have been heard.
+        """
+        finest = max(grids, key=math.prod)
+        totals = {finest: total.zero_()}
+        for grid in set(grids) - {finest}:
+            totals[grid] = total.new_zeros(len(total), math.prod(grid), math.prod(grid))
+
+        def add(index: int, query: Tensor, key: Tensor) -> None:
+            ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
 
         modules = self.backbone.attentions()
         with self._lock, Capture([modules[index] for index in blocks], add):
-            return self.backbone.predict(sample, timestep)
+            prediction = self.backbone.predict(sample, timestep)
+        for grid, coarse in totals.items():
+            if grid != finest:
+                ops.accumulate_resized(total, coarse, grid, finest, 1.0)
+        return prediction
+
+    def _room(self) -> int:
+        """Bytes that attention maps may take: half of what is free on a GPU, MAP_BYTES elsewhere."""
+        if self.device.type != "cuda":
+            return MAP_BYTES
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return (torch.cuda.mem_get_info(self.device)[0] + kept) // 2
+
+
+@functools.lru_cache(maxsize=16)
+def on_device(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """Levels (T,) int64 where they are used, copied there once."""
+    return torch.tensor(levels, device=device)
+
+
+@functools.lru_cache(maxsize=4)
+def unit_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal float32, the same on every device, copied there once."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:

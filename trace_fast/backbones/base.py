@@ -103,8 +103,11 @@ class Backbone(Protocol):
     def attentions(self) -> list[nn.Module]:
         """The self-attention modules, in the order in which they run."""
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Token grid (h, w) at a processing size in pixels; raises ValueError where the network does not allow it."""
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Token grid (h, w) of every self-attention, in the same order, at a processing size (height, width) in pixels.
+
+        Raises ValueError where the network does not allow the size.
+        """
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, ...)."""

@@ -172,6 +172,10 @@ class MiniBackbone:
             raise ValueError(f"mini: size must be positive multiples of {patch} pixels, got {size}")
         return size[0] // patch, size[1] // patch
 
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Every block sees the same grid."""
+        return [self.grid(size)] * len(self.attentions())
+
     def encode(self, images: Tensor) -> Tensor:
         """Pixels from [0, 1] to [-1, 1]."""
         return images * 2 - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,7 @@ class VariancePreserving:
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """(signal, noise) factors, each (B, 1, 1, 1) float32, of integer levels (B,) in 0 .. steps - 1."""
-        roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64)
-        abar = (1 - roots.square()).cumprod(0)
-        abar = abar.to(timestep.device, torch.float32)[timestep][:, None, None, None]
+        abar = _cumulative_products(self, timestep.device)[timestep][:, None, None, None]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
@@ -48,3 +47,10 @@ class VariancePreserving:
         latent = signal * sample - sigma * prediction
         noise = sigma * sample + signal * prediction
         return self.noise(latent, noise, following)
+
+
+@functools.lru_cache(maxsize=16)
+def _cumulative_products(schedule: VariancePreserving, device: torch.device) -> Tensor:
+    """The product abar at every level, (steps,) float32, worked out in float64 and copied to the device once."""
+    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.steps, dtype=torch.float64)
+    return (1 - roots.square()).cumprod(0).to(device, torch.float32)
