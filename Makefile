@@ -4,7 +4,7 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench sanitize clean
+.PHONY: demo test bench gpu sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/trace-fast demo -o demo
@@ -15,12 +15,15 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
+gpu: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/gpu.sh
+
 sanitize: $(VENV)/installed
 	TRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	for threads in 1 2; do \
 	  OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest tests/test_attention.py tests/test_divergence.py -x -s -k 'not large' || exit 1; \
+	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py -x -s -k 'native and not large' || exit 1; \
 	done
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)

@@ -81,7 +81,7 @@ def test_stage(measure, tracer, path, maps, stage):
 
     @torch.no_grad()
     def forward_capture():
-        return [tracer._attend(total, latent, level, blocks) for level in levels]
+        return [tracer._attend(total, latent, level, blocks, backbone.grids(size)) for level in levels]
 
     def divergence():
         return [ops.step_kl_abdiv(previous, current, height, width) for previous, current in itertools.pairwise(maps)]

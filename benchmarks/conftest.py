@@ -6,6 +6,7 @@ Run `pytest benchmarks --benchmark-only`; add `--benchmark-json=benchmarks/resul
 import ctypes
 import importlib.metadata
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["instruction_set"] = _C.instruction_set()
     machine_info["backends"] = trace_fast.backends()
     machine_info["versions"] = {name: importlib.metadata.version(name) for name in ("trace_fast", "torch", "numpy")}
+    if torch.cuda.is_available():
+        from ceilings import measured
+
+        machine_info["gpu"] = torch.cuda.get_device_name()
+        machine_info["ceilings"] = vars(measured())
+        machine_info["versions"]["triton"] = importlib.metadata.version("triton")
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
@@ -47,17 +54,43 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     return read("VmHWM") - before
 
 
-@pytest.fixture
-def measure(benchmark) -> Callable[..., None]:
-    """Time `call`, which has been verified, as `provider` of a group; `work` is what a call has to do, in numbers."""
+def device_memory(call: Callable[[], object]) -> int:
+    """Bytes of GPU memory that one call adds at its peak, outputs included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
-    def measure(group: str, provider: str, call: Callable[[], object], **work: float) -> None:
+
+@pytest.fixture
+def measure(benchmark, request) -> Callable[..., None]:
+    """Time `call`, which has been verified, as `provider` of a group; `work` is what a call has to do, in numbers.
+
+    On a GPU the times are those of its own clock, with the cache flushed before each call.
+    """
+
+    def measure(group: str, provider: str, call: Callable[[], object], *, device: str = "cpu", **work: float) -> None:
+        benchmark.group = group
         call()
+        if request.config.getoption("benchmark_disable"):
+            benchmark(call)
+            return
+        if device == "cuda":
+            from ceilings import event_times
+
+            times = sorted(event_times(call))
+            quartiles = statistics.quantiles(times, n=4)
+            work.update(seconds=quartiles[1], spread=quartiles[2] - quartiles[0])
+            benchmark.extra_info.update(provider=provider, peak_memory=device_memory(call), **work)
+            # pytest-benchmark wants a turn too: with the host's overhead
+            benchmark.pedantic(lambda: (call(), torch.cuda.synchronize()), rounds=3, warmup_rounds=1)
+            return
         memory = peak_memory(call)
         start = time.perf_counter()
         call()
         rounds = max(ROUNDS, min(500, int(SECONDS / (time.perf_counter() - start))))
-        benchmark.group = group
         benchmark.extra_info.update(provider=provider, peak_memory=memory, **work)
         benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
 
@@ -75,14 +108,18 @@ def pytest_terminal_summary(terminalreporter, config):
     write("")
     write(f"{torch.get_num_threads()} threads, {_C.instruction_set()}; memory is what one call adds at its peak")
     for group, cases in groups.items():
-        slowest = next((case for case in cases if case.extra_info["provider"] == "eager"), None)
+        times = {case: case.extra_info.get("seconds", case.stats.median) for case in cases}
+        slowest = next((times[case] for case in cases if case.extra_info["provider"] == "eager"), None)
         write("")
-        write(f"{group:34} {'median ms':>10} {'IQR ms':>8} {'eager /':>8} {'GB/s':>7} {'GFLOP/s':>8} {'MiB':>7}")
-        for case in sorted(cases, key=lambda case: case.stats.median):
-            median, info = case.stats.median, case.extra_info
-            ratio = f"{slowest.stats.median / median:.1f}" if slowest else ""
+        columns = f"{'median ms':>10} {'IQR ms':>8} {'eager /':>8} {'floor':>6} {'GB/s':>7} {'GFLOP/s':>8} {'MiB':>7}"
+        write(f"{group:44} {columns}")
+        for case in sorted(cases, key=times.get):
+            median, info = times[case], case.extra_info
+            spread = info.get("spread", case.stats.iqr)
+            ratio = f"{slowest / median:.1f}" if slowest else ""
+            floor = f"{median / info['floor']:.2f}" if "floor" in info else ""
             bandwidth = f"{info['bytes'] / median / 1e9:.1f}" if "bytes" in info else ""
             flops = f"{info['flop'] / median / 1e9:.0f}" if "flop" in info else ""
             memory = "" if info["peak_memory"] is None else f"{info['peak_memory'] / 2**20:.1f}"
-            times = f"{median * 1e3:>10.3f} {case.stats.iqr * 1e3:>8.3f}"
-            write(f"  {info['provider']:32} {times} {ratio:>8} {bandwidth:>7} {flops:>8} {memory:>7}")
+            numbers = f"{median * 1e3:>10.3f} {spread * 1e3:>8.3f} {ratio:>8} {floor:>6} {bandwidth:>7} {flops:>8}"
+            write(f"  {info['provider']:42} {numbers} {memory:>7}")

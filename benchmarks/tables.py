@@ -1,7 +1,8 @@
-"""Write the README's tables from benchmarks/results/: `python benchmarks/tables.py`.
+"""Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python benchmarks/tables.py`.
 
 `speed-cpu.json` is made by `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/speed-cpu.json`,
-`quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json).
+`quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
+`benchmarks/compile_kernels.py`, `speed-gpu.json` by `benchmarks/gpu.sh`.
 """
 
 from __future__ import annotations
@@ -77,15 +78,120 @@ def quality(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu(results: dict[str, Any] | None) -> str:
+    """The bars of the GPU kernels and what was measured; empty slots where there is no run yet."""
+    bars = [
+        ("`accumulate_attention`, all blocks of SD1.5 @512, over its floor", "at most 1.5", "SD1.5 @512", over_floor),
+        (
+            "`accumulate_attention`, all blocks of SD3.5-L @1024, over its floor",
+            "at most 1.5",
+            "SD3.5-L @1024",
+            over_floor,
+        ),
+        ("the same, faster than eager, SD1.5 @512", "at least 4", "SD1.5 @512", over_eager),
+        ("the same, faster than eager, SD3.5-L @1024", "at least 4", "SD3.5-L @1024", over_eager),
+        ("`step_kl_abdiv`, N = 4096, share of the copy bandwidth", "at least 0.75", "", share_of_copy),
+        ("`readout` over `scaled_dot_product_attention`, the slowest shape", "at most 1.3", "", over_sdpa),
+    ]
+    lines = []
+    if results is None:
+        lines += ["No GPU has run these kernels yet: `benchmarks/gpu.sh` fills the table.", ""]
+    else:
+        machine, versions = results["machine_info"], results["machine_info"]["versions"]
+        rates = machine["ceilings"]
+        lines += [
+            f"{machine['gpu']}, torch {versions['torch']}, triton {versions['triton']}, commit "
+            f"`{results['commit_info']['id'][:7]}`. Ceilings of the same run: {rates['flops'] / 1e12:.0f} TFLOP/s, "
+            f"{rates['bandwidth'] / 1e12:.2f} TB/s, {rates['exponentials'] / 1e12:.2f} T exponentials/s.",
+            "",
+        ]
+    lines += ["| what | bar | measured |", "| --- | --- | ---: |"]
+    for what, bar, model, figure in bars:
+        value = "" if results is None else f"{figure(Times(results), model):.2f}"
+        lines.append(f"| {what} | {bar} | {value} |")
+    return "\n".join(lines)
+
+
+class Times:
+    """Median seconds, and other facts, of GPU benchmarks by group and provider."""
+
+    def __init__(self, results: dict[str, Any]):
+        self.cases = {
+            (case["group"], case["extra_info"]["provider"]): case["extra_info"] for case in results["benchmarks"]
+        }
+
+    def over_blocks(self, model: str, provider: str, key: str) -> float:
+        """Sum of a fact of accumulate_attention over all blocks of a model."""
+        start = f"accumulate_attention, {model}:"
+        found = [x for (group, name), x in self.cases.items() if group.startswith(start) and name == provider]
+        return sum(x["blocks"] * x[key] for x in found)
+
+
+def over_floor(times: Times, model: str) -> float:
+    return times.over_blocks(model, "triton", "seconds") / times.over_blocks(model, "triton", "floor")
+
+
+def over_eager(times: Times, model: str) -> float:
+    return times.over_blocks(model, "eager", "seconds") / times.over_blocks(model, "triton", "seconds")
+
+
+def share_of_copy(times: Times, _: str) -> float:
+    case = times.cases["step_kl_abdiv, N = 4096, torch.float32", "triton"]
+    return float(case["floor"] / case["seconds"])
+
+
+def over_sdpa(times: Times, _: str) -> float:
+    groups = {group for group, _ in times.cases if group.startswith("readout, ")}
+    other = "scaled_dot_product_attention"
+    return max(
+        times.cases[group, "triton"]["seconds"]
+        / min(
+            x["seconds"] for (name, provider), x in times.cases.items() if name == group and provider.startswith(other)
+        )
+        for group in groups
+    )
+
+
+def kernels(results: dict[str, Any]) -> str:
+    """Registers, spilled bytes and shared memory of what is shipped for sm_90, half precision and mini's float32."""
+    lines = [
+        f"Triton {results['triton']}, as ptxas reports. All rows, sm_80 too, are in `results/kernels.json`.",
+        "",
+        "| kernel | dtype | channels | tile | warps | registers | spilled | shared KiB | loop: issued | special x 8 |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results["kernels"]:
+        if row["shipped"] and row["sm"] == 90 and row.get("channels", 0) in (0, 40, 64, 128):
+            rows, columns, warps, *_ = row["tile"]
+            lines.append(
+                f"| {row['kernel']} | {row['dtype']} | {row.get('channels', '')} | {rows} x {columns} | {warps} | "
+                f"{row['registers']} | {row['spilled']} | {row['shared'] / 1024:.0f} | {row.get('issued', '')} | "
+                f"{8 * row['special'] if 'special' in row else ''} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = (
+    ("README.md", "speed", "speed-cpu.json", speed),
+    ("README.md", "quality", "quality-mini.json", quality),
+    ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
+    ("benchmarks/README.md", "kernels", "kernels.json", kernels),
+)
+
+
 def main() -> None:
-    """Replace what stands between the README's markers."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, file, table in (("speed", "speed-cpu.json", speed), ("quality", "quality-mini.json", quality)):
-        content = table(json.loads((RESULTS / file).read_text()))
+    """Replace what stands between the markers."""
+    for page, name, file, table in TABLES:
+        path, source = ROOT / page, RESULTS / file
+        content = table(json.loads(source.read_text()) if source.exists() else None)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
-    readme.write_text(text)
+        filled = re.sub(
+            pattern,
+            lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
+            path.read_text(),
+            flags=re.DOTALL,
+        )
+        path.write_text(filled)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""What a GPU can do at best, measured: products, copies and exponentials. Floors of kernels are counted in them."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from workload import Shape
+
+__all__ = ["Ceilings", "event_times", "measured"]
+
+
+class Ceilings:
+    """Rates of one GPU, and the time that work takes at them, in seconds.
+
+    Attributes:
+        flops: bf16 products of 8192 x 8192 matrices, operations a second.
+        bandwidth: copy of 1 GiB, bytes read and written a second.
+        exponentials: 2^x of numbers in registers, a second.
+    """
+
+    def __init__(self, flops: float, bandwidth: float, exponentials: float):
+        self.flops, self.bandwidth, self.exponentials = flops, bandwidth, exponentials
+
+    def attention(self, shape: Shape, passes: int) -> float:
+        """So many passes over the maps of all heads of one block: products or exponentials, whichever take longer."""
+        entries = passes * shape.heads * shape.tokens**2
+        return max(2 * entries * shape.channels / self.flops, entries / self.exponentials)
+
+    def traffic(self, size: float) -> float:
+        """Bytes read and written."""
+        return size / self.bandwidth
+
+
+@triton.jit
+def exp2_kernel(out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNT exponentials of each of BLOCK numbers, one after another; numbers do not wait for one another."""
+    x = tl.arange(0, BLOCK) * 1e-3
+    for _ in range(COUNT):
+        x = tl.exp2(-x)
+    tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), x)
+
+
+def event_times(call: Callable[[], object], milliseconds: int = 200) -> list[float]:
+    """Seconds of a call on the GPU by its own clock, the L2 cache flushed before each, after a warm-up."""
+    times = triton.testing.do_bench(call, warmup=50, rep=milliseconds, return_mode="all")
+    return [time / 1e3 for time in times]
+
+
+@functools.cache
+def measured() -> Ceilings:
+    """The ceilings of the present GPU, measured once a process."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    programs, block, count = 132 * 64, 2048, 4096
+    out = torch.empty(programs * block, device="cuda")
+    times = [
+        statistics.median(event_times(call))
+        for call in (
+            lambda: a @ b,
+            lambda: target.copy_(source),
+            lambda: exp2_kernel[(programs,)](out, COUNT=count, BLOCK=block, num_warps=4),
+        )
+    ]
+    return Ceilings(2 * 8192**3 / times[0], 2 * source.nbytes / times[1], programs * block * count / times[2])

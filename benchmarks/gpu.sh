@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, within ten minutes: tests on the device, tile tuning, benchmarks of every kernel.
+#
+# Run it in an environment with torch, triton, pytest, pytest-benchmark and a C++ compiler; nothing is downloaded. Results
+# land in benchmarks/results/: tuning-<gpu>.json, speed-gpu.json and gpu.log, and in the tables of benchmarks/README.md.
+# A step that fails does not stop the next; the exit status says whether one did.
+set -u
+cd "$(dirname "$0")/.."
+unset TRITON_INTERPRET TRACE_FAST_BACKEND
+python3 -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"; print(torch.cuda.get_device_name())' || exit 1
+results=benchmarks/results
+exec > >(tee "$results/gpu.log") 2>&1
+failed=0
+
+step() { # seconds it may take, command
+  local limit=$1 start=$SECONDS
+  shift
+  echo "== $*"
+  timeout "$limit" "$@" || { failed=1; echo "== FAILED"; }
+  echo "== $((SECONDS - start)) s"
+}
+
+step 100 python3 -m pip install -q --no-deps --no-build-isolation -e .
+step 160 python3 -m pytest -q --durations=5 -k 'triton or gpu or graph or synchronising' tests/test_attention.py \
+  tests/test_readout.py tests/test_divergence.py tests/test_backend.py tests/test_tracer.py
+step 110 python3 benchmarks/tune_kernels.py
+step 200 python3 -m pytest -q benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
+  --benchmark-only --benchmark-json=$results/speed-gpu.json
+step 20 python3 benchmarks/tables.py
+exit $failed
