@@ -28,9 +28,9 @@ template <Isa isa>
 void readout(const float* query, const float* key, const float* values, int64_t batch, int64_t heads, int64_t tokens,
              int64_t channels, int64_t columns, float scale, float* parts, float* lse, int num_threads);
 
-// Writes the gradients of readout: of query and key, and of values as far as each head contributes.
-// grad (batch, tokens, columns) is the gradient of every head's parts, delta (batch, heads, tokens) the sum over columns
-// of grad * parts; lse from readout. grad_query, grad_key as query, key; grad_values (batch, heads, tokens, columns).
+// Writes the gradients of readout by query and key, and by values as far as each head contributes.
+// grad (batch, tokens, columns) is that of every head's parts; delta (batch, heads, tokens) sums grad * parts; lse is
+// readout's. grad_query, grad_key (batch, heads, tokens, channels); grad_values (batch, heads, tokens, columns).
 template <Isa isa>
 void readout_backward(const float* grad, const float* delta, const float* query, const float* key, const float* values,
                       const float* lse, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,

@@ -413,7 +413,8 @@ void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, con
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = panel * kTileColumns;
       unpack_panel(map_key_sums + first * wide_channels, tokens, channels, panel, grad_key + map * tokens * channels);
-      unpack_panel(map_value_sums + first * wide_columns, tokens, columns, panel, grad_values + map * tokens * columns);
+      unpack_panel(map_value_sums + first * wide_columns, tokens, columns, panel,
+                   grad_values + map * tokens * columns);
     }
   });
 }
