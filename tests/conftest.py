@@ -1,11 +1,31 @@
 """Fixtures every test file may use."""
 
-from collections.abc import Iterator
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from trace_fast import _C
+
+# without a GPU the Triton kernels run in numpy; decided before anything imports triton
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
+IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), pytest.param("triton", marks=needs_triton)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +43,123 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_instruction_set(request.param)
     yield request.param
     _C.set_instruction_set(before)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Force each implementation in turn, native by instruction set; the device its tensors belong on.
+
+    Triton runs on a GPU where there is one. Else its kernels are interpreted, every address that they touch checked.
+    """
+    name, _, instruction_set = request.param.partition("-")
+    monkeypatch.setenv("TRACE_FAST_BACKEND", name)
+    if name == "native":
+        before = _C.instruction_set()
+        _C.set_instruction_set(instruction_set)
+        yield torch.device("cpu")
+        _C.set_instruction_set(before)
+    elif torch.cuda.is_available():
+        yield torch.device("cuda", torch.cuda.current_device())
+    else:
+        check_addresses(monkeypatch)
+        round_bfloat16(monkeypatch)
+        # numpy warns of infinity - infinity, which hardware does not
+        with np.errstate(all="ignore"):
+            yield torch.device("cpu")
+
+
+def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an interpreted kernel fail where it reads or writes outside the tensors it was given."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    extents: list[tuple[int, int]] = []
+    take_arguments = GridExecutor._init_args_hst
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def note_extents(self: Any, arguments: Any, keywords: Any) -> Any:
+        taken = take_arguments(self, arguments, keywords)
+        extents.clear()
+        for x in taken[0]:
+            if isinstance(x, torch.Tensor) and x.numel():
+                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+                extents.append((x.data_ptr(), x.data_ptr() + last * x.element_size()))
+        return taken
+
+    def check(pointers: Any, mask: Any) -> None:
+        touched = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        touched = touched[np.broadcast_to(mask.data, touched.shape)]
+        if touched.size:
+            low, high = int(touched.min()), int(touched.max())
+            assert any(first <= low and high <= last for first, last in extents), "an address is outside its tensor"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *others)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *others)
+
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", note_extents)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
+
+
+def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the interpreter round float32 to bfloat16 as devices do; that of Triton 3.7 cuts the last bits off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(values.view(torch.uint16).numpy().reshape(source.data.shape), target.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
+
+
+@pytest.fixture
+def tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call with rows, columns (and `polynomial`) to set the tile of every Triton kernel; nothing on the native path.
+
+    `interpreted_only` leaves a GPU its own: numpy is fast on tiles that no multiprocessor holds.
+    """
+
+    def choose(rows: int, columns: int, polynomial: int = 0, interpreted_only: bool = False) -> None:
+        if os.environ["TRACE_FAST_BACKEND"] == "triton" and not (interpreted_only and device.type == "cuda"):
+            from trace_fast.kernels import attention, divergence
+            from trace_fast.kernels.launch import Config
+
+            config = Config(rows, columns, 4, 1, polynomial)
+            for module in (attention, divergence):
+                monkeypatch.setattr(module, "pick", lambda *_: config)
+            monkeypatch.setattr(attention, "RESIZED", config)
+
+    return choose
+
+
+@pytest.fixture(params=(0, 1), ids="offset{}".format)
+def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Surround the tensors that ops allocate for results with sentinels, at several offsets; check them afterwards."""
+    buffers: list[tuple[torch.Tensor, int]] = []
+    margin, new_empty = 64 + request.param, torch.Tensor.new_empty
+
+    def guarded(like: torch.Tensor, *sizes: Any, dtype: torch.dtype | None = None, **keywords: Any) -> torch.Tensor:
+        shape = torch.Size(sizes[0] if sizes and not isinstance(sizes[0], int) else sizes)
+        buffer = new_empty(like, shape.numel() + 2 * margin, dtype=dtype, **keywords).fill_(-7)
+        buffers.append((buffer, shape.numel()))
+        return buffer[margin : margin + shape.numel()].view(shape).fill_(math.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", lambda x: guarded(x, x.shape))
+    yield
+    assert buffers
+    for buffer, size in buffers:
+        assert (buffer[:margin] == -7).all()
+        assert (buffer[margin + size :] == -7).all()
 
 
 @pytest.fixture(params=(1, 2), ids="threads{}".format)

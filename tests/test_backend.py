@@ -8,57 +8,198 @@ from trace_fast import _C, _backend, ops, reference
 from trace_fast.testing import random_maps
 
 
-def test_table(instruction_set):
+def arguments(device="cpu"):
+    """Small arguments of every op."""
+    query, key = torch.ones(2, 1, 2, 6, 4, device=device)
+    attention = torch.full((1, 6, 6), 1 / 6, device=device)
+    resize = attention, (2, 3), (4, 6)
+    return {
+        "attention_map": (query, key),
+        "accumulate_attention": (attention.clone(), query, key, 0.5),
+        "accumulate_resized": (torch.zeros(1, 24, 24, device=device), *resize, 0.5),
+        "resize_attention": resize,
+        "readout": (query, key, torch.ones(6, 3, device=device)),
+        "step_kl": (attention, attention),
+        "abdiv": (attention, 2, 3),
+        "step_kl_abdiv": (attention, attention, 2, 3),
+    }
+
+
+# what an op calls: names in `_C`, and kernels by module in `trace_fast.kernels`
+NATIVE = {op: {op} for op in _backend.OPS}
+NATIVE |= {"attention_map": {"accumulate_attention"}, "resize_attention": {"accumulate_resized"}}
+TRITON = {
+    "attention_map": {"row_statistics_kernel", "add_probabilities_kernel"},
+    "accumulate_attention": {"row_statistics_kernel", "add_probabilities_kernel"},
+    "accumulate_resized": {"accumulate_resized_kernel"},
+    "resize_attention": {"accumulate_resized_kernel"},
+    "readout": {"readout_kernel"},
+    "step_kl": {"divergence_kernel", "finish_kernel"},
+    "abdiv": {"divergence_kernel", "finish_kernel"},
+    "step_kl_abdiv": {"divergence_kernel", "finish_kernel"},
+}
+
+
+class Spied:
+    """A kernel that notes its name when it is launched."""
+
+    def __init__(self, name, kernel, launched):
+        self.name, self.kernel, self.launched = name, kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.add(self.name)
+        return self.kernel[grid]
+
+
+def spied(name, function, launched):
+    """A native entry point that notes its name when it is called."""
+
+    def call(*arguments):
+        launched.add(name)
+        function(*arguments)
+
+    return call
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the native entry points and the Triton kernels that have run."""
+    kernels = pytest.importorskip("trace_fast.kernels.attention"), pytest.importorskip("trace_fast.kernels.divergence")
+    names = set()
+    for module in kernels:
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Spied(name, kernel, names))
+    for name in {name for found in NATIVE.values() for name in found} | {"readout_backward"}:
+        monkeypatch.setattr(_C, name, spied(name, getattr(_C, name), names))
+    return names
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_what_is_forced_runs_and_nothing_else(op, device, launched, request):
+    expected = NATIVE if "native" in request.node.name else TRITON
+    getattr(ops, op)(*arguments(device)[op])
+    assert launched == expected[op]
+
+
+def test_gradients_run_what_is_forced(device, launched, request):
+    query, key, values = arguments(device)["readout"]
+    out = ops.readout(query.requires_grad_(), key, values)
+    launched.clear()
+    out.sum().backward()
+    triton = {"readout_keys_kernel", "readout_queries_kernel"}
+    assert launched == ({"readout_backward"} if "native" in request.node.name else triton)
+
+
+def test_table(instruction_set, monkeypatch):
+    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
     table = trace_fast.backends()
-    assert table["step_kl_abdiv"] == {"cpu": f"native ({instruction_set})", "cuda": "reference"}
     assert set(table) == set(ops.__all__)
+    assert all(row == {"cpu": f"native ({instruction_set})", "cuda": "triton"} for row in table.values())
     assert str(table).splitlines()[0].split() == ["op", "cpu", "cuda"]
 
 
-def test_native_serves_by_default(monkeypatch):
+@pytest.mark.parametrize(
+    ("choice", "row"),
+    [
+        ("reference", {"cpu": "reference", "cuda": "reference"}),
+        ("native", {"cpu": "native (baseline)", "cuda": "unavailable"}),
+        ("triton", {"cpu": "unavailable", "cuda": "triton"}),
+    ],
+)
+def test_table_of_what_is_forced(choice, row, monkeypatch):
+    monkeypatch.setenv("TRACE_FAST_BACKEND", choice)
+    monkeypatch.setattr(_C, "instruction_set", lambda: "baseline")
+    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(_backend, "_interprets", lambda: False)
+    assert list(trace_fast.backends().values()) == [row] * len(ops.__all__)
+    monkeypatch.setattr(_backend, "_interprets", lambda: True)
+    interpreted = {**row, "cpu": "triton (interpreted)"} if choice == "triton" else row
+    assert trace_fast.backends()["abdiv"] == interpreted
+
+
+def test_native_serves_the_cpu_by_default(monkeypatch, launched):
     monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    calls = []
-    monkeypatch.setattr(_C, "abdiv", lambda *_: calls.append("abdiv"))
-    ops.abdiv(random_maps(1, 6)[0], 2, 3)
-    assert calls == ["abdiv"]
+    for op, values in arguments().items():
+        launched.clear()
+        getattr(ops, op)(*values)
+        assert launched == NATIVE[op]
 
 
-def test_reference_can_be_forced(monkeypatch):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_serves_the_gpu_by_default(monkeypatch, launched):
+    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
+    for op, values in arguments("cuda").items():
+        launched.clear()
+        getattr(ops, op)(*values)
+        assert launched == TRITON[op]
+
+
+def test_reference_can_be_forced(monkeypatch, launched):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
-    for name in ("accumulate_attention", "step_kl", "abdiv", "step_kl_abdiv"):
-        monkeypatch.setattr(_C, name, None)
-    previous, current = random_maps(1, 6)
-    assert torch.equal(ops.step_kl(previous, current), reference.step_kl(previous, current))
-    assert torch.equal(ops.abdiv(current, 2, 3), reference.abdiv(current, 2, 3))
-    assert torch.equal(ops.step_kl_abdiv(previous, current, 2, 3)[1], reference.abdiv(current, 2, 3))
-    features = torch.randn(2, 1, 2, 6, 4)
-    assert torch.equal(ops.attention_map(*features), reference.attention_map(*features))
-    assert {row["cpu"] for row in trace_fast.backends().values()} == {"reference"}
+    for op, values in arguments().items():
+        copies = [[x.clone() if isinstance(x, torch.Tensor) else x for x in values] for _ in range(2)]
+        result, expected = getattr(ops, op)(*copies[0]), getattr(reference, op)(*copies[1])
+        if op.startswith("accumulate"):
+            result, expected = copies[0][0], copies[1][0]
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert launched == set()
 
 
-def test_forced_and_missing_raises(monkeypatch):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_native_forced_and_missing_raises(op, monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
-    with pytest.raises(RuntimeError, match="resize_attention: there is no native kernel on cpu; unset TRACE_FAST"):
-        ops.resize_attention(random_maps(1, 6)[0], (2, 3), (4, 6))
-    with pytest.raises(RuntimeError, match="abdiv: there is no native kernel on meta"):
-        ops.abdiv(random_maps(1, 6)[0].to("meta"), 2, 3)
-    assert trace_fast.backends()["abdiv"]["cuda"] == "unavailable"
+    with pytest.raises(RuntimeError, match=r"\w+: there is no native kernel on meta; unset TRACE_FAST_BACKEND"):
+        getattr(ops, op)(*arguments("meta")[op])
+    with pytest.raises(RuntimeError, match=f"{op}: there is no native kernel on cuda; unset TRACE_FAST_BACKEND"):
+        _backend.choose(op, "cuda")
 
 
-def test_missing_build_raises_unless_the_reference_is_asked_for(monkeypatch):
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_triton_forced_where_it_does_not_run_raises(op, monkeypatch):
+    launch = pytest.importorskip("trace_fast.kernels.launch")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+    for device in ("cpu", "meta"):
+        match = rf"\w+: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, or set TRITON_INTERPRET=1"
+        with pytest.raises(RuntimeError, match=match):
+            getattr(ops, op)(*arguments(device)[op])
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_triton_that_is_not_installed_raises(op, monkeypatch):
+    monkeypatch.setattr(_backend, "_has_triton", lambda: False)
+    monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+    match = r"\w+: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
+    with pytest.raises(RuntimeError, match=match):
+        getattr(ops, op)(*arguments()[op])
+    # nor does a GPU that nothing was forced on fall back
+    monkeypatch.delenv("TRACE_FAST_BACKEND")
+    with pytest.raises(RuntimeError, match=f"{op}: triton is not installed"):
+        _backend.choose(op, "cuda")
+    assert trace_fast.backends()[op]["cuda"] == "unavailable"
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_missing_build_raises_unless_the_reference_is_asked_for(op, monkeypatch):
+    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
     monkeypatch.setattr(_backend, "_build_error", ImportError("no _C"))
-    current = random_maps(1, 6)[0]
-    with pytest.raises(RuntimeError, match=r"abdiv: the native core is not built \(no _C\); run .*=reference"):
-        ops.abdiv(current, 2, 3)
-    assert trace_fast.backends()["abdiv"]["cpu"] == "unavailable"
+    with pytest.raises(RuntimeError, match=r"\w+: the native core is not built \(no _C\); run .*=reference"):
+        getattr(ops, op)(*arguments()[op])
+    assert trace_fast.backends()[op]["cpu"] == "unavailable"
     monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
-    assert torch.equal(ops.abdiv(current, 2, 3), reference.abdiv(current, 2, 3))
+    getattr(ops, op)(*arguments()[op])
 
 
 def test_unknown_choice_raises(monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="abdiv: TRACE_FAST_BACKEND must be reference or native, got fastest"):
+    match = "abdiv: TRACE_FAST_BACKEND must be reference, native or triton, got fastest"
+    with pytest.raises(ValueError, match=match):
         ops.abdiv(random_maps(1, 6)[0], 2, 3)
+    with pytest.raises(ValueError, match="TRACE_FAST_BACKEND must be"):
+        trace_fast.backends()
 
 
 def test_unknown_instruction_set_raises():

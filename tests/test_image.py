@@ -15,8 +15,6 @@ from trace_fast.image import MAX_PIXELS, from_tensor, resize, to_tensor
 
 HEIGHT, WIDTH = 20, 31
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture
 def pixels():
@@ -178,7 +176,6 @@ class TestTensors:
         assert_is(to_tensor(image), channels_first(pixels))
 
     @pytest.mark.gpu
-    @needs_gpu
     def test_stays_on_its_device(self, pixels):
         found = to_tensor(torch.from_numpy(pixels).permute(2, 0, 1).cuda())
         assert found.device.type == "cuda"
@@ -439,7 +436,6 @@ class TestFromTensor:
         assert found.dtype == np.float32
 
     @pytest.mark.gpu
-    @needs_gpu
     def test_returns_to_the_device_of_the_image(self, edges):
         assert from_tensor(edges, torch.zeros(3, HEIGHT, WIDTH, device="cuda")).device.type == "cuda"
         assert from_tensor(edges.cuda(), torch.zeros(3, HEIGHT, WIDTH)).device.type == "cpu"

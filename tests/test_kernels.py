@@ -1,0 +1,172 @@
+"""What the Triton kernels compile to for sm_80 and sm_90, without a GPU, and the table of it that is committed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from trace_fast.kernels import attention, divergence  # noqa: E402
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+TABLE = json.loads((BENCHMARKS / "results" / "kernels.json").read_text())
+ARCHITECTURES = (80, 90)
+DTYPES = {2: "bfloat16", 4: "float32"}
+HEAD_SIZES = (40, 64, 72, 80, 128, 160)
+
+# every kernel as it is picked for heads of 72 channels, and one of them for every size of head; then shapes that the
+# compiler sees in another way: arguments that are 1, sizes that no tile divides, and one output of two
+SCRIPT = """
+import itertools, json, sys
+sys.path.insert(0, sys.argv[1])
+import compile_kernels as benchmark
+import torch
+from trace_fast.kernels import divergence
+
+def chosen(case):
+    row = case.row
+    wanted = row["kernel"] == "row_statistics" or row.get("channels", 72) == 72
+    return wanted and row["shipped"] and case.picked and row["dtype"] == "bfloat16"
+
+rows = []
+for architecture, case in itertools.product(benchmark.ARCHITECTURES, filter(chosen, benchmark.cases())):
+    kernel = benchmark.compile_case(case, architecture)
+    found = benchmark.resources(kernel, architecture)
+    rows.append({**case.row, "sm": architecture, "tile": list(case.config), **found, "ptx": kernel.asm["ptx"]})
+
+others = []
+for dtype, (heads, tokens, channels) in itertools.product((torch.bfloat16, torch.float32), ((1, 1, 1), (5, 51, 13))):
+    for case in benchmark.attention_cases(dtype, heads, tokens, channels):
+        if case.row["shipped"] and case.picked:
+            benchmark.compile_case(case, 90)
+            others.append(case.row["kernel"])
+for tokens in (1, 51):
+    maps = torch.empty(1, tokens, tokens)
+    with benchmark.compiling(90) as compiled:
+        divergence.divergence(maps, maps, None)
+        divergence.divergence(None, maps, (tokens, 1))
+        masses = torch.empty(tokens), torch.empty(1)
+        benchmark.attention.accumulate_resized(maps, maps, (tokens, 1), (tokens, 1), 1.0, masses)
+    others += compiled
+json.dump({"rows": rows, "others": others}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Rows as the table has them, with the code, compiled anew in a process that does not interpret kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    command = [sys.executable, "-c", SCRIPT, str(BENCHMARKS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def kernels():
+    """Names of the kernels of both families."""
+    names = [name for module in (attention, divergence) for name in vars(module) if name.endswith("_kernel")]
+    return {name.removesuffix("_kernel") for name in names}
+
+
+def test_every_kernel_compiles_for_both_architectures(compiled):
+    for architecture in ARCHITECTURES:
+        assert {row["kernel"] for row in compiled["rows"] if row["sm"] == architecture} == kernels()
+
+
+def test_every_kernel_compiles_for_a_single_token_and_for_sizes_that_no_tile_divides(compiled):
+    assert set(compiled["others"]) == kernels()
+
+
+def test_products_are_those_of_tensor_cores(compiled):
+    for row in compiled["rows"]:
+        if "channels" in row:
+            assert re.search(r"\b(mma\.sync|wgmma\.mma_async)\S*bf16\.bf16", row["ptx"]), row["kernel"]
+    # a whole warp group multiplies where its 64 rows are there
+    wide = [row for row in compiled["rows"] if row["sm"] == 90 and row["kernel"] == "add_probabilities"]
+    assert wide and all("wgmma.mma_async" in row["ptx"] for row in wide)
+
+
+def test_exponentials_and_logarithms_are_instructions(compiled):
+    for row in compiled["rows"]:
+        # the file and function of an inlined call are only named
+        assert not re.search(r"^\s*(@!?%\w+\s+)?call\b", row["ptx"], re.MULTILINE), row["kernel"]
+        if "channels" in row:
+            assert "ex2.approx.ftz.f32" in row["ptx"], row["kernel"]
+        elif row["kernel"] == "divergence":
+            assert "lg2.approx.ftz.f32" in row["ptx"]
+
+
+def test_features_are_read_16_bytes_at_a_time(compiled):
+    rows = [row for row in compiled["rows"] if row["kernel"] == "row_statistics"]
+    assert {row["channels"] for row in rows} >= set(HEAD_SIZES)
+    for row in rows:
+        # keys on their way to shared memory, queries on theirs to registers
+        sizes = re.findall(r"cp\.async\.c\S+ \[[^\]]*\], \[[^\]]*\], (\w+)", row["ptx"])
+        assert sizes and set(sizes) == {"0x10"}, (row["channels"], row["sm"])
+        loads = re.findall(r"ld\.global\S*", row["ptx"])
+        assert loads and set(loads) == {"ld.global.v4.b32"}, (row["channels"], row["sm"])
+
+
+def test_maps_are_read_and_written_16_bytes_at_a_time(compiled):
+    for row in compiled["rows"]:
+        if row["kernel"] == "divergence":
+            assert set(re.findall(r"ld\.global\S*", row["ptx"])) == {"ld.global.v4.b32"}
+        elif row["kernel"] == "add_probabilities":
+            assert set(re.findall(r"st\.global\S*", row["ptx"])) == {"st.global.v4.b32"}
+
+
+def test_table_is_what_is_compiled(compiled):
+    if TABLE["triton"] != triton.__version__:
+        pytest.skip(f"the table is of Triton {TABLE['triton']}, installed is {triton.__version__}")
+    recorded = {identity(row): (row["registers"], row["spilled"]) for row in TABLE["kernels"]}
+    found = {identity(row): (row["registers"], row["spilled"]) for row in compiled["rows"]}
+    assert {row: recorded.get(row) for row in found} == found
+
+
+def identity(row):
+    """What tells a row from another."""
+    return row["kernel"], row["dtype"], row.get("channels"), row["sm"], tuple(row["tile"])
+
+
+def test_table_has_every_kernel_and_configuration():
+    shipped = [
+        (kernel, DTYPES[size], tuple(config))
+        for size, found in attention.CONFIGS.items()
+        for kernel, limits in found.items()
+        for configs in limits.values()
+        for config in configs
+    ]
+    for dtype in DTYPES.values():
+        shipped += [("divergence", dtype, tuple(config)) for config in divergence.CONFIGS]
+        shipped.append(("finish", dtype, tuple(divergence.FINISH)))
+        shipped.append(("accumulate_resized", dtype, tuple(attention.RESIZED)))
+    assert {kernel for kernel, *_ in shipped} == kernels()
+    rows = [row for row in TABLE["kernels"] if row["shipped"]]
+    listed = {(row["kernel"], row["dtype"], tuple(row["tile"]), row["sm"]) for row in rows}
+    missing = {(*case, architecture) for case in shipped for architecture in ARCHITECTURES} - listed
+    assert missing == set()
+
+
+def test_every_spill_has_its_reason():
+    assert [row for row in TABLE["kernels"] if row["spilled"] and not row.get("reason", "").strip()] == []
+    # what a network on a GPU runs in does not spill
+    spilling = {row["dtype"] for row in TABLE["kernels"] if row["shipped"] and row["spilled"]}
+    assert spilling <= {"float32"}
+
+
+def test_a_grid_that_does_not_fill_the_device_is_cut_smaller():
+    from trace_fast.kernels.launch import MULTIPROCESSORS, Config, pick
+
+    configs = Config(128, 128, 8, 3), Config(64, 64, 4, 3), Config(32, 32, 4, 2)
+    assert MULTIPROCESSORS == 132
+    for side, expected in ((64, 2), (512, 2), (1024, 1), (2048, 0)):
+        programs = [(side // config.rows) ** 2 for config in configs]
+        picked = pick(configs, dict(zip(configs, programs, strict=True)).__getitem__, torch.device("cpu"))
+        assert picked == configs[expected]
