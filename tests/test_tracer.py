@@ -21,12 +21,12 @@ from trace_fast.tracer import TIMESTEPS
 LEVELS = (0, 99, 299, 899)
 
 
-def make_backbone(dtype=torch.float32, **settings):
+def make_backbone(dtype=torch.float32, device="cpu", **settings):
     torch.manual_seed(0)
     network = Mini(MiniConfig(dim=32, depth=3, heads=2))
     for parameter in network.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    return MiniBackbone(network.to(dtype), Settings(**{"size": (24, 40), **settings}))
+    return MiniBackbone(network.to(device, dtype), Settings(**{"size": (24, 40), **settings}))
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_iep_is_the_peak_and_the_noisier_map_of_the_pair(tracer, images):
 @pytest.mark.parametrize("timestep", ["iep", 299])
 def test_the_host_never_waits_for_the_device(noising, timestep):
     # a meta tensor has no numbers: whoever asks for one, to decide on the host, gets an error
-    tracer = Tracer(make_backbone(), device="meta")
+    tracer = Tracer(make_backbone(device="meta"))
     images = torch.empty(2, 3, 24, 40, dtype=torch.uint8, device="meta")
     output = tracer(images, timestep=timestep, timesteps=LEVELS, noising=noising, return_kl=True, return_abdiv=True)
     assert output.edges.shape == (2, 1, 24, 40) and output.edges.is_meta
@@ -133,7 +133,7 @@ def test_the_host_never_waits_for_the_device(noising, timestep):
 @pytest.mark.gpu
 @pytest.mark.parametrize("noising", ["inversion", "gaussian"])
 def test_the_search_replays_in_a_cuda_graph(noising):
-    tracer = Tracer(make_backbone(), device="cuda")
+    tracer = Tracer(make_backbone(device="cuda"))
     images = torch.rand(2, 3, 24, 40, device="cuda")
 
     def search():
@@ -152,7 +152,7 @@ def test_the_search_replays_in_a_cuda_graph(noising):
 
 @pytest.mark.gpu
 def test_the_search_makes_no_synchronising_call():
-    tracer = Tracer(make_backbone(), device="cuda")
+    tracer = Tracer(make_backbone(device="cuda"))
     images = torch.randint(256, (2, 3, 24, 40), dtype=torch.uint8, device="cuda")
     tracer(images, timesteps=LEVELS, timestep="iep")
     torch.cuda.set_sync_debug_mode("error")

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from trace_fast import _checks, ops
 from trace_fast import image as door
-from trace_fast.backbones import Backbone, load_backbone, models
-from trace_fast.backbones.base import STEPS, check_noising, check_timestep
+from trace_fast.backbones import Backbone, backbone_of, load_backbone, models
+from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
 from trace_fast.backbones.capture import Capture
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
@@ -61,14 +61,11 @@ class Tracer:
     Args:
         backbone: what is read.
         name: recorded in the output.
-        device: where the backbone is moved to.
     """
 
-    def __init__(self, backbone: Backbone, *, name: str = "custom", device: torch.device | str = "cpu"):
+    def __init__(self, backbone: Backbone, *, name: str = "custom"):
         self.backbone = backbone
         self.name = name
-        self.device = _checks.device("load", device)
-        self.backbone.network.eval().requires_grad_(False).to(self.device)
         self._lock = threading.Lock()  # hooks sit on the network, which all threads share
 
     @classmethod
@@ -86,7 +83,45 @@ class Tracer:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = _checks.device("load", device)
-        return cls(load_backbone(model), name=str(model), device=device)
+        backbone = load_backbone(model)
+        backbone.network.eval().requires_grad_(False).to(device)
+        return cls(backbone, name=str(model))
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        null_text: dict[str, Tensor] | None = None,
+    ) -> Tracer:
+        """Trace with the network of a diffusers pipeline, which stays as it is: device, dtype, processors, adapters.
+
+        Stable Diffusion 1.5 and SDXL, PixArt-alpha, Stable Diffusion 3 and 3.5, FLUX.1. The empty prompt is embedded
+        once, here, by the pipeline's own text encoders, which may be freed afterwards.
+
+        Args:
+            pipe: the pipeline, or any object with its `vae`, `scheduler` and `unet` or `transformer`.
+            size: processing size in pixels, (height, width); None is the model's own.
+            null_text: what the network takes for the empty prompt, by the name of its argument, each with a batch of
+                1, where the pipeline holds no text encoders.
+
+        Raises:
+            TypeError: the pipeline's network is of another class.
+            ValueError: the network does not allow the size, or the scheduler is of another kind.
+
+        Example:
+            >>> pipe = StableDiffusionPipeline.from_pretrained(folder)  # doctest: +SKIP
+            >>> edges = Tracer.from_pipeline(pipe)("photo.jpg").edges  # doctest: +SKIP
+        """
+        with torch.no_grad():
+            backbone = backbone_of(pipe, null_text, size)
+        return cls(backbone, name=type(pipe).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.backbone.network.parameters()).device
 
     @torch.no_grad()
     def __call__(
@@ -131,7 +166,7 @@ class Tracer:
             chosen = kl.argmax(1) + 1  # the noisier map of the winning pair
         else:
             chosen = torch.full((len(abdiv),), levels.index(fixed), device=abdiv.device)
-        visited = on_device(levels, abdiv.device)
+        visited = constant(levels, abdiv.device)
         strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
         return TraceOutput(
             edges=probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
@@ -193,7 +228,7 @@ class Tracer:
         batch = min(len(levels), max(1, batch))
 
         latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
-        visited = on_device(levels, self.device)
+        visited = constant(levels, self.device)
         noise = unit_noise(seed, (1, *latent.shape[1:]), self.device).to(latent)
         maps = torch.empty((batch, count, tokens, tokens), device=self.device)
         before = torch.empty((count, tokens, tokens), device=self.device)  # the last map of the levels gone by
@@ -251,7 +286,8 @@ class Tracer:
             ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
 
         modules = self.backbone.attentions()
-        with self._lock, Capture([modules[index] for index in blocks], add):
+        tokens = [math.prod(grid) for grid in grids]
+        with self._lock, Capture([modules[index] for index in blocks], add, tokens):
             prediction = self.backbone.predict(sample, timestep)
         for grid, coarse in totals.items():
             if grid != finest:
@@ -264,12 +300,6 @@ class Tracer:
             return MAP_BYTES
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return (torch.cuda.mem_get_info(self.device)[0] + kept) // 2
-
-
-@functools.lru_cache(maxsize=16)
-def on_device(levels: tuple[int, ...], device: torch.device) -> Tensor:
-    """Levels (T,) int64 where they are used, copied there once."""
-    return torch.tensor(levels, device=device)
 
 
 @functools.lru_cache(maxsize=4)

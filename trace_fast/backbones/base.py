@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trace_fast.backbones.schedule import VariancePreserving
+from trace_fast.backbones.schedule import Schedule
 
-__all__ = ["NOISINGS", "STEPS", "Backbone", "Settings", "check_noising", "check_timestep", "load_weights"]
+__all__ = ["NOISINGS", "STEPS", "Backbone", "Settings", "check_noising", "check_timestep", "constant", "load_weights"]
 
 STEPS = 1000  # noise levels are 0 .. STEPS - 1, from image to noise
 NOISINGS = ("inversion", "gaussian")
@@ -94,7 +96,10 @@ class Backbone(Protocol):
     """
 
     settings: Settings
-    schedule: VariancePreserving
+
+    @property
+    def schedule(self) -> Schedule:
+        """What its noise levels mean."""
 
     @property
     def network(self) -> nn.Module:
@@ -114,6 +119,12 @@ class Backbone(Protocol):
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """One call of the network at levels (B,): the prediction, shaped like `sample`."""
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers (N,) int64 where they are used, copied there once: a copy makes the host wait, and breaks a graph."""
+    return torch.tensor(values, device=device)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

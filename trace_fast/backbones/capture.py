@@ -17,22 +17,30 @@ class Capture:
 
     Forward hooks sit on the last layers before the product: `norm_q` and `norm_k` where the module has them, else
     `to_q` and `to_k`; a rotary embedding passed to the module as `image_rotary_emb` is applied as the module does.
-    Attention processors and backends are left alone, and the hooks are removed on the way out, also after an error.
+    Where projections are fused, `to_q` and `to_k` are silent and are called on the module's input as well. Attention
+    processors and backends are left alone, and the hooks are removed on the way out, also after an error.
 
     Args:
         modules: attention modules, in the order of their blocks, with `to_q`, `to_k`, `heads` and perhaps `norm_q`,
-            `norm_k`, whose outputs are (B, N, H * d) or (B, N, H, d).
+            `norm_k`, whose outputs are (B, N, H * d), (B, N, H, d) or, for diffusers' `Attention`, (B, H, N, d).
         sink: called once per module and forward pass as sink(index, query, key), both (B, H, N, d). They are the
             network's own tensors: use them before returning, never write to them.
+        tokens: how many of each module's tokens are the image's, the last of its sequence; None for all.
 
     Raises:
         RuntimeError: some module has no to_q or to_k, or was never heard from when the block ends without an error
-            (its projections are fused, say, or it was skipped).
+            (because it was skipped, say).
     """
 
-    def __init__(self, modules: Sequence[nn.Module], sink: Callable[[int, Tensor, Tensor], None]):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        sink: Callable[[int, Tensor, Tensor], None],
+        tokens: Sequence[int] | None = None,
+    ):
         self.modules = list(modules)
         self.sink = sink
+        self.tokens: Sequence[int | None] = [None] * len(self.modules) if tokens is None else tokens
         self.counts = [0] * len(self.modules)
         self._handles: list[Any] = []
 
@@ -53,7 +61,7 @@ class Capture:
         kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
         return (
             f"Capture: every self-attention must pass through its to_q and to_k, got nothing from {len(modules)} of "
-            f"{len(self.modules)} modules ({kinds}); unfuse their projections (unfuse_qkv_projections)"
+            f"{len(self.modules)} modules ({kinds}); run them all and unfuse their projections (unfuse_qkv_projections)"
         )
 
     def _leaves(self, module: nn.Module) -> list[nn.Module]:
@@ -66,15 +74,28 @@ class Capture:
 
     def _watch(self, index: int, module: nn.Module, query: nn.Module, key: nn.Module) -> None:
         seen: dict[str, Any] = {}
+        # the class that most diffusers networks share puts heads before tokens, others after
+        heads_first = type(module).__module__ == "diffusers.models.attention_processor"
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.clear()
             seen["rotary"] = kwargs.get("image_rotary_emb")
+            if getattr(module, "fused_projections", False) and query is module.to_q:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                query(hidden), key(hidden)  # for the hooks below
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                x = output if output.dim() == 4 else output.unflatten(-1, (module.heads, -1))  # (B, N, H, d)
-                seen[name] = x if seen["rotary"] is None else apply_rotary(x, seen["rotary"])
+                x = output
+                if x.dim() == 3:
+                    x = x.unflatten(-1, (module.heads, -1))
+                elif heads_first:
+                    x = x.transpose(1, 2)
+                count = self.tokens[index] or x.shape[1]
+                x = x[:, x.shape[1] - count :]  # (B, N, H, d)
+                if seen["rotary"] is not None:
+                    x = apply_rotary(x, tuple(part[-count:] for part in seen["rotary"]))
+                seen[name] = x
 
             return hook
 

@@ -3,25 +3,65 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["VariancePreserving"]
+__all__ = ["RectifiedFlow", "Schedule", "VariancePreserving"]
+
+
+class Schedule(Protocol):
+    """What the levels of a network mean: integers from 0 (image) to 999 (noise)."""
+
+    def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Independent Gaussian noising: the latent (B, C, h, w) mixed with unit noise at levels (B,)."""
+
+    def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
+        """One deterministic inversion step, from levels (B,) to the noisier levels `following` (B,).
+
+        `prediction` is what the network makes of `sample`, shaped like it.
+        """
 
 
 @dataclass(frozen=True)
 class VariancePreserving:
-    """The discrete variance-preserving schedule of Stable Diffusion.
+    """The discrete variance-preserving schedule of DDPM and Stable Diffusion.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, with abar_t the running product of 1 - beta and sqrt(beta) linear
-    in t. Level 0 is all but clean (abar = 0.99915); inversion starts there from the latent as it is, as samplers do.
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, with abar_t the running product of 1 - beta, and beta or, where
+    `scaled`, sqrt(beta) linear in t. Level 0 is all but clean (abar = 0.99915); inversion starts there from the latent
+    as it is, as samplers do. The network predicts the noise (epsilon) or the velocity.
     """
 
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    scaled: bool = True
+    prediction: str = "velocity"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VariancePreserving:
+        """The schedule that a diffusers scheduler's configuration describes, whatever its sampler.
+
+        Raises:
+            ValueError: it describes another kind of schedule or prediction.
+        """
+        betas = config.get("beta_schedule", "linear")
+        prediction = {"epsilon": "epsilon", "v_prediction": "velocity"}.get(config.get("prediction_type", "epsilon"))
+        if betas not in ("linear", "scaled_linear") or config.get("trained_betas") is not None or prediction is None:
+            raise ValueError(
+                "load: scheduler must have linear or scaled_linear betas and predict epsilon or v_prediction, got "
+                f"{betas}, trained_betas {config.get('trained_betas')}, {config.get('prediction_type')}"
+            )
+        return cls(
+            steps=config["num_train_timesteps"],
+            beta_start=config["beta_start"],
+            beta_end=config["beta_end"],
+            scaled=betas == "scaled_linear",
+            prediction=prediction,
+        )
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """(signal, noise) factors, each (B, 1, 1, 1) float32, of integer levels (B,) in 0 .. steps - 1."""
@@ -41,16 +81,48 @@ class VariancePreserving:
     def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
         """One deterministic DDIM inversion step, from levels (B,) to the noisier levels `following` (B,).
 
-        `prediction` is the velocity of `sample`, shaped like it.
+        `prediction` is the noise or velocity that the network sees in `sample`, shaped like it.
         """
         signal, sigma = self.coefficients(timestep)
-        latent = signal * sample - sigma * prediction
-        noise = sigma * sample + signal * prediction
+        if self.prediction == "epsilon":
+            noise = prediction
+            latent = (sample - sigma * noise) / signal
+        else:
+            noise = sigma * sample + signal * prediction
+            latent = signal * sample - sigma * prediction
         return self.noise(latent, noise, following)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The straight path of Stable Diffusion 3 and FLUX.1: x = (1 - sigma) x_0 + sigma noise, sigma = t / steps.
+
+    Sigma is not shifted: the shift of their samplers only decides which levels are visited. The network predicts the
+    velocity noise - x_0.
+    """
+
+    steps: int = 1000
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Share of noise, (B, 1, 1, 1) float32, at integer levels (B,)."""
+        return (timestep.float() / self.steps)[:, None, None, None]
+
+    def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """Independent Gaussian noising: the latent (B, C, h, w) mixed with unit noise at levels (B,)."""
+        sigma = self.sigma(timestep)
+        return (1 - sigma) * latent + sigma * noise
+
+    def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
+        """One Euler step away from the image, from levels (B,) to the noisier levels `following` (B,).
+
+        `prediction` is the velocity of `sample`, shaped like it.
+        """
+        return sample + (self.sigma(following) - self.sigma(timestep)) * prediction
 
 
 @functools.lru_cache(maxsize=16)
 def _cumulative_products(schedule: VariancePreserving, device: torch.device) -> Tensor:
     """The product abar at every level, (steps,) float32, worked out in float64 and copied to the device once."""
-    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.steps, dtype=torch.float64)
-    return (1 - roots.square()).cumprod(0).to(device, torch.float32)
+    power = 0.5 if schedule.scaled else 1
+    roots = torch.linspace(schedule.beta_start**power, schedule.beta_end**power, schedule.steps, dtype=torch.float64)
+    return (1 - roots ** (1 / power)).cumprod(0).to(device, torch.float32)

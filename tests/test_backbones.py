@@ -1,0 +1,457 @@
+"""The five diffusion families: real diffusers classes of tiny random configurations, built offline."""
+
+import contextlib
+import copy
+import itertools
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from trace_fast import Tracer, reference
+from trace_fast.backbones import backbone_of
+from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
+
+TEXT = 5  # tokens of the empty prompt
+
+
+def autoencoder(channels, **config):
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=2,
+        **config,
+    )
+
+
+def sd15():
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=12,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8)}
+    return {"unet": unet, "vae": autoencoder(4), "scheduler": scheduler}, null_text
+
+
+def sdxl():
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=12,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4, 4),
+        transformer_layers_per_block=(1, 2, 3),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=24 + 8,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return {"unet": unet, "vae": autoencoder(4), "scheduler": scheduler, "config": {}}, None
+
+
+def pixart(sample_size=12):
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=3,
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=24,
+        caption_channels=8,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    mask = torch.tensor([[1, 0, 0, 0, 0]])
+    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "encoder_attention_mask": mask}
+    return {"transformer": transformer, "vae": autoencoder(4), "scheduler": scheduler}, null_text
+
+
+def sd35(dual=()):
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=12,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        joint_attention_dim=8,
+        caption_projection_dim=24,
+        pooled_projection_dim=8,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=dual,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = autoencoder(16, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False)
+    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
+
+
+def flux(guidance=True):
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = autoencoder(16, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
+
+
+# how many self-attentions each has, and which of the tokens that SDPA receives are the image's, for N of them
+FAMILIES = {
+    "sd15": (sd15, 7, lambda n: slice(0, n)),
+    "sdxl": (sdxl, 18, lambda n: slice(0, n)),
+    "pixart": (pixart, 3, lambda n: slice(0, n)),
+    "pixart-1024": (lambda: pixart(128), 3, lambda n: slice(0, n)),
+    "sd3.5-large": (sd35, 3, lambda n: slice(0, n)),
+    "sd3.5-medium": (lambda: sd35((0, 1)), 5, lambda n: slice(0, n)),
+    "flux.1-dev": (flux, 4, lambda n: slice(-n, None)),
+    "flux.1-schnell": (lambda: flux(False), 4, lambda n: slice(-n, None)),
+}
+SIZE = (16, 24)  # pixels; latents are half of it in the tiny autoencoder
+
+
+class AttentionOracle(TorchFunctionMode):
+    """Records what scaled_dot_product_attention receives and gives, knowing nothing of the network."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            names = ("query", "key", "value")
+            query, key = (args[i] if i < len(args) else kwargs[names[i]] for i in range(2))
+            self.calls.append((query.clone(), key.clone()))
+        return result
+
+
+def make(family, size=SIZE):
+    torch.manual_seed(0)
+    parts, null_text = FAMILIES[family][0]()
+    for name in ("unet", "transformer", "vae"):
+        if name in parts:
+            for parameter in parts[name].eval().parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    pipe = SimpleNamespace(**parts)
+    return pipe, backbone_of(pipe, null_text, size)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@torch.no_grad()
+def run(backbone, oracle=None):
+    """One call of the network, overheard by an oracle."""
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    latent = backbone.encode(images)
+    level = torch.tensor([99, 700])
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+    sample = backbone.schedule.noise(latent, noise, level)
+    with oracle or contextlib.nullcontext():
+        return backbone.predict(sample, level)
+
+
+def captured(backbone, forward=run):
+    """Prediction, and (index, query, key) in the order in which blocks were heard."""
+    found = []
+    grids = backbone.grids(backbone.settings.size)
+    tokens = [h * w for h, w in grids]
+    with Capture(backbone.attentions(), lambda *heard: found.append(heard), tokens):
+        prediction = forward(backbone)
+    return prediction, found
+
+
+def test_query_and_key_are_what_the_product_receives(family):
+    _, backbone = make(family)
+    count, image = FAMILIES[family][1:]
+    oracle = AttentionOracle()
+    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
+    assert len(found) == len(backbone.attentions()) == count
+    assert [index for index, *_ in found] == list(range(count))  # in the order in which they run
+    grids = backbone.grids(SIZE)
+    # self-attention: as many queries as keys, and more than text alone has
+    calls = [(q, k) for q, k in oracle.calls if q.shape == k.shape]
+    assert len(calls) == count
+    for (index, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
+        tokens = grids[index][0] * grids[index][1]
+        assert torch.equal(query, expected_query[:, :, image(tokens)])
+        assert torch.equal(key, expected_key[:, :, image(tokens)])
+
+
+def test_capture_changes_no_bit_of_the_output(family):
+    _, backbone = make(family)
+    plain = run(backbone)
+    prediction, _ = captured(backbone)
+    assert torch.equal(plain, prediction)
+    assert plain.shape == backbone.encode(torch.rand(2, 3, *SIZE)).shape and plain.isfinite().all()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.network.modules())
+
+
+def test_aggregated_map_is_the_definition(family):
+    pipe, backbone = make(family)
+    tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(3))
+    kl, abdiv = tracer.scan(images, timesteps=(0, 499), noising="gaussian")
+    grids = backbone.grids(SIZE)
+    finest = max(grids, key=lambda grid: grid[0] * grid[1])
+    latent = backbone.encode(images)
+    noise = torch.randn((1, *latent.shape[1:]), generator=torch.Generator().manual_seed(0))
+    maps = []
+    for level in (0, 499):
+        timestep = torch.full((2,), level)
+        _, found = captured(
+            backbone, torch.no_grad()(lambda b, t=timestep: b.predict(b.schedule.noise(latent, noise, t), t))
+        )
+        read = [
+            reference.resize_attention(reference.attention_map(q.double(), k.double()), grids[index], finest)
+            for index, q, k in found
+        ]
+        maps.append(torch.stack(read).mean(0))
+    rows = maps[0].sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-12)
+    # two runs of a float32 network in batches of other sizes
+    torch.testing.assert_close(kl[:, 0].double(), reference.step_kl(*maps), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(abdiv[:, 1].double(), reference.abdiv(maps[1], *finest), rtol=1e-3, atol=1e-6)
+
+
+def test_joint_softmax_renormalised_is_the_softmax_over_image_keys():
+    _, backbone = make("flux.1-dev")
+    oracle = AttentionOracle()
+    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
+    for (_, query, key), (joint_query, joint_key) in zip(found, oracle.calls, strict=True):
+        scale = query.shape[-1] ** -0.5
+        tokens = query.shape[2]
+        joint = (joint_query.double() @ joint_key.double().mT * scale).softmax(-1)[:, :, -tokens:, -tokens:]
+        expected = (joint / joint.sum(-1, keepdim=True)).mean(1)
+        torch.testing.assert_close(reference.attention_map(query.double(), key.double()), expected)
+
+
+def test_edges_of_a_pipeline(family):
+    pipe, backbone = make(family)
+    modules = {name: copy.deepcopy(module.state_dict()) for name, module in vars(pipe).items() if name in NETWORKS}
+    flags = [p.requires_grad for p in backbone.network.parameters()]
+    tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    output = tracer(torch.rand(3, 20, 36), return_abdiv=True, timesteps=(0, 99, 499))
+    assert output.edges.shape == (1, 1, 20, 36) and output.edges.isfinite().all()
+    assert output.size == SIZE and output.timestep[0] in (99, 499)
+    # the pipeline is as it was
+    assert flags == [p.requires_grad for p in backbone.network.parameters()]
+    for name, state in modules.items():
+        for key, value in getattr(pipe, name).state_dict().items():
+            assert torch.equal(value, state[key])
+
+
+NETWORKS = ("unet", "transformer", "vae")
+
+
+def test_hooks_are_gone_after_an_error():
+    pipe, backbone = make("sd15")
+    tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    breaks = pipe.unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tracer.scan(torch.rand(1, 3, *SIZE))
+    breaks.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "flux.1-dev", "flux.1-schnell"])
+def test_fused_projections_are_read_too(family):
+    _, backbone = make(family)
+    _, found = captured(backbone)
+    backbone.network.fuse_qkv_projections()
+    _, fused = captured(backbone)
+    for (_, *expected), (_, *heard) in zip(found, fused, strict=True):
+        for one, other in zip(expected, heard, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sliced_attention_processor_is_left_in_place():
+    _, backbone = make("sd15")
+    _, found = captured(backbone)
+    backbone.network.set_attention_slice(1)
+    processors = dict(backbone.network.attn_processors)
+    _, sliced = captured(backbone)
+    assert {type(p).__name__ for p in processors.values()} == {"SlicedAttnProcessor"}
+    assert backbone.network.attn_processors == processors
+    for (_, *expected), (_, *heard) in zip(found, sliced, strict=True):
+        for one, other in zip(expected, heard, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_on_the_attention_is_part_of_what_is_read(family):
+    import peft
+
+    _, backbone = make(family)
+    _, before = captured(backbone)
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, backbone.network)
+    oracle = AttentionOracle()
+    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
+    image = FAMILIES[family][2]
+    calls = [(q, k) for q, k in oracle.calls if q.shape == k.shape]
+    assert len(calls) == len(found)
+    for (_, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
+        assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
+        assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
+    assert not torch.equal(before[0][1], found[0][1])
+
+
+def test_compiled_with_capture_on(family):
+    _, backbone = make(family)
+    plain, found = captured(backbone)
+    torch._dynamo.reset()
+    network = backbone.network
+
+    def forward(backbone):
+        backbone.network = torch.compile(network, fullgraph=True, backend="aot_eager")
+        try:
+            return run(backbone)
+        finally:
+            backbone.network = network
+
+    compiled, heard = captured(backbone, forward)
+    torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
+    assert [index for index, *_ in heard] == [index for index, *_ in found]
+    for (_, *expected), (_, *read) in zip(found, heard, strict=True):
+        for one, other in zip(expected, read, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_search_never_waits_for_the_device(family):
+    _, backbone = make(family)
+    backbone.network.to("meta"), backbone.vae.to("meta")
+    kl, abdiv = Tracer(backbone).scan(torch.empty(2, 3, *SIZE, device="meta"), timesteps=(0, 99, 499))
+    assert kl.is_meta and kl.shape == (2, 2) and abdiv.shape[:2] == (2, 3)
+
+
+class TestNoising:
+    LEVELS = torch.tensor([0, 99, 500, 999])
+
+    @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart"])
+    def test_variance_preserving_is_ddpm(self, family):
+        pipe, backbone = make(family)
+        betas = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).betas.double()
+        latent, noise = torch.randn(2, 4, 4, 3, 5, dtype=torch.float64)
+        abar = (1 - betas).cumprod(0)[self.LEVELS][:, None, None, None]
+        expected = abar.sqrt() * latent + (1 - abar).sqrt() * noise
+        found = backbone.schedule.noise(latent, noise, self.LEVELS)
+        # the scheduler's betas are float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("family", ["sd3.5-large", "flux.1-dev"])
+    def test_flow_is_the_straight_line(self, family):
+        _, backbone = make(family)
+        latent, noise = torch.randn(2, 4, 16, 3, 5, dtype=torch.float64)
+        sigma = (self.LEVELS.double() / 1000)[:, None, None, None]
+        found = backbone.schedule.noise(latent, noise, self.LEVELS)
+        torch.testing.assert_close(found, (1 - sigma) * latent + sigma * noise, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("prediction", ["epsilon", "velocity"])
+    def test_inversion_with_the_true_noise_lands_on_the_noised_latent(self, prediction):
+        schedule = VariancePreserving(prediction=prediction)
+        latent, noise = torch.randn(2, 3, 4, 3, 5)
+        here, there = torch.tensor([99, 300, 700]), torch.tensor([199, 400, 999])
+        sample = schedule.noise(latent, noise, here)
+        told = noise if prediction == "epsilon" else schedule.velocity(latent, noise, here)
+        found = schedule.invert(sample, told, here, there)
+        torch.testing.assert_close(found, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
+
+    def test_flow_inversion_with_the_true_velocity_lands_on_the_noised_latent(self):
+        schedule = RectifiedFlow()
+        latent, noise = torch.randn(2, 3, 4, 3, 5)
+        here, there = torch.tensor([0, 300, 700]), torch.tensor([99, 400, 999])
+        found = schedule.invert(schedule.noise(latent, noise, here), noise - latent, here, there)
+        torch.testing.assert_close(found, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
+
+    def test_inversion_forward_and_back_returns_the_latent(self, family):
+        # the network's slope changes from level to level, so the way back differs a little: small steps, small error
+        _, backbone = make(family)
+        schedule = backbone.schedule
+        latent = backbone.encode(torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(1)))
+        levels = torch.arange(100, 400, 2)[:, None]
+        sample = start = schedule.noise(latent, torch.randn_like(latent), levels[0])
+        with torch.no_grad():
+            for here, there in itertools.chain(itertools.pairwise(levels), itertools.pairwise(levels.flip(0))):
+                sample = schedule.invert(sample, 0.1 * backbone.predict(sample, here), here, there)
+        error = ((sample - start).norm() / start.norm()).item()
+        assert error < 0.02
+
+    def test_an_unknown_schedule_is_refused(self):
+        pipe, backbone = make("sd15")
+        pipe.scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+        with pytest.raises(ValueError, match=r"scheduler must have linear or scaled_linear betas .* squaredcos_cap_v2"):
+            backbone_of(pipe, backbone.null_text, SIZE)
+
+
+def test_encoding_is_the_mode_shifted_and_scaled(family):
+    pipe, backbone = make(family)
+    images = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        mode = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
+        expected = (mode - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
+        assert torch.equal(backbone.encode(images), expected)
+
+
+def test_an_autoencoder_that_overflows_is_upcast_and_put_back():
+    pipe, backbone = make("sdxl")
+    pipe.vae.register_to_config(force_upcast=True)
+    expected = backbone.encode(torch.full((1, 3, *SIZE), 0.3))
+    pipe.vae.half()
+    seen = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    found = backbone.encode(torch.full((1, 3, *SIZE), 0.3))
+    assert seen == [torch.float32] and pipe.vae.dtype == torch.float16
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_sdxl_takes_zeros_for_the_empty_prompt():
+    _, backbone = make("sdxl")
+    assert backbone.null_text["encoder_hidden_states"].shape == (1, 77, 8)
+    assert backbone.null_text["text_embeds"].shape == (1, 8)
+    assert not any(x.any() for x in backbone.null_text.values())
+
+
+@pytest.mark.parametrize(("family", "step"), [("sd15", 2), ("pixart", 4), ("sd3.5-large", 4), ("flux.1-dev", 4)])
+def test_a_size_that_does_not_fit_is_refused(family, step):
+    pipe, backbone = make(family)
+    with pytest.raises(ValueError, match=rf"size must be positive multiples of {step} pixels, got \(17, 24\)"):
+        backbone_of(pipe, backbone.null_text, (17, 24))
+
+
+def test_another_pipeline_is_refused():
+    with pytest.raises(
+        TypeError, match=r"pipe must hold one of UNet2DConditionModel, .* got SimpleNamespace with Linear"
+    ):
+        Tracer.from_pipeline(SimpleNamespace(transformer=torch.nn.Linear(2, 2)))

@@ -1,0 +1,71 @@
+"""FLUX.1: double blocks with image and text apart, single blocks with both in one sequence, rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trace_fast.backbones.base import Settings
+from trace_fast.backbones.latent import LatentBackbone
+from trace_fast.backbones.schedule import RectifiedFlow
+
+__all__ = ["FluxBackbone"]
+
+PATCH = 2  # latents along a side of a token, packed outside the network
+SIZE = 1024  # pixels
+
+
+class FluxBackbone(LatentBackbone):
+    """`FluxTransformer2DModel`; the image's tokens are the last of every sequence.
+
+    The softmax over image keys alone is the image part of the joint softmax, every row divided by its sum.
+
+    Attributes:
+        guidance: strength that guidance-distilled models (dev) are told; 1 is none, as befits the empty prompt.
+    """
+
+    guidance: float = 1.0
+
+    @classmethod
+    def from_pipeline(
+        cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None
+    ) -> FluxBackbone:
+        """Modules of a FluxPipeline, as they are."""
+        if null_text is None:
+            embeds, pooled, _ = pipe.encode_prompt("", "", device=pipe.transformer.device)
+            null_text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        return cls(pipe.transformer, pipe.vae, RectifiedFlow(), null_text, Settings(size=size or (SIZE, SIZE)))
+
+    def attentions(self) -> list[nn.Module]:
+        """Double blocks, then single blocks."""
+        return [block.attn for block in (*self.network.transformer_blocks, *self.network.single_transformer_blocks)]
+
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Pairs of latents."""
+        height, width = self.latent_size(size, PATCH)
+        return [(height // PATCH, width // PATCH)] * len(self.attentions())
+
+    def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
+        """The predicted velocity; the network counts levels from 0 to 1."""
+        height, width = (side // PATCH for side in sample.shape[-2:])
+        positions = torch.zeros(height, width, 3, device=sample.device)
+        positions[..., 1] = torch.arange(height, device=sample.device)[:, None]
+        positions[..., 2] = torch.arange(width, device=sample.device)
+        text = null_text["encoder_hidden_states"]
+        guidance = None
+        if self.network.config.guidance_embeds:
+            guidance = torch.full((len(sample),), self.guidance, device=sample.device)
+        packed = self.network(
+            hidden_states=functional.pixel_unshuffle(sample, PATCH).flatten(2).mT,  # (B, N, 4 C)
+            encoder_hidden_states=text,
+            pooled_projections=null_text["pooled_projections"],
+            timestep=timestep.to(sample.dtype) / 1000,
+            img_ids=positions.flatten(0, 1).to(sample.dtype),
+            txt_ids=sample.new_zeros(text.shape[1], 3),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return functional.pixel_shuffle(packed.mT.unflatten(2, (height, width)), PATCH)
