@@ -62,7 +62,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield torch.device("cuda", torch.cuda.current_device())
     else:
         check_addresses(monkeypatch)
-        round_bfloat16(monkeypatch)
         # numpy warns of infinity - infinity, which hardware does not
         with np.errstate(all="ignore"):
             yield torch.device("cpu")
@@ -103,22 +102,6 @@ def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GridExecutor, "_init_args_hst", note_extents)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
-
-
-def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the interpreter round float32 to bfloat16 as devices do; that of Triton 3.7 cuts the last bits off."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast = InterpreterBuilder.cast_impl
-
-    def rounded(self: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, target)
-        values = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-        return TensorHandle(values.view(torch.uint16).numpy().reshape(source.data.shape), target.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
 
 
 @pytest.fixture

@@ -8,122 +8,13 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from tiny import SIZE, flux, pixart, sd15, sd35, sdxl
 from torch.overrides import TorchFunctionMode
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import backbone_of
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
-
-TEXT = 5  # tokens of the empty prompt
-
-
-def autoencoder(channels, **config):
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=2,
-        **config,
-    )
-
-
-def sd15():
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=12,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    )
-    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8)}
-    return {"unet": unet, "vae": autoencoder(4), "scheduler": scheduler}, null_text
-
-
-def sdxl():
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=12,
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=(2, 4, 4),
-        transformer_layers_per_block=(1, 2, 3),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=24 + 8,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-    )
-    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return {"unet": unet, "vae": autoencoder(4), "scheduler": scheduler, "config": {}}, None
-
-
-def pixart(sample_size=12):
-    transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=sample_size,
-        num_layers=3,
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=24,
-        caption_channels=8,
-    )
-    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
-    mask = torch.tensor([[1, 0, 0, 0, 0]])
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "encoder_attention_mask": mask}
-    return {"transformer": transformer, "vae": autoencoder(4), "scheduler": scheduler}, null_text
-
-
-def sd35(dual=()):
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=12,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        joint_attention_dim=8,
-        caption_projection_dim=24,
-        pooled_projection_dim=8,
-        pos_embed_max_size=16,
-        qk_norm="rms_norm",
-        dual_attention_layers=dual,
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    vae = autoencoder(16, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False)
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
-    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
-
-
-def flux(guidance=True):
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        guidance_embeds=guidance,
-        axes_dims_rope=(4, 4, 8),
-    )
-    vae = autoencoder(16, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
-    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
-
 
 # how many self-attentions each has, and which of the tokens that SDPA receives are the image's, for N of them
 FAMILIES = {
@@ -136,7 +27,6 @@ FAMILIES = {
     "flux.1-dev": (flux, 4, lambda n: slice(-n, None)),
     "flux.1-schnell": (lambda: flux(False), 4, lambda n: slice(-n, None)),
 }
-SIZE = (16, 24)  # pixels; latents are half of it in the tiny autoencoder
 
 
 class AttentionOracle(TorchFunctionMode):

@@ -12,7 +12,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 from trace_fast.kernels import attention, divergence  # noqa: E402
+from trace_fast.kernels.launch import INTERPRETED, MULTIPROCESSORS, Config, pick  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TABLE = json.loads((BENCHMARKS / "results" / "kernels.json").read_text())
@@ -162,11 +165,35 @@ def test_every_spill_has_its_reason():
 
 
 def test_a_grid_that_does_not_fill_the_device_is_cut_smaller():
-    from trace_fast.kernels.launch import MULTIPROCESSORS, Config, pick
-
     configs = Config(128, 128, 8, 3), Config(64, 64, 4, 3), Config(32, 32, 4, 2)
     assert MULTIPROCESSORS == 132
     for side, expected in ((64, 2), (512, 2), (1024, 1), (2048, 0)):
         programs = [(side // config.rows) ** 2 for config in configs]
         picked = pick(configs, dict(zip(configs, programs, strict=True)).__getitem__, torch.device("cpu"))
         assert picked == configs[expected]
+
+
+@triton.jit
+def shifted_copy_kernel(source, target, read, write, size: tl.constexpr):
+    """Copy `size` numbers from an offset to an offset."""
+    index = tl.arange(0, size)
+    tl.store(target + write + index, tl.load(source + read + index).to(target.dtype.element_ty))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="addresses are checked by the interpreter")
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+@pytest.mark.parametrize(("read", "write"), [(-1, 0), (1, 0), (0, -1), (0, 1)])
+def test_an_address_outside_its_tensor_is_caught(read, write, device):
+    # inside the storage, so that nothing is harmed; outside the views
+    source, target = torch.ones(2, 24, device=device)[:, 4:20].unbind()
+    shifted_copy_kernel[1,](source, target, 0, 0, size=16)
+    with pytest.raises(Exception, match="an address is outside its tensor"):
+        shifted_copy_kernel[1,](source, target, read, write, size=16)
+
+
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+def test_kernels_round_to_bfloat16_as_torch_does(device):
+    source = torch.cat([torch.randn(12), torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, torch.inf, 3.4e38])]).to(device)
+    target = torch.empty(16, dtype=torch.bfloat16, device=device)
+    shifted_copy_kernel[1,](source, target, 0, 0, size=16)
+    assert torch.equal(target, source.bfloat16())

@@ -1,4 +1,4 @@
-"""The command line: `trace-fast edges`, `trace-fast demo`, `trace-fast pretrain`, `trace-fast backends`.
+"""The command line: `trace-fast edges`, `demo`, `pretrain`, `models`, `backends`.
 
 Heavy modules are imported inside the commands, so that help costs no more than `import trace_fast.cli`.
 Exit status: 0 all well, 1 some images failed (the others are done), 2 the command was refused or broke off.
@@ -58,7 +58,9 @@ def _options(
 def edges(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Image files, and folders of image files.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to; made if needed.")],
-    model: Annotated[str, typer.Option(help="Registered name, or a folder with a saved model.")] = "mini",
+    model: Annotated[
+        str, typer.Option(help="Name shown by `trace-fast models`, repository of the hub, or folder.")
+    ] = "mini",
     timestep: Annotated[
         str | None,
         typer.Option(metavar="iep|INT", help="Level to read, or iep to search it; else what the model prefers."),
@@ -148,6 +150,22 @@ def pretrain(
         typer.echo(pretrain(config))
     except _FAILURES as error:
         _refuse(str(error))
+
+
+@app.command()
+def models() -> None:
+    """Show the models that have a name: processing size, token grid, parameters, licence, repository of the hub."""
+    from trace_fast.backbones.registry import MODELS
+
+    rows = [("name", "pixels", "grid", "parameters", "licence", "from")]
+    rows.append(("mini", "128", "32 x 32", "0.002 B", "Apache-2.0", "this package"))
+    for name, model in MODELS.items():
+        licence = f"{model.licence}, gated" if model.gated else model.licence
+        grid = f"{model.grid} x {model.grid}"
+        rows.append((name, str(model.size), grid, f"{model.parameters} B", licence, model.repo))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @app.command()

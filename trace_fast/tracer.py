@@ -69,23 +69,43 @@ class Tracer:
         self._lock = threading.Lock()  # hooks sit on the network, which all threads share
 
     @classmethod
-    def from_pretrained(cls, model: str | Path = "mini", *, device: torch.device | str | None = None) -> Tracer:
-        """Read a backbone: a name of `trace_fast.models()`, or a local folder of config.json and model.safetensors.
+    def from_pretrained(
+        cls,
+        model: str | Path = "mini",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        local_files_only: bool = False,
+    ) -> Tracer:
+        """Read a model: a name of `trace_fast.models()`, a repository of the hub, or a local folder.
+
+        A diffusers model is loaded by parts: network, autoencoder, scheduler. Its text encoders embed the empty prompt
+        the first time and are freed; the embedding is kept in the user's cache.
 
         Args:
-            model: name or folder.
+            model: name, repository (owner/name), or a folder in the layout of diffusers or of config.json and
+                model.safetensors.
             device: where to run; default the GPU where there is one, else the CPU.
+            dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for the embedded model.
+            size: processing size in pixels, (height, width); default the model's own.
+            revision: branch, tag or commit of a repository.
+            variant: of its weight files, such as "fp16".
+            local_files_only: never ask the hub; HF_HUB_OFFLINE=1 does the same.
 
         Raises:
             ValueError: unknown name, or damaged or mismatching files.
-            RuntimeError: the device is not there.
+            RuntimeError: the device is not there, the repository is gated or out of reach, or memory is too small.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = _checks.device("load", device)
-        backbone = load_backbone(model)
-        backbone.network.eval().requires_grad_(False).to(device)
-        return cls(backbone, name=str(model))
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" and str(model) != "mini" else torch.float32
+        hub = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
+        return cls(load_backbone(model, device=device, dtype=dtype, size=size, **hub), name=str(model))
 
     @classmethod
     def from_pipeline(

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 __all__ = ["INTERPRETED", "Config", "alignment", "on_device", "pick"]
 
 # TRITON_INTERPRET=1 runs the kernels in numpy, on tensors of the CPU
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 MULTIPROCESSORS = 132  # of an H100 or H200: what a grid must fill where there is no device to ask
 
 
 if INTERPRETED:
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    # the interpreter of Triton 3.7 multiplies the bit patterns of bfloat16
-    _create_dot = InterpreterBuilder.create_dot
-
-    def _create_dot_of_floats(self, a, b, *arguments):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return _create_dot(self, a, b, *arguments)
-
-    InterpreterBuilder.create_dot = _create_dot_of_floats
+    from trace_fast.kernels import interpreter  # noqa: F401
 
 
 class Config(NamedTuple):

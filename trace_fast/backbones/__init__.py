@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trace_fast.backbones.base import Backbone, Settings
 from trace_fast.backbones.flux import FluxBackbone
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
+from trace_fast.backbones.registry import MODELS
 from trace_fast.backbones.sd3 import SD3Backbone
 from trace_fast.backbones.unet import UNetBackbone
 
@@ -24,30 +27,56 @@ PIPELINES: dict[str, Any] = {  # by the class of a pipeline's network
     "SD3Transformer2DModel": SD3Backbone,
     "FluxTransformer2DModel": FluxBackbone,
 }
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = Path(__file__).parent.parent / "weights"  # the embedded models, one folder each
 
 
 def models() -> tuple[str, ...]:
-    """Names that `edges(model=...)` knows."""
+    """Names that `edges(model=...)` knows: those embedded in the package, then those of a hub."""
+    return (*_embedded(), *MODELS)
+
+
+def _embedded() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/config.json")))
 
 
-def load_backbone(model: str | Path) -> Backbone:
-    """Read a backbone from a known name or a local folder of config.json and model.safetensors.
+def load_backbone(
+    model: str | Path, *, device: torch.device, dtype: torch.dtype, size: tuple[int, int] | None = None, **hub: Any
+) -> Backbone:
+    """Read a backbone onto a device: see `Tracer.from_pretrained`.
 
     Raises:
         ValueError: the name is unknown, or the folder's configuration or weights are damaged or do not fit each other.
+        RuntimeError: the model's repository or the memory does not allow it.
     """
-    folder = WEIGHTS / model if model in models() else Path(model)
-    if not (folder / "config.json").is_file():
+    folder = WEIGHTS / model if model in _embedded() else Path(model)
+    if (folder / "config.json").is_file():
+        backbone = _load_embedded(folder, size)
+        backbone.network.eval().requires_grad_(False).to(device, dtype)
+        return backbone
+    if (
+        str(model) not in MODELS
+        and not (folder / "model_index.json").is_file()
+        and not REPOSITORY.fullmatch(str(model))
+    ):
         raise ValueError(
-            f"load: model must be one of {', '.join(models())}, or a folder with config.json and model.safetensors, "
-            f"got {str(model)!r}"
+            f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "
+            f"config.json and model.safetensors or in the layout of diffusers, got {str(model)!r}"
         )
+    from trace_fast.backbones.loading import load_pipeline
+
+    pipe, null_text = load_pipeline(str(model), device=device, dtype=dtype, **hub)
+    return backbone_of(pipe, null_text, size)
+
+
+def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
+    """A network of our own, from config.json and model.safetensors."""
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["family"] not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {config['family']!r}")
+        if size is not None:
+            config["tracing"] = {**config.get("tracing", {}), "size": list(size)}
         return FAMILIES[config["family"]].from_folder(folder, config)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"load: model must be a folder of matching files, got {str(folder)!r}: {error}") from error

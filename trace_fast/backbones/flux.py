@@ -35,9 +35,14 @@ class FluxBackbone(LatentBackbone):
     ) -> FluxBackbone:
         """Modules of a FluxPipeline, as they are."""
         if null_text is None:
-            embeds, pooled, _ = pipe.encode_prompt("", "", device=pipe.transformer.device)
-            null_text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+            null_text = cls.null_text_of(pipe)
         return cls(pipe.transformer, pipe.vae, RectifiedFlow(), null_text, Settings(size=size or (SIZE, SIZE)))
+
+    @staticmethod
+    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+        """The embedding of the empty prompt by the pipeline's text encoders."""
+        embeds, pooled, _ = pipe.encode_prompt("", "", device=pipe.transformer.device)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def attentions(self) -> list[nn.Module]:
         """Double blocks, then single blocks."""

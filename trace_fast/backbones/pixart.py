@@ -22,12 +22,17 @@ class PixArtBackbone(LatentBackbone):
     ) -> PixArtBackbone:
         """Modules of a PixArtAlphaPipeline, as they are."""
         if null_text is None:
-            device = pipe.transformer.device
-            embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
-            null_text = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+            null_text = cls.null_text_of(pipe)
         side = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         schedule = VariancePreserving.from_config(pipe.scheduler.config)
         return cls(pipe.transformer, pipe.vae, schedule, null_text, Settings(size=size or (side, side)))
+
+    @staticmethod
+    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+        """The embedding of the empty prompt by the pipeline's text encoders."""
+        device = pipe.transformer.device
+        embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def attentions(self) -> list[nn.Module]:
         """One a block."""

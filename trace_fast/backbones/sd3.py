@@ -23,11 +23,16 @@ class SD3Backbone(LatentBackbone):
     def from_pipeline(cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None) -> SD3Backbone:
         """Modules of a StableDiffusion3Pipeline, as they are; without its third encoder the text is zeros, as there."""
         if null_text is None:
-            device = pipe.transformer.device
-            embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
-            null_text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+            null_text = cls.null_text_of(pipe)
         side = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         return cls(pipe.transformer, pipe.vae, RectifiedFlow(), null_text, Settings(size=size or (side, side)))
+
+    @staticmethod
+    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+        """The embedding of the empty prompt by the pipeline's text encoders."""
+        device = pipe.transformer.device
+        embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def attentions(self) -> list[nn.Module]:
         """Joint attention of every block, followed by image-only attention where the block has it."""

@@ -1,0 +1,228 @@
+"""Models in folders of the hub's own layout: tiny pipelines with their text encoders, saved and loaded offline."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+import transformers
+from tiny import SIZE, flux, pixart, sd15, sd35, sdxl
+
+import trace_fast
+from trace_fast import Tracer
+from trace_fast.backbones import backbone_of, loading
+
+
+def clip_tokenizer(folder):
+    folder.mkdir(parents=True)
+    words = ["<|startoftext|>", "<|endoftext|>", "a</w>", "b</w>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token="<|endoftext|>"
+    )
+
+
+def clip(kind=transformers.CLIPTextModel, width=8):
+    return kind(
+        transformers.CLIPTextConfig(
+            vocab_size=4,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).eval()
+
+
+def t5_tokenizer():
+    from tokenizers import Tokenizer, models, processors
+
+    inner = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0)], unk_id=2))
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.T5TokenizerFast(tokenizer_object=inner, model_max_length=512)
+
+
+def t5():
+    config = transformers.T5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    return transformers.T5EncoderModel(config).eval()
+
+
+def pipeline(family, folder):
+    """A whole tiny pipeline, with text encoders."""
+    torch.manual_seed(0)
+    if family == "sd15":
+        parts, _ = sd15()
+        return diffusers.StableDiffusionPipeline(
+            **parts,
+            text_encoder=clip(),
+            tokenizer=clip_tokenizer(folder / "clip"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    if family == "sdxl":
+        parts, _ = sdxl()
+        del parts["config"]
+        return diffusers.StableDiffusionXLPipeline(
+            **parts,
+            text_encoder=clip(width=4),
+            text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
+            tokenizer=clip_tokenizer(folder / "clip"),
+            tokenizer_2=clip_tokenizer(folder / "clip2"),
+        )
+    if family == "pixart":
+        return diffusers.PixArtAlphaPipeline(**pixart()[0], text_encoder=t5(), tokenizer=t5_tokenizer())
+    if family == "sd3.5-large":
+        return diffusers.StableDiffusion3Pipeline(
+            **sd35()[0],
+            text_encoder=clip(transformers.CLIPTextModelWithProjection, 4),
+            text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
+            text_encoder_3=t5(),
+            tokenizer=clip_tokenizer(folder / "clip"),
+            tokenizer_2=clip_tokenizer(folder / "clip2"),
+            tokenizer_3=t5_tokenizer(),
+        )
+    return diffusers.FluxPipeline(
+        **flux()[0],
+        text_encoder=clip(),
+        text_encoder_2=t5(),
+        tokenizer=clip_tokenizer(folder / "clip"),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+# of diffusers' own call of the hub
+pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+
+PIPELINES = ("sd15", "sdxl", "pixart", "sd3.5-large", "flux.1-dev")
+
+
+@pytest.fixture(params=PIPELINES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No network and a cache of its own."""
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("a test asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TRACE_FAST_CACHE", str(tmp_path / "cache"))
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def saved(family, tmp_path):
+    """A pipeline and the folder it was saved to."""
+    pipe = pipeline(family, tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    return pipe, tmp_path / "model"
+
+
+def test_a_folder_gives_what_its_pipeline_gives(saved):
+    pipe, folder = saved
+    images = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    expected = Tracer.from_pipeline(pipe, size=SIZE)(images, timesteps=(0, 99, 499), return_abdiv=True)
+    tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, local_files_only=True)
+    found = tracer(images, timesteps=(0, 99, 499), return_abdiv=True)
+    assert found.model == str(folder)
+    torch.testing.assert_close(found.abdiv, expected.abdiv)
+    torch.testing.assert_close(found.edges, expected.edges)
+
+
+def test_the_empty_prompt_is_embedded_once(saved, tmp_path, monkeypatch):
+    _, folder = saved
+    first = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    files = list((tmp_path / "cache" / "null_text").iterdir())
+    assert [file.suffix for file in files] == [".safetensors"]
+    monkeypatch.setattr(loading, "embed_nothing", lambda *_: pytest.fail("text encoders were loaded again"))
+    for encoder in folder.glob("text_encoder*"):
+        shutil.rmtree(encoder)
+    second = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    assert {name: x.shape for name, x in first.items()} == {name: x.shape for name, x in second.items()}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_null_text_is_the_papers_length(saved, family):
+    pipe, _ = saved
+    null_text = backbone_of(pipe, size=SIZE).null_text
+    tokens = {"sd15": 77, "sdxl": 77, "pixart": 120, "sd3.5-large": 77 + 256, "flux.1-dev": 512}[family]
+    assert null_text["encoder_hidden_states"].shape[:2] == (1, tokens)
+
+
+def test_dtype_is_that_of_the_weights(saved):
+    _, folder = saved
+    tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, dtype=torch.bfloat16)
+    assert {p.dtype for p in tracer.backbone.network.parameters()} == {torch.bfloat16}
+    edges = tracer(torch.rand(1, 3, 20, 28), timesteps=(0, 99, 499)).edges
+    assert edges.dtype == torch.float32 and edges.isfinite().all()
+
+
+def test_edges_takes_a_folder(tmp_path):
+    pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+    image = torch.rand(3, 20, 28)
+    assert trace_fast.edges(image, model=tmp_path / "model").shape == (1, 1, 20, 28)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def refuse(self, folder, message, error=ValueError):
+        with pytest.raises(error, match=message):
+            Tracer.from_pretrained(folder, device="cpu", size=SIZE)
+
+    def test_a_missing_part(self, folder):
+        shutil.rmtree(folder / "vae")
+        self.refuse(folder, "load: model must be whole, got .*model' without vae")
+
+    def test_weights_that_are_not_safetensors(self, folder):
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save({}, weights.with_suffix(".bin"))
+        weights.unlink()
+        self.refuse(folder, "load: model must be whole, got .*safetensors")
+
+    def test_a_class_that_is_not_of_diffusers(self, folder):
+        index = json.loads((folder / "model_index.json").read_text())
+        index["unet"] = ["remote_code", "UNet"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        self.refuse(folder, r"load: unet must be a class of diffusers, got remote_code.UNet")
+
+    def test_a_pipeline_without_a_denoiser(self, folder):
+        index = json.loads((folder / "model_index.json").read_text())
+        del index["unet"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        self.refuse(folder, "load: model must have a unet or transformer and a vae")
+
+    def test_too_little_memory(self, folder, monkeypatch):
+        monkeypatch.setattr(loading.os, "sysconf", lambda _: 300)  # 90,000 bytes
+        message = r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free"
+        self.refuse(folder, message, RuntimeError)
+
+    def test_a_hub_that_is_not_to_be_asked(self, monkeypatch):
+        with pytest.raises(RuntimeError, match=r"someone/something is not on this machine, .*HF_HUB_OFFLINE"):
+            Tracer.from_pretrained("someone/something", device="cpu", local_files_only=True)
+
+    def test_neither_name_nor_folder_nor_repository(self):
+        with pytest.raises(ValueError, match=r"model must be one of mini, sd15, .* got 'no such model'"):
+            Tracer.from_pretrained("no such model")
+
+
+def test_known_models_are_listed():
+    assert trace_fast.models()[:2] == ("mini", "sd15")
+    assert {"sdxl", "pixart", "sd3.5-large", "sd3.5-medium", "flux.1-dev", "flux.1-schnell"} <= set(trace_fast.models())

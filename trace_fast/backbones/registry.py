@@ -1,0 +1,40 @@
+"""Models known by a short name: where they live, what they are traced at, and on what terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MODELS", "Model"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a hub.
+
+    Attributes:
+        repo: repository of the hub.
+        size: native processing size, a square of so many pixels.
+        grid: tokens along a side of its finest attention at that size.
+        parameters: of the network that is traced, in billions.
+        licence: its terms, in short; gated repositories must be accepted on the hub first.
+        gated: whether they must.
+    """
+
+    repo: str
+    size: int
+    grid: int
+    parameters: float
+    licence: str
+    gated: bool = False
+
+
+MODELS: dict[str, Model] = {
+    "sd15": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 64, 0.86, "CreativeML Open RAIL-M"),
+    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 1024, 64, 2.57, "CreativeML Open RAIL++-M"),
+    "pixart": Model("PixArt-alpha/PixArt-XL-2-1024-MS", 1024, 64, 0.61, "CreativeML Open RAIL++-M"),
+    "pixart-512": Model("PixArt-alpha/PixArt-XL-2-512x512", 512, 32, 0.61, "CreativeML Open RAIL++-M"),
+    "sd3.5-medium": Model("stabilityai/stable-diffusion-3.5-medium", 1024, 64, 2.24, "Stability Community", True),
+    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 1024, 64, 8.06, "Stability Community", True),
+    "flux.1-schnell": Model("black-forest-labs/FLUX.1-schnell", 1024, 64, 11.9, "Apache-2.0", True),
+    "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", 1024, 64, 11.9, "FLUX.1 dev Non-Commercial", True),
+}
