@@ -2,7 +2,7 @@
 
 `speed-cpu.json` is made by `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/speed-cpu.json`,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
-`benchmarks/compile_kernels.py`, `speed-gpu.json` by `benchmarks/gpu.sh`.
+`benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`.
 """
 
 from __future__ import annotations
@@ -171,10 +171,29 @@ def kernels(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory(results: dict[str, Any]) -> str:
+    """Weights and peaks of the full-size backbones, in GiB."""
+    lines = [
+        f"Counted on the meta device by `benchmarks/memory.py`, bfloat16, one image, torch {results['torch']}, "
+        f"diffusers {results['diffusers']}. Beside the weights: the peaks of encoding, of one plain forward, and of a "
+        "whole search with inversion, whose two maps are in it. Last, what keeping every head's map of one forward would "
+        "take.",
+        "",
+        "| model | grid | weights GiB | encode | forward | search | two maps | every head |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results["models"]:
+        sizes = [row[key] / 2**30 for key in ("weights", "encode", "forward", "search", "maps", "every_head")]
+        numbers = " | ".join(f"{size:.2f}" if size < 10 else f"{size:.1f}" for size in sizes)
+        lines.append(f"| {row['model']} | {row['grid'][0]} x {row['grid'][1]} | {numbers} |")
+    return "\n".join(lines)
+
+
 TABLES = (
     ("README.md", "speed", "speed-cpu.json", speed),
     ("README.md", "quality", "quality-mini.json", quality),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
+    ("benchmarks/README.md", "memory", "memory.json", memory),
     ("benchmarks/README.md", "kernels", "kernels.json", kernels),
 )
 

@@ -17,8 +17,14 @@ COMMANDS = re.findall(r"^trace-fast .*$", README.read_text(), re.MULTILINE)
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{index}" for index in range(len(BLOCKS))])
 def test_python_block_runs(block, tmp_path, monkeypatch):
+    import diffusers
     from skimage import data, io
+    from tiny import pipeline
 
+    # a network of the same class instead of several gigabytes
+    monkeypatch.setattr(
+        diffusers.StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pipeline("sd15", tmp_path)
+    )
     monkeypatch.chdir(tmp_path)
     io.imsave("photo.jpg", data.coffee())
     exec(compile(block, str(README), "exec"), {})

@@ -1,10 +1,14 @@
-"""The parts of diffusers pipelines, as real classes of tiny random configurations, built offline.
+"""Diffusers pipelines and their parts: real classes of tiny random configurations, built offline.
 
-Each function gives the parts by name, and what stands for the empty prompt where no text encoder is built.
+A function named after a family gives the parts by name, and what stands for the empty prompt where no text encoder is
+built; `pipeline` puts them together with text encoders.
 """
+
+import json
 
 import diffusers
 import torch
+import transformers
 
 SIZE = (16, 24)  # pixels; latents are half of it in the tiny autoencoder
 TEXT = 5  # tokens of the empty prompt
@@ -119,3 +123,86 @@ def flux(guidance=True):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
     return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
+
+
+def clip_tokenizer(folder):
+    folder.mkdir(parents=True)
+    words = ["<|startoftext|>", "<|endoftext|>", "a</w>", "b</w>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token="<|endoftext|>"
+    )
+
+
+def clip(kind=transformers.CLIPTextModel, width=8):
+    return kind(
+        transformers.CLIPTextConfig(
+            vocab_size=4,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).eval()
+
+
+def t5_tokenizer():
+    from tokenizers import Tokenizer, models, processors
+
+    inner = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0)], unk_id=2))
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.T5TokenizerFast(tokenizer_object=inner, model_max_length=512)
+
+
+def t5():
+    config = transformers.T5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    return transformers.T5EncoderModel(config).eval()
+
+
+def pipeline(family, folder):
+    """A whole tiny pipeline, with text encoders."""
+    torch.manual_seed(0)
+    if family == "sd15":
+        parts, _ = sd15()
+        return diffusers.StableDiffusionPipeline(
+            **parts,
+            text_encoder=clip(),
+            tokenizer=clip_tokenizer(folder / "clip"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    if family == "sdxl":
+        parts, _ = sdxl()
+        del parts["config"]
+        return diffusers.StableDiffusionXLPipeline(
+            **parts,
+            text_encoder=clip(width=4),
+            text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
+            tokenizer=clip_tokenizer(folder / "clip"),
+            tokenizer_2=clip_tokenizer(folder / "clip2"),
+        )
+    if family == "pixart":
+        return diffusers.PixArtAlphaPipeline(**pixart()[0], text_encoder=t5(), tokenizer=t5_tokenizer())
+    if family == "sd3.5-large":
+        return diffusers.StableDiffusion3Pipeline(
+            **sd35()[0],
+            text_encoder=clip(transformers.CLIPTextModelWithProjection, 4),
+            text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
+            text_encoder_3=t5(),
+            tokenizer=clip_tokenizer(folder / "clip"),
+            tokenizer_2=clip_tokenizer(folder / "clip2"),
+            tokenizer_3=t5_tokenizer(),
+        )
+    return diffusers.FluxPipeline(
+        **flux()[0],
+        text_encoder=clip(),
+        text_encoder_2=t5(),
+        tokenizer=clip_tokenizer(folder / "clip"),
+        tokenizer_2=t5_tokenizer(),
+    )
