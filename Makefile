@@ -4,13 +4,27 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench gpu sanitize clean
+# releases of diffusers, each with the transformers and peft of its time
+MATRIX := 0.32.2/4.48.3/0.14.0 0.35.2/4.57.1/0.17.1 0.38.0/4.57.1/0.17.1
+
+.PHONY: demo test test-matrix bench gpu sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/trace-fast demo -o demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest tests
+
+# capture on older releases, each in an environment of its own; `make test` runs the latest
+test-matrix: $(VENV)/installed
+	set -e; for release in $(MATRIX); do \
+	  set -- $$(echo $$release | tr / ' '); folder=build/matrix-$$1; echo "== diffusers $$1"; \
+	  $(PYTHON) -m venv $$folder; \
+	  $$folder/bin/pip install -q $(TORCH) torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])') \
+	    diffusers==$$1 transformers==$$2 peft==$$3 triton pytest tqdm typer setuptools pybind11 ninja; \
+	  $$folder/bin/pip install -q --no-deps --no-build-isolation .; \
+	  $$folder/bin/python -m pytest -q -p no:cacheprovider tests/test_backbones.py; \
+	done
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -176,8 +176,8 @@ def memory(results: dict[str, Any]) -> str:
     lines = [
         f"Counted on the meta device by `benchmarks/memory.py`, bfloat16, one image, torch {results['torch']}, "
         f"diffusers {results['diffusers']}. Beside the weights: the peaks of encoding, of one plain forward, and of a "
-        "whole search with inversion, whose two maps are in it. Last, what keeping every head's map of one forward would "
-        "take.",
+        "whole search with inversion, whose two maps are in it. Last, what keeping every head's map of one forward "
+        "would take.",
         "",
         "| model | grid | weights GiB | encode | forward | search | two maps | every head |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
