@@ -31,6 +31,16 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN: tl.constexpr):
+    """The head of the second program axis: its index, its image, and where its queries and keys begin."""
+    map_ = tl.cast(tl.program_id(1), tl.int64)
+    image, head = map_ // heads, map_ % heads
+    query += (image * query_image + head * query_head) * ALIGN
+    key += (image * key_image + head * key_head) * ALIGN
+    return map_, image, query, key
+
+
+@triton.jit
 def load_rows(pointer, stride, first, tokens, START: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
               ROWS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Rows first .. first + ROWS of features, channels START .. START + WIDTH: (ROWS, WIDTH), zero outside.
@@ -124,9 +134,7 @@ def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, que
                           POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Maximum of each row of logits, and the sum of the exponentials above it; one block of rows of one head."""
     first = tl.program_id(0) * ROWS
-    image, head = tl.cast(tl.program_id(1), tl.int64) // heads, tl.cast(tl.program_id(1), tl.int64) % heads
-    query += (image * query_image + head * query_head) * ALIGN
-    key += (image * key_image + head * key_head) * ALIGN
+    map_, _, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -140,7 +148,7 @@ def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, que
         total = total * tl.exp2(highest - higher) + tl.sum(masses, 1)
         highest = higher
     row = first + tl.arange(0, ROWS)
-    at = tl.cast(tl.program_id(1), tl.int64) * tokens + row
+    at = map_ * tokens + row
     tl.store(top + at, highest, row < tokens)
     tl.store(mass + at, total, row < tokens)
 
@@ -235,10 +243,7 @@ def readout_kernel(query, key, values, parts, lse, heads, tokens, columns, query
                    PRECISION: tl.constexpr):  # fmt: skip
     """One block of rows of one head, in one pass over the keys: probabilities times values, and log-sum-exps."""
     first = tl.program_id(0) * ROWS
-    map_ = tl.cast(tl.program_id(1), tl.int64)
-    image, head = map_ // heads, map_ % heads
-    query += (image * query_image + head * query_head) * ALIGN
-    key += (image * key_image + head * key_head) * ALIGN
+    map_, _, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -284,10 +289,7 @@ def readout_keys_kernel(grad, delta, query, key, values, lse, grad_key, grad_val
                         PRECISION: tl.constexpr):  # fmt: skip
     """Gradients of one block of keys and its values, of one head; the map is computed transposed, COLUMNS by ROWS."""
     start = tl.program_id(0) * COLUMNS
-    map_ = tl.cast(tl.program_id(1), tl.int64)
-    image, head = map_ // heads, map_ % heads
-    query += (image * query_image + head * query_head) * ALIGN
-    key += (image * key_image + head * key_head) * ALIGN
+    map_, image, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     k, k_tail = load_head(key, key_row, start, tokens, WIDE, TAIL, CHANNELS, COLUMNS, EVEN, ALIGN)
     value = load_values(values, start, tokens, columns, VALUES, COLUMNS)
     key_sums = tl.zeros((COLUMNS, WIDE), tl.float32)
@@ -322,10 +324,7 @@ def readout_queries_kernel(grad, delta, query, key, values, lse, grad_query, hea
                            PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of one block of queries of one head."""
     first = tl.program_id(0) * ROWS
-    map_ = tl.cast(tl.program_id(1), tl.int64)
-    image, head = map_ // heads, map_ % heads
-    query += (image * query_image + head * query_head) * ALIGN
-    key += (image * key_image + head * key_head) * ALIGN
+    map_, image, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
     above = load_values(grad + image * tokens * columns, first, tokens, columns, VALUES, ROWS)
     row = first + tl.arange(0, ROWS)
