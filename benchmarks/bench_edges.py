@@ -1,4 +1,4 @@
-"""Stage 1 end to end on a 640 x 480 photograph with the embedded model, and where the time goes.
+"""Stage 1 end to end on a 640 x 480 photograph with the embedded model on the CPU, and where the time goes.
 
 The stages are those of the whole search, 11 noise levels: `load` reads the JPEG, `forward` runs the network without
 capture, `forward_capture` the same with every map accumulated, `divergence` measures all steps and maps, `post`
@@ -21,7 +21,7 @@ EDGES = "edges of 640 x 480, mini"
 
 @pytest.fixture(scope="module")
 def tracer():
-    return Tracer.from_pretrained("mini")
+    return Tracer.from_pretrained("mini", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def test_search(measure, tracer, path, noising):
 
 
 def test_edges_default(measure, path):
-    found = trace_fast.edges(path)
+    found = trace_fast.edges(path, device="cpu")
     assert found.shape == (HEIGHT, WIDTH)
     assert 0 <= found.min() < found.max() <= 1
-    measure(EDGES, "trace_fast.edges", lambda: trace_fast.edges(path))
+    measure(EDGES, "trace_fast.edges", lambda: trace_fast.edges(path, device="cpu"))
 
 
 @pytest.mark.parametrize("stage", ["load", "forward", "forward_capture", "divergence", "post"])

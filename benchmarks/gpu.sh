@@ -7,7 +7,8 @@
 set -u
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET TRACE_FAST_BACKEND
-python3 -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"; print(torch.cuda.get_device_name())' || exit 1
+python3 -c 'import sys, torch
+sys.exit(None if torch.cuda.is_available() else "gpu.sh: torch sees no GPU")' || exit 1
 results=benchmarks/results
 exec > >(tee "$results/gpu.log") 2>&1
 failed=0
@@ -20,11 +21,11 @@ step() { # seconds it may take, command
   echo "== $((SECONDS - start)) s"
 }
 
-step 100 python3 -m pip install -q --no-deps --no-build-isolation -e .
-step 160 python3 -m pytest -q --durations=5 -k 'triton or gpu or graph or synchronising' tests/test_attention.py \
+step 60 python3 -m pip install -q --no-deps --no-build-isolation -e .
+step 200 python3 -m pytest -q --durations=5 -k 'triton or gpu or graph or synchronising' tests/test_attention.py \
   tests/test_readout.py tests/test_divergence.py tests/test_backend.py tests/test_tracer.py
-step 110 python3 benchmarks/tune_kernels.py
-step 200 python3 -m pytest -q benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
+step 130 python3 benchmarks/tune_kernels.py
+step 190 python3 -m pytest -q benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
   --benchmark-only --benchmark-json=$results/speed-gpu.json
-step 20 python3 benchmarks/tables.py
+step 10 python3 benchmarks/tables.py
 exit $failed

@@ -206,3 +206,79 @@ def pipeline(family, folder):
         tokenizer=clip_tokenizer(folder / "clip"),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+def dinov2(registers=0):
+    import transformers
+
+    names = ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig") if registers else ("Dinov2Model", "Dinov2Config")
+    kind, config = (getattr(transformers, name) for name in names)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 20, "patch_size": 4}
+    return kind(config(**sizes, **{"num_register_tokens": registers} if registers else {}))
+
+
+def dinov3():
+    import transformers
+
+    return transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=20,
+            patch_size=4,
+            num_register_tokens=4,
+        )
+    )
+
+
+def language(**config):
+    """What a tiny language model is made of."""
+    return {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **config,
+    }
+
+
+def llava():
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=20,
+        patch_size=4,
+        projection_dim=8,
+    )
+    text = transformers.LlamaConfig(**language())
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=7)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def qwen():
+    import transformers
+
+    vision = {
+        "depth": 5,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "patch_size": 4,
+        "window_size": 16,  # two units of two patches
+        "out_hidden_size": 8,
+        "fullatt_block_indexes": [1, 3],
+    }
+    rope = {"rope_type": "default", "mrope_section": [1, 0, 1], "rope_theta": 10_000.0}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=language(rope_parameters=rope))
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)

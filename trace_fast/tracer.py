@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from trace_fast import _checks, ops
 from trace_fast import image as door
-from trace_fast.backbones import Backbone, backbone_of, load_backbone, models
+from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone, models
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
-from trace_fast.backbones.capture import Capture
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
 
@@ -39,7 +38,7 @@ class TraceOutput:
         kl: (B, T - 1) float32, nats; kl[:, k] = KL(SA(timesteps[k]) || SA(timesteps[k + 1])). None unless measured.
         abdiv: (B, h, w) float32, nats, at `timestep`; None unless asked for.
         model: name or folder of the backbone.
-        noising: "inversion" or "gaussian".
+        noising: "inversion" or "gaussian"; "none" of an encoder.
         size: processing size in pixels, (height, width).
     """
 
@@ -83,11 +82,12 @@ class Tracer:
         """Read a model: a name of `trace_fast.models()`, a repository of the hub, or a local folder.
 
         A diffusers model is loaded by parts: network, autoencoder, scheduler. Its text encoders embed the empty prompt
-        the first time and are freed; the embedding is kept in the user's cache.
+        the first time and are freed; the embedding is kept in the user's cache. Of a vision-language model of
+        transformers, only the files that hold the vision tower are fetched, and only the tower is read from them.
 
         Args:
-            model: name, repository (owner/name), or a folder in the layout of diffusers or of config.json and
-                model.safetensors.
+            model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers or ours
+                with config.json and model.safetensors.
             device: where to run; default the GPU where there is one, else the CPU.
             dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for the embedded model.
             size: processing size in pixels, (height, width); default the model's own.
@@ -138,6 +138,43 @@ class Tracer:
             backbone = backbone_of(pipe, null_text, size)
         return cls(backbone, name=type(pipe).__name__)
 
+    @classmethod
+    def from_encoder(
+        cls,
+        model: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        blocks: Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Tracer:
+        """Trace with a vision encoder of transformers, which stays as it is: device, dtype, attention, adapters.
+
+        DINOv2, DINOv3, and the vision towers of LLaVA (CLIP's) and Qwen2.5-VL. An encoder has no noise levels, so that
+        ABDiv alone is read, at level 0 (TRACE's comparison of backbones).
+
+        Args:
+            model: the encoder, or a model that holds it, such as a whole vision-language model.
+            size: processing size in pixels, (height, width), in multiples of a patch; None is the model's own, for
+                Qwen2.5-VL 64 x 64 patches.
+            blocks: layers of the encoder whose maps are averaged; None for all, or where some attend inside windows
+                alone, for all of full attention.
+            mean: of the pixels that the model was trained on, red, green, blue, in [0, 1] (`image_mean` of its image
+                processor); None for ImageNet's, or CLIP's where the tower is of a vision-language model.
+            std: standard deviation likewise (`image_std`).
+
+        Raises:
+            TypeError: the model holds no such encoder.
+            ValueError: the encoder does not allow the size or the blocks.
+
+        Example:
+            >>> model = transformers.AutoModel.from_pretrained("facebook/dinov2-base")  # doctest: +SKIP
+            >>> edges = Tracer.from_encoder(model, size=(518, 700))("photo.jpg").edges  # doctest: +SKIP
+        """
+        backbone = encoder_of(model, size=size, blocks=blocks, mean=mean, std=std)
+        # a compiled network is wrapped
+        return cls(backbone, name=type(getattr(model, "_orig_mod", model)).__name__)
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -164,6 +201,7 @@ class Tracer:
             timesteps: levels of the search, rising, 0 (the image) to 999 (noise); default 0, 99, 199, ..., 999.
                 Inversion sets out from the image, so its first level is 0.
             noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
+                An encoder has one level, 0, and no noising.
             seed: of the gaussian noise; the same noise serves every level and image.
             return_kl: measure the KL curve also where a fixed level is read.
             return_abdiv: keep the divergence at the token grid.
@@ -172,8 +210,9 @@ class Tracer:
             TypeError, ValueError: an argument is not what is said above.
         """
         settings = self.backbone.settings
-        noising = check_noising(settings.noising if noising is None else noising)
-        levels = check_timesteps(timesteps, noising)
+        if self.backbone.schedule is None:
+            check_encoder(self.name, timestep=timestep, return_kl=return_kl)
+        levels, noising = self._plan(timesteps, noising)
         fixed = check_timestep(settings.timestep if timestep is None else timestep)
         if (fixed is None or return_kl) and len(levels) < 2:
             raise ValueError(f"trace: timesteps must be at least two levels for a KL curve, got {levels}")
@@ -219,8 +258,8 @@ class Tracer:
 
         Args:
             images: (B, 3, H, W) float32 in [0, 1], squashed to the processing size.
-            timesteps: levels, rising, in 0 .. 999; default 0, 99, 199, ..., 999. Inversion goes through exactly these
-                levels, from the image at 0.
+            timesteps: levels, rising, in 0 .. 999; default 0, 99, 199, ..., 999, of an encoder 0. Inversion goes
+                through exactly these levels, from the image at 0.
             noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
             seed: of the gaussian noise.
             blocks: indices of the self-attention blocks that are averaged; None does what the settings prefer.
@@ -235,13 +274,12 @@ class Tracer:
             TypeError, ValueError: an argument is not what is said above.
         """
         settings, schedule = self.backbone.settings, self.backbone.schedule
-        noising = check_noising(settings.noising if noising is None else noising)
-        levels = check_timesteps(timesteps, noising)
+        levels, noising = self._plan(timesteps, noising)
         chosen = check_blocks(settings.blocks if blocks is None else blocks, len(self.backbone.attentions()))
         grids = [self.backbone.grids(settings.size)[index] for index in chosen]
         height, width = max(grids, key=math.prod)
         count, tokens = len(images), height * width
-        if noising == "inversion":
+        if noising != "gaussian":
             batch = 1
         elif batch is None:
             batch = self._room() // (4 * count * tokens**2) - 1
@@ -262,7 +300,7 @@ class Tracer:
         sample = latent
         for start in range(0, len(levels), batch):
             timestep = visited[start : start + batch, None].expand(-1, count).flatten()  # (L * B,)
-            if noising == "gaussian":
+            if schedule is not None and noising == "gaussian":
                 sample = schedule.noise(latent.repeat(len(timestep) // count, 1, 1, 1), noise, timestep)
             current = maps[: len(timestep) // count]  # (L, B, N, N)
             prediction = self._attend(current.flatten(0, 1), sample, timestep, chosen, grids)
@@ -277,7 +315,7 @@ class Tracer:
                     before, maps = maps[0], before[None]
                 else:
                     before.copy_(current[-1])
-                if noising == "inversion":
+                if schedule is not None and noising == "inversion":
                     following = visited[start + 1].expand(count)
                     sample = schedule.invert(sample, prediction, timestep, following)
         kl = torch.cat(kls).unflatten(0, (-1, count)).T if kls else torch.empty((count, 0), device=self.device)
@@ -307,12 +345,21 @@ class Tracer:
 
         modules = self.backbone.attentions()
         tokens = [math.prod(grid) for grid in grids]
-        with self._lock, Capture([modules[index] for index in blocks], add, tokens):
+        with self._lock, self.backbone.capture([modules[index] for index in blocks], add, tokens):
             prediction = self.backbone.predict(sample, timestep)
         for grid, coarse in totals.items():
             if grid != finest:
                 ops.accumulate_resized(total, coarse, grid, finest, 1.0)
         return prediction
+
+    def _plan(self, timesteps: Sequence[int] | None, noising: str | None) -> tuple[tuple[int, ...], str]:
+        """Levels to visit and how they are reached, checked."""
+        if self.backbone.schedule is None:
+            asked = None if timesteps is None else check_timesteps(timesteps, "none")
+            check_encoder(self.name, timesteps=asked, noising=noising)
+            return (0,), "none"
+        noising = check_noising(self.backbone.settings.noising if noising is None else noising)
+        return check_timesteps(timesteps, noising), noising
 
     def _room(self) -> int:
         """Bytes that attention maps may take: half of what is free on a GPU, MAP_BYTES elsewhere."""
@@ -346,6 +393,17 @@ def check_timesteps(timesteps: Sequence[int] | None, noising: str) -> tuple[int,
     if noising == "inversion" and levels[0] != 0:
         raise ValueError(f"trace: timesteps must start at 0 for inversion, got {timesteps!r}")
     return levels
+
+
+def check_encoder(name: str, **asked: Any) -> None:
+    """Refuse what an encoder cannot do without noise levels."""
+    allowed = {"timestep": 0, "timesteps": (0,), "noising": "none", "return_kl": False}
+    for argument, value in asked.items():
+        if value is not None and value != allowed[argument]:
+            raise ValueError(
+                f"trace: {argument} must be {allowed[argument]} for {name}, an encoder without noise levels, "
+                f"got {value!r}"
+            )
 
 
 def check_blocks(blocks: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_fast.backbones.base import Backbone, Settings
+from trace_fast.backbones.encoder import EncoderBackbone
 from trace_fast.backbones.flux import FluxBackbone
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
 from trace_fast.backbones.registry import MODELS
 from trace_fast.backbones.sd3 import SD3Backbone
 from trace_fast.backbones.unet import UNetBackbone
+from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone
+from trace_fast.backbones.vlm import CLIPBackbone, QwenBackbone
 
-__all__ = ["Backbone", "Settings", "backbone_of", "load_backbone", "models"]
+__all__ = ["Backbone", "Settings", "backbone_of", "encoder_of", "load_backbone", "models"]
 
 FAMILIES = {"mini": MiniBackbone}
 PIPELINES: dict[str, Any] = {  # by the class of a pipeline's network
@@ -26,6 +30,13 @@ PIPELINES: dict[str, Any] = {  # by the class of a pipeline's network
     "PixArtTransformer2DModel": PixArtBackbone,
     "SD3Transformer2DModel": SD3Backbone,
     "FluxTransformer2DModel": FluxBackbone,
+}
+ENCODERS: dict[str, type[EncoderBackbone]] = {  # by the class of the encoder
+    "Dinov2Model": DINOv2Backbone,
+    "Dinov2WithRegistersModel": DINOv2Backbone,
+    "DINOv3ViTModel": DINOv3Backbone,
+    "CLIPVisionModel": CLIPBackbone,
+    "Qwen2_5_VisionTransformerPretrainedModel": QwenBackbone,
 }
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = Path(__file__).parent.parent / "weights"  # the embedded models, one folder each
@@ -50,23 +61,35 @@ def load_backbone(
         RuntimeError: the model's repository or the memory does not allow it.
     """
     folder = WEIGHTS / model if model in _embedded() else Path(model)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not _of_transformers(folder):
         backbone = _load_embedded(folder, size)
         backbone.network.eval().requires_grad_(False).to(device, dtype)
         return backbone
     if (
         str(model) not in MODELS
-        and not (folder / "model_index.json").is_file()
+        and not any((folder / name).is_file() for name in ("config.json", "model_index.json"))
         and not REPOSITORY.fullmatch(str(model))
     ):
         raise ValueError(
             f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "
             f"config.json and model.safetensors or in the layout of diffusers, got {str(model)!r}"
         )
-    from trace_fast.backbones.loading import load_pipeline
+    from trace_fast.backbones.loading import is_encoder, load_encoder, load_pipeline
 
+    if is_encoder(str(model), **hub):
+        network, colours = load_encoder(str(model), device=device, dtype=dtype, **hub)
+        return encoder_of(network, size=size, **colours)
     pipe, null_text = load_pipeline(str(model), device=device, dtype=dtype, **hub)
     return backbone_of(pipe, null_text, size)
+
+
+def _of_transformers(folder: Path) -> bool:
+    """Whether a config.json is that of transformers, and not one of ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:  # told when it is loaded
+        return False
+    return isinstance(config, dict) and "model_type" in config and "family" not in config
 
 
 def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
@@ -92,3 +115,19 @@ def backbone_of(pipe: Any, null_text: dict[str, Tensor] | None = None, size: tup
             f"from_pipeline: pipe must hold one of {', '.join(PIPELINES)}, got {type(pipe).__name__} with {kind}"
         )
     return PIPELINES[kind].from_pipeline(pipe, null_text, size)
+
+
+def encoder_of(
+    model: Any,
+    *,
+    size: tuple[int, int] | None = None,
+    blocks: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Backbone:
+    """An encoder of transformers, or what holds one, as a backbone; see `Tracer.from_encoder`."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        kind = type(getattr(module, "_orig_mod", module)).__name__  # a compiled network is wrapped
+        if kind in ENCODERS:
+            return ENCODERS[kind].from_model(module, size=size, blocks=blocks, mean=mean, std=std)
+    raise TypeError(f"from_encoder: model must be or hold one of {', '.join(ENCODERS)}, got {type(model).__name__}")

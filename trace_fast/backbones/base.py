@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import Schedule
 
 __all__ = ["NOISINGS", "STEPS", "Backbone", "Settings", "check_noising", "check_timestep", "constant", "load_weights"]
@@ -87,19 +89,19 @@ class Settings:
 
 
 class Backbone(Protocol):
-    """A denoising network whose self-attention can be read.
+    """A denoising network, or an encoder, whose self-attention can be read.
 
     Attributes:
         network: the module that is run; it stays in evaluation mode and needs no gradients.
         settings: how it prefers to be traced.
-        schedule: what its noise levels mean.
+        schedule: what its noise levels mean; None for an encoder, which has none and is read at 0 alone.
     """
 
     settings: Settings
 
     @property
-    def schedule(self) -> Schedule:
-        """What its noise levels mean."""
+    def schedule(self) -> Schedule | None:
+        """What its noise levels mean; None for an encoder."""
 
     @property
     def network(self) -> nn.Module:
@@ -118,7 +120,13 @@ class Backbone(Protocol):
         """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, ...)."""
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """One call of the network at levels (B,): the prediction, shaped like `sample`."""
+        """One call of the network at levels (B,): the prediction, shaped like `sample`, or an encoder's features."""
+
+    @property
+    def capture(
+        self,
+    ) -> Callable[[Sequence[nn.Module], Callable[[int, Tensor, Tensor], None], Sequence[int]], Capture]:
+        """Makes the context in which modules hand query and key to a sink, from (modules, sink, tokens): `Capture`."""
 
 
 @functools.lru_cache(maxsize=64)

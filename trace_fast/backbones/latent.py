@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import Settings
+from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import Schedule
 
 __all__ = ["LatentBackbone"]
@@ -27,6 +28,8 @@ class LatentBackbone:
         null_text: what it takes for the empty prompt, by name, each with a batch of 1.
         settings: how it is traced.
     """
+
+    capture: ClassVar = Capture
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
-"""Diffusers models by parts, from a hub or a folder: network, autoencoder and schedule; text encoders once, then freed.
+"""Models by parts, from a hub or a folder.
 
-The only place that imports diffusers. Weights are read from safetensors alone.
+Of diffusers network, autoencoder and schedule, its text encoders once, then freed; of transformers the encoder alone.
+The only place that imports diffusers and loads with transformers. Weights are read from safetensors alone.
 """
 
 from __future__ import annotations
@@ -10,21 +11,33 @@ import gc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trace_fast._files import whole_file
 from trace_fast.backbones.registry import MODELS
 
-__all__ = ["load_pipeline", "null_text_file"]
+__all__ = ["is_encoder", "load_encoder", "load_pipeline", "null_text_file"]
 
 NETWORKS = ("unet", "transformer")
+# what the weights of an encoder are called in the files of a model, by its model_type: what comes before
+PREFIXES = {
+    "dinov2": "",
+    "dinov2_with_registers": "",
+    "dinov3_vit": "",
+    "clip_vision_model": "",
+    "qwen2_5_vl_vision": "",
+    "llava": r"(model\.)?vision_tower\.",
+    "qwen2_5_vl": r"(model\.)?visual\.",
+}
 
 
 def load_pipeline(
@@ -129,15 +142,138 @@ def class_of(diffusers: Any, index: dict[str, Any], name: str, source: str) -> A
     return getattr(diffusers, kind)
 
 
+def is_encoder(model: str, *, revision: str | None = None, local_files_only: bool = False, **_: Any) -> bool:
+    """Whether a model is one of transformers, for `load_encoder`; a repository that cannot be asked is not."""
+    if model in MODELS:
+        return MODELS[model].encoder
+    if Path(model).is_dir():
+        return Path(model, "config.json").is_file()
+    try:
+        path = hub_file(model, "config.json", revision, local_files_only)
+    except OSError:  # told when it is loaded
+        return False
+    return path is not None and "model_type" in json.loads(path.read_text())
+
+
+def load_encoder(
+    model: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Vision encoder of a transformers model on a device, and the `mean` and `std` of its pixels, None if not said.
+
+    Of a vision-language model, only the files that hold the tower are fetched, and only the tower is read from them.
+
+    Args:
+        model: a name of `registry.MODELS`, a repository of the hub, or a local folder in the same layout.
+        dtype: of the weights.
+        device: where they go.
+        revision: branch, tag or commit of the repository.
+        variant: of the weight files, such as "fp16".
+        local_files_only: never ask the hub; also HF_HUB_OFFLINE.
+
+    Raises:
+        ValueError: there is no such model, it is of another kind, or its files do not fit each other.
+        RuntimeError: the repository is gated, the hub is out of reach, or memory is too small; the message says what to
+            do.
+    """
+    import transformers
+
+    source = MODELS[model].repo if model in MODELS else model
+
+    def fetch(name: str, required: bool = False) -> Path | None:
+        return hub_file(source, name, revision, local_files_only, required)
+
+    def read(name: str, required: bool = False) -> dict[str, Any]:
+        path = fetch(name, required)
+        return {} if path is None else json.loads(path.read_text())
+
+    suffix = f".{variant}" if variant else ""
+    with explained(model, source), matching(source):
+        values = read("config.json", required=True)
+        family = values.get("model_type")
+        if family not in PREFIXES:
+            raise ValueError(f"model_type must be one of {', '.join(PREFIXES)}, got {family!r}")
+        config = transformers.CONFIG_MAPPING[family].from_dict(values)
+        config = getattr(config, "vision_config", config)
+        prefix = re.compile(PREFIXES[family])
+        shards = read(f"model.safetensors.index{suffix}.json").get("weight_map", {})
+        names = {file for key, file in shards.items() if prefix.match(key)} or {f"model{suffix}.safetensors"}
+        files = [fetch(name, required=True) for name in sorted(names)]
+        processor = read("preprocessor_config.json") or read("processor_config.json").get("image_processor", {})
+        numbers = sum(count_numbers(file, prefix) for file in files if file)
+    check_room(model, numbers, dtype, device)
+    with matching(source):
+        weights: dict[str, Tensor] = {}
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                weights |= {
+                    prefix.sub("", name, count=1): tensors.get_tensor(name)
+                    for name in tensors.keys()  # noqa: SIM118 (not a mapping)
+                    if prefix.match(name)
+                }
+        kind: Any = transformers.MODEL_MAPPING[type(config)]
+        network, report = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"no weights for {min(report['missing_keys'])}")
+    network.eval().requires_grad_(False).to(device)
+    return network, {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+
+
+def hub_file(
+    source: str, name: str, revision: str | None, local_files_only: bool, required: bool = False
+) -> Path | None:
+    """A file of a folder or of a repository, fetched where it is not in the cache; None where there is none.
+
+    Raises:
+        FileNotFoundError: it is `required`, and there is none.
+        OSError: the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if Path(source).is_dir():
+        path = Path(source, name)
+        if path.is_file() or not required:
+            return path if path.is_file() else None
+        raise FileNotFoundError(f"no {name}")
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, local_files_only=local_files_only))
+    except EntryNotFoundError as error:
+        if not required:
+            return None
+        if isinstance(error, LocalEntryNotFoundError):
+            raise
+        raise FileNotFoundError(f"no {name}") from error
+
+
+@contextlib.contextmanager
+def matching(source: str) -> Iterator[None]:
+    """Turn what damaged or mismatching files may cause into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"load: model must be whole and its files match, got {source!r}: {reason}") from error
+
+
 def check_memory(model: str, source: str, part: str, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse to load weights that do not fit, before any is read; a folder is measured, a known model is known."""
     if Path(source).is_dir():
         files = [file for name in (part, "vae") for file in Path(source, name).glob("*.safetensors")]
-        numbers = sum(count_numbers(file) for file in files)
+        check_room(model, sum(count_numbers(file) for file in files), dtype, device)
     elif model in MODELS:
-        numbers = int(MODELS[model].parameters * 1e9)
-    else:
-        return
+        check_room(model, int(MODELS[model].parameters * 1e9), dtype, device)
+
+
+def check_room(model: str, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse so many numbers where they do not fit."""
     needed = numbers * dtype.itemsize
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -154,11 +290,11 @@ def check_memory(model: str, source: str, part: str, dtype: torch.dtype, device:
         )
 
 
-def count_numbers(path: Path) -> int:
-    """How many numbers a safetensors file holds, from its header alone."""
+def count_numbers(path: Path, prefix: re.Pattern[str] = re.compile("")) -> int:
+    """How many numbers a safetensors file holds under names that begin with `prefix`, from its header alone."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__" and prefix.match(name)]
     return sum(int(torch.Size(shape).numel()) for shape in shapes)
 
 

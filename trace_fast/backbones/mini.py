@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trace_fast.backbones.base import Settings, load_weights
+from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -146,6 +147,8 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 class MiniBackbone:
     """`Mini` as the tracer sees it: pixels are the latent, every block's attention is read."""
+
+    capture: ClassVar = Capture
 
     def __init__(self, network: Mini, settings: Settings):
         self.network = network

@@ -18,6 +18,7 @@ class Model:
         parameters: of the network that is traced, in billions.
         licence: its terms, in short; gated repositories must be accepted on the hub first.
         gated: whether they must.
+        encoder: whether it has no noise levels, so that ABDiv alone is read.
     """
 
     repo: str
@@ -26,6 +27,7 @@ class Model:
     parameters: float
     licence: str
     gated: bool = False
+    encoder: bool = False
 
 
 MODELS: dict[str, Model] = {
@@ -37,4 +39,10 @@ MODELS: dict[str, Model] = {
     "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 1024, 64, 8.06, "Stability Community", True),
     "flux.1-schnell": Model("black-forest-labs/FLUX.1-schnell", 1024, 64, 11.9, "Apache-2.0", True),
     "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", 1024, 64, 11.9, "FLUX.1 dev Non-Commercial", True),
+    "dinov2-b": Model("facebook/dinov2-base", 518, 37, 0.09, "Apache-2.0", encoder=True),
+    "dinov2-g": Model("facebook/dinov2-giant", 518, 37, 1.14, "Apache-2.0", encoder=True),
+    "dinov3-l": Model("facebook/dinov3-vitl16-pretrain-lvd1689m", 224, 14, 0.3, "DINOv3", True, encoder=True),
+    "dinov3-7b": Model("facebook/dinov3-vit7b16-pretrain-lvd1689m", 224, 14, 6.72, "DINOv3", True, encoder=True),
+    "llava-1.5-7b": Model("llava-hf/llava-1.5-7b-hf", 336, 24, 0.3, "Llama 2 Community", encoder=True),
+    "qwen2.5-vl-7b": Model("Qwen/Qwen2.5-VL-7B-Instruct", 896, 64, 0.68, "Apache-2.0", encoder=True),
 }

@@ -1,0 +1,79 @@
+"""The full-size backbones on a GPU, with random weights: where the time of a search goes, and against eager maps.
+
+`encode` is the autoencoder, `forward` one plain call of the network, `capture` the same with every block's map added
+up, `search` ten levels by inversion, `eager` the same with maps made head by head in plain torch. Random weights prove
+wiring and latency, never quality. Needs diffusers on the machine with the GPU.
+"""
+
+import functools
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+diffusers = pytest.importorskip("diffusers")
+
+from memory import MODELS, SCHEDULER  # noqa: E402
+
+from trace_fast import Tracer  # noqa: E402
+from trace_fast.backbones import backbone_of  # noqa: E402
+
+LEVELS = (0, *range(99, 900, 100))  # ten
+
+
+@functools.lru_cache(maxsize=1)
+def tracer(name):
+    """A network of the published configuration on the GPU, in bfloat16, initialised at random; one at a time."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    kind, config, autoencoder, null_text, side = MODELS[name]
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            network = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
+            vae = diffusers.AutoencoderKL(**autoencoder).eval().requires_grad_(False)
+            text = {key: (torch.ones if "mask" in key else torch.randn)(shape) for key, shape in null_text.items()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    part = "unet" if kind.startswith("UNet") else "transformer"
+    pipe = SimpleNamespace(**{part: network}, vae=vae, scheduler=SimpleNamespace(config=SCHEDULER))
+    return Tracer(backbone_of(pipe, text, (side, side)), name=name)
+
+
+@pytest.mark.parametrize("stage", ["encode", "forward", "capture", "search", "eager"])
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def bench_backbone(model, stage, measure, monkeypatch):
+    traced = tracer(model)
+    backbone = traced.backbone
+    images = torch.rand(1, 3, *backbone.settings.size, device="cuda")
+    latent, timestep = backbone.encode(images), torch.tensor([99], device="cuda")
+    grids = backbone.grids(backbone.settings.size)
+    blocks = range(len(grids))
+    tokens = max(height * width for height, width in grids)
+    total = torch.zeros(1, tokens, tokens, device="cuda")
+    search = functools.partial(traced.scan, images, timesteps=LEVELS, noising="inversion")
+    calls = {
+        "encode": lambda: backbone.encode(images),
+        "forward": lambda: backbone.predict(latent, timestep),
+        "capture": lambda: traced._attend(total, latent, timestep, blocks, grids),
+        "search": search,
+        "eager": search,
+    }
+    if stage == "capture":
+        assert torch.equal(calls["forward"](), calls["capture"]())
+        torch.testing.assert_close(total.sum(-1), torch.ones(1, tokens, device="cuda"), rtol=0, atol=1e-3)
+    elif stage in ("search", "eager"):
+        found = search()
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+        for one, other in zip(found, search(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+        if stage == "search":
+            monkeypatch.delenv("TRACE_FAST_BACKEND")
+    else:
+        assert calls[stage]().isfinite().all()
+    measure(f"{model}, random weights", stage, calls[stage], device="cuda")

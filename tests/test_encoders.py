@@ -1,0 +1,556 @@
+"""Encoders without noise levels: real transformers classes of tiny random configurations, built and loaded offline."""
+
+import contextlib
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import dinov2, dinov3, llava, qwen
+from torch.overrides import TorchFunctionMode
+from typer.testing import CliRunner
+
+import trace_fast
+from trace_fast import Tracer, reference
+from trace_fast.backbones import encoder_of, loading
+from trace_fast.backbones.registry import MODELS
+
+SIZE = (24, 40)  # pixels: 6 x 10 patches, and of Qwen's windows of 4 x 4 patches some are smaller
+GRID = (6, 10)
+BATCH = 2
+FAMILIES = {  # what makes the model, and how many blocks are read
+    "dinov2": (dinov2, 3),
+    "dinov2-registers": (lambda: dinov2(4), 3),
+    "dinov3": (dinov3, 3),
+    "llava": (llava, 3),
+    "qwen2.5-vl": (qwen, 2),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A network of sixteen channels waits for a second thread longer than it works."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No network, no progress bars."""
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("a test asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def make(family, **options):
+    """A model with weights that matter, peaked attention among them, and its backbone."""
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model, encoder_of(model, **{"size": SIZE, **options})
+
+
+def photos(seed=1):
+    return torch.rand(BATCH, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+class AttentionOracle(TorchFunctionMode):
+    """Records what scaled_dot_product_attention receives, knowing nothing of the network."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            names = ("query", "key")
+            self.calls.append(tuple((args[i] if i < len(args) else kwargs[names[i]]).clone() for i in range(2)))
+        return result
+
+
+@torch.no_grad()
+def run(backbone, context=None):
+    sample = backbone.encode(photos())
+    with context or contextlib.nullcontext():
+        return backbone.predict(sample, torch.zeros(BATCH, dtype=torch.int64))
+
+
+def captured(backbone, context=None):
+    """Features, and (index, query, key) of the blocks that are read, in the order in which they were heard."""
+    modules, found = backbone.attentions(), []
+    blocks = range(len(modules)) if backbone.settings.blocks is None else backbone.settings.blocks
+    grids = backbone.grids(backbone.settings.size)
+    with backbone.capture(
+        [modules[block] for block in blocks],
+        lambda *heard: found.append(heard),
+        [grids[block][0] * grids[block][1] for block in blocks],
+    ):
+        return run(backbone, context), found
+
+
+def image_tokens(family, calls):
+    """Query and key (B, H, N, d) of every block that is read, from those of all products, by the model's own means."""
+    tokens = GRID[0] * GRID[1]
+    if family != "qwen2.5-vl":
+        # class and register tokens are the first
+        assert {q.shape[2] - tokens for q, _ in calls} == {5 if family in ("dinov2-registers", "dinov3") else 1}
+        return [(q[:, :, -tokens:], k[:, :, -tokens:]) for q, k in calls]
+    from transformers.vision_utils import get_vision_window_index
+
+    # products over whole images, one an image, are those of full attention: the others see 16 patches or fewer
+    whole = [call for call in calls if call[0].shape[2] == tokens]
+    assert len(whole) == 2 * BATCH and len(calls) == 2 * BATCH + 3 * BATCH * 6
+    pairs = [[torch.cat(parts) for parts in zip(*whole[i : i + BATCH], strict=True)] for i in (0, BATCH)]
+    windows, _ = get_vision_window_index(
+        torch.tensor([[1, *GRID]]), spatial_merge_size=2, window_size=16, patch_size=4, kwargs={}
+    )
+    height, width = GRID
+    place = {}  # of a patch, row by row, in the sequence
+    for position, unit in enumerate(windows.tolist()):
+        row, column = divmod(unit, width // 2)
+        for inner in range(4):
+            place[(2 * row + inner // 2, 2 * column + inner % 2)] = 4 * position + inner
+    order = [place[(row, column)] for row in range(height) for column in range(width)]
+    assert order != sorted(order)
+    return [(q[:, :, order], k[:, :, order]) for q, k in pairs]
+
+
+def test_query_and_key_are_what_the_product_receives(family):
+    _, backbone = make(family)
+    oracle = AttentionOracle()
+    _, found = captured(backbone, oracle)
+    expected = image_tokens(family, oracle.calls)
+    assert [index for index, *_ in found] == list(range(FAMILIES[family][1])) and len(expected) == len(found)
+    for (_, query, key), (expected_query, expected_key) in zip(found, expected, strict=True):
+        assert torch.equal(query, expected_query)
+        assert torch.equal(key, expected_key)
+
+
+def test_eager_attention_is_read_too(family):
+    model, backbone = make(family)
+    _, expected = captured(backbone)
+    model.set_attn_implementation("eager")
+    oracle = AttentionOracle()
+    plain, (features, found) = run(backbone), captured(backbone, oracle)
+    assert not oracle.calls
+    assert torch.equal(plain, features)
+    assert backbone.network.config._attn_implementation == "eager"
+    assert len(found) == len(expected)
+    for (_, *one), (_, *other) in zip(found, expected, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_capture_changes_no_bit_of_the_output(family):
+    model, backbone = make(family)
+    plain = run(backbone)
+    features, _ = captured(backbone)
+    assert plain.isfinite().all() and torch.equal(plain, features)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_aggregated_map_is_the_definition(family):
+    _, backbone = make(family)
+    kl, abdiv = Tracer(backbone).scan(photos())
+    assert kl.shape == (BATCH, 0) and abdiv.shape == (BATCH, 1, *GRID)
+    oracle = AttentionOracle()
+    run(backbone, oracle)
+    maps = []
+    for query, key in image_tokens(family, oracle.calls):
+        scores = (query.double() @ key.double().mT) * query.shape[-1] ** -0.5
+        maps.append(scores.softmax(-1).mean(1))
+    expected = torch.stack(maps).mean(0)
+    torch.testing.assert_close(expected.sum(-1), torch.ones_like(expected.sum(-1)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(abdiv[:, 0].double(), reference.abdiv(expected, *GRID), rtol=1e-4, atol=1e-6)
+    assert abdiv.max() > 1e-2  # the comparison is about something
+    # and the map itself, as the tracer adds it up
+    total = torch.empty(BATCH, 60, 60)
+    blocks = backbone.settings.blocks or range(3)
+    sample = backbone.encode(photos())
+    with torch.no_grad():
+        Tracer(backbone)._attend(total, sample, torch.zeros(BATCH), blocks, [GRID] * len(blocks))
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total.sum(-1), torch.ones(BATCH, 60), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dinov2-registers", "dinov3", "llava"])
+def test_whole_softmax_renormalised_is_the_softmax_over_patches(family):
+    _, backbone = make(family)
+    oracle = AttentionOracle()
+    _, found = captured(backbone, oracle)
+    for (_, query, key), (all_queries, all_keys) in zip(found, oracle.calls, strict=True):
+        scores = (all_queries.double() @ all_keys.double().mT) * query.shape[-1] ** -0.5
+        part = scores.softmax(-1)[:, :, -60:, -60:]
+        expected = (part / part.sum(-1, keepdim=True)).mean(1)
+        torch.testing.assert_close(reference.attention_map(query.double(), key.double()), expected)
+
+
+def test_edges_of_a_model_that_stays_as_it_is(family):
+    model, _ = make(family)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    tracer = Tracer.from_encoder(model, size=SIZE)
+    output = tracer(torch.rand(3, 20, 36), return_abdiv=True)
+    assert output.edges.shape == (1, 1, 20, 36) and output.edges.isfinite().all() and output.edges.max() > 0
+    assert output.timestep.tolist() == output.timesteps.tolist() == [0]
+    assert output.kl is None and output.noising == "none" and output.size == SIZE
+    assert output.abdiv.shape == (1, *GRID) and output.model == type(model).__name__
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_the_tower_alone_and_what_holds_it_are_the_same(family):
+    model, backbone = make(family)
+    tower = Tracer.from_encoder(backbone.network, size=SIZE)
+    whole = Tracer.from_encoder(model, size=SIZE)
+    assert tower.backbone.network is whole.backbone.network
+    assert torch.equal(tower.scan(photos())[1], whole.scan(photos())[1])
+
+
+def test_images_of_a_batch_do_not_see_one_another(family):
+    _, backbone = make(family)
+    together = Tracer(backbone).scan(photos())[1]
+    alone = Tracer(backbone).scan(photos()[1:])[1]
+    torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16(family):
+    model, _ = make(family)
+    edges = Tracer.from_encoder(model.to(torch.bfloat16), size=SIZE)(photos()).edges
+    assert edges.dtype == torch.float32 and edges.isfinite().all()
+
+
+def test_default_size_is_the_models_own(family):
+    _, backbone = make(family, size=None)
+    native = (64 * 4, 64 * 4) if family == "qwen2.5-vl" else (20, 20)
+    assert backbone.settings.size == native
+    assert set(backbone.grids(native)) == {(native[0] // 4, native[1] // 4)}
+
+
+@pytest.mark.parametrize("family", ["dinov2", "llava"])
+def test_native_size_is_the_network_called_plainly(family):
+    _, backbone = make(family, size=None)
+    images = torch.rand(1, 3, 20, 20)
+    with torch.no_grad():
+        expected = backbone.network(backbone.encode(images)).last_hidden_state
+        assert torch.equal(backbone.predict(backbone.encode(images), torch.zeros(1)), expected)
+
+
+def test_qwen_patches_are_those_of_its_image_processor():
+    _, backbone = make("qwen2.5-vl")
+    seen = []
+    backbone.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    run(backbone)
+    ((patches,), keywords) = seen[0]
+    normalised = backbone.encode(photos()).numpy()
+    patchify = transformers.Qwen2VLImageProcessorPil().patchify
+    expected = np.concatenate(
+        [patchify(image, patch_size=4, merge_size=2, temporal_patch_size=2)[0] for image in normalised]
+    )
+    assert torch.equal(patches, torch.from_numpy(expected))
+    assert keywords["grid_thw"].tolist() == [[1, *GRID]] * BATCH
+
+
+def test_pixels_are_normalised(family):
+    model, backbone = make(family)
+    clip = family in ("llava", "qwen2.5-vl")
+    mean = (0.48145466, 0.4578275, 0.40821073) if clip else (0.485, 0.456, 0.406)
+    std = (0.26862954, 0.26130258, 0.27577711) if clip else (0.229, 0.224, 0.225)
+    for one, values in ((backbone, (mean, std)), (encoder_of(model, mean=(0, 0.1, 0.2), std=(1, 2, 3)), None)):
+        center, spread = values or ((0, 0.1, 0.2), (1, 2, 3))
+        expected = torch.stack([(photos()[:, c] - center[c]) / spread[c] for c in range(3)], 1)
+        torch.testing.assert_close(one.encode(photos()), expected)
+
+
+def test_blocks_that_are_averaged(family):
+    model, backbone = make(family)
+    block = 3 if family == "qwen2.5-vl" else 2
+    chosen = Tracer.from_encoder(model, size=SIZE, blocks=[block]).scan(photos())[1]
+    assert torch.equal(chosen, Tracer(backbone).scan(photos(), blocks=(block,))[1])
+    assert not torch.allclose(chosen, Tracer(backbone).scan(photos())[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_the_attention_is_part_of_what_is_read(family):
+    import peft
+
+    model, backbone = make(family)
+    _, before = captured(backbone)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "qkv"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    oracle = AttentionOracle()
+    _, found = captured(backbone, oracle)
+    for (_, *heard), expected in zip(found, image_tokens(family, oracle.calls), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(heard, expected, strict=True))
+    assert not torch.equal(before[0][1], found[0][1])
+
+
+@pytest.mark.parametrize("family", ["dinov3", "qwen2.5-vl"])
+def test_compiled_with_capture_on(family):
+    _, backbone = make(family)
+    expected = Tracer(backbone).scan(photos())[1]
+    torch._dynamo.reset()
+    compiled = Tracer.from_encoder(torch.compile(backbone.network, backend="aot_eager"), size=SIZE)
+    assert type(compiled.backbone.network).__name__ == "OptimizedModule"
+    assert compiled.name == type(backbone.network).__name__
+    torch.testing.assert_close(compiled.scan(photos())[1], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2.5-vl"])  # which counts on the host
+def test_it_never_waits_for_the_device(family):
+    _, backbone = make(family)
+    backbone.network.to("meta")
+    _, abdiv = Tracer(backbone).scan(torch.empty(BATCH, 3, *SIZE, device="meta"))
+    assert abdiv.is_meta and abdiv.shape == (BATCH, 1, *GRID)
+
+
+def test_hooks_are_gone_after_an_error(family):
+    model, backbone = make(family)
+    breaks = backbone.attentions()[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Tracer(backbone).scan(photos())
+    breaks.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert Tracer(backbone).scan(photos())[1].isfinite().all()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"timestep": "iep"}, "timestep must be 0 for {}, an encoder without noise levels, got 'iep'"),
+            ({"timestep": 499}, "timestep must be 0 for {}, an encoder without noise levels, got 499"),
+            ({"noising": "gaussian"}, "noising must be none for {}, an encoder without noise levels, got 'gaussian'"),
+            ({"noising": "inversion"}, "noising must be none for {}"),
+            ({"return_kl": True}, "return_kl must be False for {}, an encoder without noise levels, got True"),
+            ({"timesteps": (0, 99)}, r"timesteps must be \(0,\) for {}, an encoder .*, got \(0, 99\)"),
+        ],
+    )
+    def test_levels_before_any_work(self, family, options, message, monkeypatch):
+        model, _ = make(family)
+        tracer = Tracer.from_encoder(model, size=SIZE)
+        monkeypatch.setattr(tracer.backbone, "encode", lambda *_: pytest.fail("it began to work"))
+        monkeypatch.setattr("trace_fast.image.to_tensor", lambda *_: pytest.fail("it read the image"))
+        with pytest.raises(ValueError, match="trace: " + message.format(type(model).__name__)):
+            tracer(torch.rand(3, 20, 36), **options)
+        options = {name: value for name, value in options.items() if name in ("timesteps", "noising")}
+        if options:
+            with pytest.raises(ValueError, match="trace: " + message.format(type(model).__name__)):
+                tracer.scan(photos(), **options)
+
+    def test_level_zero_is_what_there_is(self, family):
+        _, backbone = make(family)
+        tracer = Tracer(backbone)
+        expected = tracer(photos()).edges
+        assert torch.equal(tracer(photos(), timestep=0, timesteps=[0], noising="none").edges, expected)
+        assert tracer.scan(photos(), timesteps=(0,))[1].shape == (BATCH, 1, *GRID)
+
+    def test_a_size_that_patches_do_not_fill(self, family):
+        model, _ = make(family)
+        step = "8 x 8" if family == "qwen2.5-vl" else "4 x 4"
+        with pytest.raises(ValueError, match=rf"size must be positive multiples of {step} pixels, got \(20, 42\)"):
+            Tracer.from_encoder(model, size=(20, 42))
+
+    def test_blocks_of_windows(self):
+        model, backbone = make("qwen2.5-vl")
+        message = r"blocks must be among \(1, 3\), got \(0,\): the others attend only inside windows of 16 pixels"
+        with pytest.raises(ValueError, match=message):
+            Tracer.from_encoder(model, blocks=[0])
+        predict, backbone.predict = backbone.predict, lambda *_: pytest.fail("the network ran")
+        with pytest.raises(ValueError, match=message):
+            Tracer(backbone).scan(photos(), blocks=[0])
+        backbone.predict = predict
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_a_block_that_is_not_there(self, family):
+        _, backbone = make(family)
+        backbone.settings = replace(backbone.settings, blocks=(7,))
+        with pytest.raises(ValueError, match="trace: blocks must be distinct indices"):
+            Tracer(backbone).scan(photos())
+
+    def test_a_model_without_an_encoder(self):
+        with pytest.raises(TypeError, match=r"from_encoder: model must be or hold one of Dinov2Model, .* got Linear"):
+            Tracer.from_encoder(torch.nn.Linear(2, 2))
+
+    def test_a_layer_that_is_not_replayed(self, family):
+        _, backbone = make(family)
+        backbone.attentions()[1].q_norm = torch.nn.LayerNorm(8)
+        with pytest.raises(RuntimeError, match=r"every self-attention must .* q_norm.* version of transformers"):
+            Tracer(backbone).scan(photos())
+        assert not any(module._forward_hooks for module in backbone.network.modules())
+
+    def test_a_block_that_does_not_run(self):
+        _, backbone = make("dinov2")
+        layers = backbone.network.encoder.layer
+        backbone.network.encoder.layer = layers[:2]
+        modules = [layer.attention for layer in layers]
+        with pytest.raises(RuntimeError, match="got 1 of 3 modules"), backbone.capture(modules, lambda *_: None):
+            run(backbone)
+
+
+class TestLoading:
+    """Folders as transformers writes them."""
+
+    @pytest.fixture
+    def saved(self, family, tmp_path):
+        model, _ = make(family)
+        model.save_pretrained(tmp_path / "model")
+        return model, tmp_path / "model"
+
+    def test_a_folder_gives_what_its_model_gives(self, saved, family):
+        model, folder = saved
+        expected = Tracer.from_encoder(model, size=SIZE)(photos(), return_abdiv=True)
+        tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, local_files_only=True)
+        found = tracer(photos(), return_abdiv=True)
+        assert found.model == str(folder)
+        assert torch.equal(found.abdiv, expected.abdiv) and torch.equal(found.edges, expected.edges)
+        # of a vision-language model, only the tower is there
+        tower = Tracer.from_encoder(model, size=SIZE).backbone.network
+        assert type(tracer.backbone.network) is type(tower)
+        assert {n: x.shape for n, x in tracer.backbone.network.state_dict().items()} == {
+            n: x.shape for n, x in tower.state_dict().items()
+        }
+        assert not tracer.backbone.network.training
+        assert not any(p.requires_grad for p in tracer.backbone.network.parameters())
+
+    def test_the_tower_saved_alone(self, family, tmp_path):
+        model, _ = make(family)
+        tracer = Tracer.from_encoder(model, size=SIZE)
+        tracer.backbone.network.save_pretrained(tmp_path / "tower")
+        found = Tracer.from_pretrained(tmp_path / "tower", device="cpu", size=SIZE)
+        assert torch.equal(found.scan(photos())[1], tracer.scan(photos())[1])
+
+    @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+    def test_only_the_shards_of_the_tower_are_needed(self, saved):
+        model, folder = saved
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        shards = {}
+        for index, name in enumerate(weights):
+            tower = name.startswith(("vision_tower.", "visual."))
+            shards[name] = f"model-{index % 2 if tower else 2}.safetensors"
+        for file in ("model-0.safetensors", "model-1.safetensors"):
+            part = {name: x for name, x in weights.items() if shards[name] == file}
+            save_file(part, folder / file, {"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        assert "model-2.safetensors" in shards.values()
+        found = Tracer.from_pretrained(folder, device="cpu", size=SIZE).scan(photos())[1]
+        assert torch.equal(found, Tracer.from_encoder(model, size=SIZE).scan(photos())[1])
+        (folder / "model-1.safetensors").unlink()
+        self.refuse(folder, "load: model must be whole, got .*no model-1.safetensors")
+
+    def test_names_as_the_hub_has_them(self, tmp_path):
+        # before its version 5, transformers wrote a vision model's weights under vision_model
+        model, _ = make("llava")
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        old = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in weights.items()}
+        assert old.keys() != weights.keys()
+        save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+        found = Tracer.from_pretrained(tmp_path, device="cpu", size=SIZE).scan(photos())[1]
+        assert torch.equal(found, Tracer.from_encoder(model, size=SIZE).scan(photos())[1])
+
+    def test_mean_and_std_are_those_of_the_folder(self, saved):
+        _, folder = saved
+        values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        for name, content in (
+            ("processor_config.json", {"image_processor": values}),
+            ("preprocessor_config.json", values),
+        ):
+            (folder / name).write_text(json.dumps(content))
+            backbone = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone
+            torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(values["image_mean"]))
+            torch.testing.assert_close(backbone.std.flatten(), torch.tensor(values["image_std"]))
+            (folder / name).unlink()
+
+    def test_dtype_is_that_of_the_weights(self, saved):
+        _, folder = saved
+        tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, dtype=torch.bfloat16)
+        assert {p.dtype for p in tracer.backbone.network.parameters()} == {torch.bfloat16}
+        assert tracer(photos()).edges.isfinite().all()
+
+    def test_edges_takes_a_folder(self, tmp_path):
+        make("dinov2")[0].save_pretrained(tmp_path / "model")
+        assert trace_fast.edges(torch.rand(3, 20, 36), model=tmp_path / "model").shape == (1, 1, 20, 36)
+
+    @pytest.mark.parametrize("name", ["dinov2-b", "qwen2.5-vl-7b"])
+    def test_a_hub_that_is_not_to_be_asked(self, name, monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(RuntimeError, match=rf"load: {name} is not on this machine, .*HF_HUB_OFFLINE"):
+            Tracer.from_pretrained(name, device="cpu", local_files_only=True)
+
+    def refuse(self, folder, message, error=ValueError):
+        with pytest.raises(error, match=message):
+            Tracer.from_pretrained(folder, device="cpu", size=SIZE)
+
+    def test_weights_that_are_not_safetensors(self, saved):
+        _, folder = saved
+        torch.save({}, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        self.refuse(folder, "load: model must be whole, got .*no model.safetensors")
+
+    def test_a_weight_that_is_missing(self, saved):
+        _, folder = saved
+        weights = load_file(folder / "model.safetensors")
+        del weights[next(name for name in weights if "patch_embed" in name and name.endswith("weight"))]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        self.refuse(folder, "load: model must be whole and its files match, got .*: no weights for .*patch_embed")
+
+    def test_a_weight_of_another_shape(self, saved):
+        _, folder = saved
+        config = json.loads((folder / "config.json").read_text())
+        config.get("vision_config", config)["hidden_size"] = 32
+        (folder / "config.json").write_text(json.dumps(config))
+        self.refuse(folder, "load: model must be whole and its files match, got .*model'")
+
+    def test_damaged_weights(self, saved):
+        _, folder = saved
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.refuse(folder, "load: model must be whole and its files match, got .*model'")
+
+    def test_another_kind_of_model(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}))
+        self.refuse(tmp_path, r"model_type must be one of dinov2, .* got 'bert'")
+
+    def test_a_folder_of_ours_is_told_apart(self, tmp_path):
+        shutil.copytree(trace_fast.__path__[0] + "/weights/mini", tmp_path / "ours")
+        assert type(Tracer.from_pretrained(tmp_path / "ours", device="cpu").backbone).__name__ == "MiniBackbone"
+        (tmp_path / "ours" / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="load: model must be a folder of matching files"):
+            Tracer.from_pretrained(tmp_path / "ours", device="cpu")
+
+    def test_too_little_memory(self, saved, monkeypatch):
+        _, folder = saved
+        monkeypatch.setattr(loading.os, "sysconf", lambda _: 30)  # 900 bytes
+        self.refuse(folder, r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free", RuntimeError)
+
+
+def test_known_encoders_are_listed_as_such():
+    from trace_fast.cli import app
+
+    encoders = {name for name, model in MODELS.items() if model.encoder}
+    assert encoders == {"dinov2-b", "dinov2-g", "dinov3-l", "dinov3-7b", "llava-1.5-7b", "qwen2.5-vl-7b"}
+    lines = CliRunner().invoke(app, ["models"]).output.splitlines()
+    for name in ("mini", *MODELS):
+        (line,) = (line for line in lines if line.split()[0] == name)
+        assert ("ABDiv only" in line) == (name in encoders)

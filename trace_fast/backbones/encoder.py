@@ -1,0 +1,204 @@
+"""What the encoders share: no noise levels, hooks that replay the way from projections to the product, pixels in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trace_fast.backbones.base import Settings
+from trace_fast.backbones.capture import Capture
+
+__all__ = ["EncoderBackbone", "EncoderCapture", "pair"]
+
+# what projects query and key of a self-attention, and its other layers, none of which comes before the product
+QUERY_KEY = (("q_proj", "k_proj"), ("qkv", "qkv"))
+OTHERS = {"v_proj", "o_proj", "out_proj", "proj"}
+
+Product = Callable[[nn.Module, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+
+class EncoderCapture(Capture):
+    """`Capture` for the self-attention of transformers' encoders.
+
+    Forward hooks keep what the projections `q_proj` and `k_proj`, or the fused `qkv`, give, and the rotary embedding
+    that the module is called with; `product` then does what the module does with them, by the model's own function.
+    So all of it is local to the modules: whichever attention implementation the user chose (eager, sdpa, flash, flex,
+    a kernel of the hub) is called under its own name, the configuration is never written to, and other models and
+    threads notice nothing. Putting a listener into transformers' `AttentionInterface` instead would see the product's
+    own arguments, but the interface belongs to the process, its names decide elsewhere which masks are made and whether
+    windows are cut, and it is not asked about eager attention in every version. The price is that a layer between
+    projection and product, such as a norm that a later version may add, is not replayed: a module with a child that is
+    not known is refused.
+
+    Args:
+        modules: attention modules, in the order of their blocks.
+        sink: see `Capture`.
+        tokens: how many of each module's tokens are the image's, the last of its sequence: class and register tokens
+            come first and are dropped. The softmax over what is left is the image's part of the whole softmax, its
+            rows renormalised.
+        product: makes query and key of the product, both (B, H, T, d), from a module, the outputs of its two
+            projections (the same one twice where they are fused), and its `position_embeddings` or None.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        sink: Callable[[int, Tensor, Tensor], None],
+        tokens: Sequence[int] | None,
+        product: Product,
+    ):
+        super().__init__(modules, sink, tokens)
+        self.product = product
+
+    def _complain(self, modules: Sequence[nn.Module]) -> str:
+        kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
+        children = sorted({name for module in modules for name, _ in module.named_children()})
+        return (
+            "Capture: every self-attention must run, and have q_proj and k_proj or qkv, and beside them none but "
+            f"{', '.join(sorted(OTHERS))}, got {len(modules)} of {len(self.modules)} modules ({kinds}) that were not "
+            f"heard from or differ, with {', '.join(children) or 'no layers'}; this version of transformers may be "
+            "too old or too new"
+        )
+
+    def _leaves(self, module: nn.Module) -> list[nn.Module]:
+        children = dict(module.named_children())
+        for names in QUERY_KEY:
+            if set(names) <= set(children) <= {*names, *OTHERS}:
+                return [children[name] for name in names]
+        raise RuntimeError(self._complain([module]))
+
+    def _watch(self, index: int, module: nn.Module, to_query: nn.Module, to_key: nn.Module) -> None:
+        seen: dict[str, Any] = {}
+
+        def begin(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+            seen.clear()
+            seen["position"] = kwargs.get("position_embeddings")
+
+        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                seen[name] = output
+
+            return hook
+
+        def finish(*_: Any) -> None:
+            if "query" in seen and "key" in seen:
+                query, key = self.product(module, seen["query"], seen["key"], seen["position"])
+                count = self.tokens[index] or query.shape[2]
+                self.counts[index] += 1
+                self.sink(index, query[:, :, -count:], key[:, :, -count:])
+            seen.clear()
+
+        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        self._handles.append(to_query.register_forward_hook(keep("query")))
+        self._handles.append(to_key.register_forward_hook(keep("key")))
+        self._handles.append(module.register_forward_hook(finish))
+
+
+class EncoderBackbone:
+    """A vision encoder of transformers as the tracer sees it: the sample is the normalised image, the level always 0.
+
+    The network is used as it is, on its device and in its dtype. Families say how large its patches are, how it is
+    called and what it does between projection and product.
+
+    Args:
+        network: the vision model alone.
+        settings: how it is traced; `timestep` is 0.
+        mean: of the pixels it was trained on, red, green, blue, in [0, 1]; None is the family's default.
+        std: standard deviation likewise.
+
+    Raises:
+        ValueError: the network does not allow the size.
+    """
+
+    schedule: ClassVar[None] = None  # no noise levels
+    MEAN: ClassVar = (0.485, 0.456, 0.406)  # ImageNet's
+    STD: ClassVar = (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        network: Any,
+        settings: Settings,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        self.network, self.settings = network, settings
+        self.mean, self.std = (
+            torch.tensor(default if values is None else values, dtype=torch.float32).reshape(-1, 1, 1)  # (3, 1, 1)
+            for values, default in ((mean, self.MEAN), (std, self.STD))
+        )
+        self.grids(settings.size)  # refuse a size that the network does not allow
+
+    @classmethod
+    def from_model(
+        cls,
+        network: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        blocks: Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> EncoderBackbone:
+        """A loaded network at a size, the model's own where it is None, of which `blocks`, all where None, are read."""
+        chosen = None if blocks is None else tuple(blocks)
+        return cls(network, Settings(size=size or cls.native_size(network), timestep=0, blocks=chosen), mean, std)
+
+    @staticmethod
+    def native_size(network: Any) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for."""
+        return pair(network.config.image_size)
+
+    def attentions(self) -> list[nn.Module]:
+        """The self-attention modules, in the order in which they run."""
+        return [
+            module
+            for module in self.network.modules()
+            if any(all(hasattr(module, name) for name in names) for names in QUERY_KEY)
+        ]
+
+    def step(self) -> tuple[int, int]:
+        """Height and width must be multiples of these, in pixels: a patch, or what the network merges of them."""
+        return pair(self.network.config.patch_size)
+
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Patches, the same in every block."""
+        step, patch = self.step(), pair(self.network.config.patch_size)
+        if any(side < one or side % one for side, one in zip(size, step, strict=True)):
+            raise ValueError(
+                f"{type(self).__name__}: size must be positive multiples of {step[0]} x {step[1]} pixels, got {size}"
+            )
+        return [(size[0] // patch[0], size[1] // patch[1])] * len(self.attentions())
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to (image - mean) / std of the data that the model was trained on."""
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)  # moved once
+        return (images - self.mean) / self.std
+
+    def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """One call of the network: features of every token; there are no levels, so `timestep` is ignored."""
+        return self.call(sample.to(next(self.network.parameters()).dtype))
+
+    def call(self, pixels: Tensor) -> Tensor:
+        """The network's features of normalised images in its dtype."""
+        return self.network(pixels)[0]
+
+    def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
+        """Query and key of the product, (B, H, T, d), from projections (B, T, H * d)."""
+        query, key = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (query, key))
+        return query, key
+
+    def capture(
+        self,
+        modules: Sequence[nn.Module],
+        sink: Callable[[int, Tensor, Tensor], None],
+        tokens: Sequence[int] | None = None,
+    ) -> Capture:
+        """See `Backbone.capture`."""
+        return EncoderCapture(modules, sink, tokens, self.product)
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a configuration's side or sides."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,169 @@
+"""Vision towers of vision-language models: CLIP's in LLaVA, and that of Qwen2.5-VL."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trace_fast.backbones.base import Settings, constant
+from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.encoder import EncoderBackbone, pair
+
+__all__ = ["CLIPBackbone", "QwenBackbone"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIPBackbone(EncoderBackbone):
+    """`CLIPVisionModel`, the tower of LLaVA; positions are interpolated to other sizes.
+
+    All blocks are read, also the last, whose output LLaVA does not use.
+    """
+
+    MEAN: ClassVar = CLIP_MEAN
+    STD: ClassVar = CLIP_STD
+
+    def call(self, pixels: Tensor) -> Tensor:
+        """Features of every token."""
+        return self.network(pixels, interpolate_pos_encoding=True)[0]
+
+
+class QwenBackbone(EncoderBackbone):
+    """`Qwen2_5_VisionTransformerPretrainedModel`, the tower of Qwen2.5-VL, whose sequence is not the image's raster.
+
+    Patches enter in units that are merged afterwards (2 x 2), and units are sorted by attention window; query and key
+    are put back. Most blocks attend inside windows alone, so those of `fullatt_block_indexes` are read, and no other.
+    The model was made for any size: 64 x 64 patches is the default here, the grid of the diffusion models. Its way of
+    cutting windows makes the host wait for the device.
+    """
+
+    MEAN: ClassVar = CLIP_MEAN
+    STD: ClassVar = CLIP_STD
+
+    def __init__(
+        self,
+        network: Any,
+        settings: Settings,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__(network, settings, mean, std)
+        self._check_blocks(settings.blocks or ())
+
+    @classmethod
+    def from_model(
+        cls,
+        network: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        blocks: Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> QwenBackbone:
+        """A loaded network; `blocks` are the model's layers, those of full attention where None."""
+        settings = Settings(
+            size=size or cls.native_size(network),
+            timestep=0,
+            blocks=tuple(network.config.fullatt_block_indexes if blocks is None else blocks),
+            reason="the other blocks attend inside windows alone",
+        )
+        return cls(network, settings, mean, std)
+
+    @staticmethod
+    def native_size(network: Any) -> tuple[int, int]:
+        """64 x 64 patches."""
+        height, width = pair(network.config.patch_size)
+        return 64 * height, 64 * width
+
+    def step(self) -> tuple[int, int]:
+        """A unit of patches that are merged."""
+        height, width = pair(self.network.config.patch_size)
+        merge = self.network.config.spatial_merge_size
+        return merge * height, merge * width
+
+    def call(self, pixels: Tensor) -> Tensor:
+        """Features of every patch, (B * N, C), in the order of the windows."""
+        config = self.network.config
+        (patch_height, patch_width), merge = pair(config.patch_size), config.spatial_merge_size
+        height, width = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
+        patches = (
+            pixels.unflatten(3, (width // merge, merge, patch_width))
+            .unflatten(2, (height // merge, merge, patch_height))  # (B, C, h / m, m, p, w / m, m, p)
+            .permute(0, 2, 5, 3, 6, 1, 4, 7)
+            .unsqueeze(6)
+            .expand(*[-1] * 6, pair(config.temporal_patch_size)[0], -1, -1)  # an image is a film that stands still
+        )
+        grid = constant((1, height, width), pixels.device).expand(len(pixels), -1)
+        return self.network(patches.flatten(5).flatten(0, 4), grid_thw=grid)[0]
+
+    def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
+        """Query and key of the product, (B, H, N, d), in the order of the windows, from a projection (B * N, 3 H d)."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+        query, key, _ = query.unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # (B * N, H, d)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position)
+        height, width = self.grids(self.settings.size)[0]
+        query, key = (x.unflatten(0, (-1, height * width)).transpose(1, 2) for x in (query, key))
+        return query, key
+
+    def capture(
+        self,
+        modules: Sequence[nn.Module],
+        sink: Callable[[int, Tensor, Tensor], None],
+        tokens: Sequence[int] | None = None,
+    ) -> Capture:
+        """See `Backbone.capture`; ValueError for a block of windows. The sink hears of tokens row by row."""
+        self._check_blocks([index for index, module in enumerate(self.attentions()) if module in modules])
+        config, merge = self.network.config, self.network.config.spatial_merge_size
+        window = config.window_size // merge // pair(config.patch_size)[0]
+        device = next(self.network.parameters()).device
+        places = raster_places(*self.grids(self.settings.size)[0], merge, window, device)
+
+        def in_raster(index: int, query: Tensor, key: Tensor) -> None:
+            sink(index, query[:, :, places], key[:, :, places])
+
+        return super().capture(modules, in_raster, tokens)
+
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        full = tuple(self.network.config.fullatt_block_indexes)
+        if not set(blocks) <= set(full):
+            raise ValueError(
+                f"trace: blocks must be among {full}, got {tuple(blocks)}: the others attend only inside windows of "
+                f"{self.network.config.window_size} pixels"
+            )
+
+
+@functools.lru_cache(maxsize=16)
+def raster_places(height: int, width: int, merge: int, window: int, device: torch.device) -> Tensor:
+    """Where each patch of the raster stands in Qwen2.5-VL's sequence of one image.
+
+    The sequence goes through windows, in each through units, in each through patches, always row by row.
+
+    Args:
+        height: rows of patches, a multiple of `merge`.
+        width: columns likewise.
+        merge: patches along a side of a unit.
+        window: units along a side of a window; windows at the right and lower border may be smaller.
+        device: where to put them.
+
+    Returns:
+        (height * width,) int64.
+    """
+    row, column = torch.arange(height)[:, None], torch.arange(width)[None]
+    unit_row, unit_column = row // merge, column // merge
+    order = torch.zeros(height, width, dtype=torch.int64)
+    for digit, base in (  # of a number that grows along the sequence
+        (unit_row // window, height),
+        (unit_column // window, width),
+        (unit_row % window, window),
+        (unit_column % window, window),
+        (row % merge, merge),
+        (column % merge, merge),
+    ):
+        order = order * base + digit
+    return order.flatten().argsort().argsort().to(device)
