@@ -157,6 +157,14 @@ def test_table_has_every_kernel_and_configuration():
     assert missing == set()
 
 
+def test_every_configuration_fits_a_multiprocessor():
+    shared = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
+    for row in TABLE["kernels"]:
+        threads = 32 * row["tile"][2]
+        assert row["shared"] <= shared[row["sm"]], row
+        assert row["registers"] * threads <= 65536, row
+
+
 def test_every_spill_has_its_reason():
     assert [row for row in TABLE["kernels"] if row["spilled"] and not row.get("reason", "").strip()] == []
     # what a network on a GPU runs in does not spill

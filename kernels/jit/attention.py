@@ -215,7 +215,8 @@ def accumulate_resized_kernel(total, attention, down_mass, across_mass, height, 
         for query_tap in tl.static_range(4):
             v, v_share = bilinear_tap(row // target_width, step_down, height, query_tap // 2)
             u, u_share = bilinear_tap(row % target_width, step_across, width, query_tap % 2)
-            pointers = attention + ((v * width + u) * tokens)[:, None] + (y * width + x)[None, :]
+            begin = tl.cast(v * width + u, tl.int64) * tokens
+            pointers = attention + begin[:, None] + (y * width + x)[None, :]
             mixed += (v_share * u_share)[:, None] * tl.load(pointers, (row < fine)[:, None] & inside[None, :], 0.0)
         spread += share[None, :] * mixed
     pointers = total + (image * fine + row)[:, None] * fine + column[None, :]
