@@ -166,6 +166,21 @@ def test_edges_of_a_pipeline(family):
 NETWORKS = ("unet", "transformer", "vae")
 
 
+def test_a_pipeline_that_is_offloaded_runs_where_it_is_brought():
+    from accelerate import cpu_offload_with_hook
+
+    pipe, backbone = make("sd15")
+    images = torch.rand(1, 3, *SIZE)
+    expected = Tracer(backbone).scan(images, timesteps=(0, 499))
+    _, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    cpu_offload_with_hook(pipe.vae, torch.device("cpu"), prev_module_hook=hook)
+    found = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text).scan(images, timesteps=(0, 499))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    # weights wait on the CPU, tensors are made where the network will run
+    pipe.unet._hf_hook.execution_device = "meta"
+    assert Tracer(backbone).device == torch.device("meta")
+
+
 def test_hooks_are_gone_after_an_error():
     pipe, backbone = make("sd15")
     tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)

@@ -115,10 +115,11 @@ class Tracer:
         size: tuple[int, int] | None = None,
         null_text: dict[str, Tensor] | None = None,
     ) -> Tracer:
-        """Trace with the network of a diffusers pipeline, which stays as it is: device, dtype, processors, adapters.
+        """Trace with the network of a diffusers pipeline, which stays as it is: dtype, processors, adapters, place.
 
         Stable Diffusion 1.5 and SDXL, PixArt-alpha, Stable Diffusion 3 and 3.5, FLUX.1. The empty prompt is embedded
-        once, here, by the pipeline's own text encoders, which may be freed afterwards.
+        once, here, by the pipeline's own text encoders, which may be freed afterwards. On a card that is too small for
+        all parts at once, call `pipe.enable_model_cpu_offload()` first.
 
         Args:
             pipe: the pipeline, or any object with its `vae`, `scheduler` and `unet` or `transformer`.
@@ -177,8 +178,9 @@ class Tracer:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.backbone.network.parameters()).device
+        """Where the network runs: where it is, or where accelerate brings it from (`enable_model_cpu_offload`)."""
+        place = getattr(getattr(self.backbone.network, "_hf_hook", None), "execution_device", None)
+        return next(self.backbone.network.parameters()).device if place is None else torch.device(place)
 
     @torch.no_grad()
     def __call__(
