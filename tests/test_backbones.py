@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from oracle import AttentionOracle
 from tiny import SIZE, flux, pixart, sd15, sd35, sdxl
-from torch.overrides import TorchFunctionMode
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import backbone_of
@@ -27,22 +27,6 @@ FAMILIES = {
     "flux.1-dev": (flux, 4, lambda n: slice(-n, None)),
     "flux.1-schnell": (lambda: flux(False), 4, lambda n: slice(-n, None)),
 }
-
-
-class AttentionOracle(TorchFunctionMode):
-    """Records what scaled_dot_product_attention receives and gives, knowing nothing of the network."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            names = ("query", "key", "value")
-            query, key = (args[i] if i < len(args) else kwargs[names[i]] for i in range(2))
-            self.calls.append((query.clone(), key.clone()))
-        return result
 
 
 def make(family, size=SIZE):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from oracle import AttentionOracle
 from safetensors.torch import load_file, save_file
 from tiny import dinov2, dinov3, llava, qwen
-from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 import trace_fast
@@ -70,21 +70,6 @@ def make(family, **options):
 
 def photos(seed=1):
     return torch.rand(BATCH, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-class AttentionOracle(TorchFunctionMode):
-    """Records what scaled_dot_product_attention receives, knowing nothing of the network."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            names = ("query", "key")
-            self.calls.append(tuple((args[i] if i < len(args) else kwargs[names[i]]).clone() for i in range(2)))
-        return result
 
 
 @torch.no_grad()

@@ -4,25 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from oracle import AttentionOracle
 
 from trace_fast import reference
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
-
-
-class AttentionOracle(TorchFunctionMode):
-    """Records what scaled_dot_product_attention receives, knowing nothing of the network."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            self.calls.append((args[0].clone(), args[1].clone()))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

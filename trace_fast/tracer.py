@@ -89,7 +89,7 @@ class Tracer:
             model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers or ours
                 with config.json and model.safetensors.
             device: where to run; default the GPU where there is one, else the CPU.
-            dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for the embedded model.
+            dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this package.
             size: processing size in pixels, (height, width); default the model's own.
             revision: branch, tag or commit of a repository.
             variant: of its weight files, such as "fp16".
@@ -102,8 +102,6 @@ class Tracer:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = _checks.device("load", device)
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" and str(model) != "mini" else torch.float32
         hub = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
         return cls(load_backbone(model, device=device, dtype=dtype, size=size, **hub), name=str(model))
 

@@ -52,7 +52,12 @@ def _embedded() -> tuple[str, ...]:
 
 
 def load_backbone(
-    model: str | Path, *, device: torch.device, dtype: torch.dtype, size: tuple[int, int] | None = None, **hub: Any
+    model: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
+    **hub: Any,
 ) -> Backbone:
     """Read a backbone onto a device: see `Tracer.from_pretrained`.
 
@@ -63,7 +68,7 @@ def load_backbone(
     folder = WEIGHTS / model if model in _embedded() else Path(model)
     if (folder / "config.json").is_file() and not _of_transformers(folder):
         backbone = _load_embedded(folder, size)
-        backbone.network.eval().requires_grad_(False).to(device, dtype)
+        backbone.network.eval().requires_grad_(False).to(device, dtype or torch.float32)
         return backbone
     if (
         str(model) not in MODELS
@@ -76,6 +81,7 @@ def load_backbone(
         )
     from trace_fast.backbones.loading import is_encoder, load_encoder, load_pipeline
 
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if is_encoder(str(model), **hub):
         network, colours = load_encoder(str(model), device=device, dtype=dtype, **hub)
         return encoder_of(network, size=size, **colours)

@@ -141,9 +141,14 @@ class EncoderBackbone:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> EncoderBackbone:
-        """A loaded network at a size, the model's own where it is None, of which `blocks`, all where None, are read."""
-        chosen = None if blocks is None else tuple(blocks)
+        """A loaded network at a size, its own where None; `blocks` are read, `default_blocks` where None."""
+        chosen = cls.default_blocks(network) if blocks is None else tuple(blocks)
         return cls(network, Settings(size=size or cls.native_size(network), timestep=0, blocks=chosen), mean, std)
+
+    @staticmethod
+    def default_blocks(network: Any) -> tuple[int, ...] | None:
+        """Indices of the blocks that are averaged; None for all of them."""
+        return None
 
     @staticmethod
     def native_size(network: Any) -> tuple[int, int]:

@@ -55,24 +55,10 @@ class QwenBackbone(EncoderBackbone):
         super().__init__(network, settings, mean, std)
         self._check_blocks(settings.blocks or ())
 
-    @classmethod
-    def from_model(
-        cls,
-        network: Any,
-        *,
-        size: tuple[int, int] | None = None,
-        blocks: Sequence[int] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> QwenBackbone:
-        """A loaded network; `blocks` are the model's layers, those of full attention where None."""
-        settings = Settings(
-            size=size or cls.native_size(network),
-            timestep=0,
-            blocks=tuple(network.config.fullatt_block_indexes if blocks is None else blocks),
-            reason="the other blocks attend inside windows alone",
-        )
-        return cls(network, settings, mean, std)
+    @staticmethod
+    def default_blocks(network: Any) -> tuple[int, ...]:
+        """Those of full attention; the others attend inside windows alone."""
+        return tuple(network.config.fullatt_block_indexes)
 
     @staticmethod
     def native_size(network: Any) -> tuple[int, int]:
