@@ -56,6 +56,12 @@ float* floats(uintptr_t address, int64_t size) {
   return reinterpret_cast<float*>(address);
 }
 
+// Elements of another type, likewise.
+template <class T>
+T* elements(uintptr_t address, int64_t size) {
+  return reinterpret_cast<T*>(floats(address, size));
+}
+
 // Scratch memory is sized by the number of threads.
 int positive(int num_threads) {
   if (num_threads < 1) throw std::invalid_argument("_C: num_threads is less than 1");
@@ -160,4 +166,54 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("previous"), py::arg("current"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kl"),
       py::arg("abdiv"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "suppress_nonmaxima",
+      [](uintptr_t edges, int64_t batch, int64_t height, int64_t width, uintptr_t suppressed, int num_threads) {
+        const int64_t size = batch * height * width;
+        SELECT(suppress_nonmaxima)
+        (floats(edges, size), batch, height, width, floats(suppressed, size), positive(num_threads));
+      },
+      py::arg("edges"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("suppressed"),
+      py::arg("num_threads"), release_gil());
+
+  m.def(
+      "thin",
+      [](uintptr_t mask, int64_t batch, int64_t height, int64_t width, uintptr_t thinned, int num_threads) {
+        const int64_t size = batch * height * width;
+        SELECT(thin)
+        (elements<uint8_t>(mask, size), batch, height, width, elements<uint8_t>(thinned, size), positive(num_threads));
+      },
+      py::arg("mask"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("thinned"),
+      py::arg("num_threads"), release_gil());
+
+  m.def(
+      "match_contours",
+      [](uintptr_t detected, uintptr_t truth, int64_t batch, int64_t height, int64_t width, double distance,
+         uintptr_t matched_detected, uintptr_t matched_truth, int num_threads) {
+        const int64_t size = batch * height * width;
+        SELECT(match_contours)
+        (elements<uint8_t>(detected, size), elements<uint8_t>(truth, size), batch, height, width, distance,
+         elements<uint8_t>(matched_detected, size), elements<uint8_t>(matched_truth, size), positive(num_threads));
+      },
+      py::arg("detected"), py::arg("truth"), py::arg("batch"), py::arg("height"), py::arg("width"),
+      py::arg("distance"), py::arg("matched_detected"), py::arg("matched_truth"), py::arg("num_threads"),
+      release_gil());
+
+  m.def(
+      "count_matches",
+      [](uintptr_t edges, uintptr_t truths, uintptr_t ignored, uintptr_t groups, uintptr_t thresholds,
+         int64_t annotators, int64_t height, int64_t width, int64_t levels, int64_t num_groups, double distance,
+         bool thins, uintptr_t counts, uintptr_t group_counts, int num_threads) {
+        const int64_t size = height * width;
+        SELECT(count_matches)
+        (floats(edges, size), elements<uint8_t>(truths, annotators * size), elements<uint8_t>(ignored, size),
+         elements<uint8_t>(groups, annotators * size), floats(thresholds, levels), annotators, height, width, levels,
+         num_groups, distance, thins, elements<int64_t>(counts, 6 * levels),
+         elements<int64_t>(group_counts, levels * num_groups), positive(num_threads));
+      },
+      py::arg("edges"), py::arg("truths"), py::arg("ignored"), py::arg("groups"), py::arg("thresholds"),
+      py::arg("annotators"), py::arg("height"), py::arg("width"), py::arg("levels"), py::arg("num_groups"),
+      py::arg("distance"), py::arg("thins"), py::arg("counts"), py::arg("group_counts"), py::arg("num_threads"),
+      release_gil());
 }

@@ -1,7 +1,7 @@
 // The map of the core: every native entry point, declared once.
 //
-// The core knows neither torch nor Python. Arrays are contiguous float32 in row-major order, allocated by the caller;
-// outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height * width, channels per head, columns of
+// The core knows neither torch nor Python. Arrays are contiguous in row-major order, allocated by the caller, float32
+// unless said otherwise; masks are bytes, 0 or 1. Outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height * width, channels per head, columns of
 // values.
 // Results do not depend on num_threads.
 #pragma once
@@ -59,5 +59,29 @@ void abdiv(const float* attention, int64_t batch, int64_t height, int64_t width,
 template <Isa isa>
 void step_kl_abdiv(const float* previous, const float* current, int64_t batch, int64_t height, int64_t width,
                    float* kl, float* abdiv, int num_threads);
+
+// Writes edges, smoothed over 3 x 3 pixels, where they are as strong as one pixel away on either side across the ridge,
+// and 0 elsewhere. edges, suppressed (batch, height, width).
+template <Isa isa>
+void suppress_nonmaxima(const float* edges, int64_t batch, int64_t height, int64_t width, float* suppressed, int num_threads);
+
+// Writes the mask thinned to lines of one pixel, by Guo and Hall. mask, thinned (batch, height, width).
+template <Isa isa>
+void thin(const uint8_t* mask, int64_t batch, int64_t height, int64_t width, uint8_t* thinned, int num_threads);
+
+// Pairs pixels of two masks within a distance in pixels, each in one pair at most, as many as there can be, and writes
+// which have a partner. All (batch, height, width).
+template <Isa isa>
+void match_contours(const uint8_t* detected, const uint8_t* truth, int64_t batch, int64_t height, int64_t width,
+           double distance, uint8_t* matched_detected, uint8_t* matched_truth, int num_threads);
+
+// Counts, at each threshold, the pixels that match between edges of one image and the contours of its annotators.
+// edges, ignored (height, width); truths, groups (annotators, height, width), groups bytes below num_groups; thresholds
+// (levels); counts (levels, 6) int64, as reference.count_matches says; group_counts (levels, num_groups) int64.
+template <Isa isa>
+void count_matches(const float* edges, const uint8_t* truths, const uint8_t* ignored, const uint8_t* groups,
+                   const float* thresholds, int64_t annotators, int64_t height, int64_t width, int64_t levels,
+                   int64_t num_groups, double distance, bool thins, int64_t* counts, int64_t* group_counts,
+                   int num_threads);
 
 }  // namespace trace_fast

@@ -76,3 +76,33 @@ def step_kl_abdiv(
     abdiv: int,
     num_threads: int,
 ) -> None: ...
+def suppress_nonmaxima(edges: int, batch: int, height: int, width: int, suppressed: int, num_threads: int) -> None: ...
+def thin(mask: int, batch: int, height: int, width: int, thinned: int, num_threads: int) -> None: ...
+def match_contours(
+    detected: int,
+    truth: int,
+    batch: int,
+    height: int,
+    width: int,
+    distance: float,
+    matched_detected: int,
+    matched_truth: int,
+    num_threads: int,
+) -> None: ...
+def count_matches(
+    edges: int,
+    truths: int,
+    ignored: int,
+    groups: int,
+    thresholds: int,
+    annotators: int,
+    height: int,
+    width: int,
+    levels: int,
+    num_groups: int,
+    distance: float,
+    thins: bool,
+    counts: int,
+    group_counts: int,
+    num_threads: int,
+) -> None: ...

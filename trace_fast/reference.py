@@ -13,10 +13,14 @@ __all__ = [
     "accumulate_attention",
     "accumulate_resized",
     "attention_map",
+    "count_matches",
+    "match_contours",
     "readout",
     "resize_attention",
     "step_kl",
     "step_kl_abdiv",
+    "suppress_nonmaxima",
+    "thin",
 ]
 
 # probabilities are clamped to it from below, so that their logarithms are finite
@@ -261,3 +265,154 @@ def _abdiv(p: Tensor, log_p: Tensor, height: int, width: int) -> Tensor:
         return torch.cat([kl(axis, 1, 0, 1), kl(axis, 2, 0, last - 1), kl(axis, last, last - 1, 1)], axis)
 
     return along(2) + along(1)
+
+
+def suppress_nonmaxima(edges: Tensor) -> Tensor:
+    """See `ops.suppress_nonmaxima`.
+
+    Args:
+        edges: (B, H, W) float.
+
+    Returns:
+        (B, H, W) in the same dtype.
+    """
+    height, width = edges.shape[1:]
+    strength, blurred = _smooth(edges, 1), _smooth(edges, 4)
+    across, down = _slope(blurred, 2), _slope(blurred, 1)
+    xx, xy, yy = _slope(across, 2), _slope(across, 1), _slope(down, 1)
+    # the eigenvector whose eigenvalue is the largest, or the smallest where the map bends down
+    sign = torch.where(xx + yy > 0, 1, -1)
+    angle = torch.atan2(2 * sign * xy, sign * (xx - yy)) / 2
+    normal_y, normal_x = torch.sin(angle), torch.cos(angle)
+    rows, columns = torch.meshgrid(torch.arange(height).to(edges), torch.arange(width).to(edges), indexing="ij")
+
+    def interpolate(y: Tensor, x: Tensor) -> Tensor:
+        y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+        top, left = y.long(), x.long()
+        bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
+        dy, dx = y - top, x - left
+        batch = torch.arange(len(edges))[:, None, None]
+        upper = (1 - dx) * strength[batch, top, left] + dx * strength[batch, top, right]
+        lower = (1 - dx) * strength[batch, bottom, left] + dx * strength[batch, bottom, right]
+        return (1 - dy) * upper + dy * lower
+
+    beside = [interpolate(rows + sign * normal_y, columns + sign * normal_x) for sign in (1, -1)]
+    return torch.where(strength * 1.01 < torch.maximum(*beside), 0, strength)
+
+
+def thin(mask: Tensor) -> Tensor:
+    """See `ops.thin`: passes from either side remove what is no end, no bridge and not inside, until nothing changes.
+
+    Args:
+        mask: (B, H, W) bool.
+
+    Returns:
+        (B, H, W) bool.
+    """
+    mask = mask.clone()
+    quiet, second = 0, False
+    while quiet < 2:
+        padded = F.pad(mask, (1, 1, 1, 1))
+        # neighbours from the east, counter-clockwise
+        steps = [(1, 2), (0, 2), (0, 1), (0, 0), (1, 0), (2, 0), (2, 1), (2, 2)]
+        x = [padded[:, y : y + mask.shape[1], x : x + mask.shape[2]] for y, x in steps]
+        runs = sum((~x[i] & (x[i + 1] | x[(i + 2) % 8])).int() for i in (0, 2, 4, 6))
+        pairs = sum((x[i] | x[i + 1]).int() for i in (0, 2, 4, 6))
+        others = sum((x[i + 1] | x[(i + 2) % 8]).int() for i in (0, 2, 4, 6))
+        fewest = torch.minimum(torch.as_tensor(pairs), torch.as_tensor(others))
+        held = (x[5] | x[6] | ~x[3]) & x[4] if second else (x[1] | x[2] | ~x[7]) & x[0]
+        removed = mask & (runs == 1) & (fewest >= 2) & (fewest <= 3) & ~held
+        mask &= ~removed
+        quiet, second = 0 if removed.any() else quiet + 1, not second
+    return mask
+
+
+def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Tensor, Tensor]:
+    """See `ops.match_contours`; needs scipy, and memory for the distances of all pairs.
+
+    Args:
+        detected: (B, H, W) bool.
+        truth: (B, H, W) bool.
+        distance: in pixels.
+
+    Returns:
+        Two (B, H, W) bool.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matched = torch.zeros_like(detected), torch.zeros_like(truth)
+    for index, pair in enumerate(zip(detected, truth, strict=True)):
+        pixels = [mask.nonzero() for mask in pair]
+        lengths = torch.cdist(*(x.double() for x in pixels))
+        never = (distance + 1) * (min(lengths.shape) + 1)  # one more pair is worth any distances
+        cost = torch.where(lengths <= distance, lengths, never)
+        rows, columns = (torch.from_numpy(x) for x in linear_sum_assignment(cost.numpy()))
+        within = cost[rows, columns] < never
+        for image, found, chosen in zip(matched, pixels, (rows, columns), strict=True):
+            image[index][tuple(found[chosen[within]].T)] = True
+    return matched
+
+
+def count_matches(
+    edges: Tensor,
+    truths: Tensor,
+    thresholds: Tensor,
+    distance: float,
+    *,
+    ignored: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    thinning: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.count_matches`.
+
+    Args:
+        edges: (H, W) float.
+        truths: (A, H, W) bool.
+        thresholds: (T,) float.
+        distance: in pixels.
+        ignored: (H, W) bool.
+        groups: (A, H, W) uint8.
+        num_groups: G.
+        thinning: whether pixels above a threshold are thinned.
+
+    Returns:
+        (T, 6) int64 and (T, G) int64.
+    """
+
+    def near(mask: Tensor) -> Tensor:
+        lengths = torch.cdist(torch.ones_like(mask).nonzero().double(), mask.nonzero().double())
+        return (lengths <= distance).any(1).reshape(mask.shape)
+
+    counts, by_group = [], []
+    for threshold in thresholds:
+        found = edges >= threshold
+        found = thin(found[None])[0] if thinning else found
+        pairs = [match_contours(found[None], truth[None], distance) for truth in truths]
+        matched = torch.stack([of_found[0] for of_found, _ in pairs]).any(0)
+        hits = torch.stack([of_truth[0] for _, of_truth in pairs])
+        counted = matched | (found & ~ignored)
+        images = hits, truths, matched, counted, counted & near(truths.any(0)), truths & near(found)
+        counts.append(torch.stack([image.sum() for image in images]))
+        by_group.append(torch.bincount(groups[hits].long(), minlength=num_groups))
+    return torch.stack(counts), torch.stack(by_group)
+
+
+def _smooth(image: Tensor, radius: int) -> Tensor:
+    """Weights 1, .., radius + 1, .., 1 over their sum along both axes of (B, H, W), mirrored at the border."""
+    weights = radius + 1 - torch.arange(-radius, radius + 1).abs().to(image)
+    for axis in (1, 2):
+        size = image.shape[axis]
+        at = (torch.arange(size)[:, None] + torch.arange(-radius, radius + 1)) % (2 * size)
+        at = torch.minimum(at, 2 * size - 1 - at)  # (size, 2 * radius + 1)
+        image = (image.movedim(axis, -1)[..., at] @ weights / weights.sum()).movedim(-1, axis)
+    return image
+
+
+def _slope(image: Tensor, axis: int) -> Tensor:
+    """Half the difference of the neighbours along an axis; the whole one at either end."""
+    size = image.shape[axis]
+    before, after = (torch.arange(size) - 1).clamp(min=0), (torch.arange(size) + 1).clamp(max=size - 1)
+    shape = [-1 if i == axis else 1 for i in range(image.ndim)]
+    steps = (after - before).clamp(min=1).to(image).reshape(shape)
+    return (image.index_select(axis, after) - image.index_select(axis, before)) / steps

@@ -10,6 +10,7 @@ from trace_fast.ops.attention import (
     readout,
     resize_attention,
 )
+from trace_fast.ops.contours import count_matches, match_contours, suppress_nonmaxima, thin
 from trace_fast.ops.divergence import abdiv, step_kl, step_kl_abdiv
 
 __all__ = [
@@ -17,8 +18,12 @@ __all__ = [
     "accumulate_attention",
     "accumulate_resized",
     "attention_map",
+    "count_matches",
+    "match_contours",
     "readout",
     "resize_attention",
     "step_kl",
     "step_kl_abdiv",
+    "suppress_nonmaxima",
+    "thin",
 ]

@@ -1,0 +1,245 @@
+"""Ridges, thinning and matching of contours, on each instruction set, against the reference and against libraries."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from skimage import morphology
+
+from trace_fast import ops, reference
+from trace_fast.testing import assert_no_worse
+
+SHAPES = [
+    (1, 1),
+    (2, 3),
+    (3, 7),
+    (16, 24),
+    (31, 17),
+    (64, 96),
+    (5, 64),
+    (7, 63),
+    (9, 65),
+    (40, 128),
+    (1, 200),
+    (200, 1),
+]
+
+
+def draw(*shape, density=0.5, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def blobs(height, width, seed=0):
+    """A map like those of detectors: smooth, with ridges of several widths."""
+    noise = torch.rand(1, 1, height // 6 + 2, width // 6 + 2, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic")[0, 0]
+    return (1 - 6 * (smooth - 0.5).abs()).clamp(0, 1)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.8, 1.0])
+def test_thin_equals_libraries(shape, density):
+    masks = draw(3, *shape, density=density)
+    thinned = ops.thin(masks)
+    assert torch.equal(thinned, reference.thin(masks))
+    for mask, ours in zip(masks.numpy(), thinned.numpy(), strict=True):
+        np.testing.assert_array_equal(ours, morphology.thin(mask))
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_thin_takes_many_passes_on_thick_shapes():
+    mask = torch.zeros(2, 150, 170, dtype=torch.bool)
+    mask[0, 5:140, 8:160] = True
+    mask[1] = torch.from_numpy(morphology.disk(60)[:, :120]).bool().new_zeros(150, 170)
+    mask[1, 10:131, 20:141] = torch.from_numpy(morphology.disk(60)).bool()
+    for given, ours in zip(mask.numpy(), ops.thin(mask).numpy(), strict=True):
+        np.testing.assert_array_equal(ours, morphology.thin(given))
+
+
+def test_thin_of_views_and_empty_batch(threads):
+    wide = draw(4, 20, 70)
+    view = wide[::2, 3:17, 1:67:2]
+    assert torch.equal(ops.thin(view), reference.thin(view))
+    assert ops.thin(wide[:0]).shape == (0, 20, 70)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_suppress_nonmaxima_keeps_what_the_reference_keeps(shape, threads):
+    edges = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+    if min(shape) >= 16:
+        edges[1] = blobs(*shape)
+    wide, narrow = reference.suppress_nonmaxima(edges.double()), reference.suppress_nonmaxima(edges)
+    ours = ops.suppress_nonmaxima(edges)
+    # rounding may decide between neighbours that are equally strong, and nowhere else
+    differs = (ours > 0) != (wide > 0)
+    assert differs.float().mean() <= 0.005
+    agree = ~differs & ((narrow > 0) == (wide > 0))
+    assert_no_worse(ours * agree, exact=wide * agree, eager=narrow * agree)
+
+
+def test_suppress_nonmaxima_thins_a_ridge_in_every_direction():
+    rows, columns = torch.meshgrid(torch.arange(61.0), torch.arange(61.0), indexing="ij")
+    for angle in torch.arange(0, 180, 15).deg2rad():
+        offset = (rows - 30) * angle.sin() + (columns - 30) * angle.cos()  # distance from a line through the centre
+        ridge = torch.exp(-(offset**2) / 18)
+        kept = ops.suppress_nonmaxima(ridge[None])[0] > 0.05
+        inner = (slice(8, -8),) * 2
+        assert offset[inner][kept[inner]].abs().max() <= 1
+        assert kept[inner].sum() >= 45
+
+
+def test_suppress_nonmaxima_keeps_a_flat_map():
+    assert (ops.suppress_nonmaxima(torch.full((1, 6, 9), 0.5)) == 0.5).all()
+
+
+def cardinality(a, b, distance):
+    """The most pairs, by a library, from masks as arrays."""
+    p, q = np.argwhere(a), np.argwhere(b)
+    if not len(p) or not len(q):
+        return 0
+    near = ((p[:, None] - q) ** 2).sum(-1) <= distance**2
+    return int((maximum_bipartite_matching(coo_matrix(near).tocsr(), perm_type="column") >= 0).sum())
+
+
+def total_length(a, b, distance):
+    """The smallest sum of distances of so many pairs, by a library that solves the dense problem."""
+    from scipy.optimize import linear_sum_assignment
+
+    p, q = np.argwhere(a), np.argwhere(b)
+    lengths = np.sqrt(((p[:, None] - q) ** 2).sum(-1))
+    cost = np.where(lengths <= distance, lengths, 1e6)
+    chosen = cost[linear_sum_assignment(cost)]
+    return chosen[chosen < 1e6].sum()
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("distance", [0, 1, 1.5, 2.9, 4.33])
+@pytest.mark.parametrize("densities", [(0.05, 0.05), (0.3, 0.1), (0.1, 0.4), (0.6, 0.6), (0.0, 0.5), (0.5, 0.0)])
+def test_match_contours_finds_as_many_pairs_as_there_are(distance, densities):
+    for seed, shape in enumerate([(1, 1), (3, 7), (12, 17), (20, 66), (1, 90), (25, 24)]):
+        a, b = draw(1, *shape, density=densities[0], seed=seed), draw(1, *shape, density=densities[1], seed=seed + 99)
+        of_a, of_b = ops.match_contours(a, b, distance)
+        assert not (of_a & ~a).any() and not (of_b & ~b).any()
+        assert of_a.sum() == of_b.sum() == cardinality(a[0].numpy(), b[0].numpy(), distance)
+        # the matched ones can be matched with each other, at the smallest sum of distances
+        if of_a.any():
+            least = total_length(a[0].numpy(), b[0].numpy(), distance)
+            assert total_length(of_a[0].numpy(), of_b[0].numpy(), distance) == pytest.approx(least, abs=0.01)
+
+
+def test_match_contours_beyond_a_word():
+    a, b = draw(1, 3, 400, density=0.02, seed=3), draw(1, 3, 400, density=0.02, seed=4)
+    for distance in (63, 64, 70, 130, 1000):
+        assert ops.match_contours(a, b, distance)[0].sum() == cardinality(a[0].numpy(), b[0].numpy(), distance)
+
+
+def test_match_contours_of_a_crowded_line():
+    """Paths must lead along the whole line to make room at its end."""
+    a, b = torch.zeros(2, 1, 3, 200, dtype=torch.bool)
+    a[0, 1, 50:150] = True
+    b[0, 1, 51:151] = True
+    assert [x.sum().item() for x in ops.match_contours(a, b, 1)] == [100, 100]
+    b[0, 1, 49] = True
+    b[0, 0, 60] = True
+    assert [x.sum().item() for x in ops.match_contours(a, b, 1)] == [100, 100]
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_count_matches_equals_the_reference(threads):
+    edges = torch.round(blobs(24, 40) * 8) / 8
+    truths = ops.thin(torch.stack([blobs(24, 40, seed) > 0.7 for seed in (0, 0, 5)]))
+    thresholds = [0.125, 0.5, 0.51, 0.9, 2.0]
+    options = {
+        "ignored": draw(24, 40, density=0.2),
+        "groups": torch.randint(3, truths.shape, generator=torch.Generator().manual_seed(0)).byte(),
+        "num_groups": 4,
+    }
+    for thinning in (True, False):
+        counts, by_group = ops.count_matches(edges, truths, thresholds, 2.3, thinning=thinning, **options)
+        expected, by_group_expected = reference.count_matches(
+            edges, truths, torch.tensor(thresholds), 2.3, thinning=thinning, **options
+        )
+        unique = [0, 1, 4, 5]  # which detection has a partner is not always unique
+        assert torch.equal(counts[:, unique], expected[:, unique])
+        assert torch.equal(by_group.sum(1), counts[:, 0])
+        assert (counts[:, 2:4] - expected[:, 2:4]).abs().max() <= 2
+        assert (by_group - by_group_expected).abs().max() <= 2
+        assert counts[-1].tolist() == [0, counts[0, 1], 0, 0, 0, 0]
+
+
+def test_count_matches_of_one_annotator_counts_pairs():
+    edges, truth = blobs(40, 70), ops.thin(blobs(40, 70, 1)[None] > 0.6)
+    thresholds = [k / 100 for k in range(1, 100)]
+    counts, _ = ops.count_matches(edges, truth, thresholds, 3.0)
+    assert torch.equal(counts[:, 0], counts[:, 2])
+    for threshold, row in zip(thresholds, counts.tolist(), strict=True):
+        found = morphology.thin((edges >= threshold).numpy())
+        assert row[0] == cardinality(found, truth[0].numpy(), 3.0)
+        assert row[3] == found.sum()
+
+
+def test_ignored_detections_are_no_mistakes():
+    edges, truth = torch.zeros(2, 20, 30)
+    edges[5, 2:20] = edges[12, 2:20] = truth[5, 2:20] = 1
+    ignored = torch.zeros(20, 30, dtype=torch.bool)
+    ignored[10:15] = True
+    counts = [ops.count_matches(edges, truth[None] > 0, [0.5], 1.0, ignored=given)[0] for given in (None, ignored)]
+    assert [row.tolist() for row in counts] == [[[18, 18, 18, 36, 18, 18]], [[18, 18, 18, 18, 18, 18]]]
+    # but where they match, they count
+    ignored[:] = True
+    assert ops.count_matches(edges, truth[None] > 0, [0.5], 1.0, ignored=ignored)[0].tolist() == [[18] * 6]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.thin(torch.ones(3, 4, dtype=torch.bool)), ValueError, r"thin: mask must be \(B, H, W\)"),
+        (lambda: ops.thin(torch.ones(1, 3, 4)), TypeError, "thin: mask must be bool, got float32"),
+        (lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4).double()), TypeError, "edges must be float32, got float64"),
+        (lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4, device="meta")), ValueError, "edges must be on the cpu"),
+        (
+            lambda: ops.match_contours(draw(1, 3, 4), draw(1, 3, 5), 1),
+            ValueError,
+            r"match_contours: truth must be \(B, H, W\)",
+        ),
+        (
+            lambda: ops.match_contours(draw(1, 3, 4), draw(1, 3, 4), -1.0),
+            ValueError,
+            r"distance must be finite and >= 0, got -1\.0",
+        ),
+        (
+            lambda: ops.match_contours(draw(1, 3, 4), draw(1, 3, 4), "2"),
+            TypeError,
+            "distance must be a number, got str",
+        ),
+        (
+            lambda: ops.count_matches(
+                torch.ones(3, 4), draw(1, 3, 4), [0.5], 1, groups=torch.full((1, 3, 4), 9).byte()
+            ),
+            ValueError,
+            "groups must be below num_groups = 1, got 9",
+        ),
+        (
+            lambda: ops.count_matches(torch.ones(3, 4), draw(1, 4, 3), [0.5], 1),
+            ValueError,
+            r"truths must be \(A, H, W\) with H = 3, W = 4, got \(1, 4, 3\)",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_forced_backends(monkeypatch):
+    mask = draw(1, 9, 9)
+    expected = ops.thin(mask)
+    monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+    monkeypatch.setattr("trace_fast._C.thin", None)
+    assert torch.equal(ops.thin(mask), expected)
+    monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="thin: there is no triton kernel; unset TRACE_FAST_BACKEND"):
+        ops.thin(mask)
