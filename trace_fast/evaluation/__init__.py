@@ -1,0 +1,1 @@
+"""Scores of edges, masks and panoptic segmentations, each in a module of its own."""

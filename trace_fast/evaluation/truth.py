@@ -1,0 +1,273 @@
+"""Ground truth of edges: where one segment ends and another begins, read from label maps, mask files, COCO or BSDS.
+
+The convention: a pixel is on a contour where the pixel to its right or below belongs to another segment, or to none.
+So contours are one pixel wide, on the upper left side of a change; they are thinned as detections are. The border of the
+image is no contour. Pixels of crowds and of void are ignored: no contour runs along them, and what is detected on them
+is no mistake. Where segments overlap, each keeps its whole outline.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trace_fast import ops
+from trace_fast.evaluation import coco
+
+__all__ = ["GROUPS", "NEIGHBOURS", "SIDES", "SIZES", "Contours", "Photo", "contours_of", "layers_of", "open_photos"]
+
+# a contour pixel belongs to one of each: what is on the other side, the area of the smaller segment there in pixels
+# (as COCO divides them), and how many others that segment touches
+SIDES = ("background", "touching")
+SIZES = ("small", "medium", "large")
+NEIGHBOURS = ("none", "one", "several")
+GROUPS = tuple(product(SIDES, SIZES, NEIGHBOURS))
+AREAS = (32**2, 96**2)
+
+CROWD = 65535
+IMAGES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Contours:
+    """What the annotators of one image drew.
+
+    Attributes:
+        drawn: (A, H, W) bool, lines of one pixel, for each annotator.
+        ignored: (H, W) bool, where a detection is no mistake.
+        groups: (A, H, W) uint8, index into GROUPS of each contour pixel; None where segments are not known.
+    """
+
+    drawn: np.ndarray
+    ignored: np.ndarray
+    groups: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image of a data set.
+
+    Attributes:
+        name: unique in the data set; result files are named after it.
+        image: its file; None where only maps of it can be scored.
+        contours: reads its ground truth. OSError or ValueError where that is damaged.
+    """
+
+    name: str
+    image: Path | None
+    contours: Callable[[], Contours]
+
+
+def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contours:
+    """Contours of segments.
+
+    Args:
+        labels: (H, W) or (L, H, W) integers, 0 for none; a positive number is a segment, on one layer only. Segments
+            that overlap are on different layers.
+        ignored: (H, W) bool, crowd and void; None for nowhere.
+
+    Returns:
+        Contours of one annotator.
+
+    Raises:
+        ValueError: labels are of another shape or negative.
+
+    Example:
+        >>> labels = np.zeros((4, 6), int)
+        >>> labels[:, :3], labels[:, 3:5] = 1, 2
+        >>> contours_of(labels).drawn[0].astype(int)[1]
+        array([0, 0, 1, 0, 1, 0])
+    """
+    labels = np.asarray(labels)
+    labels = labels[None] if labels.ndim == 2 else labels
+    if labels.ndim != 3 or labels.dtype.kind not in "iu" or labels.size == 0 or labels.min() < 0:
+        raise ValueError(
+            f"contours_of: labels must be (H, W) or (L, H, W) integers >= 0, got {labels.shape} {labels.dtype}"
+        )
+    ignored = np.zeros(labels.shape[1:], bool) if ignored is None else ignored
+
+    names, compact = np.unique(labels, return_inverse=True)
+    compact = compact.reshape(labels.shape).astype(np.int32) + (names[0] != 0)  # 0 stays none
+    area = np.bincount(compact.ravel())
+    area[0] = labels[0].size + 1  # of two sides, never the smaller segment
+    steps = [(np.s_[:, :, :-1], np.s_[:, :, 1:]), (np.s_[:, :-1], np.s_[:, 1:])]  # to the right, down
+
+    changes = []  # (here, pixels of one side, of the other, whether they differ)
+    pairs = []
+    for here, there in steps:
+        valid = ~(ignored[here[1:]] | ignored[there[1:]])
+        for near in compact[here]:
+            for far in compact[there]:
+                differs = valid & (near != far)
+                both = differs & (near > 0) & (far > 0)
+                changes.append((here[1:], near, far, differs, both))
+                pairs.append(np.stack([near[both], far[both]]))
+    touching = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
+    neighbours = np.bincount(touching.ravel(), minlength=len(area))
+
+    edge = np.zeros(ignored.shape, bool)
+    groups = np.zeros(ignored.shape, np.uint8)
+    layers = len(compact)
+    for index, (here, near, far, differs, both) in enumerate(changes):
+        layer, other = divmod(index % layers**2, layers)
+        if layer != other and not both.any():
+            continue
+        # between two layers only what both have drawn is looked at, to tell that they touch
+        change = differs if layer == other else both & edge[here]
+        smaller = np.where(area[near] <= area[far], near, far)[change]
+        size = np.digitize(area[smaller], AREAS)
+        code = (both[change] * len(SIZES) + size) * len(NEIGHBOURS) + np.minimum(neighbours[smaller], 2)
+        edge[here][change] = True
+        groups[here][change] = np.maximum(groups[here][change], code)
+    drawn = ops.thin(torch.from_numpy(edge)[None]).numpy()
+    return Contours(drawn, ignored, groups[None])
+
+
+def layers_of(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Masks that may overlap as layers of labels in which none do.
+
+    Args:
+        masks: (H, W) bool each; the first is label 1.
+        shape: (H, W), for the case of no masks.
+
+    Returns:
+        (L, H, W) int32, L >= 1.
+    """
+    layers = [np.zeros(shape, np.int32)]
+    for label, mask in enumerate(masks, 1):
+        for layer in layers:
+            if not layer[mask].any():
+                layer[mask] = label
+                break
+        else:
+            layers.append(np.where(mask, label, 0).astype(np.int32))
+    return np.stack(layers)
+
+
+def open_photos(
+    folder: Path, truth: str | Path | None = None, ignore: Sequence[int] = (CROWD,)
+) -> tuple[list[Photo], list[str]]:
+    """Photographs of a folder with their ground truth, and what is wrong with the folder.
+
+    Args:
+        folder: holds the photographs in `images`, or itself; photographs may be missing where maps are scored.
+        truth: ground truth, a folder below `folder` or anywhere, or a COCO JSON file; None is the first there is of
+            inst, panoptic, masks, ground_truth, groundTruth. A folder holds one of: label maps NAME.png of one channel,
+            or of three as COCO encodes panoptic segments; folders NAME of one mask a file; NAME.mat of BSDS500.
+        ignore: labels of maps that are crowd or void.
+
+    Returns:
+        Photos by name, and problems, a line each.
+
+    Raises:
+        ValueError: there is no ground truth at all.
+    """
+    folder = Path(folder)
+    names = [truth] if truth is not None else ["inst", "panoptic", "masks", "ground_truth", "groundTruth"]
+    places = [place for name in names for place in (folder / name, Path(name)) if place.exists()]
+    if not places:
+        raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(map(str, names))} in '{folder}'")
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGES) if images.is_dir() else []
+    problems = [
+        f"{stem}: {count} image files of that name"
+        for stem, count in sorted(Counter(path.stem for path in files).items())
+        if count > 1
+    ]
+    if places[0].suffix == ".json":
+        photos, lost = _from_coco(places[0], images)
+        return photos, problems + lost
+    drawn = {path.stem: path for path in sorted(places[0].iterdir()) if not path.name.startswith(".")}
+    shown = {path.stem: path for path in files}
+    problems += [f"{name}: no ground truth in {places[0]}" for name in sorted(set(shown) - set(drawn))]
+    if shown:
+        problems += [f"{name}: no image in {images}" for name in sorted(set(drawn) - set(shown))]
+    both = [name for name in drawn if name in shown or not shown]
+    return [Photo(name, shown.get(name), _reader(drawn[name], tuple(ignore))) for name in both], problems
+
+
+def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
+    """Photographs that a JSON file lists, by instances or by panoptic segments."""
+    try:
+        data = json.loads(path.read_bytes())
+        panoptic = any("segments_info" in each for each in data["annotations"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"evaluate: truth must be a JSON file with annotations, got '{path}': {error}") from error
+    # panoptic_val2017.json lies beside a folder panoptic_val2017
+    listed = coco.read_panoptic(data, path.with_suffix("")) if panoptic else coco.read_instances(data)
+    photos, problems = [], []
+    for entry in listed.images.values():
+        image = images / entry.file_name
+        if not image.is_file():
+            problems.append(f"{entry.file_name}: no image in {images}")
+            continue
+        read = _contours_of_segments if isinstance(entry, coco.ImageSegments) else _contours_of_instances
+        photos.append(Photo(Path(entry.file_name).stem, image, functools.partial(read, entry)))
+    twice = Counter(photo.name for photo in photos)
+    problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
+    return sorted(photos, key=lambda photo: photo.name), problems
+
+
+def _contours_of_segments(image: coco.ImageSegments) -> Contours:
+    segments = image.segment_map()
+    crowds = [segment["id"] for segment in image.segments if segment["iscrowd"]]
+    ignored = np.isin(segments, [0, *crowds])
+    return contours_of(np.where(ignored, 0, segments), ignored)
+
+
+def _contours_of_instances(image: coco.ImageInstances) -> Contours:
+    crowd = np.array([instance.iscrowd for instance in image.instances], bool)
+    masks = image.masks()
+    ignored = masks[crowd].any(0)
+    return contours_of(layers_of(masks[~crowd] & ~ignored, ignored.shape), ignored)
+
+
+def _reader(path: Path, ignore: Sequence[int]) -> Callable[[], Contours]:
+    """What reads one file, or folder, of ground truth."""
+    if path.is_dir():
+        return lambda: _from_masks(path)
+    if path.suffix == ".mat":
+        return lambda: _from_bsds(path)
+    return lambda: _from_labels(path, ignore)
+
+
+def _from_labels(path: Path, ignore: Sequence[int]) -> Contours:
+    labels = _pixels(path)
+    if labels.ndim == 3:
+        labels = (labels[..., :3].astype(np.int64) << (0, 8, 16)).sum(-1)
+    ignored = np.isin(labels, ignore)
+    return contours_of(np.where(ignored, 0, labels), ignored)
+
+
+def _from_masks(folder: Path) -> Contours:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    masks = [_pixels(path) for path in files]
+    masks = [mask.max(-1) > 0 if mask.ndim == 3 else mask > 0 for mask in masks]
+    if len(shapes := {mask.shape for mask in masks}) != 1:
+        raise ValueError(f"masks must be of one size, got {sorted(shapes) or 'no files'} in {folder}")
+    return contours_of(layers_of(masks, masks[0].shape))
+
+
+def _from_bsds(path: Path) -> Contours:
+    from scipy.io import loadmat
+
+    try:
+        drawn = np.stack([each["Boundaries"][0, 0] > 0 for each in loadmat(path)["groundTruth"][0]])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"no groundTruth with Boundaries, as BSDS500 has, in {path}") from error
+    return Contours(drawn, np.zeros(drawn.shape[1:], bool), None)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB") if picture.mode == "RGBA" else picture)
