@@ -153,6 +153,70 @@ def pretrain(
 
 
 @app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder with images/ and ground truth.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Report; counts there are kept.")],
+    method: Annotated[
+        list[str],
+        typer.Option(
+            "--method",
+            metavar="[NAME=]SPEC",
+            help="sobel, canny, maps:DIR, lines:DIR (thin already), or MODEL[@iep|@LEVEL]; repeat for several.",
+        ),
+    ],
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Folder of label maps, of mask files or of BSDS .mat files, or a COCO JSON file; "
+            "else the first there is of inst, panoptic, masks, ground_truth.",
+        ),
+    ] = None,
+    ignore: Annotated[list[int], typer.Option(help="Label of maps that is crowd or void; repeat.")] = [65535],  # noqa: B006
+    distance: Annotated[
+        float, typer.Option(min=0, help="Largest distance of a match, as a share of the image's diagonal.")
+    ] = 0.0075,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; else the GPU where there is one.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that have a problem.")] = False,
+) -> None:
+    """Score edge maps against instance boundaries: ODS, OIS, AP, clDice, and recall where instances touch.
+
+    Interrupt it at will: the same command goes on. DIR gets report.json, report.csv, report.md, images.csv, curves.png
+    and a sheet of best and worst images for each method.
+    """
+    import shlex
+
+    from trace_fast.evaluation import edges, report, run
+    from trace_fast.evaluation.methods import parse_method
+    from trace_fast.evaluation.truth import open_photos
+
+    _open_folder(output)
+    try:
+        photos, problems, notes = open_photos(data, truth, ignore)
+        methods = [parse_method(text, device=device) for text in method]
+        if len({each.name for each in methods}) < len(methods):
+            _refuse("--method must have a name of its own each: write NAME=SPEC")
+        photos, more, empty = run.check(photos[:limit], methods)
+        problems, notes = problems + more, notes + empty
+        for line in notes:
+            typer.echo(f"note: {line}", err=True)
+        if problems and not skip_bad:
+            _refuse("\n  ".join([f"{len(problems)} problems; --skip-bad goes on without these images", *problems]))
+        if not photos:
+            _refuse(f"no image with contours in '{data}'")
+        scores = {
+            each.name: edges.score(run.count_all(photos, each, output / "counts", distance=distance))
+            for each in methods
+        }
+        command = shlex.join(["trace-fast", *sys.argv[1:]])
+        report.write_report(output, scores, photos, methods, command=command, notes=notes + problems, distance=distance)
+    except _FAILURES as error:
+        _refuse(str(error))
+    typer.echo((output / "report.md").read_text())
+
+
+@app.command()
 def models() -> None:
     """Show the models that have a name: processing size, token grid, parameters, what is read, licence, repository.
 

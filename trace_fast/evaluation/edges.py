@@ -163,8 +163,8 @@ def score(counts: Sequence[Counts], *, thresholds: Sequence[float] = THRESHOLDS,
     _, level, threshold = _best(total[None], np.asarray(thresholds))
     by: dict[str, dict[str, tuple[float, int]]] = {}
     if counts[0].drawn.size:
-        found = sum(each.by_group[level[0]] for each in counts)
-        drawn = sum(each.drawn for each in counts)
+        found = np.sum([each.by_group[level[0]] for each in counts], axis=0)
+        drawn = np.sum([each.drawn for each in counts], axis=0)
         for axis, (name, values) in enumerate([("side", SIDES), ("size", SIZES), ("neighbours", NEIGHBOURS)]):
             by[name] = {}
             for value in values:

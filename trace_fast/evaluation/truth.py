@@ -1,9 +1,9 @@
 """Ground truth of edges: where one segment ends and another begins, read from label maps, mask files, COCO or BSDS.
 
 The convention: a pixel is on a contour where the pixel to its right or below belongs to another segment, or to none.
-So contours are one pixel wide, on the upper left side of a change; they are thinned as detections are. The border of the
-image is no contour. Pixels of crowds and of void are ignored: no contour runs along them, and what is detected on them
-is no mistake. Where segments overlap, each keeps its whole outline.
+So contours are one pixel wide, on the upper left side of a change; they are thinned as detections are. The border of
+the image is no contour. Pixels of crowds and of void are ignored: no contour runs along them, and what is detected on
+them is no mistake. Where segments overlap, each keeps its whole outline.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ GROUPS = tuple(product(SIDES, SIZES, NEIGHBOURS))
 AREAS = (32**2, 96**2)
 
 CROWD = 65535
+TRUTHS = ("inst", "panoptic", "masks", "ground_truth", "groundTruth")
 IMAGES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -58,11 +59,13 @@ class Photo:
     Attributes:
         name: unique in the data set; result files are named after it.
         image: its file; None where only maps of it can be scored.
-        contours: reads its ground truth. OSError or ValueError where that is damaged.
+        truth: the file, or folder, of its ground truth.
+        contours: reads that. OSError or ValueError where it is damaged.
     """
 
     name: str
     image: Path | None
+    truth: Path
     contours: Callable[[], Contours]
 
 
@@ -154,8 +157,8 @@ def layers_of(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray
 
 def open_photos(
     folder: Path, truth: str | Path | None = None, ignore: Sequence[int] = (CROWD,)
-) -> tuple[list[Photo], list[str]]:
-    """Photographs of a folder with their ground truth, and what is wrong with the folder.
+) -> tuple[list[Photo], list[str], list[str]]:
+    """Photographs of a folder with their ground truth, what is wrong with the folder, and what is left out.
 
     Args:
         folder: holds the photographs in `images`, or itself; photographs may be missing where maps are scored.
@@ -165,13 +168,15 @@ def open_photos(
         ignore: labels of maps that are crowd or void.
 
     Returns:
-        Photos by name, and problems, a line each.
+        Photos by name; problems, a line each; notes: images without ground truth.
 
     Raises:
         ValueError: there is no ground truth at all.
     """
     folder = Path(folder)
-    names = [truth] if truth is not None else ["inst", "panoptic", "masks", "ground_truth", "groundTruth"]
+    names: list[str | Path] = (
+        [truth] if truth is not None else ["inst", "panoptic", "masks", "ground_truth", "groundTruth"]
+    )
     places = [place for name in names for place in (folder / name, Path(name)) if place.exists()]
     if not places:
         raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(map(str, names))} in '{folder}'")
@@ -184,14 +189,15 @@ def open_photos(
     ]
     if places[0].suffix == ".json":
         photos, lost = _from_coco(places[0], images)
-        return photos, problems + lost
+        return photos, problems + lost, []
     drawn = {path.stem: path for path in sorted(places[0].iterdir()) if not path.name.startswith(".")}
     shown = {path.stem: path for path in files}
-    problems += [f"{name}: no ground truth in {places[0]}" for name in sorted(set(shown) - set(drawn))]
+    notes = [f"{name}: no ground truth in {places[0]}" for name in sorted(set(shown) - set(drawn))]
     if shown:
         problems += [f"{name}: no image in {images}" for name in sorted(set(drawn) - set(shown))]
     both = [name for name in drawn if name in shown or not shown]
-    return [Photo(name, shown.get(name), _reader(drawn[name], tuple(ignore))) for name in both], problems
+    photos = [Photo(name, shown.get(name), drawn[name], _reader(drawn[name], tuple(ignore))) for name in both]
+    return photos, problems, notes
 
 
 def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
@@ -209,21 +215,18 @@ def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
         if not image.is_file():
             problems.append(f"{entry.file_name}: no image in {images}")
             continue
-        read = _contours_of_segments if isinstance(entry, coco.ImageSegments) else _contours_of_instances
-        photos.append(Photo(Path(entry.file_name).stem, image, functools.partial(read, entry)))
+        photos.append(Photo(Path(entry.file_name).stem, image, path, functools.partial(_contours_of_entry, entry)))
     twice = Counter(photo.name for photo in photos)
     problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
     return sorted(photos, key=lambda photo: photo.name), problems
 
 
-def _contours_of_segments(image: coco.ImageSegments) -> Contours:
-    segments = image.segment_map()
-    crowds = [segment["id"] for segment in image.segments if segment["iscrowd"]]
-    ignored = np.isin(segments, [0, *crowds])
-    return contours_of(np.where(ignored, 0, segments), ignored)
-
-
-def _contours_of_instances(image: coco.ImageInstances) -> Contours:
+def _contours_of_entry(image: coco.ImageSegments | coco.ImageInstances) -> Contours:
+    if isinstance(image, coco.ImageSegments):
+        segments = image.segment_map()
+        crowds = [segment["id"] for segment in image.segments if segment["iscrowd"]]
+        ignored = np.isin(segments, [0, *crowds])
+        return contours_of(np.where(ignored, 0, segments), ignored)
     crowd = np.array([instance.iscrowd for instance in image.instances], bool)
     masks = image.masks()
     ignored = masks[crowd].any(0)

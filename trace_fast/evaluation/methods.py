@@ -1,0 +1,160 @@
+"""What makes edge maps: classical detectors, folders of others' maps, and our own models, behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trace_fast.evaluation.truth import Photo
+
+__all__ = ["Method", "parse_method"]
+
+LEVELS = 99  # thresholds at which Canny is run
+
+
+@dataclass(frozen=True)
+class Method:
+    """Something that makes edge maps.
+
+    Attributes:
+        name: as tables show it.
+        identity: what its maps depend on beside the image; results are kept under it.
+        edges: makes the map (H, W) float32 in [0, 1] of a photo, at its size.
+        source: the file that a map is made from.
+        suppress: whether ridges are to be found first; False where maps hold lines already.
+        threads: whether several maps may be made at the same time.
+    """
+
+    name: str
+    identity: str
+    edges: Callable[[Photo], np.ndarray]
+    source: Callable[[Photo], Path | None]
+    suppress: bool = True
+    threads: bool = True
+
+    @property
+    def slug(self) -> str:
+        """The name as a part of file names."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
+
+
+def parse_method(text: str, *, device: str | None = None) -> Method:
+    """A method from what the command line says.
+
+    Args:
+        text: [NAME=]SPEC, where SPEC is `sobel`; `canny`; `maps:FOLDER`, of PNG files named after the images;
+            `lines:FOLDER`, the same where they hold lines (thinned maps) already; or a model as `trace_fast.edges`
+            takes it, with `@iep` or `@LEVEL` behind it for another level than the model prefers.
+        device: for models.
+
+    Returns:
+        The method, its model loaded.
+
+    Raises:
+        ValueError: SPEC is none of these.
+        RuntimeError: a package is not installed.
+    """
+    name, _, spec = text.rpartition("=")
+    name = name or spec
+    if spec in ("sobel", "canny"):
+        make = _prepare_sobel() if spec == "sobel" else _prepare_canny()
+        return Method(name, spec, lambda photo: make(_grey(photo)), lambda photo: photo.image, suppress=spec == "sobel")
+    kind, _, place = spec.partition(":")
+    if kind in ("maps", "lines"):
+        folder = Path(place)
+        if not folder.is_dir():
+            raise ValueError(f"evaluate: method {name} must name a folder of maps, got '{place}'")
+
+        def find(photo: Photo) -> Path:
+            return folder / f"{photo.name}.png"
+
+        identity = f"{kind}:{folder.resolve()}"
+        return Method(name, identity, lambda photo: read_map(find(photo)), find, suppress=kind == "maps")
+    return _of_model(name, spec, device)
+
+
+def read_map(path: Path) -> np.ndarray:
+    """A PNG file of one channel, 8 or 16 bits, as float32 in [0, 1]."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        levels = np.asarray(picture)
+    if levels.ndim != 2 or levels.dtype == bool:
+        raise ValueError(f"maps must be PNG files of one channel, got {levels.shape} {levels.dtype} in {path}")
+    largest = 255 if levels.dtype == np.uint8 else 65535
+    return levels.astype(np.float32) / np.float32(largest)
+
+
+def _of_model(name: str, spec: str, device: str | None) -> Method:
+    from trace_fast.tracer import Tracer
+
+    model, _, level = spec.partition("@")
+    timestep = level if level in ("", "iep") else int(level) if level.isdecimal() else None
+    if timestep is None:
+        raise ValueError(f"evaluate: level of method {name} must be iep or an integer, got {level!r}")
+    tracer = Tracer.from_pretrained(model, device=device)
+    options: dict[str, Any] = {} if timestep == "" else {"timestep": timestep}
+
+    def trace(photo: Photo) -> np.ndarray:
+        return tracer(photo.image, **options).edges[0, 0].cpu().numpy()
+
+    weights = hashlib.sha256()
+    for parameter in tracer.backbone.network.parameters():
+        weights.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    identity = f"{spec} {tracer.backbone.settings} {tracer.device.type} {weights.hexdigest()}"
+    return Method(name, identity, trace, lambda photo: photo.image, threads=False)
+
+
+def _grey(photo: Photo) -> np.ndarray:
+    """Luminance (H, W) float32 in [0, 1]."""
+    from trace_fast.image import to_tensor
+
+    assert photo.image is not None
+    red, green, blue = to_tensor(photo.image)[0].numpy()
+    return 0.2125 * red + 0.7154 * green + 0.0721 * blue
+
+
+def _prepare_sobel() -> Callable[[np.ndarray], np.ndarray]:
+    """Gradient of the luminance smoothed by sigma = 2; a step of full contrast is 1, a square root spreads the rest."""
+    try:
+        from skimage import filters
+    except ImportError as error:
+        raise RuntimeError("evaluate: sobel needs scikit-image: pip install 'trace_fast[eval]'") from error
+    sigma = 2.0
+
+    def run(grey: np.ndarray) -> np.ndarray:
+        # the filter gives sqrt(2) times the derivative, which is 1 / (sqrt(2 pi) sigma) at most
+        gradient = filters.sobel(filters.gaussian(grey, sigma)) * sigma * np.pi**0.5
+        return np.sqrt(gradient.clip(0, 1)).astype(np.float32)
+
+    return run
+
+
+def _prepare_canny() -> Callable[[np.ndarray], np.ndarray]:
+    """The largest of 99 upper thresholds at which Canny (lower one 0.4 of it, sigma = 1.4) keeps a pixel."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise RuntimeError("evaluate: canny needs OpenCV: pip install 'trace_fast[eval]'") from error
+    largest = 1443.0  # of the gradient of 8-bit images
+
+    def run(grey: np.ndarray) -> np.ndarray:
+        smooth = cv2.GaussianBlur(np.rint(grey * 255).astype(np.uint8), (0, 0), 1.4)
+        across = cv2.Sobel(smooth, cv2.CV_16S, 1, 0)
+        down = cv2.Sobel(smooth, cv2.CV_16S, 0, 1)
+        strength = np.zeros(grey.shape, np.float32)
+        for level in range(1, LEVELS + 1):
+            high = (level / (LEVELS + 1)) ** 2 * largest
+            found = cv2.Canny(across, down, 0.4 * high, high, L2gradient=True) > 0
+            if not found.any():
+                break
+            strength[found] = level / (LEVELS + 1)
+        return strength
+
+    return run

@@ -1,0 +1,188 @@
+"""Scores as files that people look at: JSON, CSV, a Markdown table, curves, and sheets of the best and worst images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trace_fast import annotate, ops
+from trace_fast._files import whole_file
+from trace_fast.evaluation.edges import DISTANCE, EdgeScores
+from trace_fast.evaluation.methods import Method
+from trace_fast.evaluation.truth import Photo
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["contact_sheet", "plot_curves", "table", "write_report"]
+
+SHOWN = 3  # best and worst images on a sheet, each
+# right, wrong and missed, which readers with any colour vision tell apart
+GREEN, RED, BLUE = (0.0, 0.62, 0.45), (0.84, 0.37, 0.0), (0.0, 0.45, 0.85)
+
+
+def write_report(
+    folder: Path,
+    scores: Mapping[str, EdgeScores],
+    photos: Sequence[Photo],
+    methods: Sequence[Method],
+    *,
+    command: str,
+    notes: Sequence[str] = (),
+    distance: float = DISTANCE,
+) -> None:
+    """Write scores of methods on the same photos.
+
+    Files are report.json, report.csv, report.md, images.csv (F of each at the threshold of ODS), curves.png, and
+    sheet_METHOD.png for each.
+
+    Args:
+        folder: where to; files of an earlier report are replaced.
+        scores: by the name of the method.
+        photos: in the order of the scores.
+        methods: by whom; the sheets are drawn from maps made again.
+        command: that made the report.
+        notes: what was left out.
+        distance: of matching, as a share of the diagonal.
+    """
+    ordered = dict(sorted(scores.items(), key=lambda item: item[1].ods))
+    data = {
+        "command": command,
+        "distance": distance,
+        "notes": list(notes),
+        "methods": {name: each.summary() for name, each in ordered.items()},
+        "curves": {
+            name: {"precision": each.precision.tolist(), "recall": each.recall.tolist()}
+            for name, each in ordered.items()
+        },
+    }
+    _write(folder / "report.json", json.dumps(data, indent=1) + "\n")
+    figures = ("images", "ods", "ois", "ap", "cldice", "threshold")
+    _write(folder / "report.csv", _csv([("method", *figures), *_rows(ordered, figures)]))
+    names = [photo.name for photo in photos]
+    columns = [names, *(each.best for each in ordered.values())]
+    _write(folder / "images.csv", _csv([("image", *ordered), *zip(*columns, strict=True)]))
+    _write(folder / "report.md", table(ordered, command))
+    plot_curves(ordered, folder / "curves.png")
+    for method in methods:
+        sheet = contact_sheet(method, scores[method.name], photos, distance=distance)
+        annotate.write_picture(folder / f"sheet_{method.slug}.png", sheet)
+
+
+def table(scores: Mapping[str, EdgeScores], command: str) -> str:
+    """Scores as a Markdown table, the command that made it below."""
+    split = all(each.by for each in scores.values())
+    head = ["method", "ODS", "95 %", "OIS", "AP", "clDice"]
+    head += ["recall, touching", "recall, background", "recall, small", "medium", "large"] * split
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, each in scores.items():
+        low, high = each.intervals["ods"]
+        row = [name, f"{each.ods:.3f}", f"{low:.3f} to {high:.3f}"]
+        row += [f"{value:.3f}" for value in (each.ois, each.ap, each.cldice)]
+        if split:
+            row += [f"{each.by['side'][side][0]:.3f}" for side in ("touching", "background")]
+            row += [f"{each.by['size'][size][0]:.3f}" for size in ("small", "medium", "large")]
+        lines.append(row)
+    images = next(iter(scores.values())).images
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{rows}\n\n{images} images; `{command}`.\n"
+
+
+def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
+    """Precision over recall of each method, its ODS marked, on lines of equal F.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("evaluate: needs matplotlib: pip install 'trace_fast[demo]'") from error
+
+    figure = Figure(figsize=(6.5, 5.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    recall = np.linspace(0.01, 1, 200)
+    for f in np.arange(0.1, 1, 0.1):
+        reached = recall > f / 2 + 1e-6
+        axes.plot(recall[reached], f * recall[reached] / (2 * recall[reached] - f), color="0.88", linewidth=0.8)
+        axes.annotate(f"F {f:.1f}", (1, f / (2 - f)), color="0.6", fontsize=7, ha="right", va="bottom")
+    for name, each in reversed(list(scores.items())):
+        (line,) = axes.plot(each.recall, each.precision, label=f"{name}  (ODS {each.ods:.3f})")
+        best = int(np.argmax(_f(each)))
+        axes.plot(each.recall[best], each.precision[best], marker="o", color=line.get_color())
+    axes.legend(fontsize=8)
+    with whole_file(path, "evaluate") as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def contact_sheet(
+    method: Method, scores: EdgeScores, photos: Sequence[Photo], *, distance: float = DISTANCE, height: int = 240
+) -> Image.Image:
+    """The best and the worst images of a method at the threshold of ODS: photo, map, and what was found.
+
+    Green pixels are found, orange ones wrong, blue ones missed; lines are drawn three pixels wide.
+    """
+    from PIL import Image
+
+    order = np.argsort(-scores.best, kind="stable")
+    count = min(SHOWN, (len(order) + 1) // 2)
+    chosen = [*order[:count], *order[count:][::-1][:count][::-1]]
+    rows = []
+    for index in chosen:
+        photo = photos[index]
+        edges = method.edges(photo)
+        found = _compare(method, edges, photo, scores.threshold, distance)
+        pictures = [edges, found] if photo.image is None else [photo.image, edges, found]
+        titles = [photo.name, method.name, f"F {scores.best[index]:.2f}: found, wrong, missed"]
+        rows.append(annotate.panel(pictures, titles[-len(pictures) :], height))
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + 12 for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + 12
+    return sheet
+
+
+def _compare(method: Method, edges: np.ndarray, photo: Photo, threshold: float, distance: float) -> np.ndarray:
+    """Found, wrong and missed pixels of a map in colours on white, (H, W, 3) float32."""
+    contours = photo.contours()
+    ridges = torch.from_numpy(np.ascontiguousarray(edges))[None]
+    if method.suppress:
+        ridges = ops.suppress_nonmaxima(ridges)
+    detected = ops.thin(ridges >= threshold)
+    drawn = torch.from_numpy(contours.drawn)
+    pairs = [ops.match_contours(detected, each[None], distance * float(np.hypot(*edges.shape))) for each in drawn]
+    right = torch.stack([of_detected[0] for of_detected, _ in pairs]).any(0)
+    missed = torch.stack([each & ~of_truth[0] for each, (_, of_truth) in zip(drawn, pairs, strict=True)]).any(0)
+    wrong = detected[0] & ~right & ~torch.from_numpy(contours.ignored)
+    picture = np.ones((*edges.shape, 3), np.float32)
+    for pixels, colour in ((missed, BLUE), (wrong, RED), (right, GREEN)):
+        wide = torch.nn.functional.max_pool2d(pixels[None].float(), 3, 1, 1)[0] > 0
+        picture[wide.numpy()] = colour
+    return picture
+
+
+def _f(scores: EdgeScores) -> np.ndarray:
+    return scores.precision * scores.recall / np.maximum(scores.precision + scores.recall, 1e-12)
+
+
+def _rows(scores: Mapping[str, EdgeScores], figures: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [(name, *(getattr(each, figure) for figure in figures)) for name, each in scores.items()]
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path, "evaluate") as file:
+        file.write(text.encode())

@@ -1,0 +1,148 @@
+"""A data set, some methods, and the counts of every image, each kept in a file as soon as it is there.
+
+Interrupt a run at will: the same command goes on, and finished images are not computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from trace_fast import __version__
+from trace_fast._files import whole_file
+from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count
+from trace_fast.evaluation.methods import Method
+from trace_fast.evaluation.truth import Photo
+
+__all__ = ["check", "count_all"]
+
+WORKERS = 2  # images at a time: one is read while another is matched on all cores
+Result = TypeVar("Result")
+FAILURES = (OSError, ValueError, SyntaxError)  # of damaged files; Pillow raises SyntaxError for some
+
+
+def check(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Photo], list[str], list[str]]:
+    """Read every file once, so that what is wrong is known before hours of work.
+
+    Args:
+        photos: a data set.
+        methods: what is to be scored on it.
+
+    Returns:
+        Photos that can be scored; problems, a line each: files that are missing, damaged or of the wrong size; notes,
+        a line each: photos without any contour, which are left out.
+    """
+
+    def look(photo: Photo) -> tuple[list[str], bool]:
+        try:
+            contours = photo.contours()
+        except FAILURES as error:
+            return [f"{photo.name}: ground truth {photo.truth} cannot be read: {error}"], True
+        sources = {source for method in methods if (source := method.source(photo)) is not None}
+        problems = [
+            f"{photo.name}: {method.name} needs its image" for method in methods if method.source(photo) is None
+        ]
+        for source in sorted(sources):
+            try:
+                size = _size(source)
+            except FAILURES as error:
+                problems.append(f"{photo.name}: {source} cannot be read: {error}")
+                continue
+            if size != contours.ignored.shape:
+                problems.append(f"{photo.name}: {source} has size {size}, the ground truth {contours.ignored.shape}")
+        return problems, bool(contours.drawn.any())
+
+    good, problems, notes = [], [], []
+    for photo, (found, drawn) in zip(photos, _each(look, photos, "checking files"), strict=True):
+        problems += found
+        if not drawn:
+            notes.append(f"{photo.name}: no contour in its ground truth")
+        elif not found:
+            good.append(photo)
+    return good, problems, notes
+
+
+def count_all(
+    photos: Sequence[Photo],
+    method: Method,
+    folder: Path,
+    *,
+    distance: float = DISTANCE,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> list[Counts]:
+    """Counts of every photo, from files where an earlier run has left them.
+
+    Args:
+        photos: of one data set, checked.
+        method: what makes the maps.
+        folder: where the counts go, one file a photo, in a folder below it for each method and setting.
+        distance: see `edges.count`.
+        thresholds: see `edges.count`.
+
+    Returns:
+        Counts in the order of the photos.
+    """
+    setting = json.dumps([__version__, method.identity, method.suppress, distance, list(thresholds)])
+    place = folder / f"{method.slug}-{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    one_at_a_time = nullcontext() if method.threads else threading.Lock()
+
+    def run(photo: Photo) -> Counts:
+        file = place / f"{photo.name}.npz"
+        stamp = _stamp(photo.truth, method.source(photo))
+        if (kept := _read(file, stamp)) is not None:
+            return kept
+        with one_at_a_time:
+            edges = method.edges(photo)
+        found = count(edges, photo.contours(), distance=distance, thresholds=thresholds, suppress=method.suppress)
+        with whole_file(file, "evaluate") as out:
+            np.savez_compressed(out, stamp=stamp, **vars(found))
+        return found
+
+    return list(_each(run, photos, method.name))
+
+
+def _each(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:
+    """Results in order, some computed at a time, with progress on a terminal; an error or Ctrl-C ends it at once."""
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        yield from tqdm(pool.map(work, photos), total=len(photos), desc=title, unit="image", disable=None)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(file: Path, stamp: str) -> Counts | None:
+    """Counts of a file, unless it is not there, damaged, or of files that have changed since."""
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            if str(kept["stamp"]) == stamp:
+                return Counts(kept["matches"], kept["by_group"], kept["drawn"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        tqdm.write(f"trace-fast: {file} is damaged and made again: {error}")
+    return None
+
+
+def _stamp(*files: Path | None) -> str:
+    """Size and time of files: results are good for these alone."""
+    return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for file in files if file and (stat := file.stat()))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as it is looked at, all of it decoded."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as picture:
+        width, height = ImageOps.exif_transpose(picture).size
+    return height, width
