@@ -161,9 +161,17 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="[NAME=]SPEC",
-            help="sobel, canny, maps:DIR, lines:DIR (thin already), or MODEL[@iep|@LEVEL]; repeat for several.",
+            help="Edges: sobel, canny, maps:DIR, lines:DIR (thin already), or MODEL[@iep|@LEVEL]; repeat for several.",
         ),
-    ],
+    ] = [],  # noqa: B006
+    results: Annotated[
+        list[str],
+        typer.Option(
+            "--results",
+            metavar="[NAME=]FILE",
+            help="Masks: a COCO results JSON for AP and AR, or a panoptic one for PQ; repeat.",
+        ),
+    ] = [],  # noqa: B006
     truth: Annotated[
         str | None,
         typer.Option(
@@ -180,10 +188,12 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Such as cuda:1; else the GPU where there is one.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that have a problem.")] = False,
 ) -> None:
-    """Score edge maps against instance boundaries: ODS, OIS, AP, clDice, and recall where instances touch.
+    """Score edge maps against instance boundaries, and masks against instances.
 
-    Interrupt it at will: the same command goes on. DIR gets report.json, report.csv, report.md, images.csv, curves.png
-    and a sheet of best and worst images for each method.
+    Of edges ODS, OIS, AP, clDice, and recall where instances touch; interrupt it at will, the same command goes on. The
+    report is report.json, report.csv, report.md, images.csv, curves.png and a sheet of best and worst images for each
+    method. Of masks class-agnostic AP and AR, in masks.json, masks.csv and masks.md; of panoptic segments PQ, SQ and
+    RQ, in panoptic.json and panoptic.md.
     """
     import shlex
 
@@ -191,6 +201,12 @@ def evaluate(
     from trace_fast.evaluation.methods import parse_method
     from trace_fast.evaluation.truth import open_photos
 
+    named = [text.rpartition("=") for text in results]
+    files = {name or Path(file).stem: Path(file) for name, _, file in named}
+    if not method and not results:
+        _refuse("--method or --results must be given")
+    if len(files) < len(results):
+        _refuse("--results must have a name of its own each: write NAME=FILE")
     _open_folder(output)
     try:
         photos, problems, notes = open_photos(data, truth, ignore)
@@ -205,15 +221,24 @@ def evaluate(
             _refuse("\n  ".join([f"{len(problems)} problems; --skip-bad goes on without these images", *problems]))
         if not photos:
             _refuse(f"no image with contours in '{data}'")
-        scores = {
-            each.name: edges.score(run.count_all(photos, each, output / "counts", distance=distance))
-            for each in methods
-        }
         command = shlex.join(["trace-fast", *sys.argv[1:]])
-        report.write_report(output, scores, photos, methods, command=command, notes=notes + problems, distance=distance)
+        if methods:
+            counts = {each.name: run.count_all(photos, each, output / "counts", distance=distance) for each in methods}
+            scores = {name: edges.score(each) for name, each in counts.items()}
+            left_out = [*notes, *problems]
+            report.write_report(output, scores, photos, methods, command=command, notes=left_out, distance=distance)
+            typer.echo((output / "report.md").read_text())
+        segments = {name: file for name, file in files.items() if run.is_panoptic(file)}
+        if segments:
+            quality = {name: run.score_panoptic(file, photos[0].truth) for name, file in segments.items()}
+            report.write_panoptic(output, quality, command)
+            typer.echo((output / "panoptic.md").read_text())
+        if masks := {name: file for name, file in files.items() if name not in segments}:
+            precision = {name: run.score_results(file, photos) for name, file in masks.items()}
+            report.write_masks(output, precision, command)
+            typer.echo((output / "masks.md").read_text())
     except _FAILURES as error:
         _refuse(str(error))
-    typer.echo((output / "report.md").read_text())
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,15 @@ import torch
 from trace_fast import annotate, ops
 from trace_fast._files import whole_file
 from trace_fast.evaluation.edges import DISTANCE, EdgeScores
+from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
+from trace_fast.evaluation.panoptic import PanopticScores
 from trace_fast.evaluation.truth import Photo
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["contact_sheet", "plot_curves", "table", "write_report"]
+__all__ = ["contact_sheet", "plot_curves", "table", "write_masks", "write_panoptic", "write_report"]
 
 SHOWN = 3  # best and worst images on a sheet, each
 # right, wrong and missed, which readers with any colour vision tell apart
@@ -81,7 +84,7 @@ def table(scores: Mapping[str, EdgeScores], command: str) -> str:
     split = all(each.by for each in scores.values())
     head = ["method", "ODS", "95 %", "OIS", "AP", "clDice"]
     head += ["recall, touching", "recall, background", "recall, small", "medium", "large"] * split
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = [head]
     for name, each in scores.items():
         low, high = each.intervals["ods"]
         row = [name, f"{each.ods:.3f}", f"{low:.3f} to {high:.3f}"]
@@ -91,8 +94,46 @@ def table(scores: Mapping[str, EdgeScores], command: str) -> str:
             row += [f"{each.by['size'][size][0]:.3f}" for size in ("small", "medium", "large")]
         lines.append(row)
     images = next(iter(scores.values())).images
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{rows}\n\n{images} images; `{command}`.\n"
+    return f"{_markdown(lines)}\n\n{images} images; `{command}`.\n"
+
+
+def write_masks(folder: Path, scores: Mapping[str, MaskScores], command: str) -> None:
+    """Write scores of masks: masks.json, masks.csv and masks.md.
+
+    Args:
+        folder: where to.
+        scores: by the name of the results.
+        command: that made them.
+    """
+    figures = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
+    data = {"command": command, "results": {name: vars(each) for name, each in scores.items()}}
+    _write(folder / "masks.json", json.dumps(data, indent=1) + "\n")
+    _write(folder / "masks.csv", _csv([("results", *figures), *_rows(scores, figures)]))
+    head = ["masks", "AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
+    lines = [head]
+    for name, each in scores.items():
+        low, high = each.intervals["ap"] if each.intervals else (each.ap, each.ap)
+        values = (each.ap50, each.ap75, each.ap_small, each.ap_medium, each.ap_large, each.ar100)
+        lines.append([name, f"{each.ap:.3f}", f"{low:.3f} to {high:.3f}", *(f"{value:.3f}" for value in values)])
+    _write(folder / "masks.md", f"{_markdown(lines)}\n\nClass-agnostic; `{command}`.\n")
+
+
+def write_panoptic(folder: Path, scores: Mapping[str, PanopticScores], command: str) -> None:
+    """Write panoptic quality: panoptic.json and panoptic.md.
+
+    Args:
+        folder: where to.
+        scores: by the name of the results.
+        command: that made them.
+    """
+    data = {"command": command, "results": {name: dataclasses.asdict(each) for name, each in scores.items()}}
+    _write(folder / "panoptic.json", json.dumps(data, indent=1) + "\n")
+    head = ["segments", "PQ", "SQ", "RQ", "PQ, things", "PQ, stuff", "classes"]
+    lines = [head]
+    for name, each in scores.items():
+        values = (each.all.pq, each.all.sq, each.all.rq, each.things.pq, each.stuff.pq)
+        lines.append([name, *(f"{value:.3f}" for value in values), str(each.all.classes)])
+    _write(folder / "panoptic.md", f"{_markdown(lines)}\n\n`{command}`.\n")
 
 
 def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
@@ -173,7 +214,14 @@ def _f(scores: EdgeScores) -> np.ndarray:
     return scores.precision * scores.recall / np.maximum(scores.precision + scores.recall, 1e-12)
 
 
-def _rows(scores: Mapping[str, EdgeScores], figures: Sequence[str]) -> list[tuple[Any, ...]]:
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first line is its head."""
+    head, *body = lines
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def _rows(scores: Mapping[str, Any], figures: Sequence[str]) -> list[tuple[Any, ...]]:
     return [(name, *(getattr(each, figure) for figure in figures)) for name, each in scores.items()]
 
 

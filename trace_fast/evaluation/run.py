@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from trace_fast import __version__
 from trace_fast._files import whole_file
+from trace_fast.evaluation import coco, masks, panoptic
 from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.truth import Photo
 
-__all__ = ["check", "count_all"]
+__all__ = ["check", "count_all", "is_panoptic", "score_panoptic", "score_results"]
 
 WORKERS = 2  # images at a time: one is read while another is matched on all cores
 Result = TypeVar("Result")
@@ -110,6 +111,56 @@ def count_all(
         return found
 
     return list(_each(run, photos, method.name))
+
+
+def score_results(path: Path, photos: Sequence[Photo], *, resamples: int = 1000) -> masks.MaskScores:
+    """Class-agnostic AP and AR of masks in a COCO results file.
+
+    Args:
+        path: the file; images of it that are not among the photos are left out.
+        photos: of a data set with instances.
+        resamples: behind the intervals.
+
+    Returns:
+        Scores on all of the photos.
+
+    Raises:
+        ValueError: the file has problems, or a photo has no instances, or no id of its own.
+    """
+    results = coco.read_results(path)
+
+    def read(photo: Photo) -> list[coco.ImageInstances]:
+        return [] if photo.instances is None else [photo.instances()]
+
+    truth = {image.id: image for images in _each(read, photos, "reading masks") for image in images}
+    if len(truth) < len(photos):
+        raise ValueError(
+            "evaluate: results need instances of every photo, each with a number for a name or listed in a JSON file, "
+            f"got {len(truth)} of {len(photos)}"
+        )
+    shown = {number: image for number, image in results.images.items() if number in truth}
+    if not shown:
+        raise ValueError(f"evaluate: results must be of these photos, got none of their ids in '{path}'")
+    return masks.mask_ap(coco.Instances(truth, {}), coco.Instances(shown, {}), resamples=resamples)
+
+
+def is_panoptic(path: Path) -> bool:
+    """Whether a results file holds panoptic segments."""
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"evaluate: results must be a JSON file, got '{path}': {error}") from error
+    return isinstance(data, dict) and any("segments_info" in each for each in data.get("annotations", []))
+
+
+def score_panoptic(path: Path, truth: Path) -> panoptic.PanopticScores:
+    """PQ, SQ and RQ of panoptic results against a truth, JSON files with a folder of PNG files of the same name.
+
+    Raises:
+        ValueError: a file has problems, or their images differ.
+    """
+    read = [coco.read_panoptic(file, file.with_suffix("")) for file in (truth, path)]
+    return panoptic.panoptic_quality(*read)
 
 
 def _each(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:

@@ -61,12 +61,15 @@ class Photo:
         image: its file; None where only maps of it can be scored.
         truth: the file, or folder, of its ground truth.
         contours: reads that. OSError or ValueError where it is damaged.
+        instances: reads its masks, crowds marked, as COCO has them; None where contours alone are known. The id is that
+            of a COCO file, or the name where it is a number.
     """
 
     name: str
     image: Path | None
     truth: Path
     contours: Callable[[], Contours]
+    instances: Callable[[], coco.ImageInstances] | None = None
 
 
 def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contours:
@@ -196,8 +199,7 @@ def open_photos(
     if shown:
         problems += [f"{name}: no image in {images}" for name in sorted(set(drawn) - set(shown))]
     both = [name for name in drawn if name in shown or not shown]
-    photos = [Photo(name, shown.get(name), drawn[name], _reader(drawn[name], tuple(ignore))) for name in both]
-    return photos, problems, notes
+    return [_photo(name, shown.get(name), drawn[name], tuple(ignore)) for name in both], problems, notes
 
 
 def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
@@ -215,7 +217,9 @@ def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
         if not image.is_file():
             problems.append(f"{entry.file_name}: no image in {images}")
             continue
-        photos.append(Photo(Path(entry.file_name).stem, image, path, functools.partial(_contours_of_entry, entry)))
+        instances = None if isinstance(entry, coco.ImageSegments) else functools.partial(_same, entry)
+        contours = functools.partial(_contours_of_entry, entry)
+        photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances))
     twice = Counter(photo.name for photo in photos)
     problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
     return sorted(photos, key=lambda photo: photo.name), problems
@@ -233,30 +237,44 @@ def _contours_of_entry(image: coco.ImageSegments | coco.ImageInstances) -> Conto
     return contours_of(layers_of(masks[~crowd] & ~ignored, ignored.shape), ignored)
 
 
-def _reader(path: Path, ignore: Sequence[int]) -> Callable[[], Contours]:
-    """What reads one file, or folder, of ground truth."""
-    if path.is_dir():
-        return lambda: _from_masks(path)
+def _same(image: coco.ImageInstances) -> coco.ImageInstances:
+    return image
+
+
+def _photo(name: str, image: Path | None, path: Path, ignore: Sequence[int]) -> Photo:
+    """A photo with one file, or folder, of ground truth."""
     if path.suffix == ".mat":
-        return lambda: _from_bsds(path)
-    return lambda: _from_labels(path, ignore)
+        return Photo(name, image, path, functools.partial(_from_bsds, path))
+    read = functools.partial(_from_masks, path) if path.is_dir() else functools.partial(_from_labels, path, ignore)
+    number = int(name) if name.isdecimal() else 0
+
+    def instances() -> coco.ImageInstances:
+        labels, ignored = read()
+        masks = [labels == label for label in np.unique(labels) if label]
+        flat = [mask.any(0) for mask in masks] + [ignored] * bool(ignored.any())
+        stack = np.stack(flat) if flat else np.zeros((0, *ignored.shape), bool)
+        return coco.from_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
+
+    return Photo(name, image, path, lambda: contours_of(*read()), instances)
 
 
-def _from_labels(path: Path, ignore: Sequence[int]) -> Contours:
+def _from_labels(path: Path, ignore: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (L, H, W) and what is ignored (H, W)."""
     labels = _pixels(path)
     if labels.ndim == 3:
         labels = (labels[..., :3].astype(np.int64) << (0, 8, 16)).sum(-1)
     ignored = np.isin(labels, ignore)
-    return contours_of(np.where(ignored, 0, labels), ignored)
+    return np.where(ignored, 0, labels)[None], ignored
 
 
-def _from_masks(folder: Path) -> Contours:
+def _from_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Likewise, from one mask a file."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
     masks = [_pixels(path) for path in files]
     masks = [mask.max(-1) > 0 if mask.ndim == 3 else mask > 0 for mask in masks]
     if len(shapes := {mask.shape for mask in masks}) != 1:
         raise ValueError(f"masks must be of one size, got {sorted(shapes) or 'no files'} in {folder}")
-    return contours_of(layers_of(masks, masks[0].shape))
+    return layers_of(masks, masks[0].shape), np.zeros(masks[0].shape, bool)
 
 
 def _from_bsds(path: Path) -> Contours:
