@@ -68,11 +68,24 @@ def device_memory(call: Callable[[], object]) -> int:
 def measure(benchmark, request) -> Callable[..., None]:
     """Time `call`, which has been verified, as `provider` of a group; `work` is what a call has to do, in numbers.
 
-    On a GPU the times are those of its own clock, with the cache flushed before each call.
+    On a GPU the times are those of its own clock, with the cache flushed before each call. What takes minutes is timed
+    once.
     """
 
-    def measure(group: str, provider: str, call: Callable[[], object], *, device: str = "cpu", **work: float) -> None:
+    def measure(
+        group: str,
+        provider: str,
+        call: Callable[[], object],
+        *,
+        device: str = "cpu",
+        once: bool = False,
+        **work: float,
+    ) -> None:
         benchmark.group = group
+        if once and not request.config.getoption("benchmark_disable"):
+            benchmark.extra_info.update(provider=provider, peak_memory=None)
+            benchmark.pedantic(call, rounds=1)
+            return
         call()
         if request.config.getoption("benchmark_disable"):
             benchmark(call)

@@ -1,0 +1,70 @@
+"""Scoring edges: counts of 20 photographs at 99 thresholds, beside a plain implementation on scipy and scikit-image.
+
+The photographs are PiDiNet's maps of `../shared/data/dev_coco`; both start from the same ridges and the same contours.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.spatial import cKDTree
+from skimage import morphology
+
+from trace_fast import ops
+from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS
+from trace_fast.evaluation.methods import read_map
+from trace_fast.evaluation.truth import open_photos
+
+DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "dev_coco"
+PHOTOS = 20
+
+
+@functools.cache
+def inputs():
+    """Ridges (H, W) float32, contours (1, H, W) bool and the largest distance in pixels of each photograph."""
+    photos = open_photos(DATA)[0][:PHOTOS]
+    maps = [torch.from_numpy(read_map(DATA / "pidinet" / f"{photo.name}.png")) for photo in photos]
+    contours = [torch.from_numpy(photo.contours().drawn) for photo in photos]
+    ridges = [ops.suppress_nonmaxima(edges[None])[0] for edges in maps]
+    return [(r, c, DISTANCE * float(np.hypot(*r.shape))) for r, c in zip(ridges, contours, strict=True)]
+
+
+def count_plainly():
+    """Matched and detected pixels (photographs, T, 2), by libraries."""
+    rows = []
+    for ridges, contours, distance in inputs():
+        drawn = cKDTree(np.argwhere(contours[0].numpy()))
+        for threshold in THRESHOLDS:
+            found = np.argwhere(morphology.thin(ridges.numpy() >= np.float32(threshold)))
+            if not len(found):
+                rows.append((0, 0))
+                continue
+            # pairs at distance 0 are kept as such
+            near = drawn.sparse_distance_matrix(cKDTree(found), distance, output_type="coo_matrix")
+            near.data[:] = 1
+            rows.append((int((maximum_bipartite_matching(near.tocsr(), perm_type="column") >= 0).sum()), len(found)))
+    return np.array(rows).reshape(PHOTOS, -1, 2)
+
+
+def count_natively():
+    """The same by ours."""
+    counts = [ops.count_matches(*each[:2], THRESHOLDS, each[2])[0] for each in inputs()]
+    return torch.stack(counts).numpy()[:, :, [2, 3]]
+
+
+@functools.cache
+def expected():
+    """What the libraries count, once."""
+    return count_plainly()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the photographs of {DATA}")
+@pytest.mark.parametrize("provider", ["native", "scipy and scikit-image"])
+def bench_count_matches(provider, measure):
+    inputs()
+    np.testing.assert_array_equal(count_natively(), expected())
+    call = count_natively if provider == "native" else count_plainly
+    measure(f"scoring the edges of {PHOTOS} photographs", provider, call, once=provider != "native")
