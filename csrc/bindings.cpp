@@ -50,11 +50,14 @@ void set_instruction_set(const std::string& name) {
 #define SELECT(op) (op<Isa::baseline>)
 #endif
 
-// The floats at an address; a null address, as of a tensor without storage, is refused unless there are none.
-float* floats(uintptr_t address, int64_t size) {
+// The values at an address; a null address, as of a tensor without storage, is refused unless there are none.
+template <class T>
+T* values(uintptr_t address, int64_t size) {
   if (address == 0 && size != 0) throw std::invalid_argument("_C: a pointer is null");
-  return reinterpret_cast<float*>(address);
+  return reinterpret_cast<T*>(address);
 }
+
+float* floats(uintptr_t address, int64_t size) { return values<float>(address, size); }
 
 // Scratch memory is sized by the number of threads.
 int positive(int num_threads) {
@@ -160,4 +163,50 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("previous"), py::arg("current"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("kl"),
       py::arg("abdiv"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "label_regions",
+      [](uintptr_t barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, uintptr_t labels,
+         uintptr_t counts, int num_threads) {
+        const int64_t pixels = batch * height * width;
+        SELECT(label_regions)
+        (values<uint8_t>(barrier, pixels), batch, height, width, diagonal, values<int32_t>(labels, pixels),
+         values<int32_t>(counts, batch), positive(num_threads));
+      },
+      py::arg("barrier"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("diagonal"), py::arg("labels"),
+      py::arg("counts"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "flood_fill",
+      [](uintptr_t seeds, uintptr_t barrier, int64_t batch, int64_t height, int64_t width, bool diagonal,
+         bool claim_barrier, uintptr_t labels, int num_threads) {
+        const int64_t pixels = batch * height * width;
+        SELECT(flood_fill)
+        (values<int32_t>(seeds, pixels), values<uint8_t>(barrier, pixels), batch, height, width, diagonal,
+         claim_barrier, values<int32_t>(labels, pixels), positive(num_threads));
+      },
+      py::arg("seeds"), py::arg("barrier"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("diagonal"),
+      py::arg("claim_barrier"), py::arg("labels"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "random_walk",
+      [](uintptr_t masks, uintptr_t conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
+         int64_t radius, int64_t steps, int num_threads) {
+        const int64_t pixels = batch * height * width;
+        SELECT(random_walk)
+        (floats(masks, count * pixels), floats(conductance, pixels), batch, count, height, width, radius, steps,
+         positive(num_threads));
+      },
+      py::arg("masks"), py::arg("conductance"), py::arg("batch"), py::arg("count"), py::arg("height"),
+      py::arg("width"), py::arg("radius"), py::arg("steps"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "merge_masks",
+      [](uintptr_t masks, int64_t count, int64_t height, int64_t width, double iou, uintptr_t groups, int num_threads) {
+        SELECT(merge_masks)
+        (values<uint8_t>(masks, count * height * width), count, height, width, iou, values<int64_t>(groups, count),
+         positive(num_threads));
+      },
+      py::arg("masks"), py::arg("count"), py::arg("height"), py::arg("width"), py::arg("iou"), py::arg("groups"),
+      py::arg("num_threads"), release_gil());
 }

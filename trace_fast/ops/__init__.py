@@ -11,12 +11,17 @@ from trace_fast.ops.attention import (
     resize_attention,
 )
 from trace_fast.ops.divergence import abdiv, step_kl, step_kl_abdiv
+from trace_fast.ops.regions import flood_fill, label_regions, merge_masks, random_walk
 
 __all__ = [
     "abdiv",
     "accumulate_attention",
     "accumulate_resized",
     "attention_map",
+    "flood_fill",
+    "label_regions",
+    "merge_masks",
+    "random_walk",
     "readout",
     "resize_attention",
     "step_kl",
