@@ -209,4 +209,15 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("masks"), py::arg("count"), py::arg("height"), py::arg("width"), py::arg("iou"), py::arg("groups"),
       py::arg("num_threads"), release_gil());
+
+  m.def(
+      "unite_masks",
+      [](uintptr_t masks, uintptr_t groups, int64_t count, int64_t pixels, int64_t unions, uintptr_t merged,
+         int num_threads) {
+        SELECT(unite_masks)
+        (values<uint8_t>(masks, count * pixels), values<int64_t>(groups, count), count, pixels, unions,
+         values<uint8_t>(merged, unions * pixels), positive(num_threads));
+      },
+      py::arg("masks"), py::arg("groups"), py::arg("count"), py::arg("pixels"), py::arg("unions"), py::arg("merged"),
+      py::arg("num_threads"), release_gil());
 }

@@ -25,12 +25,12 @@ TRACE_FAST_SHARED int32_t fetch_min(int32_t* slot, int32_t value) {
 // The root of item, which is the lowest of its set: parents are lower than their children, roots their own parents.
 // Every item on the way is moved to its grandparent; threads that do so at once write ancestors, whatever the order.
 TRACE_FAST_SHARED int32_t find_root(int32_t* parents, int32_t item) {
-  for (int32_t parent; (parent = parents[item]) != item;) {
+  for (int32_t parent = parents[item];;) {
     const int32_t grandparent = parents[parent];
-    if (grandparent != parent) parents[item] = grandparent;
-    item = grandparent;
+    if (grandparent == parent) return parent;
+    parents[item] = grandparent;
+    item = parent, parent = grandparent;
   }
-  return item;
 }
 
 // Makes one set of those of a and b. Many threads may call it at once (Playne and Hawick, 2018).

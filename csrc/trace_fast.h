@@ -76,7 +76,7 @@ void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int
 
 // Takes steps of a random walk, in place: each averages the pixels closer than radius by their affinity.
 // masks (batch, count, height, width); conductance (batch, height, width), whose minimum on a path is its affinity.
-// Holds the affinities of one image, half a disc of them a pixel, and, per thread, two copies of a few masks.
+// Holds the affinities of one image, half a disc of them a pixel, and, per thread, a few of the masks.
 template <Isa isa>
 void random_walk(float* masks, const float* conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
                  int64_t radius, int64_t steps, int num_threads);
@@ -86,5 +86,11 @@ void random_walk(float* masks, const float* conductance, int64_t batch, int64_t 
 template <Isa isa>
 void merge_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width, double iou, int64_t* groups,
                  int num_threads);
+
+// Writes the union of the masks of each group, of which each has one.
+// masks (count, pixels); groups (count) int64, from 0; merged (unions, pixels) bytes.
+template <Isa isa>
+void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, int64_t unions,
+                 uint8_t* merged, int num_threads);
 
 }  // namespace trace_fast

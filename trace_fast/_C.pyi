@@ -117,3 +117,12 @@ def merge_masks(
     groups: int,
     num_threads: int,
 ) -> None: ...
+def unite_masks(
+    masks: int,
+    groups: int,
+    count: int,
+    pixels: int,
+    unions: int,
+    merged: int,
+    num_threads: int,
+) -> None: ...

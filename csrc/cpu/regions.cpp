@@ -20,7 +20,10 @@ namespace trace_fast {
 namespace {
 
 // images with fewer pixels are done before another thread has started
-constexpr int64_t kWorthThreads = 1 << 16;
+constexpr int64_t kWorthThreads = 1 << 19;
+
+// floats in a line of the cache; half of how many stay close to a core
+constexpr int64_t kCacheLine = 16, kCached = 1 << 17;
 
 // Uninitialised room for values of a plain type, freed with the scope.
 template <class T>
@@ -160,8 +163,13 @@ void join_rows(const uint64_t* above, const uint64_t* row, int64_t words, int32_
     uint64_t meetings = common & (~common_shift.to_the_right(common) | above_starts | row_starts);
     for (; meetings != 0; meetings &= meetings - 1) {
       const uint64_t until = meetings ^ (meetings - 1);
-      unite(parents, above_first + __builtin_popcountll(above_starts & until) - 1,
-            first + __builtin_popcountll(row_starts & until) - 1);
+      const int32_t over = above_first + __builtin_popcountll(above_starts & until) - 1;
+      const int32_t run = first + __builtin_popcountll(row_starts & until) - 1;
+      // the first that a run meets
+      if (parents[run] == run)
+        parents[run] = find_root(parents, over);
+      else
+        unite(parents, over, run);
     }
     above_first += __builtin_popcountll(above_starts);
     first += __builtin_popcountll(row_starts);
@@ -176,6 +184,7 @@ Regions::Regions(const uint8_t* barrier, int64_t height, int64_t width, bool dia
       first(height + 1),
       room(height * ((width + 1) / 2) + 16),
       region(room.data + 1) {
+  expect_writes(room.data, height * ((width + 1) / 2) * sizeof(int32_t));
   const auto join = [&](int64_t y) {
     (diagonal ? join_rows<true> : join_rows<false>)(&free[(y - 1) * words], &free[y * words], words, first[y - 1],
                                                     first[y], region);
@@ -199,8 +208,8 @@ Regions::Regions(const uint8_t* barrier, int64_t height, int64_t width, bool dia
 
   const Array<uint8_t> seams(height);
   for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
-    for (int32_t run = first[top]; run < first[end]; ++run) region[run] = run;
     for (int64_t y = top; y < end; ++y) {
+      for (int32_t run = first[y]; run < first[y + 1]; ++run) region[run] = run;
       seams[y] = y == top && y > 0;
       if (y > top) join(y);
     }
@@ -233,6 +242,12 @@ void write_row(const uint64_t* free, int64_t width, const int32_t* values, int32
   for (int64_t x = 0; x < width; x += 64) {
     uint64_t bits = *free++, starts = bits & ~shift.to_the_right(bits);
     int64_t i = x;
+    // a word within one run, or within none
+    if (starts == 0 && (bits == 0 || bits == ~uint64_t{0}) && x + 64 <= width) {
+      const int32_t label = bits == 0 ? 0 : *value;
+      for (; i < x + 64; ++i) row[i] = label;
+      continue;
+    }
 #if defined(__AVX2__)
     // of the eight values from the present run on, each pixel takes the one as far along as runs have started
     for (; i + 8 <= smaller(x + 64, width); i += 8, bits >>= 8, starts >>= 8) {
@@ -253,28 +268,70 @@ void write_row(const uint64_t* free, int64_t width, const int32_t* values, int32
   }
 }
 
-// A pixel that a label has reached.
-struct Reached {
+// A pixel beside ground that its label can grow on.
+struct Seed {
   int32_t label, y, x;
 };
 
 // Sorts by label, least significant byte first; pixels of one label keep their order.
-void sort(List<Reached>& pixels, List<Reached>& spare) {
+void sort(List<Seed>& seeds, List<Seed>& spare) {
   for (int shift = 0; shift < 32; shift += 8) {
     int64_t ends[257] = {};
-    const auto byte = [&](int64_t i) { return pixels.data[i].label >> shift & 255; };
-    for (int64_t i = 0; i < pixels.size; ++i) ++ends[byte(i) + 1];
+    const auto byte = [&](int64_t i) { return seeds.data[i].label >> shift & 255; };
+    for (int64_t i = 0; i < seeds.size; ++i) ++ends[byte(i) + 1];
     bool sorted = false;
     for (int i = 0; i < 256; ++i) {
-      sorted |= ends[i + 1] == pixels.size;
+      sorted |= ends[i + 1] == seeds.size;
       ends[i + 1] += ends[i];
     }
     if (sorted) continue;
-    spare.reserve(pixels.size);
-    spare.size = pixels.size;
-    for (int64_t i = 0; i < pixels.size; ++i) spare.data[ends[byte(i)]++] = pixels.data[i];
-    pixels.swap(spare);
+    spare.reserve(seeds.size);
+    spare.size = seeds.size;
+    for (int64_t i = 0; i < seeds.size; ++i) spare.data[ends[byte(i)]++] = seeds.data[i];
+    seeds.swap(spare);
   }
+}
+
+// Pixels as far from the seeds as each other, by label.
+struct Front {
+  struct Pixel {
+    int32_t y, x;
+  };
+  struct Stretch {
+    int32_t label;
+    int64_t end;
+  };
+
+  List<Pixel> pixels;
+  List<Stretch> stretches;
+};
+
+// Labels the pixels of a front, and takes those one step on out of the open ones.
+template <int kSteps>
+void advance(int32_t* labels, uint64_t* open, int64_t width, const Front& front, Front& next) {
+  constexpr int kDirections[8][2] = {{-1, 0}, {0, -1}, {0, 1}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};
+  const int64_t words = width / 64 + 1;
+  next.pixels.reserve(kSteps * front.pixels.size + 1);
+  next.stretches.size = 0;
+  int64_t taken = 0;
+  for (int64_t stretch = 0, i = 0; stretch < front.stretches.size; ++stretch) {
+    const int32_t label = front.stretches.data[stretch].label;
+    for (; i < front.stretches.data[stretch].end; ++i) {
+      const Front::Pixel pixel = front.pixels.data[i];
+      labels[pixel.y * width + pixel.x] = label;
+      for (int step = 0; step < kSteps; ++step) {
+        const int32_t y = pixel.y + kDirections[step][0], x = pixel.x + kDirections[step][1];
+        uint64_t* const word = open + y * words + (x >> 6);
+        // no branch on what is open, which nobody could predict
+        const uint64_t held = *word, bit = uint64_t{1} << (x & 63);
+        *word = held & ~bit;
+        next.pixels.data[taken] = {y, x};
+        taken += (held & bit) != 0;
+      }
+    }
+    next.stretches.push({label, taken});
+  }
+  next.pixels.size = taken;
 }
 
 // Grows the labels above 0 over the open pixels, which hold 0; open (height, words) lies between two rows of zeros.
@@ -282,7 +339,7 @@ void sort(List<Reached>& pixels, List<Reached>& spare) {
 // and the first label to reach a pixel is the lowest.
 void grow(int32_t* labels, uint64_t* open, int64_t height, int64_t width, bool diagonal) {
   const int64_t words = width / 64 + 1;
-  List<Reached> edge, reached;
+  List<Seed> seeds, spare;
   for (int64_t y = 0; y < height; ++y)
     for (int64_t w = 0; w < words; ++w) {
       const auto around = [&](const uint64_t* word) {
@@ -295,27 +352,21 @@ void grow(int32_t* labels, uint64_t* open, int64_t height, int64_t width, bool d
       const int32_t* const from = labels + y * width + 64 * w;
       for (uint64_t bits = beside & positive(from, width - 64 * w); bits != 0; bits &= bits - 1) {
         const int bit = __builtin_ctzll(bits);
-        edge.push({from[bit], static_cast<int32_t>(y), static_cast<int32_t>(64 * w + bit)});
+        seeds.push({from[bit], static_cast<int32_t>(y), static_cast<int32_t>(64 * w + bit)});
       }
     }
-  sort(edge, reached);
+  sort(seeds, spare);
 
-  constexpr int kSteps[8][2] = {{-1, 0}, {0, -1}, {0, 1}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};
-  while (edge.size > 0) {
-    reached.size = 0;
-    for (int64_t i = 0; i < edge.size; ++i) {
-      const Reached pixel = edge.data[i];
-      for (int step = 0; step < (diagonal ? 8 : 4); ++step) {
-        const int32_t y = pixel.y + kSteps[step][0], x = pixel.x + kSteps[step][1];
-        uint64_t* const word = open + y * words + (x >> 6);
-        const uint64_t bit = uint64_t{1} << (x & 63);
-        if ((*word & bit) == 0) continue;
-        *word ^= bit;
-        labels[y * width + x] = pixel.label;
-        reached.push({pixel.label, y, x});
-      }
-    }
-    edge.swap(reached);
+  Front front, next;
+  for (int64_t i = 0; i < seeds.size; ++i) {
+    const Seed& seed = seeds.data[i];
+    front.pixels.push({seed.y, seed.x});
+    if (i + 1 == seeds.size || seeds.data[i + 1].label != seed.label) front.stretches.push({seed.label, i + 1});
+  }
+  while (front.pixels.size > 0) {
+    (diagonal ? advance<8> : advance<4>)(labels, open, width, front, next);
+    front.pixels.swap(next.pixels);
+    front.stretches.swap(next.stretches);
   }
 }
 
@@ -390,133 +441,202 @@ void fill(const int32_t* seeds, const uint8_t* barrier, int64_t height, int64_t 
   }
 }
 
-// masks that walk together share what they read of the affinities, and fit the registers of every vector unit
+// masks that walk together share what they read of the affinities; with two rows each they fit sixteen registers
 constexpr int kTogether = 6;
 
-// An image as one line: rows with radius - 1 zeros between them, so that a step to a pixel closer than radius has a
-// fixed length and meets zeros outside; before and after all rows there are as many zeros as the longest step passes.
-struct Line {
-  Line(int64_t height, int64_t width, int64_t radius)
-      : pitch(width + radius - 1),
-        margin(round_up((radius - 1) * (pitch + 1), kLanes)),
-        length(round_up(height * pitch, kLanes)),
-        size(margin + length + margin) {}
-
-  int64_t pitch, margin, length, size;
+// Floats that are 0 at first.
+struct Zeros : Scratch {
+  explicit Zeros(int64_t size) : Scratch(size) { std::memset(data, 0, size * sizeof(float)); }
 };
 
-// Affinities of an image, for each step ahead; those of the steps back are the same, as seen from the other end.
-struct Affinities {
-  const Line line;
-  const int64_t steps;
-  const int64_t* const lengths;  // (steps)
-  const float* const values;     // (steps, line.size)
+// What the masks of one image walk on: for each pixel, the affinities of the steps ahead, to neighbours that follow it
+// in raster order. Those of the steps back are the same, as seen from the other end.
+//
+// Rows of pixels are pitch apart: whole vectors, and as many zeros as a step can leave a row by, so that every step has
+// one length. A row of affinities is such a row of pixels for each step ahead, so that what a pixel needs is close
+// together. Where a step leaves the image its affinity is 0, and what is read there, a number, does not count.
+struct Walk {
+  // A pixel that two others read, one below the other. As seen from the upper one: where it is, and where the
+  // affinities of both are.
+  struct Source {
+    int64_t pixel, upper, lower;
+  };
 
-  // Of the pixel at i of the line, kLanes at a time: calls body(affinity, length) for each step of the walk.
+  Walk(const float* conductance, int64_t height, int64_t width, int64_t radius);
+
+  bool is_step(int64_t dy, int64_t dx) const { return (dy || dx) && dy * dy + dx * dx < radius * radius; }
+
+  // Calls body(dy, dx) for the steps ahead, in raster order.
   template <class Body>
-  void operator()(int64_t i, const Body& body) const {
-    const float* value = values + line.margin + i;
-    for (int64_t step = 0; step < steps; ++step, value += line.size) {
-      body(load(value), lengths[step]);
-      body(load(value - lengths[step]), -lengths[step]);
-    }
+  void for_ahead(const Body& body) const {
+    for (int64_t dy = 0; dy <= reach; ++dy)
+      for (int64_t dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx)
+        if (is_step(dy, dx)) body(dy, dx);
   }
+
+  // Calls body(place in a mask of this layout, place in the image) for each pixel.
+  template <class Body>
+  void for_pixels(const Body& body) const {
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) body(y * pitch + x, y * width + x);
+  }
+
+  int64_t count_ahead() const {
+    int64_t count = 0;
+    for_ahead([&](int64_t, int64_t) { ++count; });
+    return count;
+  }
+
+  const int64_t height, width, radius, reach, pairs, pitch, stride;  // pairs of rows; stride of rows of affinities
+  const int64_t shift, origin, size;  // of a mask: what a step moves it by, its upper place, its floats
+  const Zeros room;
+  float* const affinities;  // of the first row
+  const Zeros degree;       // sums of affinities; 1 between rows
+  const Array<Source> sources;
+  int64_t both = 0, upper = 0, lower = 0;  // how many sources both rows read, then the upper one alone, the lower one
 };
 
-// One step of kMasks masks, from one set of lines to another, both (kMasks, line.size); lines hold 0 but at pixels.
-// Without degree the sums are not divided.
+// One step of kMasks masks, each of walk.size floats. Rows are read in one place and written in the other, walk.shift
+// above or below, in the order in which none is overwritten that is still to be read.
 template <int kMasks>
-void step(const Affinities& affinities, const float* degree, const float* from, float* to) {
-  const Line& line = affinities.line;
-  for (int64_t i = 0; i < line.length; i += kLanes) {
-    const float* const here = from + line.margin + i;
-    vec sums[kMasks];
-    for (int mask = 0; mask < kMasks; ++mask) sums[mask] = load(here + mask * line.size);
-    affinities(i, [&](vec affinity, int64_t length) {
-      for (int mask = 0; mask < kMasks; ++mask) sums[mask] += affinity * load(here + mask * line.size + length);
-    });
-    float* const there = to + line.margin + i;
-    for (int mask = 0; mask < kMasks; ++mask)
-      store(there + mask * line.size, degree == nullptr ? sums[mask] : sums[mask] / load(degree + line.margin + i));
+void step(const Walk& walk, float* masks, bool up) {
+  const int64_t pitch = walk.pitch, size = walk.size;
+  const float* const from = masks + walk.origin + (up ? walk.shift : 0);
+  float* const to = masks + walk.origin + (up ? 0 : walk.shift);
+  // how many floats ahead to ask memory for at each vector
+  const int64_t part = walk.pairs * walk.stride > kCached ? 2 * walk.stride * kLanes / walk.width : 0;
+  for (int64_t pair = 0; pair < walk.pairs; ++pair) {
+    const int64_t y = 2 * (up ? pair : walk.pairs - 1 - pair);
+    for (int64_t x = 0; x < walk.width; x += kLanes) {
+      const float* const here = from + y * pitch + x;
+      const float* const affinities = walk.affinities + y * walk.stride + x;
+      vec upper[kMasks], lower[kMasks];
+      for (int mask = 0; mask < kMasks; ++mask) {
+        upper[mask] = load(here + mask * size);
+        lower[mask] = load(here + mask * size + pitch);
+      }
+      const Walk::Source* source = walk.sources.data;
+      for (const Walk::Source* const end = source + walk.both; source < end; ++source) {
+        const vec to_upper = load(affinities + source->upper), to_lower = load(affinities + source->lower);
+        for (int mask = 0; mask < kMasks; ++mask) {
+          vec value = load(here + mask * size + source->pixel);
+          keep(value);
+          upper[mask] += to_upper * value;
+          lower[mask] += to_lower * value;
+        }
+      }
+      for (const Walk::Source* const end = source + walk.upper; source < end; ++source) {
+        const vec to_upper = load(affinities + source->upper);
+        for (int mask = 0; mask < kMasks; ++mask) upper[mask] += to_upper * load(here + mask * size + source->pixel);
+      }
+      for (const Walk::Source* const end = source + walk.lower; source < end; ++source) {
+        const vec to_lower = load(affinities + source->lower);
+        for (int mask = 0; mask < kMasks; ++mask) lower[mask] += to_lower * load(here + mask * size + source->pixel);
+      }
+      const float* const degree = walk.degree.data + y * pitch + x;
+      const vec upper_degree = load(degree), lower_degree = load(degree + pitch);
+      float* const there = to + y * pitch + x;
+      for (int mask = 0; mask < kMasks; ++mask) {
+        store(there + mask * size, upper[mask] / upper_degree);
+        store(there + mask * size + pitch, lower[mask] / lower_degree);
+      }
+      // the affinities of the next pair of rows, in equal parts
+      const float* const next = walk.affinities + (up ? y + 2 : y - 2) * walk.stride + part * (x / kLanes);
+      for (int64_t i = 0; i < part; i += kCacheLine) __builtin_prefetch(next + i);
+    }
   }
 }
 
-using Step = void (*)(const Affinities&, const float*, const float*, float*);
+using Step = void (*)(const Walk&, float*, bool);
 constexpr Step kStep[kTogether] = {step<1>, step<2>, step<3>, step<4>, step<5>, step<6>};
 
-void clear(float* values, int64_t size) { std::memset(values, 0, size * sizeof(float)); }
-
-// The walk of the masks of one image, in place; conductance (height, width) is (1 - edge)^beta.
-void walk(float* masks, const float* conductance, int64_t count, int64_t height, int64_t width, int64_t radius,
-          int64_t steps, int num_threads) {
-  const Line line(height, width, radius);
-  const auto for_rows = [&](auto* image, float* from, const auto& body) {
-    for (int64_t y = 0; y < height; ++y) body(image + y * width, from + line.margin + y * line.pitch);
-  };
-
-  int64_t ahead = 0;
-  const Array<int64_t> lengths(2 * radius * radius);
-  const Scratch passing(line.size);
-  clear(passing.data, line.size);
-  for_rows(conductance, passing.data, [&](const float* row, float* at) {
-    for (int64_t x = 0; x < width; ++x) at[x] = row[x];
-  });
-  const auto closer = [&](const auto& body) {
-    for (int64_t dy = 0; dy < radius; ++dy)
-      for (int64_t dx = dy == 0 ? 1 : 1 - radius; dx < radius; ++dx)
-        if (dy * dy + dx * dx < radius * radius) body(dy, dx);
-  };
-  closer([&](int64_t dy, int64_t dx) { lengths[ahead++] = dy * line.pitch + dx; });
-
+Walk::Walk(const float* conductance, int64_t height, int64_t width, int64_t radius)
+    : height(height),
+      width(width),
+      radius(radius),
+      reach(radius - 1),
+      pairs((height + 1) / 2),
+      pitch(round_up(width, kLanes) + reach),
+      stride(count_ahead() * pitch),
+      shift((reach + 2) * pitch),
+      origin(reach * (pitch + 1)),
+      size(origin + shift + (2 * pairs + reach) * pitch),
+      room((reach + 2 * pairs) * stride + reach),
+      affinities(room.data + reach * (stride + 1)),
+      degree(2 * pairs * pitch),
+      sources(4 * radius * radius) {
   // an affinity is the lowest conductance on the path
-  const Scratch values(ahead * line.size);
-  float* at = values.data;
-  closer([&](int64_t dy, int64_t dx) {
-    clear(at, line.size);
-    for (int64_t i = 0; i < line.length; i += kLanes) store(at + line.margin + i, load(passing.data + line.margin + i));
-    for (int64_t y = 0; y <= dy; ++y)
-      for (int64_t x = smaller<int64_t>(dx, 0); x <= larger<int64_t>(dx, 0); ++x)
-        if (on_path(dy, dx, y, x))
-          for (int64_t i = line.margin; i < line.margin + line.length; i += kLanes) {
-            const vec other = load(passing.data + i + y * line.pitch + x), lowest = load(at + i);
-            store(at + i, other < lowest ? other : lowest);
-          }
-    at += line.size;
+  const Zeros padded((height + reach) * (pitch + 1));
+  float* const passing = padded.data + reach;
+  for_pixels([&](int64_t at, int64_t pixel) { passing[at] = conductance[pixel]; });
+  const Array<int64_t> places(radius * (2 * reach + 1));  // of the steps ahead in a row of affinities
+  int64_t place = 0;
+  for_ahead([&](int64_t dy, int64_t dx) {
+    for (int64_t row = 0; row < height; ++row)
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const float* const from = passing + row * pitch + i;
+        vec lowest = load(from);
+        for (int64_t y = 0; y <= dy; ++y)
+          for (int64_t x = smaller<int64_t>(dx, 0); x <= larger<int64_t>(dx, 0); ++x)
+            if (on_path(dy, dx, y, x)) {
+              const vec other = load(from + y * pitch + x);
+              lowest = other < lowest ? other : lowest;
+            }
+        store(affinities + row * stride + place + i, lowest);
+      }
+    places[dy * (2 * reach + 1) + dx + reach] = place;
+    place += pitch;
   });
-  const Affinities affinities{line, ahead, lengths.data, values.data};
 
-  const Scratch ones(line.size), degree(line.size);
-  clear(ones.data, line.size);
-  for_rows(conductance, ones.data, [&](const float*, float* at) {
-    for (int64_t x = 0; x < width; ++x) at[x] = 1;
-  });
-  step<1>(affinities, nullptr, ones.data, degree.data);
-  for (int64_t i = line.margin; i < line.margin + line.length; ++i)
-    if (degree.data[i] == 0) degree.data[i] = 1;
+  const auto affinity = [&](int64_t dy, int64_t dx) {
+    const bool ahead = dy > 0 || (dy == 0 && dx > 0);
+    const int64_t place = places[(ahead ? dy : -dy) * (2 * reach + 1) + (ahead ? dx : -dx) + reach];
+    return ahead ? place : place + dy * stride + dx;
+  };
+  int64_t found = 0;
+  const auto add_sources = [&](bool of_upper, bool of_lower) {
+    const int64_t before = found;
+    for (int64_t dy = -reach; dy <= reach + 1; ++dy)
+      for (int64_t dx = -reach; dx <= reach; ++dx)
+        if (is_step(dy, dx) == of_upper && is_step(dy - 1, dx) == of_lower && (of_upper || of_lower))
+          sources[found++] = {dy * pitch + dx, of_upper ? affinity(dy, dx) : 0,
+                              of_lower ? stride + affinity(dy - 1, dx) : 0};
+    return found - before;
+  };
+  both = add_sources(true, true);
+  upper = add_sources(true, false);
+  lower = add_sources(false, true);
 
+  // a step of ones, undivided, sums the affinities in the order in which it weights with them
+  const Zeros ones(size);
+  for (int64_t i = 0; i < 2 * pairs * pitch; ++i) degree.data[i] = 1;
+  for_pixels([&](int64_t at, int64_t) { ones.data[origin + shift + at] = 1; });
+  step<1>(*this, ones.data, true);
+  for_pixels([&](int64_t at, int64_t) { degree.data[at] = ones.data[origin + at]; });
+}
+
+// The walk of the masks of one image, in place.
+void walk_image(float* masks, const float* conductance, int64_t count, int64_t height, int64_t width, int64_t radius,
+                int64_t steps, int num_threads) {
+  const Walk walk(conductance, height, width, radius);
   // groups of masks, as equal as can be, enough for all threads
-  int64_t groups = (count + kTogether - 1) / kTogether;
-  groups = smaller(count, round_up(groups, num_threads));
+  const int64_t groups = smaller(count, round_up((count + kTogether - 1) / kTogether, num_threads));
   const int64_t most = (count + groups - 1) / groups;
-  const Scratch lines(num_threads * 2 * most * line.size);
+  const Zeros lines(num_threads * most * walk.size);
   parallel_for(groups, num_threads, [&](int64_t group, int thread) {
     const int64_t first = group * count / groups, together = (group + 1) * count / groups - first;
-    float* from = lines.data + thread * 2 * most * line.size;
-    float* to = from + most * line.size;
-    clear(from, 2 * most * line.size);
-    for (int64_t mask = 0; mask < together; ++mask)
-      for_rows(masks + (first + mask) * height * width, from + mask * line.size, [&](const float* row, float* at) {
-        for (int64_t x = 0; x < width; ++x) at[x] = row[x];
-      });
-    for (int64_t i = 0; i < steps; ++i) {
-      kStep[together - 1](affinities, degree.data, from, to);
-      float* const before = from;
-      from = to, to = before;
-    }
-    for (int64_t mask = 0; mask < together; ++mask)
-      for_rows(masks + (first + mask) * height * width, from + mask * line.size, [&](float* row, const float* at) {
-        for (int64_t x = 0; x < width; ++x) row[x] = at[x];
-      });
+    float* const walking = lines.data + thread * most * walk.size;
+    // calls body(float of the mask in the layout of the walk, float of the mask)
+    const auto for_all = [&](bool upper, const auto& body) {
+      for (int64_t mask = 0; mask < together; ++mask)
+        walk.for_pixels([&](int64_t at, int64_t pixel) {
+          body(walking[mask * walk.size + walk.origin + (upper ? 0 : walk.shift) + at],
+               masks[(first + mask) * height * width + pixel]);
+        });
+    };
+    for_all(false, [](float& inside, const float& outside) { inside = outside; });
+    for (int64_t i = 0; i < steps; ++i) kStep[together - 1](walk, walking, i % 2 == 0);
+    for_all(steps % 2 != 0, [](const float& inside, float& outside) { outside = inside; });
   });
 }
 
@@ -586,6 +706,7 @@ struct Masks {
 template <>
 void label_regions<TRACE_FAST_ISA>(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal,
                                    int32_t* labels, int32_t* counts, int num_threads) {
+  expect_writes(labels, batch * height * width * sizeof(int32_t));
   for (int64_t image = 0; image < batch; ++image) {
     const int64_t offset = image * height * width;
     const Regions regions(barrier + offset, height, width, diagonal, num_threads);
@@ -601,6 +722,7 @@ void label_regions<TRACE_FAST_ISA>(const uint8_t* barrier, int64_t batch, int64_
 template <>
 void flood_fill<TRACE_FAST_ISA>(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height,
                                 int64_t width, bool diagonal, bool claim_barrier, int32_t* labels, int num_threads) {
+  expect_writes(labels, batch * height * width * sizeof(int32_t));
   for (int64_t image = 0; image < batch; ++image) {
     const int64_t offset = image * height * width;
     fill(seeds + offset, barrier + offset, height, width, diagonal, claim_barrier, labels + offset, num_threads);
@@ -612,8 +734,8 @@ void random_walk<TRACE_FAST_ISA>(float* masks, const float* conductance, int64_t
                                  int64_t width, int64_t radius, int64_t steps, int num_threads) {
   if (count == 0) return;
   for (int64_t image = 0; image < batch; ++image)
-    walk(masks + image * count * height * width, conductance + image * height * width, count, height, width, radius,
-         steps, num_threads);
+    walk_image(masks + image * count * height * width, conductance + image * height * width, count, height, width,
+               radius, steps, num_threads);
 }
 
 template <>
@@ -664,6 +786,25 @@ void merge_masks<TRACE_FAST_ISA>(const uint8_t* masks, int64_t count, int64_t he
 
   int64_t found = 0;
   for (int64_t mask = 0; mask < count; ++mask) groups[mask] = roots[mask] == mask ? found++ : groups[roots[mask]];
+}
+
+template <>
+void unite_masks<TRACE_FAST_ISA>(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels,
+                                 int64_t unions, uint8_t* merged, int num_threads) {
+  expect_writes(merged, unions * pixels);
+  parallel_for(unions, num_threads, [&](int64_t group, int) {
+    uint8_t* const united = merged + group * pixels;
+    bool first = true;
+    for (int64_t mask = 0; mask < count; ++mask) {
+      if (groups[mask] != group) continue;
+      const uint8_t* const from = masks + mask * pixels;
+      if (first)
+        std::memcpy(united, from, pixels);
+      else
+        for (int64_t i = 0; i < pixels; ++i) united[i] |= from[i];
+      first = false;
+    }
+  });
 }
 
 }  // namespace trace_fast

@@ -166,8 +166,9 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
     if _backend.choose(op, masks.device.type) == "reference":
         return reference.merge_masks(masks, iou, scores)
     groups = _merge_masks(masks, float(iou))
-    merged = reference.unite(masks, groups)
-    return merged, groups, None if scores is None else reference.highest(scores, groups, len(merged))
+    unions = int(groups.max()) + 1 if len(groups) else 0
+    merged = _unite_masks(masks, groups, unions)
+    return merged, groups, None if scores is None else reference.highest(scores, groups, unions)
 
 
 @torch.library.custom_op("trace_fast::label_regions", mutates_args=())
@@ -234,3 +235,20 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
 @_merge_masks.register_fake
 def _(masks: Tensor, iou: float) -> Tensor:
     return masks.new_empty(masks.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("trace_fast::unite_masks", mutates_args=())
+def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
+    """The union of the masks (M, H, W) of each group (M,) int64, (unions, H, W)."""
+    from trace_fast import _C
+
+    masks, groups, (count, height, width) = masks.contiguous(), groups.contiguous(), masks.shape
+    merged = masks.new_empty(unions, height, width)
+    pointers, sizes = (masks.data_ptr(), groups.data_ptr()), (count, height * width, unions)
+    _C.unite_masks(*pointers, *sizes, merged.data_ptr(), torch.get_num_threads())
+    return merged
+
+
+@_unite_masks.register_fake
+def _(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
+    return masks.new_empty(unions, *masks.shape[1:])
