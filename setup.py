@@ -17,8 +17,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CORE = ["csrc/bindings.cpp", "csrc/common.cpp"]
-CPU = ["csrc/cpu/attention.cpp", "csrc/cpu/contours.cpp", "csrc/cpu/divergence.cpp"]
-HEADERS = ["csrc/trace_fast.h", "csrc/common.h", "csrc/cpu/simd.h"]
+CPU = ["csrc/cpu/attention.cpp", "csrc/cpu/contours.cpp", "csrc/cpu/divergence.cpp", "csrc/cpu/regions.cpp"]
+HEADERS = ["csrc/trace_fast.h", "csrc/common.h", "csrc/regions.h", "csrc/cpu/simd.h"]
 
 # each CPU kernel is compiled once per instruction set and chosen at run time
 ISAS = {"baseline": ""}

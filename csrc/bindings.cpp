@@ -50,17 +50,14 @@ void set_instruction_set(const std::string& name) {
 #define SELECT(op) (op<Isa::baseline>)
 #endif
 
-// The floats at an address; a null address, as of a tensor without storage, is refused unless there are none.
-float* floats(uintptr_t address, int64_t size) {
+// The values at an address; a null address, as of a tensor without storage, is refused unless there are none.
+template <class T>
+T* values(uintptr_t address, int64_t size) {
   if (address == 0 && size != 0) throw std::invalid_argument("_C: a pointer is null");
-  return reinterpret_cast<float*>(address);
+  return reinterpret_cast<T*>(address);
 }
 
-// Elements of another type, likewise.
-template <class T>
-T* elements(uintptr_t address, int64_t size) {
-  return reinterpret_cast<T*>(floats(address, size));
-}
+float* floats(uintptr_t address, int64_t size) { return values<float>(address, size); }
 
 // Scratch memory is sized by the number of threads.
 int positive(int num_threads) {
@@ -182,7 +179,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t mask, int64_t batch, int64_t height, int64_t width, uintptr_t thinned, int num_threads) {
         const int64_t size = batch * height * width;
         SELECT(thin)
-        (elements<uint8_t>(mask, size), batch, height, width, elements<uint8_t>(thinned, size), positive(num_threads));
+        (values<uint8_t>(mask, size), batch, height, width, values<uint8_t>(thinned, size), positive(num_threads));
       },
       py::arg("mask"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("thinned"),
       py::arg("num_threads"), release_gil());
@@ -193,8 +190,8 @@ PYBIND11_MODULE(_C, m) {
          uintptr_t matched_detected, uintptr_t matched_truth, int num_threads) {
         const int64_t size = batch * height * width;
         SELECT(match_contours)
-        (elements<uint8_t>(detected, size), elements<uint8_t>(truth, size), batch, height, width, distance,
-         elements<uint8_t>(matched_detected, size), elements<uint8_t>(matched_truth, size), positive(num_threads));
+        (values<uint8_t>(detected, size), values<uint8_t>(truth, size), batch, height, width, distance,
+         values<uint8_t>(matched_detected, size), values<uint8_t>(matched_truth, size), positive(num_threads));
       },
       py::arg("detected"), py::arg("truth"), py::arg("batch"), py::arg("height"), py::arg("width"),
       py::arg("distance"), py::arg("matched_detected"), py::arg("matched_truth"), py::arg("num_threads"),
@@ -207,13 +204,70 @@ PYBIND11_MODULE(_C, m) {
          bool thins, uintptr_t counts, uintptr_t group_counts, int num_threads) {
         const int64_t size = height * width;
         SELECT(count_matches)
-        (floats(edges, size), elements<uint8_t>(truths, annotators * size), elements<uint8_t>(ignored, size),
-         elements<uint8_t>(groups, annotators * size), floats(thresholds, levels), annotators, height, width, levels,
-         num_groups, distance, thins, elements<int64_t>(counts, 6 * levels),
-         elements<int64_t>(group_counts, levels * num_groups), positive(num_threads));
+        (floats(edges, size), values<uint8_t>(truths, annotators * size), values<uint8_t>(ignored, size),
+         values<uint8_t>(groups, annotators * size), floats(thresholds, levels), annotators, height, width, levels,
+         num_groups, distance, thins, values<int64_t>(counts, 6 * levels),
+         values<int64_t>(group_counts, levels * num_groups), positive(num_threads));
       },
       py::arg("edges"), py::arg("truths"), py::arg("ignored"), py::arg("groups"), py::arg("thresholds"),
       py::arg("annotators"), py::arg("height"), py::arg("width"), py::arg("levels"), py::arg("num_groups"),
       py::arg("distance"), py::arg("thins"), py::arg("counts"), py::arg("group_counts"), py::arg("num_threads"),
       release_gil());
+
+  m.def(
+      "label_regions",
+      [](uintptr_t barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, uintptr_t labels,
+         uintptr_t counts, int num_threads) {
+        const int64_t pixels = batch * height * width;
+        SELECT(label_regions)
+        (values<uint8_t>(barrier, pixels), batch, height, width, diagonal, values<int32_t>(labels, pixels),
+         values<int32_t>(counts, batch), positive(num_threads));
+      },
+      py::arg("barrier"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("diagonal"), py::arg("labels"),
+      py::arg("counts"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "flood_fill",
+      [](uintptr_t seeds, uintptr_t barrier, int64_t batch, int64_t height, int64_t width, bool diagonal,
+         bool claim_barrier, uintptr_t labels, int num_threads) {
+        const int64_t pixels = batch * height * width;
+        SELECT(flood_fill)
+        (values<int32_t>(seeds, pixels), values<uint8_t>(barrier, pixels), batch, height, width, diagonal,
+         claim_barrier, values<int32_t>(labels, pixels), positive(num_threads));
+      },
+      py::arg("seeds"), py::arg("barrier"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("diagonal"),
+      py::arg("claim_barrier"), py::arg("labels"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "random_walk",
+      [](uintptr_t masks, uintptr_t conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
+         int64_t radius, int64_t steps, int num_threads) {
+        const int64_t pixels = batch * height * width;
+        SELECT(random_walk)
+        (floats(masks, count * pixels), floats(conductance, pixels), batch, count, height, width, radius, steps,
+         positive(num_threads));
+      },
+      py::arg("masks"), py::arg("conductance"), py::arg("batch"), py::arg("count"), py::arg("height"),
+      py::arg("width"), py::arg("radius"), py::arg("steps"), py::arg("num_threads"), release_gil());
+
+  m.def(
+      "merge_masks",
+      [](uintptr_t masks, int64_t count, int64_t height, int64_t width, double iou, uintptr_t groups, int num_threads) {
+        SELECT(merge_masks)
+        (values<uint8_t>(masks, count * height * width), count, height, width, iou, values<int64_t>(groups, count),
+         positive(num_threads));
+      },
+      py::arg("masks"), py::arg("count"), py::arg("height"), py::arg("width"), py::arg("iou"), py::arg("groups"),
+      py::arg("num_threads"), release_gil());
+
+  m.def(
+      "unite_masks",
+      [](uintptr_t masks, uintptr_t groups, int64_t count, int64_t pixels, int64_t unions, uintptr_t merged,
+         int num_threads) {
+        SELECT(unite_masks)
+        (values<uint8_t>(masks, count * pixels), values<int64_t>(groups, count), count, pixels, unions,
+         values<uint8_t>(merged, unions * pixels), positive(num_threads));
+      },
+      py::arg("masks"), py::arg("groups"), py::arg("count"), py::arg("pixels"), py::arg("unions"), py::arg("merged"),
+      py::arg("num_threads"), release_gil());
 }

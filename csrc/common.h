@@ -20,6 +20,9 @@ static void parallel_for(int64_t count, int num_threads, const Body& body) {
       [](const void* context, int64_t item, int thread) { (*static_cast<const Body*>(context))(item, thread); }, &body);
 }
 
+// Asks for large pages where the memory is fresh: the faults of its first writing are then few. Contents do not change.
+void expect_writes(void* data, int64_t bytes);
+
 // Uninitialised floats on a cache-line boundary, freed with the scope.
 struct Scratch {
   explicit Scratch(int64_t size);

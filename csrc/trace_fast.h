@@ -1,8 +1,9 @@
 // The map of the core: every native entry point, declared once.
 //
-// The core knows neither torch nor Python. Arrays are contiguous in row-major order, allocated by the caller, float32
-// unless said otherwise; masks are bytes, 0 or 1. Outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height * width, channels per head, columns of
-// values.
+// The core knows neither torch nor Python. Arrays are contiguous in row-major order, float32 but where a type says
+// otherwise, and allocated by the caller; outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height *
+// width, channels per head, columns of values; images and masks have height * width pixels, fewer than 2^31.
+// A mask or barrier is bytes, 0 or not.
 // Results do not depend on num_threads.
 #pragma once
 
@@ -83,5 +84,37 @@ void count_matches(const float* edges, const uint8_t* truths, const uint8_t* ign
                    const float* thresholds, int64_t annotators, int64_t height, int64_t width, int64_t levels,
                    int64_t num_groups, double distance, bool thins, int64_t* counts, int64_t* group_counts,
                    int num_threads);
+
+// Writes the number of each pixel's region, from 1 in raster order, 0 on the barrier; and how many there are.
+// barrier, labels (batch, height, width); counts (batch). diagonal: pixels that touch at a corner are connected, too.
+template <Isa isa>
+void label_regions(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, int32_t* labels,
+                   int32_t* counts, int num_threads);
+
+// Writes the label of the nearest seed, in steps off the barrier, the lowest of several; 0 where none leads.
+// seeds, barrier, labels (batch, height, width); seeds count from 1 and off the barrier. claim_barrier: then the labels
+// grow over the barrier, too, in steps on it alone.
+template <Isa isa>
+void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height, int64_t width,
+                bool diagonal, bool claim_barrier, int32_t* labels, int num_threads);
+
+// Takes steps of a random walk, in place: each averages the pixels closer than radius by their affinity.
+// masks (batch, count, height, width); conductance (batch, height, width), whose minimum on a path is its affinity.
+// Holds the affinities of one image, half a disc of them a pixel, and, per thread, a few of the masks.
+template <Isa isa>
+void random_walk(float* masks, const float* conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
+                 int64_t radius, int64_t steps, int num_threads);
+
+// Writes the number of the union that each mask ends in, from 0 by the first mask, when all that overlap are united.
+// masks (count, height, width); groups (count) int64. Holds the masks as bits.
+template <Isa isa>
+void merge_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width, double iou, int64_t* groups,
+                 int num_threads);
+
+// Writes the union of the masks of each group, of which each has one.
+// masks (count, pixels); groups (count) int64, from 0; merged (unions, pixels) bytes.
+template <Isa isa>
+void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, int64_t unions,
+                 uint8_t* merged, int num_threads);
 
 }  // namespace trace_fast

@@ -1,4 +1,4 @@
-"""The native core: addresses of contiguous float32 arrays and their sizes; see csrc/trace_fast.h."""
+"""The native core: addresses of contiguous arrays and their sizes; see csrc/trace_fast.h."""
 
 def instruction_sets() -> list[str]:
     """Instruction sets this machine runs, slowest first."""
@@ -104,5 +104,55 @@ def count_matches(
     thins: bool,
     counts: int,
     group_counts: int,
+    num_threads: int,
+) -> None: ...
+def label_regions(
+    barrier: int,
+    batch: int,
+    height: int,
+    width: int,
+    diagonal: bool,
+    labels: int,
+    counts: int,
+    num_threads: int,
+) -> None: ...
+def flood_fill(
+    seeds: int,
+    barrier: int,
+    batch: int,
+    height: int,
+    width: int,
+    diagonal: bool,
+    claim_barrier: bool,
+    labels: int,
+    num_threads: int,
+) -> None: ...
+def random_walk(
+    masks: int,
+    conductance: int,
+    batch: int,
+    count: int,
+    height: int,
+    width: int,
+    radius: int,
+    steps: int,
+    num_threads: int,
+) -> None: ...
+def merge_masks(
+    masks: int,
+    count: int,
+    height: int,
+    width: int,
+    iou: float,
+    groups: int,
+    num_threads: int,
+) -> None: ...
+def unite_masks(
+    masks: int,
+    groups: int,
+    count: int,
+    pixels: int,
+    unions: int,
+    merged: int,
     num_threads: int,
 ) -> None: ...

@@ -25,6 +25,10 @@ OPS = (
     "step_kl",
     "abdiv",
     "step_kl_abdiv",
+    "label_regions",
+    "flood_fill",
+    "random_walk",
+    "merge_masks",
 )
 _BEST = {"cpu": "native", "cuda": "triton"}  # every op has both; other devices are served by the reference
 

@@ -4,10 +4,16 @@ Every message reads `op: name must be <requirement>, got <what>`. TypeError for 
 range or device.
 """
 
+import os
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "device", "grid", "number", "same_device", "tensor"]
+__all__ = ["contiguous", "device", "grid", "image", "integer", "memory", "number", "one_of", "same_device", "tensor"]
+
+# bytes that this machine has
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int], *dtypes: torch.dtype) -> None:
@@ -17,7 +23,7 @@ def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int],
         op: name of the op, for the message.
         name: name of the argument, for the message.
         value: the argument.
-        shape: letters for the sizes, all at least 1 but the batch.
+        shape: letters for the sizes, all at least 1 but the batch and the number of masks.
         sizes: what the letters stand for; letters seen for the first time are added.
         dtypes: the dtypes accepted.
     """
@@ -29,7 +35,7 @@ def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int],
     letters = shape.split()
     known = {letter: sizes[letter] for letter in letters if letter in sizes}
     fits = value.ndim == len(letters) and all(
-        sizes.setdefault(letter, size) == size and (size > 0 or letter == "B")
+        sizes.setdefault(letter, size) == size and (size > 0 or letter in "BM")
         for letter, size in zip(letters, value.shape, strict=True)
     )
     if not fits:
@@ -53,19 +59,48 @@ def contiguous(op: str, name: str, value: Tensor) -> None:
 
 def grid(op: str, height: int, width: int, tokens: int) -> None:
     """Require a grid of `tokens` tokens."""
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int):
-            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    integer(op, "height", height, 1)
+    integer(op, "width", width, 1)
     if height * width != tokens:
         raise ValueError(f"{op}: height * width must be N = {tokens}, got {height} * {width}")
 
 
-def number(op: str, name: str, value: float) -> None:
-    """Require a real number."""
+def image(op: str, name: str, value: Tensor) -> None:
+    """Require images (..., H, W) whose pixels an int32 can number."""
+    height, width = value.shape[-2:]
+    if height * width >= 2**31:
+        raise ValueError(f"{op}: {name} must be fewer than 2^31 pixels, got {height} * {width}")
+
+
+def memory(op: str, name: str, value: Tensor, size: int) -> None:
+    """Require that the `size` bytes which an op takes for a tensor on the CPU fit there; a GPU's allocator says so."""
+    if value.device.type == "cpu" and size > MEMORY:
+        need, have = (f"{x / 2**30:.1f} GiB" for x in (size, MEMORY))
+        raise ValueError(f"{op}: {name} must leave room in {have} of memory, got {tuple(value.shape)}: {need} more")
+
+
+def integer(op: str, name: str, value: int, least: int) -> None:
+    """Require an integer that is large enough."""
+    if not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
+def number(op: str, name: str, value: float, least: float | None = None, most: float | None = None) -> None:
+    """Require a real number, within bounds if there are any."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if most is not None and least is not None and not least <= value <= most:
+        raise ValueError(f"{op}: {name} must be from {least} to {most}, got {value}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
+def one_of(op: str, name: str, value: Any, *accepted: Any) -> None:
+    """Require one of a few values."""
+    if value not in accepted:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(str, accepted))}, got {value}")
 
 
 def device(op: str, value: torch.device | str) -> torch.device:

@@ -2,6 +2,7 @@
 
 "The paper" is "TRACE: Your Diffusion Model is Secretly an Instance Edge Detector" (ICLR 2026, arXiv 2503.07982).
 Sizes: B batch, H heads, d channels per head, h x w token grid, N = h * w tokens. Half precision is computed in float32.
+Regions and masks: M masks, H x W pixels.
 """
 
 import torch
@@ -14,7 +15,11 @@ __all__ = [
     "accumulate_resized",
     "attention_map",
     "count_matches",
+    "flood_fill",
+    "label_regions",
     "match_contours",
+    "merge_masks",
+    "random_walk",
     "readout",
     "resize_attention",
     "step_kl",
@@ -224,6 +229,154 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
     return kl, _abdiv(current, log_current, height, width)
 
 
+def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tensor]:
+    """Number the connected regions that a barrier leaves.
+
+    Pixels off the barrier belong together where a path of steps between them stays off it. A step of connectivity 8
+    may pass between two barrier pixels that touch at a corner.
+
+    Args:
+        barrier: (B, H, W) bool.
+        connectivity: 4, steps along the axes, or 8, diagonal steps too.
+
+    Returns:
+        (B, H, W) int32, 0 on the barrier, else 1 to n in the raster order of each region's first pixel; and n, the
+        number of regions, (B,) int32.
+
+    Example:
+        >>> label_regions(torch.tensor([[[False, True, False], [False, True, True]]]))[0]
+        tensor([[[1, 0, 2],
+                 [1, 0, 0]]], dtype=torch.int32)
+    """
+    batch, outside = len(barrier), barrier.shape[1] * barrier.shape[2]
+    roots, changed = torch.arange(outside, device=barrier.device).repeat(batch, 1), True
+    # each root is hung below the lowest one beside its region, then every pixel moves up, until nothing changes
+    while changed:
+        around = _lowest_neighbour(roots.view_as(barrier).masked_fill(barrier, outside), connectivity, outside)
+        lowest = torch.where(barrier, outside, around).flatten(1)
+        hung = roots.scatter_reduce(1, roots, lowest, "amin")
+        moved = hung.gather(1, hung)
+        changed = not torch.equal(moved, roots)
+        roots = moved
+    return number_roots(roots.view_as(barrier), barrier)
+
+
+def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barrier: bool = False) -> Tensor:
+    """Grow labels until they meet each other or a barrier.
+
+    Every pixel off the barrier takes the label of the seed that the fewest steps off the barrier lead to, the lowest
+    label where several are as near.
+
+    Args:
+        seeds: (B, H, W) int32 labels, at least 1; below that a pixel is no seed, and neither is one on the barrier.
+        barrier: (B, H, W) bool.
+        connectivity: 4, steps along the axes, or 8, diagonal steps too.
+        claim_barrier: let the labels grow over the barrier, too, at the end: from the pixels labelled so far and by
+            the same rule, but in steps on the barrier alone.
+
+    Returns:
+        (B, H, W) int32, 0 where no seed leads.
+
+    Example:
+        >>> barrier = torch.tensor([[[False, False, True, False]]])
+        >>> flood_fill(torch.tensor([[[7, 0, 0, 0]]], dtype=torch.int32), barrier)
+        tensor([[[7, 7, 0, 0]]], dtype=torch.int32)
+    """
+    labels = _grow(seeds.clamp_min(0).masked_fill(barrier, 0), ~barrier, connectivity)
+    return _grow(labels, barrier, connectivity) if claim_barrier else labels
+
+
+def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10, steps: int = 256) -> Tensor:
+    """Spread masks by a random walk that edges hold back (IRNet, Ahn et al., CVPR 2019).
+
+    vec(M (1 - E))^T T^steps with T_ij = a_ij / sum_i a_ij: each step averages a pixel j with those closer than `radius`
+    by their affinities a_ij = (1 - max E on the path from i to j)^beta, a_jj = 1. Pixels outside the image count as
+    edges, so a constant mask stays constant where there are none. `path` says which pixels lie on a path.
+
+    Args:
+        masks: (M, H, W) or (B, M, H, W) float.
+        edges: (H, W), of all masks, or (B, H, W), of each image; probabilities, clamped to [0, 1].
+        radius: in pixels, at least 1; neighbours are closer.
+        beta: sharpness of the affinity, at least 0.
+        steps: of the walk, at least 0.
+
+    Returns:
+        As masks, float32 or wider.
+
+    Example:
+        >>> random_walk(torch.ones(2, 3, 4), torch.zeros(3, 4)).shape
+        torch.Size([2, 3, 4])
+    """
+    height, width = edges.shape[-2:]
+    passing = (1 - edges.to(_wide(edges)).clamp(0, 1))[..., None, :, :]  # the same for all masks of an image
+    state = masks.to(_wide(masks)) * passing
+    conductance = passing**beta
+
+    links = []
+    for dy, dx in neighbours(radius):
+        if dy < height and abs(dx) < width:
+            rows, columns, left = height - dy, width - abs(dx), max(-dx, 0)
+            # windows in which pixel i and its neighbour j = i + (dy, dx), and every pixel between, are inside
+            window = [(y, left + x) for y, x in ((0, 0), (dy, dx), *path(dy, dx))]
+            i, j, *between = ((..., slice(y, y + rows), slice(x, x + columns)) for y, x in window)
+            links.append((i, j, torch.stack([conductance[pixel] for pixel in between]).amin(0)))
+
+    def gather(values: Tensor) -> Tensor:
+        total = values.clone()
+        for i, j, affinity in links:
+            total[i].addcmul_(affinity, values[j])
+            total[j].addcmul_(affinity, values[i])
+        return total
+
+    degree = gather(torch.ones_like(conductance))
+    for _ in range(steps):
+        state = gather(state) / degree
+    return state
+
+
+def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Unite masks that overlap, until no two do.
+
+    In each round every connected component of the graph "intersection over union > iou" becomes one mask, the union;
+    rounds repeat until the graph has no edge. The result does not depend on the order of the masks. An empty mask
+    overlaps nothing, another empty one included.
+
+    Args:
+        masks: (M, H, W) bool.
+        iou: masks overlap above it; in [0, 1].
+        scores: (M,) float, or None.
+
+    Returns:
+        The unions (K, H, W) bool, by the lowest index of their masks; the union that each mask is in, (M,) int64; and
+        the highest score in each union, (K,), or None without scores.
+
+    Example:
+        >>> merged, groups, _ = merge_masks(torch.tensor([[[1, 1, 0]], [[0, 0, 1]], [[0, 1, 0]]]).bool(), iou=0.4)
+        >>> merged.shape, groups
+        (torch.Size([2, 1, 3]), tensor([0, 1, 0]))
+    """
+    # sums of ones are exact up to 2^24 in float32, and tensor cores do not round them
+    exact = torch.float32 if masks[:1].numel() <= 2**24 else torch.float64
+    groups = torch.arange(len(masks), device=masks.device)
+    while True:
+        merged = unite(masks, groups)
+        pixels = merged.flatten(1).to(exact)
+        shared = (pixels @ pixels.mT).double()
+        areas = shared.diagonal()
+        joined = shared > iou * (areas[:, None] + areas - shared)
+        joined.fill_diagonal_(True)
+        # the lowest index that each component has, reached in ever longer steps
+        lowest, before = torch.arange(len(merged), device=masks.device), None
+        while before is None or not torch.equal(lowest, before):
+            before = lowest
+            lowest = torch.where(joined, lowest, len(merged)).amin(1) if len(merged) else lowest
+            lowest = lowest[lowest]
+        roots, numbers = lowest.unique(return_inverse=True)
+        if len(roots) == len(merged):
+            return merged, groups, None if scores is None else highest(scores, groups, len(merged))
+        groups = numbers[groups]
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     """The dtype sums are taken in: float32, or float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
@@ -416,3 +569,60 @@ def _slope(image: Tensor, axis: int) -> Tensor:
     shape = [-1 if i == axis else 1 for i in range(image.ndim)]
     steps = (after - before).clamp(min=1).to(image).reshape(shape)
     return (image.index_select(axis, after) - image.index_select(axis, before)) / steps
+
+
+def number_roots(roots: Tensor, barrier: Tensor) -> tuple[Tensor, Tensor]:
+    """`label_regions` from the index, in its image, of the first pixel of every pixel's region; free on the barrier."""
+    roots = roots.flatten(1).long()
+    index = torch.arange(roots.shape[1], device=roots.device)
+    first = (roots == index) & ~barrier.flatten(1)
+    labels = first.cumsum(1).gather(1, roots).view_as(barrier).masked_fill(barrier, 0)
+    return labels.int(), first.sum(1).int()
+
+
+def _lowest_neighbour(values: Tensor, connectivity: int, outside: int) -> Tensor:
+    """Minimum over the pixels one step away and the pixel itself, where those outside the image are `outside`."""
+    height, width = values.shape[-2:]
+    padded = F.pad(values, (1, 1, 1, 1), value=outside)
+    steps = [(y, x) for y in range(3) for x in range(3) if connectivity == 8 or y == 1 or x == 1]
+    return torch.stack([padded[..., y : y + height, x : x + width] for y, x in steps]).amin(0)
+
+
+def _grow(labels: Tensor, ground: Tensor, connectivity: int) -> Tensor:
+    """Labels, 0 for none, after they have grown over the ground, one step of all at a time."""
+    labels, none = labels.long(), 2**31
+    while True:
+        lowest = _lowest_neighbour(torch.where(labels > 0, labels, none), connectivity, none)
+        grown = torch.where(ground & (labels == 0) & (lowest < none), lowest, labels)
+        if torch.equal(grown, labels):
+            return labels.int()
+        labels = grown
+
+
+def neighbours(radius: int) -> list[tuple[int, int]]:
+    """Steps (dy, dx) to the pixels closer than radius that follow in raster order; the others are their opposites."""
+    steps = [(dy, dx) for dy in range(radius) for dx in range(-radius + 1, radius) if (dy, dx) > (0, 0)]
+    return [(dy, dx) for dy, dx in steps if dy**2 + dx**2 < radius**2]
+
+
+def path(dy: int, dx: int) -> list[tuple[int, int]]:
+    """Pixels on the path of a step (dy, dx), from its start at (0, 0), both ends included; dy >= 0.
+
+    They are those of the rectangle that the ends span whose distance from the line through both is less than one pixel
+    (IRNet's choice). No line of edge pixels that touch at corners lets such a path through.
+    """
+    pixels = [(y, x) for y in range(dy + 1) for x in range(min(dx, 0), max(dx, 0) + 1)]
+    return [(y, x) for y, x in pixels if (dy * x - dx * y) ** 2 < dy**2 + dx**2]
+
+
+def unite(masks: Tensor, groups: Tensor) -> Tensor:
+    """Union of the masks (M, H, W) of each group (M,), which are numbered by their first masks."""
+    merged = masks.new_zeros((len(groups.unique()), *masks.shape[1:]))
+    for index, group in enumerate(groups.tolist()):
+        merged[group] |= masks[index]
+    return merged
+
+
+def highest(scores: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Maximum of the scores (M,) of each group (M,)."""
+    return scores.new_empty(count).scatter_reduce(0, groups, scores, "amax", include_self=False)

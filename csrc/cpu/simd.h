@@ -41,6 +41,15 @@ inline vec load(const float* from) {
 
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof value); }
 
+// Leaves a value that is used twice in its register: GCC may load it for each use, as an operand in memory.
+inline void keep(vec& value) {
+#if defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+}
+
 // The first count lanes from memory, the others set to fill.
 inline vec load_first(const float* from, int64_t count, float fill) {
   vec value = splat(fill);

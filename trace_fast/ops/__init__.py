@@ -12,6 +12,7 @@ from trace_fast.ops.attention import (
 )
 from trace_fast.ops.contours import count_matches, match_contours, suppress_nonmaxima, thin
 from trace_fast.ops.divergence import abdiv, step_kl, step_kl_abdiv
+from trace_fast.ops.regions import flood_fill, label_regions, merge_masks, random_walk
 
 __all__ = [
     "abdiv",
@@ -19,7 +20,11 @@ __all__ = [
     "accumulate_resized",
     "attention_map",
     "count_matches",
+    "flood_fill",
+    "label_regions",
     "match_contours",
+    "merge_masks",
+    "random_walk",
     "readout",
     "resize_attention",
     "step_kl",

@@ -1,0 +1,810 @@
+// Regions and masks: labelling, flood fill, the random walk between edges, and the merging of masks.
+//
+// Images of one bit a pixel are rows of 64-bit words with at least one spare bit at the end, which is 0: a step to the
+// left of a row or to its right, and one above or below between two rows of zeros, meets nothing. A run is a stretch of
+// set bits in a row; runs are numbered in raster order, so that the first pixel of a region is that of its first run.
+#include "../regions.h"
+
+#include <cstdlib>
+#include <new>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../common.h"
+#include "../trace_fast.h"
+#include "simd.h"
+
+namespace trace_fast {
+namespace {
+
+// images with fewer pixels are done before another thread has started
+constexpr int64_t kWorthThreads = 1 << 19;
+
+// floats in a line of the cache; half of how many stay close to a core
+constexpr int64_t kCacheLine = 16, kCached = 1 << 17;
+
+// Uninitialised room for values of a plain type, freed with the scope.
+template <class T>
+struct Array {
+  explicit Array(int64_t size) : memory((size * sizeof(T) + 3) / 4), data(reinterpret_cast<T*>(memory.data)) {}
+  T& operator[](int64_t i) const { return data[i]; }
+
+  const Scratch memory;
+  T* const data;
+};
+
+// A list that grows; its values are plain.
+template <class T>
+struct List {
+  ~List() { std::free(data); }
+
+  void push(T value) {
+    if (size == capacity) reserve(2 * capacity + 1024);
+    data[size++] = value;
+  }
+
+  void reserve(int64_t wanted) {
+    if (wanted <= capacity) return;
+    void* const moved = std::realloc(data, wanted * sizeof(T));
+    if (moved == nullptr) throw std::bad_alloc();
+    data = static_cast<T*>(moved);
+    capacity = wanted;
+  }
+
+  void swap(List& other) {
+    const int64_t sizes[] = {size, capacity};
+    T* const values = data;
+    size = other.size, capacity = other.capacity, data = other.data;
+    other.size = sizes[0], other.capacity = sizes[1], other.data = values;
+  }
+
+  T* data = nullptr;
+  int64_t size = 0, capacity = 0;
+};
+
+template <class T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+inline T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+// A word of count ones, at most 64, lowest bits first.
+inline uint64_t ones(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// Bits of up to 64 bytes: set where one is not 0.
+inline uint64_t nonzero(const uint8_t* from, int64_t count) {
+#if defined(__AVX512BW__)
+  const __m512i bytes = _mm512_maskz_loadu_epi8(ones(count), from);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#else
+#if defined(__AVX2__)
+  if (count >= 64) {
+    const auto zeros = [&](int64_t at) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
+      return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
+    };
+    return ~(zeros(0) | uint64_t{zeros(32)} << 32);
+  }
+#endif
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < smaller<int64_t>(count, 64); ++i) bits |= uint64_t{from[i] != 0} << i;
+  return bits;
+#endif
+}
+
+// Bits of up to 64 numbers: set where one is above 0.
+inline uint64_t positive(const int32_t* from, int64_t count) {
+  uint64_t bits = 0;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i < smaller<int64_t>(count, 64); i += 16) {
+    const __m512i values = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(ones(count - i)), from + i);
+    bits |= uint64_t{_mm512_cmpgt_epi32_mask(values, _mm512_setzero_si512())} << i;
+  }
+#elif defined(__AVX2__)
+  for (; i + 8 <= smaller<int64_t>(count, 64); i += 8) {
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    const __m256 above = _mm256_castsi256_ps(_mm256_cmpgt_epi32(values, _mm256_setzero_si256()));
+    bits |= uint64_t{static_cast<uint32_t>(_mm256_movemask_ps(above))} << i;
+  }
+#endif
+  for (; i < smaller<int64_t>(count, 64); ++i) bits |= uint64_t{from[i] > 0} << i;
+  return bits;
+}
+
+// Walks along a row of words: each of them moved by one pixel, with what the one before hands over.
+struct Shift {
+  uint64_t to_the_right(uint64_t word) {
+    const uint64_t moved = word << 1 | before;
+    before = word >> 63;
+    return moved;
+  }
+
+  uint64_t before = 0;
+};
+
+// Calls body(first row, end) for strips of an image, on several threads if it is large enough.
+template <class Body>
+void for_strips(int64_t height, int64_t width, int num_threads, const Body& body) {
+  const int64_t strips = height * width < kWorthThreads ? 1 : smaller<int64_t>(4 * num_threads, height);
+  parallel_for(strips, num_threads,
+               [&](int64_t strip, int) { body(strip * height / strips, (strip + 1) * height / strips); });
+}
+
+// The free pixels of an image, and the regions they form.
+struct Regions {
+  Regions(const uint8_t* barrier, int64_t height, int64_t width, bool diagonal, int num_threads);
+
+  const int64_t height, width, words;
+  const Array<uint64_t> free;  // (height, words)
+  const Array<int32_t> first;  // (height + 1), the first run of each row, and how many there are
+  const Array<int32_t> room;   // with a margin for whole vectors
+  int32_t* const region;       // of each run, from 1
+  int32_t count = 0;
+};
+
+// Unites the runs of a row with those above that they touch.
+// Runs are widened to the corners of their pixels where corners connect; then they touch where they have a bit in
+// common. A stretch of such bits belongs to one pair as far as the next start of a run.
+template <bool kDiagonal>
+void join_rows(const uint64_t* above, const uint64_t* row, int64_t words, int32_t above_first, int32_t first,
+               int32_t* parents) {
+  Shift above_shift, row_shift, common_shift;
+  for (int64_t w = 0; w < words; ++w) {
+    const uint64_t above_before = above_shift.to_the_right(above[w]), row_before = row_shift.to_the_right(row[w]);
+    const uint64_t above_starts = above[w] & ~above_before, row_starts = row[w] & ~row_before;
+    const uint64_t common = kDiagonal ? (above[w] | above_before) & (row[w] | row_before) : above[w] & row[w];
+    uint64_t meetings = common & (~common_shift.to_the_right(common) | above_starts | row_starts);
+    for (; meetings != 0; meetings &= meetings - 1) {
+      const uint64_t until = meetings ^ (meetings - 1);
+      const int32_t over = above_first + __builtin_popcountll(above_starts & until) - 1;
+      const int32_t run = first + __builtin_popcountll(row_starts & until) - 1;
+      // the first that a run meets
+      if (parents[run] == run)
+        parents[run] = find_root(parents, over);
+      else
+        unite(parents, over, run);
+    }
+    above_first += __builtin_popcountll(above_starts);
+    first += __builtin_popcountll(row_starts);
+  }
+}
+
+Regions::Regions(const uint8_t* barrier, int64_t height, int64_t width, bool diagonal, int num_threads)
+    : height(height),
+      width(width),
+      words(width / 64 + 1),
+      free(height * words),
+      first(height + 1),
+      room(height * ((width + 1) / 2) + 16),
+      region(room.data + 1) {
+  expect_writes(room.data, height * ((width + 1) / 2) * sizeof(int32_t));
+  const auto join = [&](int64_t y) {
+    (diagonal ? join_rows<true> : join_rows<false>)(&free[(y - 1) * words], &free[y * words], words, first[y - 1],
+                                                    first[y], region);
+  };
+
+  for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
+    for (int64_t y = top; y < end; ++y) {
+      int32_t runs = 0;
+      Shift shift;
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t inside = width - 64 * w;
+        const uint64_t bits = ~nonzero(barrier + y * width + 64 * w, inside) & ones(inside);
+        runs += __builtin_popcountll(bits & ~shift.to_the_right(bits));
+        free[y * words + w] = bits;
+      }
+      first[y + 1] = runs;
+    }
+  });
+  first[0] = 0;
+  for (int64_t y = 0; y < height; ++y) first[y + 1] += first[y];
+
+  const Array<uint8_t> seams(height);
+  for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
+    for (int64_t y = top; y < end; ++y) {
+      for (int32_t run = first[y]; run < first[y + 1]; ++run) region[run] = run;
+      seams[y] = y == top && y > 0;
+      if (y > top) join(y);
+    }
+  });
+  for (int64_t y = 0; y < height; ++y)
+    if (seams[y]) join(y);
+
+  // parents come before their children, and have become regions when it is the turn of these
+  for (int32_t run = 0; run < first[height]; ++run)
+    region[run] = region[run] == run ? ++count : region[region[run]];
+}
+
+#if defined(__AVX2__)
+// How many bits of a byte are set up to each.
+struct Ranks {
+  constexpr Ranks() : of() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int bit = 0, rank = 0; bit < 8; ++bit) of[byte][bit] = rank += byte >> bit & 1;
+  }
+  uint8_t of[256][8];
+};
+constexpr Ranks kRanks;
+#endif
+
+// Writes the value of its run to each pixel of a row, 0 to the others.
+// values are those of the row's runs, readable from one before the first to seven after the last.
+void write_row(const uint64_t* free, int64_t width, const int32_t* values, int32_t* row) {
+  Shift shift;
+  const int32_t* value = values - 1;
+  for (int64_t x = 0; x < width; x += 64) {
+    uint64_t bits = *free++, starts = bits & ~shift.to_the_right(bits);
+    int64_t i = x;
+    // a word within one run, or within none
+    if (starts == 0 && (bits == 0 || bits == ~uint64_t{0}) && x + 64 <= width) {
+      const int32_t label = bits == 0 ? 0 : *value;
+      for (; i < x + 64; ++i) row[i] = label;
+      continue;
+    }
+#if defined(__AVX2__)
+    // of the eight values from the present run on, each pixel takes the one as far along as runs have started
+    for (; i + 8 <= smaller(x + 64, width); i += 8, bits >>= 8, starts >>= 8) {
+      const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value));
+      const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.of[starts & 255]));
+      const __m256i taken = _mm256_permutevar8x32_epi32(next, _mm256_cvtepu8_epi32(ranks));
+      const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
+      const __m256i written = _mm256_and_si256(taken, _mm256_cmpeq_epi32(set, lanes));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), written);
+      value += __builtin_popcountll(starts & 255);
+    }
+#endif
+    for (; i < smaller(x + 64, width); ++i, bits >>= 1, starts >>= 1) {
+      value += starts & 1;
+      row[i] = bits & 1 ? *value : 0;
+    }
+  }
+}
+
+// A pixel beside ground that its label can grow on.
+struct Seed {
+  int32_t label, y, x;
+};
+
+// Sorts by label, least significant byte first; pixels of one label keep their order.
+void sort(List<Seed>& seeds, List<Seed>& spare) {
+  for (int shift = 0; shift < 32; shift += 8) {
+    int64_t ends[257] = {};
+    const auto byte = [&](int64_t i) { return seeds.data[i].label >> shift & 255; };
+    for (int64_t i = 0; i < seeds.size; ++i) ++ends[byte(i) + 1];
+    bool sorted = false;
+    for (int i = 0; i < 256; ++i) {
+      sorted |= ends[i + 1] == seeds.size;
+      ends[i + 1] += ends[i];
+    }
+    if (sorted) continue;
+    spare.reserve(seeds.size);
+    spare.size = seeds.size;
+    for (int64_t i = 0; i < seeds.size; ++i) spare.data[ends[byte(i)]++] = seeds.data[i];
+    seeds.swap(spare);
+  }
+}
+
+// Pixels as far from the seeds as each other, by label.
+struct Front {
+  struct Pixel {
+    int32_t y, x;
+  };
+  struct Stretch {
+    int32_t label;
+    int64_t end;
+  };
+
+  List<Pixel> pixels;
+  List<Stretch> stretches;
+};
+
+// Labels the pixels of a front, and takes those one step on out of the open ones.
+template <int kSteps>
+void advance(int32_t* labels, uint64_t* open, int64_t width, const Front& front, Front& next) {
+  constexpr int kDirections[8][2] = {{-1, 0}, {0, -1}, {0, 1}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};
+  const int64_t words = width / 64 + 1;
+  next.pixels.reserve(kSteps * front.pixels.size + 1);
+  next.stretches.size = 0;
+  int64_t taken = 0;
+  for (int64_t stretch = 0, i = 0; stretch < front.stretches.size; ++stretch) {
+    const int32_t label = front.stretches.data[stretch].label;
+    for (; i < front.stretches.data[stretch].end; ++i) {
+      const Front::Pixel pixel = front.pixels.data[i];
+      labels[pixel.y * width + pixel.x] = label;
+      for (int step = 0; step < kSteps; ++step) {
+        const int32_t y = pixel.y + kDirections[step][0], x = pixel.x + kDirections[step][1];
+        uint64_t* const word = open + y * words + (x >> 6);
+        // no branch on what is open, which nobody could predict
+        const uint64_t held = *word, bit = uint64_t{1} << (x & 63);
+        *word = held & ~bit;
+        next.pixels.data[taken] = {y, x};
+        taken += (held & bit) != 0;
+      }
+    }
+    next.stretches.push({label, taken});
+  }
+  next.pixels.size = taken;
+}
+
+// Grows the labels above 0 over the open pixels, which hold 0; open (height, words) lies between two rows of zeros.
+// Breadth first, from pixels in the order of their labels: then those of every later distance are in this order too,
+// and the first label to reach a pixel is the lowest.
+void grow(int32_t* labels, uint64_t* open, int64_t height, int64_t width, bool diagonal) {
+  const int64_t words = width / 64 + 1;
+  List<Seed> seeds, spare;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t w = 0; w < words; ++w) {
+      const auto around = [&](const uint64_t* word) {
+        return *word << 1 | word[-1] >> 63 | *word >> 1 | word[1] << 63;
+      };
+      const uint64_t *const here = open + y * words + w, *const above = here - words, *const below = here + words;
+      uint64_t beside = around(here) | *above | *below;
+      if (diagonal) beside |= around(above) | around(below);
+      if (beside == 0) continue;
+      const int32_t* const from = labels + y * width + 64 * w;
+      for (uint64_t bits = beside & positive(from, width - 64 * w); bits != 0; bits &= bits - 1) {
+        const int bit = __builtin_ctzll(bits);
+        seeds.push({from[bit], static_cast<int32_t>(y), static_cast<int32_t>(64 * w + bit)});
+      }
+    }
+  sort(seeds, spare);
+
+  Front front, next;
+  for (int64_t i = 0; i < seeds.size; ++i) {
+    const Seed& seed = seeds.data[i];
+    front.pixels.push({seed.y, seed.x});
+    if (i + 1 == seeds.size || seeds.data[i + 1].label != seed.label) front.stretches.push({seed.label, i + 1});
+  }
+  while (front.pixels.size > 0) {
+    (diagonal ? advance<8> : advance<4>)(labels, open, width, front, next);
+    front.pixels.swap(next.pixels);
+    front.stretches.swap(next.stretches);
+  }
+}
+
+// The labels of one image, as flood_fill writes them.
+void fill(const int32_t* seeds, const uint8_t* barrier, int64_t height, int64_t width, bool diagonal,
+          bool claim_barrier, int32_t* labels, int num_threads) {
+  const Regions regions(barrier, height, width, diagonal, num_threads);
+  const int64_t words = regions.words;
+  // calls body(x, run) for the seeds of a row that are off the barrier
+  const auto for_seeds = [&](int64_t y, const auto& body) {
+    int32_t run = regions.first[y] - 1;
+    Shift shift;
+    for (int64_t w = 0; w < words; ++w) {
+      const uint64_t free = regions.free[y * words + w], starts = free & ~shift.to_the_right(free);
+      uint64_t bits = free == 0 ? 0 : free & positive(seeds + y * width + 64 * w, width - 64 * w);
+      for (; bits != 0; bits &= bits - 1)
+        body(64 * w + __builtin_ctzll(bits), run + __builtin_popcountll(starts & (bits ^ (bits - 1))));
+      run += __builtin_popcountll(starts);
+    }
+  };
+
+  // most regions have seeds of one label at most, which is then that of all their pixels
+  constexpr int32_t kNone = 0, kSeveral = -1;
+  const Array<int32_t> owners(regions.count + 1);
+  for (int32_t region = 0; region <= regions.count; ++region) owners[region] = kNone;
+  for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
+    for (int64_t y = top; y < end; ++y)
+      for_seeds(y, [&](int64_t x, int32_t run) {
+        const int32_t seed = seeds[y * width + x];
+        int32_t* const owner = &owners[regions.region[run]];
+        int32_t held = __atomic_load_n(owner, __ATOMIC_RELAXED);
+        if (held == seed || held == kSeveral) return;
+        const bool claimed = held == kNone && __atomic_compare_exchange_n(owner, &held, seed, false, __ATOMIC_RELAXED,
+                                                                          __ATOMIC_RELAXED);
+        if (!claimed && held != seed) __atomic_store_n(owner, kSeveral, __ATOMIC_RELAXED);
+      });
+  });
+  bool contested = false;
+  for (int32_t region = 1; region <= regions.count; ++region) contested |= owners[region] == kSeveral;
+
+  const Array<uint64_t> ground(contested || claim_barrier ? (height + 2) * words + 2 : 0);
+  uint64_t* const open = ground.data + 1 + words;
+  const auto close = [&](int64_t from, int64_t count) {
+    for (int64_t w = 0; w < count; ++w) open[from + w] = 0;
+  };
+  if (contested || claim_barrier) {
+    // one word more on each side, for a row that is read from the word before it to the one after it
+    close(-words - 1, words + 1);
+    close(height * words, words + 1);
+  }
+
+  for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
+    for (int32_t run = regions.first[top]; run < regions.first[end]; ++run)
+      regions.region[run] = larger(owners[regions.region[run]], kNone);
+    for (int64_t y = top; y < end; ++y) {
+      int32_t* const row = labels + y * width;
+      write_row(&regions.free[y * words], width, regions.region + regions.first[y], row);
+      if (!contested) continue;
+      for_seeds(y, [&](int64_t x, int32_t) {
+        if (row[x] == 0) row[x] = seeds[y * width + x];
+      });
+      for (int64_t w = 0; w < words; ++w)
+        open[y * words + w] = regions.free[y * words + w] & ~positive(row + 64 * w, width - 64 * w);
+    }
+  });
+  if (contested) grow(labels, open, height, width, diagonal);
+  if (claim_barrier) {
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t w = 0; w < words; ++w)
+        open[y * words + w] = ~regions.free[y * words + w] & ones(width - 64 * w);
+    grow(labels, open, height, width, diagonal);
+  }
+}
+
+// masks that walk together share what they read of the affinities; with two rows each they fit sixteen registers
+constexpr int kTogether = 6;
+
+// Floats that are 0 at first.
+struct Zeros : Scratch {
+  explicit Zeros(int64_t size) : Scratch(size) { std::memset(data, 0, size * sizeof(float)); }
+};
+
+// What the masks of one image walk on: for each pixel, the affinities of the steps ahead, to neighbours that follow it
+// in raster order. Those of the steps back are the same, as seen from the other end.
+//
+// Rows of pixels are pitch apart: whole vectors, and as many zeros as a step can leave a row by, so that every step has
+// one length. A row of affinities is such a row of pixels for each step ahead, so that what a pixel needs is close
+// together. Where a step leaves the image its affinity is 0, and what is read there, a number, does not count.
+struct Walk {
+  // A pixel that two others read, one below the other. As seen from the upper one: where it is, and where the
+  // affinities of both are.
+  struct Source {
+    int64_t pixel, upper, lower;
+  };
+
+  Walk(const float* conductance, int64_t height, int64_t width, int64_t radius);
+
+  bool is_step(int64_t dy, int64_t dx) const { return (dy || dx) && dy * dy + dx * dx < radius * radius; }
+
+  // Calls body(dy, dx) for the steps ahead, in raster order.
+  template <class Body>
+  void for_ahead(const Body& body) const {
+    for (int64_t dy = 0; dy <= reach; ++dy)
+      for (int64_t dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx)
+        if (is_step(dy, dx)) body(dy, dx);
+  }
+
+  // Calls body(place in a mask of this layout, place in the image) for each pixel.
+  template <class Body>
+  void for_pixels(const Body& body) const {
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) body(y * pitch + x, y * width + x);
+  }
+
+  int64_t count_ahead() const {
+    int64_t count = 0;
+    for_ahead([&](int64_t, int64_t) { ++count; });
+    return count;
+  }
+
+  const int64_t height, width, radius, reach, pairs, pitch, stride;  // pairs of rows; stride of rows of affinities
+  const int64_t shift, origin, size;  // of a mask: what a step moves it by, its upper place, its floats
+  const Zeros room;
+  float* const affinities;  // of the first row
+  const Zeros degree;       // sums of affinities; 1 between rows
+  const Array<Source> sources;
+  int64_t both = 0, upper = 0, lower = 0;  // how many sources both rows read, then the upper one alone, the lower one
+};
+
+// One step of kMasks masks, each of walk.size floats. Rows are read in one place and written in the other, walk.shift
+// above or below, in the order in which none is overwritten that is still to be read.
+template <int kMasks>
+void step(const Walk& walk, float* masks, bool up) {
+  const int64_t pitch = walk.pitch, size = walk.size;
+  const float* const from = masks + walk.origin + (up ? walk.shift : 0);
+  float* const to = masks + walk.origin + (up ? 0 : walk.shift);
+  // how many floats ahead to ask memory for at each vector
+  const int64_t part = walk.pairs * walk.stride > kCached ? 2 * walk.stride * kLanes / walk.width : 0;
+  for (int64_t pair = 0; pair < walk.pairs; ++pair) {
+    const int64_t y = 2 * (up ? pair : walk.pairs - 1 - pair);
+    for (int64_t x = 0; x < walk.width; x += kLanes) {
+      const float* const here = from + y * pitch + x;
+      const float* const affinities = walk.affinities + y * walk.stride + x;
+      vec upper[kMasks], lower[kMasks];
+      for (int mask = 0; mask < kMasks; ++mask) {
+        upper[mask] = load(here + mask * size);
+        lower[mask] = load(here + mask * size + pitch);
+      }
+      const Walk::Source* source = walk.sources.data;
+      for (const Walk::Source* const end = source + walk.both; source < end; ++source) {
+        const vec to_upper = load(affinities + source->upper), to_lower = load(affinities + source->lower);
+        for (int mask = 0; mask < kMasks; ++mask) {
+          vec value = load(here + mask * size + source->pixel);
+          keep(value);
+          upper[mask] += to_upper * value;
+          lower[mask] += to_lower * value;
+        }
+      }
+      for (const Walk::Source* const end = source + walk.upper; source < end; ++source) {
+        const vec to_upper = load(affinities + source->upper);
+        for (int mask = 0; mask < kMasks; ++mask) upper[mask] += to_upper * load(here + mask * size + source->pixel);
+      }
+      for (const Walk::Source* const end = source + walk.lower; source < end; ++source) {
+        const vec to_lower = load(affinities + source->lower);
+        for (int mask = 0; mask < kMasks; ++mask) lower[mask] += to_lower * load(here + mask * size + source->pixel);
+      }
+      const float* const degree = walk.degree.data + y * pitch + x;
+      const vec upper_degree = load(degree), lower_degree = load(degree + pitch);
+      float* const there = to + y * pitch + x;
+      for (int mask = 0; mask < kMasks; ++mask) {
+        store(there + mask * size, upper[mask] / upper_degree);
+        store(there + mask * size + pitch, lower[mask] / lower_degree);
+      }
+      // the affinities of the next pair of rows, in equal parts
+      const float* const next = walk.affinities + (up ? y + 2 : y - 2) * walk.stride + part * (x / kLanes);
+      for (int64_t i = 0; i < part; i += kCacheLine) __builtin_prefetch(next + i);
+    }
+  }
+}
+
+using Step = void (*)(const Walk&, float*, bool);
+constexpr Step kStep[kTogether] = {step<1>, step<2>, step<3>, step<4>, step<5>, step<6>};
+
+Walk::Walk(const float* conductance, int64_t height, int64_t width, int64_t radius)
+    : height(height),
+      width(width),
+      radius(radius),
+      reach(radius - 1),
+      pairs((height + 1) / 2),
+      pitch(round_up(width, kLanes) + reach),
+      stride(count_ahead() * pitch),
+      shift((reach + 2) * pitch),
+      origin(reach * (pitch + 1)),
+      size(origin + shift + (2 * pairs + reach) * pitch),
+      room((reach + 2 * pairs) * stride + reach),
+      affinities(room.data + reach * (stride + 1)),
+      degree(2 * pairs * pitch),
+      sources(4 * radius * radius) {
+  // an affinity is the lowest conductance on the path
+  const Zeros padded((height + reach) * (pitch + 1));
+  float* const passing = padded.data + reach;
+  for_pixels([&](int64_t at, int64_t pixel) { passing[at] = conductance[pixel]; });
+  const Array<int64_t> places(radius * (2 * reach + 1));  // of the steps ahead in a row of affinities
+  int64_t place = 0;
+  for_ahead([&](int64_t dy, int64_t dx) {
+    for (int64_t row = 0; row < height; ++row)
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const float* const from = passing + row * pitch + i;
+        vec lowest = load(from);
+        for (int64_t y = 0; y <= dy; ++y)
+          for (int64_t x = smaller<int64_t>(dx, 0); x <= larger<int64_t>(dx, 0); ++x)
+            if (on_path(dy, dx, y, x)) {
+              const vec other = load(from + y * pitch + x);
+              lowest = other < lowest ? other : lowest;
+            }
+        store(affinities + row * stride + place + i, lowest);
+      }
+    places[dy * (2 * reach + 1) + dx + reach] = place;
+    place += pitch;
+  });
+
+  const auto affinity = [&](int64_t dy, int64_t dx) {
+    const bool ahead = dy > 0 || (dy == 0 && dx > 0);
+    const int64_t place = places[(ahead ? dy : -dy) * (2 * reach + 1) + (ahead ? dx : -dx) + reach];
+    return ahead ? place : place + dy * stride + dx;
+  };
+  int64_t found = 0;
+  const auto add_sources = [&](bool of_upper, bool of_lower) {
+    const int64_t before = found;
+    for (int64_t dy = -reach; dy <= reach + 1; ++dy)
+      for (int64_t dx = -reach; dx <= reach; ++dx)
+        if (is_step(dy, dx) == of_upper && is_step(dy - 1, dx) == of_lower && (of_upper || of_lower))
+          sources[found++] = {dy * pitch + dx, of_upper ? affinity(dy, dx) : 0,
+                              of_lower ? stride + affinity(dy - 1, dx) : 0};
+    return found - before;
+  };
+  both = add_sources(true, true);
+  upper = add_sources(true, false);
+  lower = add_sources(false, true);
+
+  // a step of ones, undivided, sums the affinities in the order in which it weights with them
+  const Zeros ones(size);
+  for (int64_t i = 0; i < 2 * pairs * pitch; ++i) degree.data[i] = 1;
+  for_pixels([&](int64_t at, int64_t) { ones.data[origin + shift + at] = 1; });
+  step<1>(*this, ones.data, true);
+  for_pixels([&](int64_t at, int64_t) { degree.data[at] = ones.data[origin + at]; });
+}
+
+// The walk of the masks of one image, in place.
+void walk_image(float* masks, const float* conductance, int64_t count, int64_t height, int64_t width, int64_t radius,
+                int64_t steps, int num_threads) {
+  const Walk walk(conductance, height, width, radius);
+  // groups of masks, as equal as can be, enough for all threads
+  const int64_t groups = smaller(count, round_up((count + kTogether - 1) / kTogether, num_threads));
+  const int64_t most = (count + groups - 1) / groups;
+  const Zeros lines(num_threads * most * walk.size);
+  parallel_for(groups, num_threads, [&](int64_t group, int thread) {
+    const int64_t first = group * count / groups, together = (group + 1) * count / groups - first;
+    float* const walking = lines.data + thread * most * walk.size;
+    // calls body(float of the mask in the layout of the walk, float of the mask)
+    const auto for_all = [&](bool upper, const auto& body) {
+      for (int64_t mask = 0; mask < together; ++mask)
+        walk.for_pixels([&](int64_t at, int64_t pixel) {
+          body(walking[mask * walk.size + walk.origin + (upper ? 0 : walk.shift) + at],
+               masks[(first + mask) * height * width + pixel]);
+        });
+    };
+    for_all(false, [](float& inside, const float& outside) { inside = outside; });
+    for (int64_t i = 0; i < steps; ++i) kStep[together - 1](walk, walking, i % 2 == 0);
+    for_all(steps % 2 != 0, [](const float& inside, float& outside) { outside = inside; });
+  });
+}
+
+// Masks of one bit a pixel, and what is quick to know of each. They need no spare bits.
+struct Masks {
+  struct Extent {
+    int64_t pixels, top, end, left, right;  // rows [top, end), words [left, right)
+  };
+
+  Masks(const uint8_t* masks, int64_t count, int64_t height, int64_t width, int num_threads)
+      : height(height), words((width + 63) / 64), bits(count * height * words), extents(count) {
+    parallel_for(count, num_threads, [&](int64_t mask, int) {
+      Extent extent = {0, height, 0, words, 0};
+      for (int64_t y = 0; y < height; ++y)
+        for (int64_t w = 0; w < words; ++w) {
+          const uint64_t word = nonzero(masks + (mask * height + y) * width + 64 * w, width - 64 * w);
+          row(mask, y)[w] = word;
+          if (word == 0) continue;
+          extent.pixels += __builtin_popcountll(word);
+          extent.top = smaller(extent.top, y), extent.end = y + 1;
+          extent.left = smaller(extent.left, w), extent.right = larger(extent.right, w + 1);
+        }
+      extents[mask] = extent;
+    });
+  }
+
+  uint64_t* row(int64_t mask, int64_t y) const { return &bits[(mask * height + y) * words]; }
+
+  bool overlap(int64_t mask, int64_t other, double iou) const {
+    const Extent &one = extents[mask], &two = extents[other];
+    const int64_t top = larger(one.top, two.top), end = smaller(one.end, two.end);
+    const int64_t left = larger(one.left, two.left), right = smaller(one.right, two.right);
+    if (top >= end || left >= right) return false;
+    // they share no more than the smaller one has, and no more than there is in both extents
+    const int64_t most = smaller(smaller(one.pixels, two.pixels), 64 * (end - top) * (right - left));
+    if (!trace_fast::overlap(most, one.pixels, two.pixels, iou)) return false;
+    int64_t shared = 0;
+    for (int64_t y = top; y < end; ++y) {
+      const uint64_t *const here = row(mask, y), *const there = row(other, y);
+      for (int64_t w = left; w < right; ++w) shared += __builtin_popcountll(here[w] & there[w]);
+    }
+    return trace_fast::overlap(shared, one.pixels, two.pixels, iou);
+  }
+
+  // Adds the pixels of another mask.
+  void add(int64_t mask, int64_t other) {
+    Extent& extent = extents[mask];
+    const Extent& more = extents[other];
+    for (int64_t y = more.top; y < more.end; ++y) {
+      uint64_t *const here = row(mask, y), *const there = row(other, y);
+      for (int64_t w = more.left; w < more.right; ++w) {
+        extent.pixels += __builtin_popcountll(there[w] & ~here[w]);
+        here[w] |= there[w];
+      }
+    }
+    extent.top = smaller(extent.top, more.top), extent.end = larger(extent.end, more.end);
+    extent.left = smaller(extent.left, more.left), extent.right = larger(extent.right, more.right);
+  }
+
+  const int64_t height, words;
+  const Array<uint64_t> bits;    // (count, height, words)
+  const Array<Extent> extents;  // (count)
+};
+
+}  // namespace
+
+template <>
+void label_regions<TRACE_FAST_ISA>(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal,
+                                   int32_t* labels, int32_t* counts, int num_threads) {
+  expect_writes(labels, batch * height * width * sizeof(int32_t));
+  for (int64_t image = 0; image < batch; ++image) {
+    const int64_t offset = image * height * width;
+    const Regions regions(barrier + offset, height, width, diagonal, num_threads);
+    counts[image] = regions.count;
+    for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
+      for (int64_t y = top; y < end; ++y)
+        write_row(&regions.free[y * regions.words], width, regions.region + regions.first[y],
+                  labels + offset + y * width);
+    });
+  }
+}
+
+template <>
+void flood_fill<TRACE_FAST_ISA>(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height,
+                                int64_t width, bool diagonal, bool claim_barrier, int32_t* labels, int num_threads) {
+  expect_writes(labels, batch * height * width * sizeof(int32_t));
+  for (int64_t image = 0; image < batch; ++image) {
+    const int64_t offset = image * height * width;
+    fill(seeds + offset, barrier + offset, height, width, diagonal, claim_barrier, labels + offset, num_threads);
+  }
+}
+
+template <>
+void random_walk<TRACE_FAST_ISA>(float* masks, const float* conductance, int64_t batch, int64_t count, int64_t height,
+                                 int64_t width, int64_t radius, int64_t steps, int num_threads) {
+  if (count == 0) return;
+  for (int64_t image = 0; image < batch; ++image)
+    walk_image(masks + image * count * height * width, conductance + image * height * width, count, height, width,
+               radius, steps, num_threads);
+}
+
+template <>
+void merge_masks<TRACE_FAST_ISA>(const uint8_t* masks, int64_t count, int64_t height, int64_t width, double iou,
+                                 int64_t* groups, int num_threads) {
+  Masks unions(masks, count, height, width, num_threads);
+  const int64_t words = count / 64 + 1;
+  const Array<uint64_t> joined(count * words);  // the later unions that each overlaps
+  const Array<int32_t> parents(count), roots(count);
+  const Array<uint8_t> grown(count);  // in the last round: two others overlap no more than they did
+  for (int64_t mask = 0; mask < count; ++mask) {
+    parents[mask] = roots[mask] = static_cast<int32_t>(mask);
+    grown[mask] = 1;
+  }
+
+  const auto root_of = [&](int64_t mask) { return find_root(parents.data, static_cast<int32_t>(mask)); };
+  for (bool merging = count > 0; merging;) {
+    parallel_for(count, num_threads, [&](int64_t mask, int) {
+      for (int64_t w = 0; w < words; ++w) joined[mask * words + w] = 0;
+      if (roots[mask] != mask) return;
+      for (int64_t other = mask + 1; other < count; ++other)
+        if (roots[other] == other && (grown[mask] || grown[other]) && unions.overlap(mask, other, iou))
+          joined[mask * words + other / 64] |= uint64_t{1} << other % 64;
+    });
+    for (int64_t mask = 0; mask < count; ++mask)
+      for (int64_t w = 0; w < words; ++w)
+        for (uint64_t bits = joined[mask * words + w]; bits != 0; bits &= bits - 1)
+          unite(parents.data, static_cast<int32_t>(mask), static_cast<int32_t>(64 * w + __builtin_ctzll(bits)));
+
+    for (int64_t mask = 0; mask < count; ++mask) parents[mask] = root_of(mask);
+
+    // each union takes those that came to it in this round
+    parallel_for(count, num_threads, [&](int64_t mask, int) {
+      grown[mask] = 0;
+      if (parents[mask] != mask) return;
+      for (int64_t other = mask + 1; other < count; ++other)
+        if (roots[other] == other && parents[other] == mask) {
+          unions.add(mask, other);
+          grown[mask] = 1;
+        }
+    });
+    merging = false;
+    for (int64_t mask = 0; mask < count; ++mask) {
+      roots[mask] = parents[mask];
+      merging |= grown[mask];
+    }
+  }
+
+  int64_t found = 0;
+  for (int64_t mask = 0; mask < count; ++mask) groups[mask] = roots[mask] == mask ? found++ : groups[roots[mask]];
+}
+
+template <>
+void unite_masks<TRACE_FAST_ISA>(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels,
+                                 int64_t unions, uint8_t* merged, int num_threads) {
+  expect_writes(merged, unions * pixels);
+  parallel_for(unions, num_threads, [&](int64_t group, int) {
+    uint8_t* const united = merged + group * pixels;
+    bool first = true;
+    for (int64_t mask = 0; mask < count; ++mask) {
+      if (groups[mask] != group) continue;
+      const uint8_t* const from = masks + mask * pixels;
+      if (first)
+        std::memcpy(united, from, pixels);
+      else
+        for (int64_t i = 0; i < pixels; ++i) united[i] |= from[i];
+      first = false;
+    }
+  });
+}
+
+}  // namespace trace_fast

@@ -1,0 +1,254 @@
+"""Regions and masks: labelling, growth and random walks between edges, and the merging of masks that overlap."""
+
+import torch
+from torch import Tensor
+
+from trace_fast import _backend, _checks, reference
+
+__all__ = ["flood_fill", "label_regions", "merge_masks", "random_walk"]
+
+
+def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tensor]:
+    """Number the connected regions that a barrier leaves.
+
+    Pixels off the barrier belong together where a path of steps between them stays off it. A step of connectivity 8
+    may pass between two barrier pixels that touch at a corner.
+
+    Args:
+        barrier: (B, H, W) bool, any strides, fewer than 2^31 pixels an image.
+        connectivity: 4, steps along the axes, or 8, diagonal steps too.
+
+    Returns:
+        (B, H, W) int32, 0 on the barrier, else 1 to n in the raster order of each region's first pixel; and n, the
+        number of regions, (B,) int32.
+
+    Raises:
+        TypeError: barrier is not a bool tensor.
+        ValueError: barrier is not (B, H, W) or too large, or connectivity is neither 4 nor 8.
+
+    Example:
+        >>> label_regions(torch.tensor([[[False, True, False], [False, True, True]]]))[0]
+        tensor([[[1, 0, 2],
+                 [1, 0, 0]]], dtype=torch.int32)
+    """
+    op = "label_regions"
+    _checks.tensor(op, "barrier", barrier, "B H W", {}, torch.bool)
+    _checks.image(op, "barrier", barrier)
+    _checks.one_of(op, "connectivity", connectivity, 4, 8)
+    # labels, and as much again for the bits and runs of one image at worst
+    _checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 3 * barrier.shape[1] * barrier.shape[2])
+    if _backend.choose(op, barrier.device.type) == "reference":
+        return reference.label_regions(barrier, connectivity)
+    return _label_regions(barrier, connectivity)
+
+
+def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barrier: bool = False) -> Tensor:
+    """Grow labels until they meet each other or a barrier.
+
+    Every pixel off the barrier takes the label of the seed that the fewest steps off the barrier lead to, the lowest
+    label where several are as near.
+
+    Args:
+        seeds: (B, H, W) int32 labels, at least 1; below that a pixel is no seed, and neither is one on the barrier.
+            Any strides, fewer than 2^31 pixels an image.
+        barrier: (B, H, W) bool, any strides.
+        connectivity: 4, steps along the axes, or 8, diagonal steps too.
+        claim_barrier: let the labels grow over the barrier, too, at the end: from the pixels labelled so far and by
+            the same rule, but in steps on the barrier alone.
+
+    Returns:
+        (B, H, W) int32, 0 where no seed leads.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices differ from each other, seeds are too large, or connectivity is neither 4 nor 8.
+
+    Example:
+        >>> barrier = torch.tensor([[[False, False, True, False]]])
+        >>> flood_fill(torch.tensor([[[7, 0, 0, 0]]], dtype=torch.int32), barrier)
+        tensor([[[7, 7, 0, 0]]], dtype=torch.int32)
+    """
+    op = "flood_fill"
+    sizes: dict[str, int] = {}
+    _checks.tensor(op, "seeds", seeds, "B H W", sizes, torch.int32)
+    _checks.tensor(op, "barrier", barrier, "B H W", sizes, torch.bool)
+    _checks.same_device(op, seeds=seeds, barrier=barrier)
+    _checks.image(op, "seeds", seeds)
+    _checks.one_of(op, "connectivity", connectivity, 4, 8)
+    _checks.one_of(op, "claim_barrier", claim_barrier, False, True)
+    _checks.memory(op, "seeds", seeds, 4 * seeds.numel() + 3 * seeds.shape[1] * seeds.shape[2])
+    if _backend.choose(op, seeds.device.type) == "reference":
+        return reference.flood_fill(seeds, barrier, connectivity, claim_barrier)
+    return _flood_fill(seeds, barrier, connectivity, bool(claim_barrier))
+
+
+def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10, steps: int = 256) -> Tensor:
+    """Spread masks by a random walk that edges hold back (IRNet, Ahn et al., CVPR 2019).
+
+    vec(M (1 - E))^T T^steps with T_ij = a_ij / sum_i a_ij: each step averages a pixel j with those closer than `radius`
+    by their affinities a_ij = (1 - max E on the path from i to j)^beta, a_jj = 1. Pixels outside the image count as
+    edges, so a constant mask stays constant where there are none. On a path are the pixels of the rectangle that i and
+    j span, less than one pixel from the line through both: no line of edge pixels that touch at corners lets it
+    through. Walks step by step; of the affinities, half a disc for each pixel is kept.
+
+    Args:
+        masks: (M, H, W) or (B, M, H, W) float32, any strides.
+        edges: (H, W), of all masks, or (B, H, W), of each image, float32; probabilities, clamped to [0, 1].
+        radius: in pixels, at least 1; neighbours are closer.
+        beta: sharpness of the affinity, at least 0.
+        steps: of the walk, at least 0.
+
+    Returns:
+        As masks, float32.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices differ from each other, a number is too small, or affinities exceed the memory.
+
+    Example:
+        >>> random_walk(torch.ones(2, 3, 4), torch.zeros(3, 4)).shape
+        torch.Size([2, 3, 4])
+    """
+    op = "random_walk"
+    sizes: dict[str, int] = {}
+    images = isinstance(masks, Tensor) and masks.ndim == 4
+    _checks.tensor(op, "masks", masks, "B M H W" if images else "M H W", sizes, torch.float32)
+    shared = not (images and isinstance(edges, Tensor) and edges.ndim == 3)
+    _checks.tensor(op, "edges", edges, "H W" if shared else "B H W", sizes, torch.float32)
+    _checks.same_device(op, masks=masks, edges=edges)
+    _checks.image(op, "masks", masks)
+    for name, value, least in (("radius", radius, 1), ("steps", steps, 0)):
+        _checks.integer(op, name, value, least)
+    _checks.number(op, "beta", beta, 0)
+    # half a disc of affinities for each pixel of an image
+    _checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * sizes["H"] * sizes["W"])
+    if _backend.choose(op, masks.device.type) == "reference":
+        return reference.random_walk(masks, edges, radius, beta, steps)
+    if not shared:
+        return _random_walk(masks, edges, radius, float(beta), steps)
+    return _random_walk(masks.flatten(0, -3)[None], edges[None], radius, float(beta), steps).reshape(masks.shape)
+
+
+def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Unite masks that overlap, until no two do.
+
+    In each round every connected component of the graph "intersection over union > iou" becomes one mask, the union;
+    rounds repeat until the graph has no edge. The result does not depend on the order of the masks. An empty mask
+    overlaps nothing, another empty one included.
+
+    Args:
+        masks: (M, H, W) bool, any strides, fewer than 2^31 pixels each.
+        iou: masks overlap above it; in [0, 1].
+        scores: (M,) float, or None.
+
+    Returns:
+        The unions (K, H, W) bool, by the lowest index of their masks; the union that each mask is in, (M,) int64; and
+        the highest score in each union, (K,), or None without scores.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices differ from each other, masks are too large, or iou is outside [0, 1].
+
+    Example:
+        >>> merged, groups, _ = merge_masks(torch.tensor([[[1, 1, 0]], [[0, 0, 1]], [[0, 1, 0]]]).bool(), iou=0.4)
+        >>> merged.shape, groups
+        (torch.Size([2, 1, 3]), tensor([0, 1, 0]))
+    """
+    op = "merge_masks"
+    sizes: dict[str, int] = {}
+    _checks.tensor(op, "masks", masks, "M H W", sizes, torch.bool)
+    _checks.image(op, "masks", masks)
+    _checks.number(op, "iou", iou, 0, 1)
+    if scores is not None:
+        _checks.tensor(op, "scores", scores, "M", sizes, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        _checks.same_device(op, masks=masks, scores=scores)
+    _checks.memory(op, "masks", masks, masks.numel() + masks.numel() // 8)
+    if _backend.choose(op, masks.device.type) == "reference":
+        return reference.merge_masks(masks, iou, scores)
+    groups = _merge_masks(masks, float(iou))
+    unions = int(groups.max()) + 1 if len(groups) else 0
+    merged = _unite_masks(masks, groups, unions)
+    return merged, groups, None if scores is None else reference.highest(scores, groups, unions)
+
+
+@torch.library.custom_op("trace_fast::label_regions", mutates_args=())
+def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+    from trace_fast import _C
+
+    barrier, (batch, height, width) = barrier.contiguous(), barrier.shape
+    labels = barrier.new_empty(barrier.shape, dtype=torch.int32)
+    counts = barrier.new_empty(batch, dtype=torch.int32)
+    pointers, threads = (labels.data_ptr(), counts.data_ptr()), torch.get_num_threads()
+    _C.label_regions(barrier.data_ptr(), batch, height, width, connectivity == 8, *pointers, threads)
+    return labels, counts
+
+
+@_label_regions.register_fake
+def _(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+    labels = barrier.new_empty(barrier.shape, dtype=torch.int32)
+    return labels, labels.new_empty(barrier.shape[0])
+
+
+@torch.library.custom_op("trace_fast::flood_fill", mutates_args=())
+def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) -> Tensor:
+    from trace_fast import _C
+
+    seeds, barrier = seeds.contiguous(), barrier.contiguous()
+    labels, sizes, threads = seeds.new_empty(seeds.shape), seeds.shape, torch.get_num_threads()
+    pointers = seeds.data_ptr(), barrier.data_ptr()
+    _C.flood_fill(*pointers, *sizes, connectivity == 8, claim_barrier, labels.data_ptr(), threads)
+    return labels
+
+
+@_flood_fill.register_fake
+def _(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) -> Tensor:
+    return seeds.new_empty(seeds.shape)
+
+
+@torch.library.custom_op("trace_fast::random_walk", mutates_args=())
+def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    from trace_fast import _C
+
+    passing = 1 - edges.clamp(0, 1)
+    walked, conductance = masks.new_empty(masks.shape), (passing**beta).contiguous()
+    torch.mul(masks, passing[:, None], out=walked)
+    threads = torch.get_num_threads()
+    _C.random_walk(walked.data_ptr(), conductance.data_ptr(), *masks.shape, radius, steps, threads)
+    return walked
+
+
+@_random_walk.register_fake
+def _(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    return masks.new_empty(masks.shape)
+
+
+@torch.library.custom_op("trace_fast::merge_masks", mutates_args=())
+def _merge_masks(masks: Tensor, iou: float) -> Tensor:
+    """The union that each mask is in, (M,) int64."""
+    from trace_fast import _C
+
+    masks, groups = masks.contiguous(), masks.new_empty(len(masks), dtype=torch.int64)
+    _C.merge_masks(masks.data_ptr(), *masks.shape, iou, groups.data_ptr(), torch.get_num_threads())
+    return groups
+
+
+@_merge_masks.register_fake
+def _(masks: Tensor, iou: float) -> Tensor:
+    return masks.new_empty(masks.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("trace_fast::unite_masks", mutates_args=())
+def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
+    """The union of the masks (M, H, W) of each group (M,) int64, (unions, H, W)."""
+    from trace_fast import _C
+
+    masks, groups, (count, height, width) = masks.contiguous(), groups.contiguous(), masks.shape
+    merged = masks.new_empty(unions, height, width)
+    pointers, sizes = (masks.data_ptr(), groups.data_ptr()), (count, height * width, unions)
+    _C.unite_masks(*pointers, *sizes, merged.data_ptr(), torch.get_num_threads())
+    return merged
+
+
+@_unite_masks.register_fake
+def _(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
+    return masks.new_empty(unions, *masks.shape[1:])
