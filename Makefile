@@ -44,6 +44,8 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt $(TORCH) torch
 	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	# without its torchvision, which the registry has for CUDA alone: beside another torch it cannot be imported
+	$(BIN)/pip install -c constraints.txt --no-deps timm
 	touch $@
 
 clean:

@@ -1,9 +1,11 @@
-"""Encoders without noise levels: real transformers classes of tiny random configurations, built and loaded offline."""
+"""Encoders without noise levels: real classes of tiny random configurations, built and loaded offline."""
 
 import contextlib
 import json
 import shutil
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import transformers
 from oracle import AttentionOracle
 from safetensors.torch import load_file, save_file
-from tiny import dinov2, dinov3, llava, qwen
+from tiny import dinov2, dinov3, eva, llava, qwen, timm
 from typer.testing import CliRunner
 
 import trace_fast
@@ -28,10 +30,22 @@ FAMILIES = {  # what makes the model, and how many blocks are read
     "dinov3": (dinov3, 3),
     "llava": (llava, 3),
     "qwen2.5-vl": (qwen, 2),
+    "eva02-l": (eva, 3),
+    "eva02-e": (lambda: eva("eva02_enormous_patch14_clip_224"), 3),
+    "eva-rope": (
+        lambda: eva(attn_type="rope", num_kv_heads=1, qk_norm=True, num_reg_tokens=2, rope_rotate_half=True),
+        3,
+    ),
 }
+PREFIX = {"dinov2-registers": 5, "dinov3": 5, "eva-rope": 3}  # class and register tokens, else 1
+needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
 
 
-@pytest.fixture(params=FAMILIES)
+def params(*families):
+    return [pytest.param(name, marks=needs_timm) if name.startswith("eva") else name for name in families]
+
+
+@pytest.fixture(params=params(*FAMILIES))
 def family(request):
     return request.param
 
@@ -97,7 +111,7 @@ def image_tokens(family, calls):
     tokens = GRID[0] * GRID[1]
     if family != "qwen2.5-vl":
         # class and register tokens are the first
-        assert {q.shape[2] - tokens for q, _ in calls} == {5 if family in ("dinov2-registers", "dinov3") else 1}
+        assert {q.shape[2] - tokens for q, _ in calls} == {PREFIX.get(family, 1)}
         return [(q[:, :, -tokens:], k[:, :, -tokens:]) for q, k in calls]
     from transformers.vision_utils import get_vision_window_index
 
@@ -133,12 +147,15 @@ def test_query_and_key_are_what_the_product_receives(family):
 def test_eager_attention_is_read_too(family):
     model, backbone = make(family)
     _, expected = captured(backbone)
-    model.set_attn_implementation("eager")
+    if family.startswith("eva"):
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    else:
+        model.set_attn_implementation("eager")
     oracle = AttentionOracle()
     plain, (features, found) = run(backbone), captured(backbone, oracle)
     assert not oracle.calls
     assert torch.equal(plain, features)
-    assert backbone.network.config._attn_implementation == "eager"
     assert len(found) == len(expected)
     for (_, *one), (_, *other) in zip(found, expected, strict=True):
         for x, y in zip(one, other, strict=True):
@@ -177,7 +194,7 @@ def test_aggregated_map_is_the_definition(family):
     torch.testing.assert_close(total.sum(-1), torch.ones(BATCH, 60), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["dinov2-registers", "dinov3", "llava"])
+@pytest.mark.parametrize("family", params("dinov2-registers", "dinov3", "llava", "eva02-l", "eva-rope"))
 def test_whole_softmax_renormalised_is_the_softmax_over_patches(family):
     _, backbone = make(family)
     oracle = AttentionOracle()
@@ -231,12 +248,13 @@ def test_default_size_is_the_models_own(family):
     assert set(backbone.grids(native)) == {(native[0] // 4, native[1] // 4)}
 
 
-@pytest.mark.parametrize("family", ["dinov2", "llava"])
+@pytest.mark.parametrize("family", params("dinov2", "llava", "eva02-l", "eva02-e"))
 def test_native_size_is_the_network_called_plainly(family):
     _, backbone = make(family, size=None)
     images = torch.rand(1, 3, 20, 20)
     with torch.no_grad():
-        expected = backbone.network(backbone.encode(images)).last_hidden_state
+        expected = backbone.network(backbone.encode(images))
+        expected = getattr(expected, "last_hidden_state", expected)
         assert torch.equal(backbone.predict(backbone.encode(images), torch.zeros(1)), expected)
 
 
@@ -257,7 +275,7 @@ def test_qwen_patches_are_those_of_its_image_processor():
 
 def test_pixels_are_normalised(family):
     model, backbone = make(family)
-    clip = family in ("llava", "qwen2.5-vl")
+    clip = not family.startswith("dino")
     mean = (0.48145466, 0.4578275, 0.40821073) if clip else (0.485, 0.456, 0.406)
     std = (0.26862954, 0.26130258, 0.27577711) if clip else (0.229, 0.224, 0.225)
     for one, values in ((backbone, (mean, std)), (encoder_of(model, mean=(0, 0.1, 0.2), std=(1, 2, 3)), None)):
@@ -275,6 +293,7 @@ def test_blocks_that_are_averaged(family):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", params(*FAMILIES.keys() - {"eva02-e"}))  # which never calls its projections
 def test_lora_on_the_attention_is_part_of_what_is_read(family):
     import peft
 
@@ -300,7 +319,16 @@ def test_compiled_with_capture_on(family):
     torch.testing.assert_close(compiled.scan(photos())[1], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2.5-vl"])  # which counts on the host
+@pytest.mark.parametrize("family", params(*FAMILIES.keys() - {"qwen2.5-vl"}))
+def test_compiled_without_a_break(family):
+    _, backbone = make(family)
+    expected = Tracer(backbone).scan(photos())[1]
+    torch._dynamo.reset()
+    backbone.network = torch.compile(backbone.network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(Tracer(backbone).scan(photos())[1], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", params(*FAMILIES.keys() - {"qwen2.5-vl"}))  # which counts on the host
 def test_it_never_waits_for_the_device(family):
     _, backbone = make(family)
     backbone.network.to("meta")
@@ -378,8 +406,9 @@ class TestRefusals:
 
     def test_a_layer_that_is_not_replayed(self, family):
         _, backbone = make(family)
-        backbone.attentions()[1].q_norm = torch.nn.LayerNorm(8)
-        with pytest.raises(RuntimeError, match=r"every self-attention must .* q_norm.* version of transformers"):
+        backbone.attentions()[1].late_norm = torch.nn.LayerNorm(8)
+        library = "timm" if family.startswith("eva") else "transformers"
+        with pytest.raises(RuntimeError, match=rf"every self-attention must .* late_norm.* version of {library}"):
             Tracer(backbone).scan(photos())
         assert not any(module._forward_hooks for module in backbone.network.modules())
 
@@ -392,13 +421,20 @@ class TestRefusals:
             run(backbone)
 
 
+def save(model, folder):
+    if type(model).__name__ == "Eva":
+        timm().models.save_for_hf(model, folder, safe_serialization=True)
+    else:
+        model.save_pretrained(folder)
+
+
 class TestLoading:
-    """Folders as transformers writes them."""
+    """Folders as transformers and timm write them."""
 
     @pytest.fixture
     def saved(self, family, tmp_path):
         model, _ = make(family)
-        model.save_pretrained(tmp_path / "model")
+        save(model, tmp_path / "model")
         return model, tmp_path / "model"
 
     def test_a_folder_gives_what_its_model_gives(self, saved, family):
@@ -420,7 +456,7 @@ class TestLoading:
     def test_the_tower_saved_alone(self, family, tmp_path):
         model, _ = make(family)
         tracer = Tracer.from_encoder(model, size=SIZE)
-        tracer.backbone.network.save_pretrained(tmp_path / "tower")
+        save(tracer.backbone.network, tmp_path / "tower")
         found = Tracer.from_pretrained(tmp_path / "tower", device="cpu", size=SIZE)
         assert torch.equal(found.scan(photos())[1], tracer.scan(photos())[1])
 
@@ -455,16 +491,19 @@ class TestLoading:
         assert torch.equal(found, Tracer.from_encoder(model, size=SIZE).scan(photos())[1])
 
     def test_mean_and_std_are_those_of_the_folder(self, saved):
-        _, folder = saved
-        values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-        for name, content in (
-            ("processor_config.json", {"image_processor": values}),
-            ("preprocessor_config.json", values),
-        ):
+        model, folder = saved
+        mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+        values = {"image_mean": mean, "image_std": std}
+        files = {"processor_config.json": {"image_processor": values}, "preprocessor_config.json": values}
+        if type(model).__name__ == "Eva":
+            config = json.loads((folder / "config.json").read_text())
+            config["pretrained_cfg"] |= {"mean": mean, "std": std}
+            files = {"config.json": config}
+        for name, content in files.items():
             (folder / name).write_text(json.dumps(content))
             backbone = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone
-            torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(values["image_mean"]))
-            torch.testing.assert_close(backbone.std.flatten(), torch.tensor(values["image_std"]))
+            torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(mean))
+            torch.testing.assert_close(backbone.std.flatten(), torch.tensor(std))
             (folder / name).unlink()
 
     def test_dtype_is_that_of_the_weights(self, saved):
@@ -477,7 +516,7 @@ class TestLoading:
         make("dinov2")[0].save_pretrained(tmp_path / "model")
         assert trace_fast.edges(torch.rand(3, 20, 36), model=tmp_path / "model").shape == (1, 1, 20, 36)
 
-    @pytest.mark.parametrize("name", ["dinov2-b", "qwen2.5-vl-7b"])
+    @pytest.mark.parametrize("name", ["dinov2-b", "qwen2.5-vl-7b", "eva02-e"])
     def test_a_hub_that_is_not_to_be_asked(self, name, monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(RuntimeError, match=rf"load: {name} is not on this machine, .*HF_HUB_OFFLINE"):
@@ -503,7 +542,7 @@ class TestLoading:
     def test_a_weight_of_another_shape(self, saved):
         _, folder = saved
         config = json.loads((folder / "config.json").read_text())
-        config.get("vision_config", config)["hidden_size"] = 32
+        config.get("vision_config", config)["hidden_size"] = config.get("model_args", {})["embed_dim"] = 32
         (folder / "config.json").write_text(json.dumps(config))
         self.refuse(folder, "load: model must be whole and its files match, got .*model'")
 
@@ -530,11 +569,64 @@ class TestLoading:
         self.refuse(folder, r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free", RuntimeError)
 
 
+@needs_timm
+class TestEva:
+    def test_a_model_of_one_size_takes_that_alone(self):
+        model = eva(dynamic_img_size=False).eval()
+        assert Tracer.from_encoder(model)(photos()).size == (20, 20)
+        message = r"EvaBackbone: size must be \(20, 20\), got \(24, 40\); .*dynamic_img_size=True"
+        with pytest.raises(ValueError, match=message):
+            Tracer.from_encoder(model, size=SIZE)
+
+    def test_a_folder_of_one_size_takes_any(self, tmp_path):
+        model = eva(dynamic_img_size=False).eval()
+        save(model, tmp_path / "model")
+        tracer = Tracer.from_pretrained(tmp_path / "model", device="cpu", size=SIZE)
+        dynamic = eva().eval()
+        dynamic.load_state_dict(model.state_dict())
+        expected = Tracer.from_encoder(dynamic, size=SIZE).scan(photos())[1]
+        assert torch.equal(tracer.scan(photos())[1], expected)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"qkv_bias": False, "qkv_fused": True},
+            {"use_rot_pos_emb": False},
+            {"rope_type": "mixed", "qkv_fused": True, "use_abs_pos_emb": False},
+            {"rope_type": "dinov3", "class_token": False, "global_pool": "avg"},
+            {"attn_type": "rope", "qkv_fused": True},
+        ],
+    )
+    def test_other_models_of_the_class(self, options):
+        backbone = encoder_of(eva(**options).eval(), size=SIZE)
+        oracle = AttentionOracle()
+        _, found = captured(backbone, oracle)
+        assert len(found) == len(oracle.calls) == 3
+        for (_, *heard), expected in zip(found, oracle.calls, strict=True):
+            assert all(torch.equal(x, y[:, :, -60:]) for x, y in zip(heard, expected, strict=True))
+
+    def test_another_architecture_of_timm(self, tmp_path):
+        timm()
+        (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+        for name in ("resnet18", "no_such"):
+            (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": {}}))
+            with pytest.raises(ValueError, match=f"architecture must be one of timm's module eva, got '{name}'"):
+                Tracer.from_pretrained(tmp_path, device="cpu")
+
+    def test_without_timm(self, tmp_path, monkeypatch):
+        save(eva(), tmp_path / "model")
+        monkeypatch.setitem(sys.modules, "timm", None)
+        with pytest.raises(RuntimeError, match=r"needs timm, .* pip install 'trace_fast\[encoders\]', .* fits torch 2"):
+            Tracer.from_pretrained(tmp_path / "model", device="cpu")
+
+
 def test_known_encoders_are_listed_as_such():
     from trace_fast.cli import app
 
     encoders = {name for name, model in MODELS.items() if model.encoder}
-    assert encoders == {"dinov2-b", "dinov2-g", "dinov3-l", "dinov3-7b", "llava-1.5-7b", "qwen2.5-vl-7b"}
+    assert encoders == {
+        *("dinov2-b", "dinov2-g", "dinov3-l", "dinov3-7b", "eva02-l", "eva02-e", "llava-1.5-7b", "qwen2.5-vl-7b")
+    }
     lines = CliRunner().invoke(app, ["models"]).output.splitlines()
     for name in ("mini", *MODELS):
         (line,) = (line for line in lines if line.split()[0] == name)

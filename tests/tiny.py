@@ -5,6 +5,8 @@ built; `pipeline` puts them together with text encoders.
 """
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import diffusers
 import torch
@@ -282,3 +284,29 @@ def qwen():
     rope = {"rope_type": "default", "mrope_section": [1, 0, 1], "rope_theta": 10_000.0}
     config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=language(rope_parameters=rope))
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def timm():
+    """timm, which imports torchvision, though its models need none of it: a stand-in serves where that is not there.
+
+    The registry's torchvision is built for CUDA, and cannot be imported beside torch for the CPU.
+    """
+    parts = ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional")
+    names = [f"torchvision{part}" for part in parts]
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        sys.modules.update({name: MagicMock() for name in names})
+    try:
+        import timm
+    finally:
+        for name in names:
+            if isinstance(sys.modules.get(name), MagicMock):
+                del sys.modules[name]
+    return timm
+
+
+def eva(architecture="eva02_large_patch14_448", **options):
+    """EVA02-L by default: rotary positions, projections apart. EVA02-E has fused projections and learned positions."""
+    sizes = {"img_size": 20, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 4}
+    return timm().create_model(architecture, **{**sizes, "dynamic_img_size": True, **options})

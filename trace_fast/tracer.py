@@ -86,8 +86,8 @@ class Tracer:
         transformers, only the files that hold the vision tower are fetched, and only the tower is read from them.
 
         Args:
-            model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers or ours
-                with config.json and model.safetensors.
+            model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers, timm or
+                ours with config.json and model.safetensors.
             device: where to run; default the GPU where there is one, else the CPU.
             dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this package.
             size: processing size in pixels, (height, width); default the model's own.
@@ -97,7 +97,8 @@ class Tracer:
 
         Raises:
             ValueError: unknown name, or damaged or mismatching files.
-            RuntimeError: the device is not there, the repository is gated or out of reach, or memory is too small.
+            RuntimeError: the device is not there, the repository is gated or out of reach, timm is needed and is not
+                there, or memory is too small.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,19 +148,20 @@ class Tracer:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Tracer:
-        """Trace with a vision encoder of transformers, which stays as it is: device, dtype, attention, adapters.
+        """Trace with an encoder of transformers or timm, which stays as it is: device, dtype, attention, adapters.
 
-        DINOv2, DINOv3, and the vision towers of LLaVA (CLIP's) and Qwen2.5-VL. An encoder has no noise levels, so that
-        ABDiv alone is read, at level 0 (TRACE's comparison of backbones).
+        DINOv2, DINOv3, EVA02 (timm's class Eva), and the vision towers of LLaVA (CLIP's) and Qwen2.5-VL. An encoder has
+        no noise levels, so that ABDiv alone is read, at level 0 (TRACE's comparison of backbones).
 
         Args:
             model: the encoder, or a model that holds it, such as a whole vision-language model.
             size: processing size in pixels, (height, width), in multiples of a patch; None is the model's own, for
-                Qwen2.5-VL 64 x 64 patches.
+                Qwen2.5-VL 64 x 64 patches. A model of timm takes others only if made with `dynamic_img_size=True`.
             blocks: layers of the encoder whose maps are averaged; None for all, or where some attend inside windows
                 alone, for all of full attention.
             mean: of the pixels that the model was trained on, red, green, blue, in [0, 1] (`image_mean` of its image
-                processor); None for ImageNet's, or CLIP's where the tower is of a vision-language model.
+                processor); None for what a model of timm knows, else for ImageNet's, or CLIP's where the tower is of a
+                vision-language model.
             std: standard deviation likewise (`image_std`).
 
         Raises:

@@ -19,7 +19,7 @@ from trace_fast.backbones.pixart import PixArtBackbone
 from trace_fast.backbones.registry import MODELS
 from trace_fast.backbones.sd3 import SD3Backbone
 from trace_fast.backbones.unet import UNetBackbone
-from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone
+from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone, EvaBackbone
 from trace_fast.backbones.vlm import CLIPBackbone, QwenBackbone
 
 __all__ = ["Backbone", "Settings", "backbone_of", "encoder_of", "load_backbone", "models"]
@@ -35,6 +35,7 @@ ENCODERS: dict[str, type[EncoderBackbone]] = {  # by the class of the encoder
     "Dinov2Model": DINOv2Backbone,
     "Dinov2WithRegistersModel": DINOv2Backbone,
     "DINOv3ViTModel": DINOv3Backbone,
+    "Eva": EvaBackbone,
     "CLIPVisionModel": CLIPBackbone,
     "Qwen2_5_VisionTransformerPretrainedModel": QwenBackbone,
 }
@@ -66,7 +67,7 @@ def load_backbone(
         RuntimeError: the model's repository or the memory does not allow it.
     """
     folder = WEIGHTS / model if model in _embedded() else Path(model)
-    if (folder / "config.json").is_file() and not _of_transformers(folder):
+    if (folder / "config.json").is_file() and not _of_others(folder):
         backbone = _load_embedded(folder, size)
         backbone.network.eval().requires_grad_(False).to(device, dtype or torch.float32)
         return backbone
@@ -89,13 +90,13 @@ def load_backbone(
     return backbone_of(pipe, null_text, size)
 
 
-def _of_transformers(folder: Path) -> bool:
-    """Whether a config.json is that of transformers, and not one of ours."""
+def _of_others(folder: Path) -> bool:
+    """Whether a config.json is that of transformers or timm, and not one of ours."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError:  # told when it is loaded
         return False
-    return isinstance(config, dict) and "model_type" in config and "family" not in config
+    return isinstance(config, dict) and not {"model_type", "architecture"}.isdisjoint(config) and "family" not in config
 
 
 def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
@@ -131,7 +132,7 @@ def encoder_of(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Backbone:
-    """An encoder of transformers, or what holds one, as a backbone; see `Tracer.from_encoder`."""
+    """An encoder of transformers or timm, or what holds one, as a backbone; see `Tracer.from_encoder`."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         kind = type(getattr(module, "_orig_mod", module)).__name__  # a compiled network is wrapped
         if kind in ENCODERS:

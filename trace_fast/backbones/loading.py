@@ -1,7 +1,8 @@
 """Models by parts, from a hub or a folder.
 
-Of diffusers network, autoencoder and schedule, its text encoders once, then freed; of transformers the encoder alone.
-The only place that imports diffusers and loads with transformers. Weights are read from safetensors alone.
+Of diffusers network, autoencoder and schedule, its text encoders once, then freed; of transformers and timm the encoder
+alone. The only place that imports diffusers and loads with transformers or timm. Weights are read from safetensors
+alone.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def class_of(diffusers: Any, index: dict[str, Any], name: str, source: str) -> A
 
 
 def is_encoder(model: str, *, revision: str | None = None, local_files_only: bool = False, **_: Any) -> bool:
-    """Whether a model is one of transformers, for `load_encoder`; a repository that cannot be asked is not."""
+    """Whether a model is of transformers or timm, for `load_encoder`; a repository that cannot be asked is not."""
     if model in MODELS:
         return MODELS[model].encoder
     if Path(model).is_dir():
@@ -152,7 +153,7 @@ def is_encoder(model: str, *, revision: str | None = None, local_files_only: boo
         path = hub_file(model, "config.json", revision, local_files_only)
     except OSError:  # told when it is loaded
         return False
-    return path is not None and "model_type" in json.loads(path.read_text())
+    return path is not None and not {"model_type", "architecture"}.isdisjoint(json.loads(path.read_text()))
 
 
 def load_encoder(
@@ -164,9 +165,10 @@ def load_encoder(
     variant: str | None = None,
     local_files_only: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Vision encoder of a transformers model on a device, and the `mean` and `std` of its pixels, None if not said.
+    """Vision encoder of transformers or timm on a device, and the `mean` and `std` of its pixels, None if not said.
 
     Of a vision-language model, only the files that hold the tower are fetched, and only the tower is read from them.
+    An encoder of timm is made so that it takes images of any size.
 
     Args:
         model: a name of `registry.MODELS`, a repository of the hub, or a local folder in the same layout.
@@ -178,14 +180,12 @@ def load_encoder(
 
     Raises:
         ValueError: there is no such model, it is of another kind, or its files do not fit each other.
-        RuntimeError: the repository is gated, the hub is out of reach, or memory is too small; the message says what to
-            do.
+        RuntimeError: the repository is gated, the hub is out of reach, timm is not there, or memory is too small; the
+            message says what to do.
     """
-    import transformers
-
     source = MODELS[model].repo if model in MODELS else model
 
-    def fetch(name: str, required: bool = False) -> Path | None:
+    def fetch(name: str, required: bool = False) -> Any:
         return hub_file(source, name, revision, local_files_only, required)
 
     def read(name: str, required: bool = False) -> dict[str, Any]:
@@ -195,17 +195,19 @@ def load_encoder(
     suffix = f".{variant}" if variant else ""
     with explained(model, source), matching(source):
         values = read("config.json", required=True)
-        family = values.get("model_type")
-        if family not in PREFIXES:
+        of_timm = "architecture" in values
+        family: Any = values.get("model_type")
+        if not of_timm and family not in PREFIXES:
             raise ValueError(f"model_type must be one of {', '.join(PREFIXES)}, got {family!r}")
-        config = transformers.CONFIG_MAPPING[family].from_dict(values)
-        config = getattr(config, "vision_config", config)
-        prefix = re.compile(PREFIXES[family])
+        prefix = re.compile("" if of_timm else PREFIXES[family])
+    if of_timm:
+        check_timm(model)
+    with explained(model, source), matching(source):
         shards = read(f"model.safetensors.index{suffix}.json").get("weight_map", {})
         names = {file for key, file in shards.items() if prefix.match(key)} or {f"model{suffix}.safetensors"}
         files = [fetch(name, required=True) for name in sorted(names)]
         processor = read("preprocessor_config.json") or read("processor_config.json").get("image_processor", {})
-        numbers = sum(count_numbers(file, prefix) for file in files if file)
+        numbers = sum(count_numbers(file, prefix) for file in files)
     check_room(model, numbers, dtype, device)
     with matching(source):
         weights: dict[str, Tensor] = {}
@@ -216,14 +218,58 @@ def load_encoder(
                     for name in tensors.keys()  # noqa: SIM118 (not a mapping)
                     if prefix.match(name)
                 }
-        kind: Any = transformers.MODEL_MAPPING[type(config)]
-        network, report = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"no weights for {min(report['missing_keys'])}")
+        if of_timm:
+            network, missing = timm_network(values["architecture"], fetch("config.json").parent, weights, dtype)
+        else:
+            network, missing = transformers_network(values, weights, dtype)
+        if missing:
+            raise ValueError(f"no weights for {min(missing)}")
     network.eval().requires_grad_(False).to(device)
     return network, {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+
+
+def transformers_network(
+    values: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """Vision encoder of transformers from its configuration and weights, and the names of weights that are missing."""
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    config = getattr(config, "vision_config", config)
+    kind: Any = transformers.MODEL_MAPPING[type(config)]
+    network, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    return network, report["missing_keys"]
+
+
+def timm_network(
+    architecture: str, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """Encoder of timm from the folder of its config.json and its weights, and the names of weights that are missing."""
+    import timm
+    from accelerate import init_empty_weights
+    from timm.models import eva
+
+    if architecture not in timm.list_models(module="eva"):
+        raise ValueError(f"architecture must be one of timm's module eva, got {architecture!r}")
+    with init_empty_weights(include_buffers=False):  # of four billion numbers, random ones would take minutes
+        network = timm.create_model(f"local-dir:{folder}", dynamic_img_size=True)
+    weights = {name: x.to(dtype) for name, x in eva.checkpoint_filter_fn(weights, network).items()}
+    missing = network.load_state_dict(weights, strict=False, assign=True).missing_keys
+    return (network if missing else network.to(dtype)), missing
+
+
+def check_timm(model: str) -> None:
+    """RuntimeError where timm cannot be imported."""
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"load: {model} needs timm, which cannot be imported ({reason}): pip install 'trace_fast[encoders]', with "
+            f"a torchvision that fits torch {torch.__version__}"
+        ) from error
 
 
 def hub_file(

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from trace_fast.backbones.base import Settings, constant
 from trace_fast.backbones.capture import Capture
-from trace_fast.backbones.encoder import EncoderBackbone, pair
+from trace_fast.backbones.encoder import CLIP_MEAN, CLIP_STD, EncoderBackbone, pair
 
 __all__ = ["CLIPBackbone", "QwenBackbone"]
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class CLIPBackbone(EncoderBackbone):
@@ -68,14 +65,14 @@ class QwenBackbone(EncoderBackbone):
 
     def step(self) -> tuple[int, int]:
         """A unit of patches that are merged."""
-        height, width = pair(self.network.config.patch_size)
+        height, width = self.patch()
         merge = self.network.config.spatial_merge_size
         return merge * height, merge * width
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every patch, (B * N, C), in the order of the windows."""
         config = self.network.config
-        (patch_height, patch_width), merge = pair(config.patch_size), config.spatial_merge_size
+        (patch_height, patch_width), merge = self.patch(), config.spatial_merge_size
         height, width = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
         patches = (
             pixels.unflatten(3, (width // merge, merge, patch_width))
@@ -106,7 +103,7 @@ class QwenBackbone(EncoderBackbone):
         """See `Backbone.capture`; ValueError for a block of windows. The sink hears of tokens row by row."""
         self._check_blocks([index for index, module in enumerate(self.attentions()) if module in modules])
         config, merge = self.network.config, self.network.config.spatial_merge_size
-        window = config.window_size // merge // pair(config.patch_size)[0]
+        window = config.window_size // merge // self.patch()[0]
         device = next(self.network.parameters()).device
         places = raster_places(*self.grids(self.settings.size)[0], merge, window, device)
 
