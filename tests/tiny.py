@@ -251,7 +251,7 @@ def language(**config):
     }
 
 
-def llava():
+def llava(**text):
     import transformers
 
     vision = transformers.CLIPVisionConfig(
@@ -263,26 +263,29 @@ def llava():
         patch_size=4,
         projection_dim=8,
     )
-    text = transformers.LlamaConfig(**language())
+    text = transformers.LlamaConfig(**language(**text))
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=7)
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def qwen():
+def qwen(patch_size=4, sections=(1, 0, 1), **text):
+    """`sections` are the pairs of channels that turn with time, row and column, half of a head in all."""
     import transformers
 
+    text = language(**text)
     vision = {
         "depth": 5,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "patch_size": 4,
-        "window_size": 16,  # two units of two patches
-        "out_hidden_size": 8,
+        "patch_size": patch_size,
+        "window_size": 4 * patch_size,  # two units of two patches
+        "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [1, 3],
     }
-    rope = {"rope_type": "default", "mrope_section": [1, 0, 1], "rope_theta": 10_000.0}
-    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=language(rope_parameters=rope))
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": list(sections), "rope_theta": 10_000.0}
+    marks = {"vision_end_token_id": 3, "vision_start_token_id": 4, "image_token_id": 5, "video_token_id": 6}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **marks)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 

@@ -143,6 +143,7 @@ class Tracer:
         cls,
         model: Any,
         *,
+        read: str = "vision",
         size: tuple[int, int] | None = None,
         blocks: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
@@ -155,24 +156,29 @@ class Tracer:
 
         Args:
             model: the encoder, or a model that holds it, such as a whole vision-language model.
+            read: "vision" for the encoder, or "language" for the language model of LLaVA or Qwen2.5-VL: the image's
+                tokens pass through it behind the one token that begins a text or an image, and the map is the softmax
+                over all of the image's keys. The model's causal mask is left out of it, since under the mask a token
+                sees only what is above it and to its left, and opposite neighbours could not be compared. Its grid is
+                the tower's, of Qwen2.5-VL in units of 2 x 2 patches.
             size: processing size in pixels, (height, width), in multiples of a patch; None is the model's own, for
                 Qwen2.5-VL 64 x 64 patches. A model of timm takes others only if made with `dynamic_img_size=True`.
-            blocks: layers of the encoder whose maps are averaged; None for all, or where some attend inside windows
-                alone, for all of full attention.
+            blocks: layers of what is read whose maps are averaged; None for all, or where some of an encoder attend
+                inside windows alone, for all of full attention.
             mean: of the pixels that the model was trained on, red, green, blue, in [0, 1] (`image_mean` of its image
                 processor); None for what a model of timm knows, else for ImageNet's, or CLIP's where the tower is of a
                 vision-language model.
             std: standard deviation likewise (`image_std`).
 
         Raises:
-            TypeError: the model holds no such encoder.
-            ValueError: the encoder does not allow the size or the blocks.
+            TypeError: the model holds nothing of the kind.
+            ValueError: the model does not allow the size or the blocks.
 
         Example:
             >>> model = transformers.AutoModel.from_pretrained("facebook/dinov2-base")  # doctest: +SKIP
             >>> edges = Tracer.from_encoder(model, size=(518, 700))("photo.jpg").edges  # doctest: +SKIP
         """
-        backbone = encoder_of(model, size=size, blocks=blocks, mean=mean, std=std)
+        backbone = encoder_of(model, read=read, size=size, blocks=blocks, mean=mean, std=std)
         # a compiled network is wrapped
         return cls(backbone, name=type(getattr(model, "_orig_mod", model)).__name__)
 

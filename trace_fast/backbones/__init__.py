@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trace_fast.backbones.base import Backbone, Settings
 from trace_fast.backbones.encoder import EncoderBackbone
 from trace_fast.backbones.flux import FluxBackbone
+from trace_fast.backbones.language import LlavaLanguageBackbone, QwenLanguageBackbone
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
 from trace_fast.backbones.registry import MODELS
@@ -39,6 +40,11 @@ ENCODERS: dict[str, type[EncoderBackbone]] = {  # by the class of the encoder
     "CLIPVisionModel": CLIPBackbone,
     "Qwen2_5_VisionTransformerPretrainedModel": QwenBackbone,
 }
+LANGUAGES: dict[str, type[EncoderBackbone]] = {  # by the class of the whole model
+    "LlavaForConditionalGeneration": LlavaLanguageBackbone,
+    "Qwen2_5_VLForConditionalGeneration": QwenLanguageBackbone,
+}
+READ = {"vision": ENCODERS, "language": LANGUAGES}
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = Path(__file__).parent.parent / "weights"  # the embedded models, one folder each
 
@@ -127,14 +133,18 @@ def backbone_of(pipe: Any, null_text: dict[str, Tensor] | None = None, size: tup
 def encoder_of(
     model: Any,
     *,
+    read: str = "vision",
     size: tuple[int, int] | None = None,
     blocks: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Backbone:
     """An encoder of transformers or timm, or what holds one, as a backbone; see `Tracer.from_encoder`."""
+    if read not in READ:
+        raise ValueError(f"from_encoder: read must be one of {', '.join(READ)}, got {read!r}")
+    families = READ[read]
     for module in model.modules() if isinstance(model, nn.Module) else ():
         kind = type(getattr(module, "_orig_mod", module)).__name__  # a compiled network is wrapped
-        if kind in ENCODERS:
-            return ENCODERS[kind].from_model(module, size=size, blocks=blocks, mean=mean, std=std)
-    raise TypeError(f"from_encoder: model must be or hold one of {', '.join(ENCODERS)}, got {type(model).__name__}")
+        if kind in families:
+            return families[kind].from_model(module, size=size, blocks=blocks, mean=mean, std=std)
+    raise TypeError(f"from_encoder: model must be or hold one of {', '.join(families)}, got {type(model).__name__}")

@@ -99,7 +99,7 @@ class EncoderCapture(Capture):
 
 
 class EncoderBackbone:
-    """A vision encoder as the tracer sees it: the sample is the normalised image, the level always 0.
+    """An encoder as the tracer sees it: the sample is the normalised image, the level always 0.
 
     The network is used as it is, on its device and in its dtype. Families say how large its patches are, how it is
     called and what it does between projection and product.
@@ -172,22 +172,22 @@ class EncoderBackbone:
             if any(all(hasattr(module, name) for name in names) for names in self.LEAVES)
         ]
 
-    def patch(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
+    def token(self) -> tuple[int, int]:
+        """Height and width in pixels of what a token stands for: a patch."""
         return pair(self.network.config.patch_size)
 
     def step(self) -> tuple[int, int]:
-        """Height and width must be multiples of these, in pixels: a patch, or what the network merges of them."""
-        return self.patch()
+        """Height and width must be multiples of these, in pixels: a token, or what the network merges of them."""
+        return self.token()
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Patches, the same in every block."""
-        step, patch = self.step(), self.patch()
+        """Tokens, the same in every block."""
+        step, token = self.step(), self.token()
         if any(side < one or side % one for side, one in zip(size, step, strict=True)):
             raise ValueError(
                 f"{type(self).__name__}: size must be positive multiples of {step[0]} x {step[1]} pixels, got {size}"
             )
-        return [(size[0] // patch[0], size[1] // patch[1])] * len(self.attentions())
+        return [(size[0] // token[0], size[1] // token[1])] * len(self.attentions())
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to (image - mean) / std of the data that the model was trained on."""

@@ -61,8 +61,8 @@ class EvaBackbone(EncoderBackbone):
         """One a block."""
         return [block.attn for block in self.network.blocks]
 
-    def patch(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
+    def token(self) -> tuple[int, int]:
+        """A patch."""
         return pair(self.network.patch_embed.patch_size)
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from trace_fast.backbones.base import Settings, constant
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.encoder import CLIP_MEAN, CLIP_STD, EncoderBackbone, pair
 
-__all__ = ["CLIPBackbone", "QwenBackbone"]
+__all__ = ["CLIPBackbone", "QwenBackbone", "qwen_patches"]
 
 
 class CLIPBackbone(EncoderBackbone):
@@ -65,24 +65,14 @@ class QwenBackbone(EncoderBackbone):
 
     def step(self) -> tuple[int, int]:
         """A unit of patches that are merged."""
-        height, width = self.patch()
+        height, width = self.token()
         merge = self.network.config.spatial_merge_size
         return merge * height, merge * width
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every patch, (B * N, C), in the order of the windows."""
-        config = self.network.config
-        (patch_height, patch_width), merge = self.patch(), config.spatial_merge_size
-        height, width = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
-        patches = (
-            pixels.unflatten(3, (width // merge, merge, patch_width))
-            .unflatten(2, (height // merge, merge, patch_height))  # (B, C, h / m, m, p, w / m, m, p)
-            .permute(0, 2, 5, 3, 6, 1, 4, 7)
-            .unsqueeze(6)
-            .expand(*[-1] * 6, pair(config.temporal_patch_size)[0], -1, -1)  # an image is a film that stands still
-        )
-        grid = constant((1, height, width), pixels.device).expand(len(pixels), -1)
-        return self.network(patches.flatten(5).flatten(0, 4), grid_thw=grid)[0]
+        patches, grid = qwen_patches(pixels, self.network.config)
+        return self.network(patches, grid_thw=grid)[0]
 
     def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
         """Query and key of the product, (B, H, N, d), in the order of the windows, from a projection (B * N, 3 H d)."""
@@ -103,7 +93,7 @@ class QwenBackbone(EncoderBackbone):
         """See `Backbone.capture`; ValueError for a block of windows. The sink hears of tokens row by row."""
         self._check_blocks([index for index, module in enumerate(self.attentions()) if module in modules])
         config, merge = self.network.config, self.network.config.spatial_merge_size
-        window = config.window_size // merge // self.patch()[0]
+        window = config.window_size // merge // self.token()[0]
         device = next(self.network.parameters()).device
         places = raster_places(*self.grids(self.settings.size)[0], merge, window, device)
 
@@ -119,6 +109,24 @@ class QwenBackbone(EncoderBackbone):
                 f"trace: blocks must be among {full}, got {tuple(blocks)}: the others attend only inside windows of "
                 f"{self.network.config.window_size} pixels"
             )
+
+
+def qwen_patches(pixels: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) as Qwen2.5-VL takes them: patches (B * N, C) in units of those that are merged, and grids.
+
+    Grids are (B, 3) int64: frames, rows and columns of patches. `config` is that of the tower.
+    """
+    (patch_height, patch_width), merge = pair(config.patch_size), config.spatial_merge_size
+    height, width = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
+    patches = (
+        pixels.unflatten(3, (width // merge, merge, patch_width))
+        .unflatten(2, (height // merge, merge, patch_height))  # (B, C, h / m, m, p, w / m, m, p)
+        .permute(0, 2, 5, 3, 6, 1, 4, 7)
+        .unsqueeze(6)
+        .expand(*[-1] * 6, pair(config.temporal_patch_size)[0], -1, -1)  # an image is a film that stands still
+    )
+    grid = constant((1, height, width), pixels.device).expand(len(pixels), -1)
+    return patches.flatten(5).flatten(0, 4), grid
 
 
 @functools.lru_cache(maxsize=16)
