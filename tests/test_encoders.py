@@ -313,6 +313,19 @@ def test_pixels_are_normalised(family):
         torch.testing.assert_close(one.encode(photos()), expected)
 
 
+@pytest.mark.parametrize("steps", [(3, 5), (7, 2), (1, 1)])
+def test_any_size_of_whole_steps(family, steps):
+    model, _ = make(family)
+    step = 8 if family == "qwen2.5-vl" else 4
+    size = (step * steps[0], step * steps[1])
+    tracer = traced(family, model, size=size)
+    assert set(tracer.backbone.grids(size)) == {(size[0] // 4, size[1] // 4)}
+    for shape in ((3, 3, 17, 31), (1, 3, 64, 20)):  # smaller, larger, of other aspect; several at once
+        output = tracer(torch.rand(shape), return_abdiv=True)
+        assert output.edges.shape == (shape[0], 1, *shape[2:]) and output.edges.isfinite().all()
+        assert output.size == size and output.abdiv.shape[1:] == (size[0] // 4, size[1] // 4)
+
+
 def test_blocks_that_are_averaged(family):
     model, backbone = make(family)
     block = 3 if family == "qwen2.5-vl" else 2
@@ -540,6 +553,16 @@ class TestLoading:
             torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(mean))
             torch.testing.assert_close(backbone.std.flatten(), torch.tensor(std))
             (folder / name).unlink()
+
+    @pytest.mark.parametrize("offload", ["model", "sequential"])
+    def test_offloaded_it_gives_the_same(self, saved, offload):
+        _, folder = saved
+        plain, tracer = (
+            Tracer.from_pretrained(folder, device="cpu", size=SIZE, offload=way) for way in (None, offload)
+        )
+        assert torch.equal(tracer.scan(photos())[1], plain.scan(photos())[1])
+        places = {p.device.type for p in tracer.backbone.network.parameters()}
+        assert hasattr(tracer.backbone.network, "_hf_hook") and places == {"cpu" if offload == "model" else "meta"}
 
     def test_dtype_is_that_of_the_weights(self, saved):
         _, folder = saved

@@ -19,7 +19,7 @@ from torch.nn import functional
 from trace_fast import _checks, ops
 from trace_fast import image as door
 from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone, models
-from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
+from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant, device_of
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
 
@@ -75,6 +75,7 @@ class Tracer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
+        offload: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
@@ -91,12 +92,16 @@ class Tracer:
             device: where to run; default the GPU where there is one, else the CPU.
             dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this package.
             size: processing size in pixels, (height, width); default the model's own.
+            offload: for a card that is too small. "model" keeps the weights in main memory and brings autoencoder and
+                network to the device in turn, whole, while they run (diffusers' `enable_model_cpu_offload`);
+                "sequential" does so layer by layer, which needs little of the device and is slower by far
+                (`enable_sequential_cpu_offload`).
             revision: branch, tag or commit of a repository.
             variant: of its weight files, such as "fp16".
             local_files_only: never ask the hub; HF_HUB_OFFLINE=1 does the same.
 
         Raises:
-            ValueError: unknown name, or damaged or mismatching files.
+            ValueError: unknown name or offload, or damaged or mismatching files.
             RuntimeError: the device is not there, the repository is gated or out of reach, timm is needed and is not
                 there, or memory is too small.
         """
@@ -104,7 +109,8 @@ class Tracer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = _checks.device("load", device)
         hub = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
-        return cls(load_backbone(model, device=device, dtype=dtype, size=size, **hub), name=str(model))
+        backbone = load_backbone(model, device=device, dtype=dtype, size=size, offload=offload, **hub)
+        return cls(backbone, name=str(model))
 
     @classmethod
     def from_pipeline(
@@ -184,9 +190,8 @@ class Tracer:
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs: where it is, or where accelerate brings it from (`enable_model_cpu_offload`)."""
-        place = getattr(getattr(self.backbone.network, "_hf_hook", None), "execution_device", None)
-        return next(self.backbone.network.parameters()).device if place is None else torch.device(place)
+        """Where the network runs: where it is, or where accelerate brings it or its layers."""
+        return device_of(self.backbone.network)
 
     @torch.no_grad()
     def __call__(
@@ -370,11 +375,12 @@ class Tracer:
         return check_timesteps(timesteps, noising), noising
 
     def _room(self) -> int:
-        """Bytes that attention maps may take: half of what is free on a GPU, MAP_BYTES elsewhere."""
+        """Bytes that attention maps may take: half of what is free, or will be, on a GPU, MAP_BYTES elsewhere."""
         if self.device.type != "cuda":
             return MAP_BYTES
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return (torch.cuda.mem_get_info(self.device)[0] + kept) // 2
+        coming = sum(p.numel() * p.element_size() for p in self.backbone.network.parameters() if p.is_cpu)
+        return (torch.cuda.mem_get_info(self.device)[0] + kept - coming) // 2
 
 
 @functools.lru_cache(maxsize=4)

@@ -45,6 +45,9 @@ class SD3Backbone(LatentBackbone):
         """Patches of the latent."""
         patch = self.network.config.patch_size
         height, width = self.latent_size(size, patch)
+        limit = self.network.config.pos_embed_max_size * patch
+        if max(height, width) > limit:
+            raise ValueError(f"{type(self).__name__}: size must be at most {limit * self.factor} pixels, got {size}")
         return [(height // patch, width // patch)] * len(self.attentions())
 
     def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant
+from trace_fast.backbones.base import Settings, constant, device_of
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.encoder import CLIP_MEAN, CLIP_STD, EncoderBackbone, pair
 
@@ -94,8 +94,7 @@ class QwenBackbone(EncoderBackbone):
         self._check_blocks([index for index, module in enumerate(self.attentions()) if module in modules])
         config, merge = self.network.config, self.network.config.spatial_merge_size
         window = config.window_size // merge // self.token()[0]
-        device = next(self.network.parameters()).device
-        places = raster_places(*self.grids(self.settings.size)[0], merge, window, device)
+        places = raster_places(*self.grids(self.settings.size)[0], merge, window, device_of(self.network))
 
         def in_raster(index: int, query: Tensor, key: Tensor) -> None:
             sink(index, query[:, :, places], key[:, :, places])
