@@ -113,6 +113,21 @@ def test_offloaded_parts_give_the_same(saved, offload):
         assert {p.device.type for part in (network, vae) for p in part.parameters()} == {"meta"}
 
 
+def test_a_pipeline_that_is_offloaded_layer_by_layer(saved):
+    from accelerate import cpu_offload
+
+    pipe, _ = saved
+    images = torch.rand(1, 3, *SIZE)
+    expected = Tracer.from_pipeline(pipe, size=SIZE)(images, timesteps=(0, 499)).edges
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):  # as enable_sequential_cpu_offload does on a GPU
+            cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    assert pipe.vae.device.type == "meta"
+    tracer = Tracer.from_pipeline(pipe, size=SIZE)
+    assert tracer.device == torch.device("cpu")
+    assert torch.equal(tracer(images, timesteps=(0, 499)).edges, expected)
+
+
 def test_sequential_offload_in_half_precision_is_upcast(tmp_path):
     pipe = pipeline("sdxl", tmp_path)
     pipe.vae.register_to_config(force_upcast=True)

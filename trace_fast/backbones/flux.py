@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import Settings
+from trace_fast.backbones.base import Settings, device_of
 from trace_fast.backbones.latent import LatentBackbone
 from trace_fast.backbones.schedule import RectifiedFlow
 
@@ -41,7 +41,7 @@ class FluxBackbone(LatentBackbone):
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        embeds, pooled, _ = pipe.encode_prompt("", "", device=pipe.transformer.device)
+        embeds, pooled, _ = pipe.encode_prompt("", "", device=device_of(pipe.transformer))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def attentions(self) -> list[nn.Module]:

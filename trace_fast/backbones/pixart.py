@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant
+from trace_fast.backbones.base import Settings, constant, device_of
 from trace_fast.backbones.latent import LatentBackbone
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -30,7 +30,7 @@ class PixArtBackbone(LatentBackbone):
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        device = pipe.transformer.device
+        device = device_of(pipe.transformer)
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 

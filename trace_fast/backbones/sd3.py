@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings
+from trace_fast.backbones.base import Settings, device_of
 from trace_fast.backbones.latent import LatentBackbone
 from trace_fast.backbones.schedule import RectifiedFlow
 
@@ -30,7 +30,7 @@ class SD3Backbone(LatentBackbone):
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        device = pipe.transformer.device
+        device = device_of(pipe.transformer)
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 

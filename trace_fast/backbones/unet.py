@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant
+from trace_fast.backbones.base import Settings, constant, device_of
 from trace_fast.backbones.latent import LatentBackbone
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -40,7 +40,7 @@ class UNetBackbone(LatentBackbone):
         """SD: the embedding of "". SDXL: zeros where its pipeline says so, as for an empty negative prompt."""
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
-            embeds, _ = pipe.encode_prompt("", pipe.unet.device, 1, False)
+            embeds, _ = pipe.encode_prompt("", device_of(pipe.unet), 1, False)
             return {"encoder_hidden_states": embeds}
         if pipe.config.get("force_zeros_for_empty_prompt", True):
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -49,7 +49,7 @@ class UNetBackbone(LatentBackbone):
                 "encoder_hidden_states": torch.zeros(1, tokens, config.cross_attention_dim),
                 "text_embeds": torch.zeros(1, pooled),
             }
-        embeds, _, pooled, _ = pipe.encode_prompt("", device=pipe.unet.device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt("", device=device_of(pipe.unet), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
     def attentions(self) -> list[nn.Module]:
