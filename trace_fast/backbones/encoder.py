@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from trace_fast.backbones.base import Settings
 from trace_fast.backbones.capture import Capture
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "EncoderBackbone", "EncoderCapture", "pair"]
+__all__ = ["CLIP", "EncoderBackbone", "EncoderCapture", "pair"]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# mean and standard deviation of pixels, red, green, blue
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class EncoderCapture(Capture):
@@ -108,6 +109,7 @@ class EncoderBackbone:
         LEAVES: names of the layers that query and key are heard from, (the query's, the key's); whichever a module has.
         OTHERS: names of a module's other layers, none of which comes between those and the product.
         POSITION: the argument in which a module is given its rotary embedding.
+        COLOURS: mean and standard deviation of the pixels that the family was trained on.
 
     Args:
         network: the vision model alone.
@@ -123,8 +125,7 @@ class EncoderBackbone:
     LEAVES: ClassVar[tuple[tuple[str, str], ...]] = (("q_proj", "k_proj"), ("qkv", "qkv"))
     OTHERS: ClassVar = {"v_proj", "o_proj", "out_proj", "proj"}
     POSITION: ClassVar = "position_embeddings"
-    MEAN: ClassVar = (0.485, 0.456, 0.406)  # ImageNet's
-    STD: ClassVar = (0.229, 0.224, 0.225)
+    COLOURS: ClassVar = IMAGENET
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class EncoderBackbone:
         self.network, self.settings = network, settings
         self.mean, self.std = (
             torch.tensor(default if values is None else values, dtype=torch.float32).reshape(-1, 1, 1)  # (3, 1, 1)
-            for values, default in ((mean, self.MEAN), (std, self.STD))
+            for values, default in zip((mean, std), self.COLOURS, strict=True)
         )
         self.grids(settings.size)  # refuse a size that the network does not allow
 
@@ -160,9 +161,14 @@ class EncoderBackbone:
         return None
 
     @staticmethod
-    def native_size(network: Any) -> tuple[int, int]:
+    def config(network: Any) -> Any:
+        """What the network says of its images."""
+        return network.config
+
+    @classmethod
+    def native_size(cls, network: Any) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
-        return pair(network.config.image_size)
+        return pair(cls.config(network).image_size)
 
     def attentions(self) -> list[nn.Module]:
         """The self-attention modules, in the order in which they run."""
@@ -174,7 +180,7 @@ class EncoderBackbone:
 
     def token(self) -> tuple[int, int]:
         """Height and width in pixels of what a token stands for: a patch."""
-        return pair(self.network.config.patch_size)
+        return pair(self.config(self.network).patch_size)
 
     def step(self) -> tuple[int, int]:
         """Height and width must be multiples of these, in pixels: a token, or what the network merges of them."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant
-from trace_fast.backbones.encoder import CLIP_MEAN, CLIP_STD, EncoderBackbone, pair
-from trace_fast.backbones.vlm import qwen_patches
+from trace_fast.backbones.encoder import CLIP, EncoderBackbone
+from trace_fast.backbones.vlm import qwen_patches, qwen_size
 
 __all__ = ["LlavaLanguageBackbone", "QwenLanguageBackbone"]
 
@@ -28,8 +28,12 @@ class LanguageBackbone(EncoderBackbone):
     `network` is the whole model.
     """
 
-    MEAN: ClassVar = CLIP_MEAN
-    STD: ClassVar = CLIP_STD
+    COLOURS: ClassVar = CLIP
+
+    @staticmethod
+    def config(network: Any) -> Any:
+        """What the tower says of its images."""
+        return network.config.vision_config
 
     def attentions(self) -> list[nn.Module]:
         """One a layer of the language model."""
@@ -67,15 +71,6 @@ class LanguageBackbone(EncoderBackbone):
 class LlavaLanguageBackbone(LanguageBackbone):
     """`LlavaForConditionalGeneration`: one token a patch, behind the token that begins a text."""
 
-    @staticmethod
-    def native_size(network: Any) -> tuple[int, int]:
-        """Height and width in pixels that the tower was made for."""
-        return pair(network.config.vision_config.image_size)
-
-    def token(self) -> tuple[int, int]:
-        """A patch."""
-        return pair(self.network.config.vision_config.patch_size)
-
     def first(self) -> int:
         """The token that begins a text."""
         return self.network.config.text_config.bos_token_id
@@ -92,17 +87,15 @@ class QwenLanguageBackbone(LanguageBackbone):
     The model was made for any size: 64 x 64 patches is the default here, 32 x 32 tokens.
     """
 
-    @staticmethod
-    def native_size(network: Any) -> tuple[int, int]:
+    @classmethod
+    def native_size(cls, network: Any) -> tuple[int, int]:
         """64 x 64 patches."""
-        height, width = pair(network.config.vision_config.patch_size)
-        return 64 * height, 64 * width
+        return qwen_size(cls.config(network), 64)
 
     def token(self) -> tuple[int, int]:
         """A unit of patches that are merged."""
-        config = self.network.config.vision_config
-        height, width = pair(config.patch_size)
-        return config.spatial_merge_size * height, config.spatial_merge_size * width
+        config = self.config(self.network)
+        return qwen_size(config, config.spatial_merge_size)
 
     def first(self) -> int:
         """The token that begins an image."""
@@ -110,7 +103,7 @@ class QwenLanguageBackbone(LanguageBackbone):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Merged patches, row by row, (B, N, C)."""
-        patches, grid = qwen_patches(pixels, self.network.config.vision_config)
+        patches, grid = qwen_patches(pixels, self.config(self.network))
         return torch.stack(self.network.model.get_image_features(patches, grid, return_dict=True).pooler_output)
 
     def positions(self, device: torch.device) -> Tensor:

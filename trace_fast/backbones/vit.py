@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import Settings
-from trace_fast.backbones.encoder import CLIP_MEAN, CLIP_STD, EncoderBackbone, pair
+from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 
 __all__ = ["DINOv2Backbone", "DINOv3Backbone", "EvaBackbone"]
 
@@ -38,8 +38,7 @@ class EvaBackbone(EncoderBackbone):
     LEAVES: ClassVar = (("q_norm", "k_norm"),)
     OTHERS: ClassVar = {"qkv", "q_proj", "k_proj", "v_proj", "attn_drop", "norm", "gate", "proj", "proj_drop"}
     POSITION: ClassVar = "rope"
-    MEAN: ClassVar = CLIP_MEAN
-    STD: ClassVar = CLIP_STD
+    COLOURS: ClassVar = CLIP
 
     def __init__(
         self,
@@ -52,8 +51,8 @@ class EvaBackbone(EncoderBackbone):
         mean, std = (config.get(name) if x is None else x for name, x in (("mean", mean), ("std", std)))
         super().__init__(network, settings, mean, std)
 
-    @staticmethod
-    def native_size(network: Any) -> tuple[int, int]:
+    @classmethod
+    def native_size(cls, network: Any) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
         return pair(network.patch_embed.img_size)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from trace_fast.backbones.base import Settings, constant, device_of
 from trace_fast.backbones.capture import Capture
-from trace_fast.backbones.encoder import CLIP_MEAN, CLIP_STD, EncoderBackbone, pair
+from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 
-__all__ = ["CLIPBackbone", "QwenBackbone", "qwen_patches"]
+__all__ = ["CLIPBackbone", "QwenBackbone", "qwen_patches", "qwen_size"]
 
 
 class CLIPBackbone(EncoderBackbone):
@@ -22,8 +22,7 @@ class CLIPBackbone(EncoderBackbone):
     All blocks are read, also the last, whose output LLaVA does not use.
     """
 
-    MEAN: ClassVar = CLIP_MEAN
-    STD: ClassVar = CLIP_STD
+    COLOURS: ClassVar = CLIP
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every token."""
@@ -39,8 +38,7 @@ class QwenBackbone(EncoderBackbone):
     cutting windows makes the host wait for the device.
     """
 
-    MEAN: ClassVar = CLIP_MEAN
-    STD: ClassVar = CLIP_STD
+    COLOURS: ClassVar = CLIP
 
     def __init__(
         self,
@@ -57,17 +55,14 @@ class QwenBackbone(EncoderBackbone):
         """Those of full attention; the others attend inside windows alone."""
         return tuple(network.config.fullatt_block_indexes)
 
-    @staticmethod
-    def native_size(network: Any) -> tuple[int, int]:
+    @classmethod
+    def native_size(cls, network: Any) -> tuple[int, int]:
         """64 x 64 patches."""
-        height, width = pair(network.config.patch_size)
-        return 64 * height, 64 * width
+        return qwen_size(network.config, 64)
 
     def step(self) -> tuple[int, int]:
         """A unit of patches that are merged."""
-        height, width = self.token()
-        merge = self.network.config.spatial_merge_size
-        return merge * height, merge * width
+        return qwen_size(self.network.config, self.network.config.spatial_merge_size)
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every patch, (B * N, C), in the order of the windows."""
@@ -108,6 +103,12 @@ class QwenBackbone(EncoderBackbone):
                 f"trace: blocks must be among {full}, got {tuple(blocks)}: the others attend only inside windows of "
                 f"{self.network.config.window_size} pixels"
             )
+
+
+def qwen_size(config: Any, count: int) -> tuple[int, int]:
+    """Height and width in pixels of so many patches along both sides."""
+    height, width = pair(config.patch_size)
+    return count * height, count * width
 
 
 def qwen_patches(pixels: Tensor, config: Any) -> tuple[Tensor, Tensor]:
