@@ -40,11 +40,11 @@ sanitize: $(VENV)/installed
 	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py -x -s -k 'native and not large' || exit 1; \
 	done
 
+# timm without its torchvision: the registry has that for CUDA alone, and beside another torch it cannot be imported
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt $(TORCH) torch
 	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
-	# without its torchvision, which the registry has for CUDA alone: beside another torch it cannot be imported
 	$(BIN)/pip install -c constraints.txt --no-deps timm
 	touch $@
 

@@ -22,10 +22,9 @@ class LanguageBackbone(EncoderBackbone):
     the first token of a sequence whatever it is, so it had better not be the image's. Nothing follows the image, since
     what comes before does not see it. The network runs as it is, with its causal mask; the map is the softmax over all
     keys of the image without that mask. Under it a token sees only what is above it and to its left, and the rows of
-    opposite neighbours could not be compared. The paper does not say which it takes. Its way of making masks lets the
-    host wait for the device.
+    opposite neighbours could not be compared. The paper does not say which it takes.
 
-    `network` is the whole model.
+    `network` is the whole model. Its way of making masks makes the host wait for the device.
     """
 
     COLOURS: ClassVar = CLIP
