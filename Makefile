@@ -40,10 +40,12 @@ sanitize: $(VENV)/installed
 	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py -x -s -k 'native and not large' || exit 1; \
 	done
 
+# timm without its torchvision: the registry has that for CUDA alone, and beside another torch it cannot be imported
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt $(TORCH) torch
 	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt --no-deps timm
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from oracle import AttentionOracle
-from tiny import SIZE, flux, pixart, sd15, sd35, sdxl
+from tiny import SIZE, TEXT, flux, pixart, sd15, sd35, sdxl
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import backbone_of
@@ -48,7 +48,7 @@ def family(request):
 @torch.no_grad()
 def run(backbone, oracle=None):
     """One call of the network, overheard by an oracle."""
-    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(2, 3, *backbone.settings.size, generator=torch.Generator().manual_seed(1))
     latent = backbone.encode(images)
     level = torch.tensor([99, 700])
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
@@ -332,11 +332,40 @@ def test_sdxl_takes_zeros_for_the_empty_prompt():
     assert not any(x.any() for x in backbone.null_text.values())
 
 
-@pytest.mark.parametrize(("family", "step"), [("sd15", 2), ("pixart", 4), ("sd3.5-large", 4), ("flux.1-dev", 4)])
-def test_a_size_that_does_not_fit_is_refused(family, step):
+def step(family):
+    """Pixels of a latent, and of a patch of two latents in all but the UNets."""
+    return 2 if family in ("sd15", "sdxl") else 4
+
+
+def test_a_size_that_does_not_fit_is_refused(family):
     pipe, backbone = make(family)
-    with pytest.raises(ValueError, match=rf"size must be positive multiples of {step} pixels, got \(17, 24\)"):
-        backbone_of(pipe, backbone.null_text, (17, 24))
+    for height, width in ((17, 24), (24, 17)):
+        message = rf"size must be positive multiples of {step(family)} pixels, got \({height}, {width}\)"
+        with pytest.raises(ValueError, match=message):
+            backbone_of(pipe, backbone.null_text, (height, width))
+
+
+def test_a_size_beyond_the_positions_is_refused():
+    pipe, backbone = make("sd3.5-large")
+    assert backbone_of(pipe, backbone.null_text, (64, 4)).grids((64, 4))[0] == (16, 1)
+    with pytest.raises(ValueError, match=r"SD3Backbone: size must be at most 64 pixels, got \(64, 68\)"):
+        backbone_of(pipe, backbone.null_text, (64, 68))
+
+
+@pytest.mark.parametrize("steps", [(5, 7), (9, 3)])
+def test_any_size_of_whole_steps(family, steps):
+    # also of odd numbers, which the down-sampling of a UNet does not divide
+    size = (steps[0] * step(family), steps[1] * step(family))
+    _, backbone = make(family, size)
+    oracle = AttentionOracle()
+    run(backbone, oracle)
+    tokens = [q.shape[2] for q, k in oracle.calls if q.shape == k.shape]
+    text = {0, TEXT} if family.startswith(("sd3", "flux")) else {0}
+    assert {count - h * w for (h, w), count in zip(backbone.grids(size), tokens, strict=True)} <= text
+    for shape in ((3, 3, 17, 31), (1, 3, 64, 20)):  # smaller, larger, of other aspect; several at once
+        output = Tracer(backbone)(torch.rand(shape), timesteps=(0, 499))
+        assert output.edges.shape == (shape[0], 1, *shape[2:]) and output.edges.isfinite().all()
+        assert output.size == size
 
 
 def test_another_pipeline_is_refused():

@@ -107,12 +107,20 @@ class TestEdges:
         assert files("out") == ["a.png"]
         assert read("out/a.png").shape == (21, 31)
 
-    @pytest.mark.parametrize("options", [("--timestep", "iep"), ("--timestep", 499), ("--noising", "gaussian")])
+    @pytest.mark.parametrize(
+        "options", [("--timestep", "iep"), ("--timestep", 499), ("--noising", "gaussian"), ("--size", "8x40")]
+    )
     def test_options_change_the_edges(self, call, tmp_path, options):
         make_photo(tmp_path / "a.png")
         for folder, extra in (("one", ("--timestep", 0)), ("two", options)):
             assert call("edges", "a.png", "-o", folder, "--bits", 16, *extra).exit_code == 0
         assert (tmp_path / "one" / "a.png").read_bytes() != (tmp_path / "two" / "a.png").read_bytes()
+
+    def test_offloaded_it_gives_the_same(self, call, tmp_path):
+        make_photo(tmp_path / "a.png")
+        for folder, *extra in (["one"], ["two", "--offload", "model"], ["three", "--offload", "sequential"]):
+            assert call("edges", "a.png", "-o", folder, "--bits", 16, *extra).exit_code == 0
+        assert len({(tmp_path / name / "a.png").read_bytes() for name in ("one", "two", "three")}) == 1
 
     def test_seed_decides_the_noise(self, call, tmp_path):
         make_photo(tmp_path / "a.png")
@@ -240,7 +248,19 @@ class TestRefusals:
         error = refuse("a.png", "-o", "out", "--timestep", timestep)
         assert error == f"trace-fast: --timestep must be iep or an integer from 0 to 999, got {timestep!r}\n"
 
-    @pytest.mark.parametrize("option", [("--bits", "12"), ("--noising", "salt"), ("--seed", "x"), ("--nonsense",)])
+    @pytest.mark.parametrize("size", ["512", "0x16", "16x-8", "16 x 8", "16x8x3", ""])
+    def test_size(self, refuse, size):
+        error = refuse("a.png", "-o", "out", "--size", size)
+        assert error == f"trace-fast: --size must be height and width in pixels, such as 512x768, got {size!r}\n"
+
+    def test_a_size_that_the_model_does_not_take(self, refuse):
+        error = refuse("a.png", "-o", "out", "--size", "16x9")
+        assert error == "trace-fast: mini: size must be positive multiples of 4 pixels, got (16, 9)\n"
+
+    @pytest.mark.parametrize(
+        "option",
+        [("--bits", "12"), ("--noising", "salt"), ("--seed", "x"), ("--offload", "cpu"), ("--nonsense",)],
+    )
     def test_other_options(self, refuse, option):
         assert option[0] in refuse("a.png", "-o", "out", *option)
 

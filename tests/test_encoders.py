@@ -1,9 +1,11 @@
-"""Encoders without noise levels: real transformers classes of tiny random configurations, built and loaded offline."""
+"""Encoders without noise levels: real classes of tiny random configurations, built and loaded offline."""
 
 import contextlib
 import json
 import shutil
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import transformers
 from oracle import AttentionOracle
 from safetensors.torch import load_file, save_file
-from tiny import dinov2, dinov3, llava, qwen
+from tiny import dinov2, dinov3, eva, llava, qwen, timm
 from typer.testing import CliRunner
 
 import trace_fast
@@ -22,16 +24,38 @@ from trace_fast.backbones.registry import MODELS
 SIZE = (24, 40)  # pixels: 6 x 10 patches, and of Qwen's windows of 4 x 4 patches some are smaller
 GRID = (6, 10)
 BATCH = 2
+TEXT = {"num_hidden_layers": 3, "hidden_size": 16, "num_key_value_heads": 1}  # a key for two heads
 FAMILIES = {  # what makes the model, and how many blocks are read
     "dinov2": (dinov2, 3),
     "dinov2-registers": (lambda: dinov2(4), 3),
     "dinov3": (dinov3, 3),
     "llava": (llava, 3),
     "qwen2.5-vl": (qwen, 2),
+    "eva02-l": (eva, 3),
+    "eva02-e": (lambda: eva("eva02_enormous_patch14_clip_224"), 3),
+    "eva-rope": (
+        lambda: eva(attn_type="rope", num_kv_heads=1, qk_norm=True, num_reg_tokens=2, rope_rotate_half=True),
+        3,
+    ),
 }
+LANGUAGE = {
+    "llava-language": (lambda: llava(**TEXT), 3),
+    "qwen2.5-vl-language": (lambda: qwen(2, (1, 1, 2), **TEXT), 3),  # two patches of two pixels: the grid of all others
+}
+VISION, FAMILIES = FAMILIES, FAMILIES | LANGUAGE
+PREFIX = {"dinov2-registers": 5, "dinov3": 5, "eva-rope": 3}  # class and register tokens, else 1
+needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
 
 
-@pytest.fixture(params=FAMILIES)
+def params(*families):
+    return [pytest.param(name, marks=needs_timm) if name.startswith("eva") else name for name in families]
+
+
+def all_but(*families):
+    return params(*(name for name in FAMILIES if name not in families))
+
+
+@pytest.fixture(params=params(*FAMILIES))
 def family(request):
     return request.param
 
@@ -65,7 +89,13 @@ def make(family, **options):
     model = FAMILIES[family][0]().eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    return model, encoder_of(model, **{"size": SIZE, **options})
+    return model, traced(family, model, **options).backbone
+
+
+def traced(family, model, **options):
+    return Tracer.from_encoder(
+        model, **{"size": SIZE, "read": "language" if family in LANGUAGE else "vision", **options}
+    )
 
 
 def photos(seed=1):
@@ -95,9 +125,13 @@ def captured(backbone, context=None):
 def image_tokens(family, calls):
     """Query and key (B, H, N, d) of every block that is read, from those of all products, by the model's own means."""
     tokens = GRID[0] * GRID[1]
+    if family in LANGUAGE:  # which runs after the tower, and sees one token before the image
+        assert {q.shape[2] for q, _ in calls[-3:]} == {tokens + 1}
+        calls = [(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) for q, k in calls[-3:]]
+        return [(q[:, :, 1:], k[:, :, 1:]) for q, k in calls]
     if family != "qwen2.5-vl":
         # class and register tokens are the first
-        assert {q.shape[2] - tokens for q, _ in calls} == {5 if family in ("dinov2-registers", "dinov3") else 1}
+        assert {q.shape[2] - tokens for q, _ in calls} == {PREFIX.get(family, 1)}
         return [(q[:, :, -tokens:], k[:, :, -tokens:]) for q, k in calls]
     from transformers.vision_utils import get_vision_window_index
 
@@ -133,24 +167,33 @@ def test_query_and_key_are_what_the_product_receives(family):
 def test_eager_attention_is_read_too(family):
     model, backbone = make(family)
     _, expected = captured(backbone)
-    model.set_attn_implementation("eager")
+    if family.startswith("eva"):
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    else:
+        model.set_attn_implementation("eager")
     oracle = AttentionOracle()
     plain, (features, found) = run(backbone), captured(backbone, oracle)
     assert not oracle.calls
     assert torch.equal(plain, features)
-    assert backbone.network.config._attn_implementation == "eager"
     assert len(found) == len(expected)
     for (_, *one), (_, *other) in zip(found, expected, strict=True):
         for x, y in zip(one, other, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+def hooks(model):
+    """How many sit on the network; transformers leaves some of its own when it has run."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def test_capture_changes_no_bit_of_the_output(family):
     model, backbone = make(family)
     plain = run(backbone)
+    before = hooks(model)
     features, _ = captured(backbone)
     assert plain.isfinite().all() and torch.equal(plain, features)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
 
 
 def test_aggregated_map_is_the_definition(family):
@@ -177,7 +220,7 @@ def test_aggregated_map_is_the_definition(family):
     torch.testing.assert_close(total.sum(-1), torch.ones(BATCH, 60), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["dinov2-registers", "dinov3", "llava"])
+@pytest.mark.parametrize("family", params("dinov2-registers", "dinov3", "llava", "eva02-l", "eva-rope"))
 def test_whole_softmax_renormalised_is_the_softmax_over_patches(family):
     _, backbone = make(family)
     oracle = AttentionOracle()
@@ -193,7 +236,7 @@ def test_edges_of_a_model_that_stays_as_it_is(family):
     model, _ = make(family)
     state = {name: x.clone() for name, x in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    tracer = Tracer.from_encoder(model, size=SIZE)
+    tracer = traced(family, model)
     output = tracer(torch.rand(3, 20, 36), return_abdiv=True)
     assert output.edges.shape == (1, 1, 20, 36) and output.edges.isfinite().all() and output.edges.max() > 0
     assert output.timestep.tolist() == output.timesteps.tolist() == [0]
@@ -205,8 +248,8 @@ def test_edges_of_a_model_that_stays_as_it_is(family):
 
 def test_the_tower_alone_and_what_holds_it_are_the_same(family):
     model, backbone = make(family)
-    tower = Tracer.from_encoder(backbone.network, size=SIZE)
-    whole = Tracer.from_encoder(model, size=SIZE)
+    tower = traced(family, backbone.network)
+    whole = traced(family, model)
     assert tower.backbone.network is whole.backbone.network
     assert torch.equal(tower.scan(photos())[1], whole.scan(photos())[1])
 
@@ -220,23 +263,24 @@ def test_images_of_a_batch_do_not_see_one_another(family):
 
 def test_bfloat16(family):
     model, _ = make(family)
-    edges = Tracer.from_encoder(model.to(torch.bfloat16), size=SIZE)(photos()).edges
+    edges = traced(family, model.to(torch.bfloat16))(photos()).edges
     assert edges.dtype == torch.float32 and edges.isfinite().all()
 
 
 def test_default_size_is_the_models_own(family):
     _, backbone = make(family, size=None)
-    native = (64 * 4, 64 * 4) if family == "qwen2.5-vl" else (20, 20)
+    native = {"qwen2.5-vl": (256, 256), "qwen2.5-vl-language": (128, 128)}.get(family, (20, 20))
     assert backbone.settings.size == native
     assert set(backbone.grids(native)) == {(native[0] // 4, native[1] // 4)}
 
 
-@pytest.mark.parametrize("family", ["dinov2", "llava"])
+@pytest.mark.parametrize("family", params("dinov2", "llava", "eva02-l", "eva02-e"))
 def test_native_size_is_the_network_called_plainly(family):
     _, backbone = make(family, size=None)
     images = torch.rand(1, 3, 20, 20)
     with torch.no_grad():
-        expected = backbone.network(backbone.encode(images)).last_hidden_state
+        expected = backbone.network(backbone.encode(images))
+        expected = getattr(expected, "last_hidden_state", expected)
         assert torch.equal(backbone.predict(backbone.encode(images), torch.zeros(1)), expected)
 
 
@@ -257,24 +301,41 @@ def test_qwen_patches_are_those_of_its_image_processor():
 
 def test_pixels_are_normalised(family):
     model, backbone = make(family)
-    clip = family in ("llava", "qwen2.5-vl")
+    clip = not family.startswith("dino")
     mean = (0.48145466, 0.4578275, 0.40821073) if clip else (0.485, 0.456, 0.406)
     std = (0.26862954, 0.26130258, 0.27577711) if clip else (0.229, 0.224, 0.225)
-    for one, values in ((backbone, (mean, std)), (encoder_of(model, mean=(0, 0.1, 0.2), std=(1, 2, 3)), None)):
+    for one, values in (
+        (backbone, (mean, std)),
+        (traced(family, model, mean=(0, 0.1, 0.2), std=(1, 2, 3)).backbone, None),
+    ):
         center, spread = values or ((0, 0.1, 0.2), (1, 2, 3))
         expected = torch.stack([(photos()[:, c] - center[c]) / spread[c] for c in range(3)], 1)
         torch.testing.assert_close(one.encode(photos()), expected)
 
 
+@pytest.mark.parametrize("steps", [(3, 5), (7, 2), (1, 1)])
+def test_any_size_of_whole_steps(family, steps):
+    model, _ = make(family)
+    step = 8 if family == "qwen2.5-vl" else 4
+    size = (step * steps[0], step * steps[1])
+    tracer = traced(family, model, size=size)
+    assert set(tracer.backbone.grids(size)) == {(size[0] // 4, size[1] // 4)}
+    for shape in ((3, 3, 17, 31), (1, 3, 64, 20)):  # smaller, larger, of other aspect; several at once
+        output = tracer(torch.rand(shape), return_abdiv=True)
+        assert output.edges.shape == (shape[0], 1, *shape[2:]) and output.edges.isfinite().all()
+        assert output.size == size and output.abdiv.shape[1:] == (size[0] // 4, size[1] // 4)
+
+
 def test_blocks_that_are_averaged(family):
     model, backbone = make(family)
     block = 3 if family == "qwen2.5-vl" else 2
-    chosen = Tracer.from_encoder(model, size=SIZE, blocks=[block]).scan(photos())[1]
+    chosen = traced(family, model, blocks=[block]).scan(photos())[1]
     assert torch.equal(chosen, Tracer(backbone).scan(photos(), blocks=(block,))[1])
     assert not torch.allclose(chosen, Tracer(backbone).scan(photos())[1])
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", all_but("eva02-e"))  # which never calls its projections
 def test_lora_on_the_attention_is_part_of_what_is_read(family):
     import peft
 
@@ -289,18 +350,27 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
     assert not torch.equal(before[0][1], found[0][1])
 
 
-@pytest.mark.parametrize("family", ["dinov3", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["dinov3", "qwen2.5-vl", "qwen2.5-vl-language"])
 def test_compiled_with_capture_on(family):
     _, backbone = make(family)
     expected = Tracer(backbone).scan(photos())[1]
     torch._dynamo.reset()
-    compiled = Tracer.from_encoder(torch.compile(backbone.network, backend="aot_eager"), size=SIZE)
+    compiled = traced(family, torch.compile(backbone.network, backend="aot_eager"))
     assert type(compiled.backbone.network).__name__ == "OptimizedModule"
     assert compiled.name == type(backbone.network).__name__
     torch.testing.assert_close(compiled.scan(photos())[1], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2.5-vl"])  # which counts on the host
+@pytest.mark.parametrize("family", all_but("qwen2.5-vl", "qwen2.5-vl-language"))  # whose tower counts on the host
+def test_compiled_without_a_break(family):
+    _, backbone = make(family)
+    expected = Tracer(backbone).scan(photos())[1]
+    torch._dynamo.reset()
+    backbone.network = torch.compile(backbone.network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(Tracer(backbone).scan(photos())[1], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", all_but("qwen2.5-vl", *LANGUAGE))  # which counts on the host
 def test_it_never_waits_for_the_device(family):
     _, backbone = make(family)
     backbone.network.to("meta")
@@ -310,11 +380,13 @@ def test_it_never_waits_for_the_device(family):
 
 def test_hooks_are_gone_after_an_error(family):
     model, backbone = make(family)
+    run(backbone)
+    before = hooks(model)
     breaks = backbone.attentions()[-1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Tracer(backbone).scan(photos())
     breaks.remove()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks(model) == before
     assert Tracer(backbone).scan(photos())[1].isfinite().all()
 
 
@@ -332,7 +404,7 @@ class TestRefusals:
     )
     def test_levels_before_any_work(self, family, options, message, monkeypatch):
         model, _ = make(family)
-        tracer = Tracer.from_encoder(model, size=SIZE)
+        tracer = traced(family, model)
         monkeypatch.setattr(tracer.backbone, "encode", lambda *_: pytest.fail("it began to work"))
         monkeypatch.setattr("trace_fast.image.to_tensor", lambda *_: pytest.fail("it read the image"))
         with pytest.raises(ValueError, match="trace: " + message.format(type(model).__name__)):
@@ -353,7 +425,7 @@ class TestRefusals:
         model, _ = make(family)
         step = "8 x 8" if family == "qwen2.5-vl" else "4 x 4"
         with pytest.raises(ValueError, match=rf"size must be positive multiples of {step} pixels, got \(20, 42\)"):
-            Tracer.from_encoder(model, size=(20, 42))
+            traced(family, model, size=(20, 42))
 
     def test_blocks_of_windows(self):
         model, backbone = make("qwen2.5-vl")
@@ -378,8 +450,9 @@ class TestRefusals:
 
     def test_a_layer_that_is_not_replayed(self, family):
         _, backbone = make(family)
-        backbone.attentions()[1].q_norm = torch.nn.LayerNorm(8)
-        with pytest.raises(RuntimeError, match=r"every self-attention must .* q_norm.* version of transformers"):
+        backbone.attentions()[1].late_norm = torch.nn.LayerNorm(8)
+        library = "timm" if family.startswith("eva") else "transformers"
+        with pytest.raises(RuntimeError, match=rf"every self-attention must .* late_norm.* version of {library}"):
             Tracer(backbone).scan(photos())
         assert not any(module._forward_hooks for module in backbone.network.modules())
 
@@ -392,24 +465,35 @@ class TestRefusals:
             run(backbone)
 
 
+def save(model, folder):
+    if type(model).__name__ == "Eva":
+        timm().models.save_for_hf(model, folder, safe_serialization=True)
+    else:
+        model.save_pretrained(folder)
+
+
 class TestLoading:
-    """Folders as transformers writes them."""
+    """Folders as transformers and timm write them."""
+
+    @pytest.fixture(params=params(*VISION))
+    def family(self, request):
+        return request.param
 
     @pytest.fixture
     def saved(self, family, tmp_path):
         model, _ = make(family)
-        model.save_pretrained(tmp_path / "model")
+        save(model, tmp_path / "model")
         return model, tmp_path / "model"
 
     def test_a_folder_gives_what_its_model_gives(self, saved, family):
         model, folder = saved
-        expected = Tracer.from_encoder(model, size=SIZE)(photos(), return_abdiv=True)
+        expected = traced(family, model)(photos(), return_abdiv=True)
         tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, local_files_only=True)
         found = tracer(photos(), return_abdiv=True)
         assert found.model == str(folder)
         assert torch.equal(found.abdiv, expected.abdiv) and torch.equal(found.edges, expected.edges)
         # of a vision-language model, only the tower is there
-        tower = Tracer.from_encoder(model, size=SIZE).backbone.network
+        tower = traced(family, model).backbone.network
         assert type(tracer.backbone.network) is type(tower)
         assert {n: x.shape for n, x in tracer.backbone.network.state_dict().items()} == {
             n: x.shape for n, x in tower.state_dict().items()
@@ -419,8 +503,8 @@ class TestLoading:
 
     def test_the_tower_saved_alone(self, family, tmp_path):
         model, _ = make(family)
-        tracer = Tracer.from_encoder(model, size=SIZE)
-        tracer.backbone.network.save_pretrained(tmp_path / "tower")
+        tracer = traced(family, model)
+        save(tracer.backbone.network, tmp_path / "tower")
         found = Tracer.from_pretrained(tmp_path / "tower", device="cpu", size=SIZE)
         assert torch.equal(found.scan(photos())[1], tracer.scan(photos())[1])
 
@@ -439,7 +523,7 @@ class TestLoading:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
         assert "model-2.safetensors" in shards.values()
         found = Tracer.from_pretrained(folder, device="cpu", size=SIZE).scan(photos())[1]
-        assert torch.equal(found, Tracer.from_encoder(model, size=SIZE).scan(photos())[1])
+        assert torch.equal(found, traced(family, model).scan(photos())[1])
         (folder / "model-1.safetensors").unlink()
         self.refuse(folder, "load: model must be whole, got .*no model-1.safetensors")
 
@@ -452,20 +536,33 @@ class TestLoading:
         assert old.keys() != weights.keys()
         save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
         found = Tracer.from_pretrained(tmp_path, device="cpu", size=SIZE).scan(photos())[1]
-        assert torch.equal(found, Tracer.from_encoder(model, size=SIZE).scan(photos())[1])
+        assert torch.equal(found, traced(family, model).scan(photos())[1])
 
     def test_mean_and_std_are_those_of_the_folder(self, saved):
-        _, folder = saved
-        values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-        for name, content in (
-            ("processor_config.json", {"image_processor": values}),
-            ("preprocessor_config.json", values),
-        ):
+        model, folder = saved
+        mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+        values = {"image_mean": mean, "image_std": std}
+        files = {"processor_config.json": {"image_processor": values}, "preprocessor_config.json": values}
+        if type(model).__name__ == "Eva":
+            config = json.loads((folder / "config.json").read_text())
+            config["pretrained_cfg"] |= {"mean": mean, "std": std}
+            files = {"config.json": config}
+        for name, content in files.items():
             (folder / name).write_text(json.dumps(content))
             backbone = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone
-            torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(values["image_mean"]))
-            torch.testing.assert_close(backbone.std.flatten(), torch.tensor(values["image_std"]))
+            torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(mean))
+            torch.testing.assert_close(backbone.std.flatten(), torch.tensor(std))
             (folder / name).unlink()
+
+    @pytest.mark.parametrize("offload", ["model", "sequential"])
+    def test_offloaded_it_gives_the_same(self, saved, offload):
+        _, folder = saved
+        plain, tracer = (
+            Tracer.from_pretrained(folder, device="cpu", size=SIZE, offload=way) for way in (None, offload)
+        )
+        assert torch.equal(tracer.scan(photos())[1], plain.scan(photos())[1])
+        places = {p.device.type for p in tracer.backbone.network.parameters()}
+        assert hasattr(tracer.backbone.network, "_hf_hook") and places == {"cpu" if offload == "model" else "meta"}
 
     def test_dtype_is_that_of_the_weights(self, saved):
         _, folder = saved
@@ -477,7 +574,7 @@ class TestLoading:
         make("dinov2")[0].save_pretrained(tmp_path / "model")
         assert trace_fast.edges(torch.rand(3, 20, 36), model=tmp_path / "model").shape == (1, 1, 20, 36)
 
-    @pytest.mark.parametrize("name", ["dinov2-b", "qwen2.5-vl-7b"])
+    @pytest.mark.parametrize("name", ["dinov2-b", "qwen2.5-vl-7b", "eva02-e"])
     def test_a_hub_that_is_not_to_be_asked(self, name, monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(RuntimeError, match=rf"load: {name} is not on this machine, .*HF_HUB_OFFLINE"):
@@ -503,7 +600,7 @@ class TestLoading:
     def test_a_weight_of_another_shape(self, saved):
         _, folder = saved
         config = json.loads((folder / "config.json").read_text())
-        config.get("vision_config", config)["hidden_size"] = 32
+        config.get("vision_config", config)["hidden_size"] = config.get("model_args", {})["embed_dim"] = 32
         (folder / "config.json").write_text(json.dumps(config))
         self.refuse(folder, "load: model must be whole and its files match, got .*model'")
 
@@ -530,11 +627,109 @@ class TestLoading:
         self.refuse(folder, r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free", RuntimeError)
 
 
+class TestLanguage:
+    @pytest.fixture(params=LANGUAGE)
+    def family(self, request):
+        return request.param
+
+    def test_the_model_given_tokens_and_pixels_is_the_same(self, family):
+        model, backbone = make(family, size=None)
+        size = backbone.settings.size
+        height, width = backbone.grids(size)[0]
+        images = torch.rand(1, 3, *size)
+        normalised = backbone.encode(images)
+        first, image = (1, 7) if family == "llava-language" else (4, 5)
+        tokens = torch.tensor([[first, *[image] * height * width]])
+        if family == "llava-language":
+            inputs = {"pixel_values": normalised}
+        else:
+            processor = transformers.Qwen2VLImageProcessorPil()
+            patches = processor.patchify(normalised[0].numpy(), patch_size=2, merge_size=2, temporal_patch_size=2)[0]
+            grid = torch.tensor([[1, 2 * height, 2 * width]])
+            inputs = {"pixel_values": torch.from_numpy(patches), "image_grid_thw": grid}
+            inputs["mm_token_type_ids"] = (tokens == image).int()
+        oracle = AttentionOracle()
+        with torch.no_grad(), oracle:
+            expected = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
+        found = []
+        with torch.no_grad(), backbone.capture(backbone.attentions(), lambda *heard: found.append(heard)):
+            assert torch.equal(backbone.predict(normalised, torch.zeros(1)), expected)
+        for (_, *heard), (query, key) in zip(found, oracle.calls[-3:], strict=True):
+            assert torch.equal(heard[0], query)
+            assert torch.equal(heard[1], key.repeat_interleave(query.shape[1] // key.shape[1], 1))
+
+    def test_what_another_reading_needs(self, family):
+        model, _ = make(family)
+        with pytest.raises(ValueError, match="from_encoder: read must be one of vision, language, got 'text'"):
+            Tracer.from_encoder(model, read="text")
+        with pytest.raises(TypeError, match=r"must be or hold one of Llava.*, got Dinov2Model"):
+            Tracer.from_encoder(dinov2(), read="language")
+
+    def test_generation_goes_on_where_it_was(self, family):
+        model, backbone = make(family)
+        deltas = getattr(model.model, "rope_deltas", None)
+        Tracer(backbone).scan(photos())
+        assert getattr(model.model, "rope_deltas", None) is deltas
+
+
+@needs_timm
+class TestEva:
+    def test_a_model_of_one_size_takes_that_alone(self):
+        model = eva(dynamic_img_size=False).eval()
+        assert Tracer.from_encoder(model)(photos()).size == (20, 20)
+        message = r"EvaBackbone: size must be \(20, 20\), got \(24, 40\); .*dynamic_img_size=True"
+        with pytest.raises(ValueError, match=message):
+            Tracer.from_encoder(model, size=SIZE)
+
+    def test_a_folder_of_one_size_takes_any(self, tmp_path):
+        model = eva(dynamic_img_size=False).eval()
+        save(model, tmp_path / "model")
+        tracer = Tracer.from_pretrained(tmp_path / "model", device="cpu", size=SIZE)
+        dynamic = eva().eval()
+        dynamic.load_state_dict(model.state_dict())
+        expected = Tracer.from_encoder(dynamic, size=SIZE).scan(photos())[1]
+        assert torch.equal(tracer.scan(photos())[1], expected)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"qkv_bias": False, "qkv_fused": True},
+            {"use_rot_pos_emb": False},
+            {"rope_type": "mixed", "qkv_fused": True, "use_abs_pos_emb": False},
+            {"rope_type": "dinov3", "class_token": False, "global_pool": "avg"},
+            {"attn_type": "rope", "qkv_fused": True},
+        ],
+    )
+    def test_other_models_of_the_class(self, options):
+        backbone = encoder_of(eva(**options).eval(), size=SIZE)
+        oracle = AttentionOracle()
+        _, found = captured(backbone, oracle)
+        assert len(found) == len(oracle.calls) == 3
+        for (_, *heard), expected in zip(found, oracle.calls, strict=True):
+            assert all(torch.equal(x, y[:, :, -60:]) for x, y in zip(heard, expected, strict=True))
+
+    def test_another_architecture_of_timm(self, tmp_path):
+        timm()
+        (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+        for name in ("resnet18", "no_such"):
+            (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": {}}))
+            with pytest.raises(ValueError, match=f"architecture must be one of timm's module eva, got '{name}'"):
+                Tracer.from_pretrained(tmp_path, device="cpu")
+
+    def test_without_timm(self, tmp_path, monkeypatch):
+        save(eva(), tmp_path / "model")
+        monkeypatch.setitem(sys.modules, "timm", None)
+        with pytest.raises(RuntimeError, match=r"needs timm, .* pip install 'trace_fast\[encoders\]', .* fits torch 2"):
+            Tracer.from_pretrained(tmp_path / "model", device="cpu")
+
+
 def test_known_encoders_are_listed_as_such():
     from trace_fast.cli import app
 
     encoders = {name for name, model in MODELS.items() if model.encoder}
-    assert encoders == {"dinov2-b", "dinov2-g", "dinov3-l", "dinov3-7b", "llava-1.5-7b", "qwen2.5-vl-7b"}
+    assert encoders == {
+        *("dinov2-b", "dinov2-g", "dinov3-l", "dinov3-7b", "eva02-l", "eva02-e", "llava-1.5-7b", "qwen2.5-vl-7b")
+    }
     lines = CliRunner().invoke(app, ["models"]).output.splitlines()
     for name in ("mini", *MODELS):
         (line,) = (line for line in lines if line.split()[0] == name)

@@ -86,6 +86,64 @@ def test_dtype_is_that_of_the_weights(saved):
     assert edges.dtype == torch.float32 and edges.isfinite().all()
 
 
+def test_weights_that_are_still_to_come_take_room(monkeypatch):
+    tracer = Tracer.from_pretrained("mini", device="cpu", offload="model")
+    tracer.backbone.network._hf_hook.execution_device = torch.device("cuda")
+    for name, value in (("memory_reserved", 500), ("memory_allocated", 100), ("mem_get_info", (2**30, 2**31))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    needed = sum(4 * p.numel() for p in tracer.backbone.network.parameters())
+    assert needed > 8_000_000 and tracer._room() == (2**30 + 400 - needed) // 2
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloaded_parts_give_the_same(saved, offload):
+    _, folder = saved
+    images = torch.rand(2, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    plain = Tracer.from_pretrained(folder, device="cpu", size=SIZE)
+    tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, offload=offload)
+    assert tracer.device == torch.device("cpu")
+    for noising in ("gaussian", "inversion", "gaussian"):
+        expected, found = (t(images, timesteps=(0, 99, 499), noising=noising) for t in (plain, tracer))
+        assert torch.equal(found.kl, expected.kl) and torch.equal(found.edges, expected.edges)
+    network, vae = tracer.backbone.network, tracer.backbone.vae
+    if offload == "model":  # each makes the other leave
+        assert network._hf_hook.prev_module_hook.model is vae
+        assert vae._hf_hook.prev_module_hook.model is network
+    else:  # nothing stays behind; the autoencoder's decoder was never asked
+        assert {p.device.type for part in (network, vae) for p in part.parameters()} == {"meta"}
+
+
+def test_a_pipeline_that_is_offloaded_layer_by_layer(saved):
+    from accelerate import cpu_offload
+
+    pipe, _ = saved
+    images = torch.rand(1, 3, *SIZE)
+    expected = Tracer.from_pipeline(pipe, size=SIZE)(images, timesteps=(0, 499)).edges
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):  # as enable_sequential_cpu_offload does on a GPU
+            cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    assert pipe.vae.device.type == "meta"
+    tracer = Tracer.from_pipeline(pipe, size=SIZE)
+    assert tracer.device == torch.device("cpu")
+    assert torch.equal(tracer(images, timesteps=(0, 499)).edges, expected)
+
+
+def test_sequential_offload_in_half_precision_is_upcast(tmp_path):
+    pipe = pipeline("sdxl", tmp_path)
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.save_pretrained(tmp_path / "model")
+    images = torch.rand(1, 3, *SIZE)
+    plain, *others = (
+        Tracer.from_pretrained(tmp_path / "model", device="cpu", size=SIZE, dtype=torch.float16, offload=offload)
+        for offload in (None, "model", "sequential")
+    )
+    expected = plain.backbone.encode(images)
+    assert expected.isfinite().all()
+    for tracer in others:
+        assert torch.equal(tracer.backbone.encode(images), expected)
+        assert tracer.backbone.vae.dtype == torch.float16
+
+
 def test_edges_takes_a_folder(tmp_path):
     pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
     image = torch.rand(3, 20, 28)
@@ -128,6 +186,38 @@ class TestRefusals:
         monkeypatch.setattr(loading.os, "sysconf", lambda _: 300)  # 90,000 bytes
         message = r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free"
         self.refuse(folder, message, RuntimeError)
+
+    def test_too_little_memory_names_what_would_fit(self, monkeypatch):
+        room = {"cuda": 12, "cpu": 64}  # GiB
+        monkeypatch.setattr(loading, "free_bytes", lambda device: room[device.type] * 2**30)
+        cuda, half, network, vae = torch.device("cuda"), torch.bfloat16, 11 * 2**29, 2**29  # numbers, of two bytes each
+
+        def check(parts, dtype=half, offload=None):
+            loading.check_room("it", parts, dtype, cuda, offload)
+
+        check([network, vae])
+        check([16 * 2**29, vae], offload="sequential")
+        for parts, dtype, offload, message in (
+            (
+                [network, vae],
+                torch.float32,
+                None,
+                "needs 24.0 GiB .* float32, cuda has 12.0 .*; dtype=torch.bfloat16 w",
+            ),
+            ([network, 2 * vae], half, None, "needs 13.0 GiB .*; offload='model' would fit"),
+            ([16 * 2**29, vae], half, None, "needs 17.0 GiB .*; offload='sequential' would fit"),
+            ([16 * 2**29, vae], half, "model", "needs 16.0 GiB .* cuda has 12.0 .*; offload='sequential' would fit"),
+            ([64 * 2**29, vae], half, "model", "needs 65.0 GiB .* cpu has 64.0 .*; take a smaller model or a larger"),
+        ):
+            with pytest.raises(RuntimeError, match=f"load: it {message}"):
+                check(parts, dtype, offload)
+
+    @pytest.mark.parametrize("offload", ["cpu", True])
+    def test_an_offload_that_is_none(self, offload):
+        with pytest.raises(
+            ValueError, match=f"load: offload must be one of model, sequential, or None, got {offload!r}"
+        ):
+            Tracer.from_pretrained("mini", device="cpu", offload=offload)
 
     def test_a_hub_that_is_not_to_be_asked(self, monkeypatch):
         with pytest.raises(RuntimeError, match=r"someone/something is not on this machine, .*HF_HUB_OFFLINE"):

@@ -14,7 +14,7 @@ import pytest
 from trace_fast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("PIL", "accelerate", "diffusers", "matplotlib", "peft", "transformers", "triton", "typer")
+HEAVY = ("PIL", "accelerate", "diffusers", "matplotlib", "peft", "timm", "transformers", "triton", "typer")
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:

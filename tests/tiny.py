@@ -5,6 +5,8 @@ built; `pipeline` puts them together with text encoders.
 """
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import diffusers
 import torch
@@ -249,7 +251,7 @@ def language(**config):
     }
 
 
-def llava():
+def llava(**text):
     import transformers
 
     vision = transformers.CLIPVisionConfig(
@@ -261,24 +263,53 @@ def llava():
         patch_size=4,
         projection_dim=8,
     )
-    text = transformers.LlamaConfig(**language())
+    text = transformers.LlamaConfig(**language(**text))
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=7)
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def qwen():
+def qwen(patch_size=4, sections=(1, 0, 1), **text):
+    """`sections` are the pairs of channels that turn with time, row and column, half of a head in all."""
     import transformers
 
+    text = language(**text)
     vision = {
         "depth": 5,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "patch_size": 4,
-        "window_size": 16,  # two units of two patches
-        "out_hidden_size": 8,
+        "patch_size": patch_size,
+        "window_size": 4 * patch_size,  # two units of two patches
+        "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [1, 3],
     }
-    rope = {"rope_type": "default", "mrope_section": [1, 0, 1], "rope_theta": 10_000.0}
-    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=language(rope_parameters=rope))
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": list(sections), "rope_theta": 10_000.0}
+    marks = {"vision_end_token_id": 3, "vision_start_token_id": 4, "image_token_id": 5, "video_token_id": 6}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **marks)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def timm():
+    """timm, which imports torchvision, though its models need none of it: a stand-in serves where that is not there.
+
+    The registry's torchvision is built for CUDA, and cannot be imported beside torch for the CPU.
+    """
+    parts = ("", ".datasets", ".ops", ".ops.misc", ".transforms", ".transforms.functional")
+    names = [f"torchvision{part}" for part in parts]
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        sys.modules.update({name: MagicMock() for name in names})
+    try:
+        import timm
+    finally:
+        for name in names:
+            if isinstance(sys.modules.get(name), MagicMock):
+                del sys.modules[name]
+    return timm
+
+
+def eva(architecture="eva02_large_patch14_448", **options):
+    """EVA02-L by default: rotary positions, projections apart. EVA02-E has fused projections and learned positions."""
+    sizes = {"img_size": 20, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 4}
+    return timm().create_model(architecture, **{**sizes, "dynamic_img_size": True, **options})

@@ -7,6 +7,7 @@ Exit status: 0 all well, 1 some images failed (the others are done), 2 the comma
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -70,6 +71,14 @@ def edges(
         typer.Option(help="How an image is brought to a level; else what the model prefers."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1; else the GPU where there is one.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Processing size in pixels, such as 512x768; else the model's own."),
+    ] = None,
+    offload: Annotated[
+        Literal["model", "sequential"] | None,
+        typer.Option(help="For a small GPU: weights stay in main memory, and come whole in turn, or layer by layer."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the gaussian noise.")] = 0,
     bits: Annotated[Literal["8", "16"], typer.Option(help="Depth of the edge files.")] = "8",
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write the edges drawn over the photo.")] = False,
@@ -79,7 +88,7 @@ def edges(
 
     Asked to, it also writes DIR/NAME_overlay.png and DIR/NAME_curve.png. Files of an earlier run are replaced.
     """
-    level = _parse_timestep(timestep)
+    level, sides = _parse_timestep(timestep), _parse_size(size)
     kinds = ["", *["_overlay"] * overlay, *["_curve"] * curve]
     images = _list_images(inputs)
     results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
@@ -94,7 +103,7 @@ def edges(
     from trace_fast.tracer import Tracer
 
     try:
-        tracer = Tracer.from_pretrained(model, device=device)
+        tracer = Tracer.from_pretrained(model, device=device, size=sides, offload=offload)
     except _FAILURES as error:
         _refuse(str(error))
     _open_folder(output)
@@ -282,6 +291,14 @@ def _parse_timestep(text: str | None) -> str | int | None:
     if not 0 <= level <= 999:
         _refuse(f"--timestep must be iep or an integer from 0 to 999, got {text!r}")
     return level
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)):
+        _refuse(f"--size must be height and width in pixels, such as 512x768, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _list_images(inputs: list[Path]) -> list[Path]:

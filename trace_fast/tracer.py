@@ -19,7 +19,7 @@ from torch.nn import functional
 from trace_fast import _checks, ops
 from trace_fast import image as door
 from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone, models
-from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
+from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant, device_of
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
 
@@ -75,6 +75,7 @@ class Tracer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
+        offload: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
@@ -86,24 +87,30 @@ class Tracer:
         transformers, only the files that hold the vision tower are fetched, and only the tower is read from them.
 
         Args:
-            model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers or ours
-                with config.json and model.safetensors.
+            model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers, timm or
+                ours with config.json and model.safetensors.
             device: where to run; default the GPU where there is one, else the CPU.
             dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this package.
             size: processing size in pixels, (height, width); default the model's own.
+            offload: for a card that is too small. "model" keeps the weights in main memory and brings autoencoder and
+                network to the device in turn, whole, while they run (diffusers' `enable_model_cpu_offload`);
+                "sequential" does so layer by layer, which needs little of the device and is slower by far
+                (`enable_sequential_cpu_offload`).
             revision: branch, tag or commit of a repository.
             variant: of its weight files, such as "fp16".
             local_files_only: never ask the hub; HF_HUB_OFFLINE=1 does the same.
 
         Raises:
-            ValueError: unknown name, or damaged or mismatching files.
-            RuntimeError: the device is not there, the repository is gated or out of reach, or memory is too small.
+            ValueError: unknown name or offload, or damaged or mismatching files.
+            RuntimeError: the device is not there, the repository is gated or out of reach, timm is needed and is not
+                there, or memory is too small.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = _checks.device("load", device)
         hub = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
-        return cls(load_backbone(model, device=device, dtype=dtype, size=size, **hub), name=str(model))
+        backbone = load_backbone(model, device=device, dtype=dtype, size=size, offload=offload, **hub)
+        return cls(backbone, name=str(model))
 
     @classmethod
     def from_pipeline(
@@ -142,43 +149,49 @@ class Tracer:
         cls,
         model: Any,
         *,
+        read: str = "vision",
         size: tuple[int, int] | None = None,
         blocks: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Tracer:
-        """Trace with a vision encoder of transformers, which stays as it is: device, dtype, attention, adapters.
+        """Trace with an encoder of transformers or timm, which stays as it is: device, dtype, attention, adapters.
 
-        DINOv2, DINOv3, and the vision towers of LLaVA (CLIP's) and Qwen2.5-VL. An encoder has no noise levels, so that
-        ABDiv alone is read, at level 0 (TRACE's comparison of backbones).
+        DINOv2, DINOv3, EVA02 (timm's class Eva), and the vision towers of LLaVA (CLIP's) and Qwen2.5-VL. An encoder has
+        no noise levels, so that ABDiv alone is read, at level 0 (TRACE's comparison of backbones).
 
         Args:
             model: the encoder, or a model that holds it, such as a whole vision-language model.
+            read: "vision" for the encoder, or "language" for the language model of LLaVA or Qwen2.5-VL: the image's
+                tokens pass through it behind the one token that begins a text or an image, and the map is the softmax
+                over all of the image's keys. The model's causal mask is left out of it, since under the mask a token
+                sees only what is above it and to its left, and opposite neighbours could not be compared. Its grid is
+                the tower's, of Qwen2.5-VL in units of 2 x 2 patches.
             size: processing size in pixels, (height, width), in multiples of a patch; None is the model's own, for
-                Qwen2.5-VL 64 x 64 patches.
-            blocks: layers of the encoder whose maps are averaged; None for all, or where some attend inside windows
-                alone, for all of full attention.
+                Qwen2.5-VL 64 x 64 patches. A model of timm takes others only if made with `dynamic_img_size=True`.
+            blocks: layers of what is read whose maps are averaged; None for all, or where some of an encoder attend
+                inside windows alone, for all of full attention.
             mean: of the pixels that the model was trained on, red, green, blue, in [0, 1] (`image_mean` of its image
-                processor); None for ImageNet's, or CLIP's where the tower is of a vision-language model.
+                processor); None for what a model of timm knows, else for ImageNet's, or CLIP's where the tower is of a
+                vision-language model.
             std: standard deviation likewise (`image_std`).
 
         Raises:
-            TypeError: the model holds no such encoder.
-            ValueError: the encoder does not allow the size or the blocks.
+            TypeError: the model holds nothing of the kind.
+            ValueError: the model does not allow the size or the blocks.
 
         Example:
             >>> model = transformers.AutoModel.from_pretrained("facebook/dinov2-base")  # doctest: +SKIP
             >>> edges = Tracer.from_encoder(model, size=(518, 700))("photo.jpg").edges  # doctest: +SKIP
         """
-        backbone = encoder_of(model, size=size, blocks=blocks, mean=mean, std=std)
+        backbone = encoder_of(model, read=read, size=size, blocks=blocks, mean=mean, std=std)
         # a compiled network is wrapped
         return cls(backbone, name=type(getattr(model, "_orig_mod", model)).__name__)
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs: where it is, or where accelerate brings it from (`enable_model_cpu_offload`)."""
-        place = getattr(getattr(self.backbone.network, "_hf_hook", None), "execution_device", None)
-        return next(self.backbone.network.parameters()).device if place is None else torch.device(place)
+        """Where the network runs: where it is, or where accelerate brings it or its layers."""
+        return device_of(self.backbone.network)
 
     @torch.no_grad()
     def __call__(
@@ -362,11 +375,12 @@ class Tracer:
         return check_timesteps(timesteps, noising), noising
 
     def _room(self) -> int:
-        """Bytes that attention maps may take: half of what is free on a GPU, MAP_BYTES elsewhere."""
+        """Bytes that attention maps may take: half of what is free, or will be, on a GPU, MAP_BYTES elsewhere."""
         if self.device.type != "cuda":
             return MAP_BYTES
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return (torch.cuda.mem_get_info(self.device)[0] + kept) // 2
+        coming = sum(p.numel() * p.element_size() for p in self.backbone.network.parameters() if p.is_cpu)
+        return (torch.cuda.mem_get_info(self.device)[0] + kept - coming) // 2
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from trace_fast.backbones.base import Backbone, Settings
 from trace_fast.backbones.encoder import EncoderBackbone
 from trace_fast.backbones.flux import FluxBackbone
+from trace_fast.backbones.language import LlavaLanguageBackbone, QwenLanguageBackbone
+from trace_fast.backbones.loading import OFFLOADS, is_encoder, load_encoder, load_pipeline, place
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
 from trace_fast.backbones.registry import MODELS
 from trace_fast.backbones.sd3 import SD3Backbone
 from trace_fast.backbones.unet import UNetBackbone
-from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone
+from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone, EvaBackbone
 from trace_fast.backbones.vlm import CLIPBackbone, QwenBackbone
 
 __all__ = ["Backbone", "Settings", "backbone_of", "encoder_of", "load_backbone", "models"]
@@ -35,9 +38,15 @@ ENCODERS: dict[str, type[EncoderBackbone]] = {  # by the class of the encoder
     "Dinov2Model": DINOv2Backbone,
     "Dinov2WithRegistersModel": DINOv2Backbone,
     "DINOv3ViTModel": DINOv3Backbone,
+    "Eva": EvaBackbone,
     "CLIPVisionModel": CLIPBackbone,
     "Qwen2_5_VisionTransformerPretrainedModel": QwenBackbone,
 }
+LANGUAGES: dict[str, type[EncoderBackbone]] = {  # by the class of the whole model
+    "LlavaForConditionalGeneration": LlavaLanguageBackbone,
+    "Qwen2_5_VLForConditionalGeneration": QwenLanguageBackbone,
+}
+READ = {"vision": ENCODERS, "language": LANGUAGES}
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = Path(__file__).parent.parent / "weights"  # the embedded models, one folder each
 
@@ -57,6 +66,7 @@ def load_backbone(
     device: torch.device,
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
+    offload: str | None = None,
     **hub: Any,
 ) -> Backbone:
     """Read a backbone onto a device: see `Tracer.from_pretrained`.
@@ -65,11 +75,13 @@ def load_backbone(
         ValueError: the name is unknown, or the folder's configuration or weights are damaged or do not fit each other.
         RuntimeError: the model's repository or the memory does not allow it.
     """
+    if offload not in (None, *OFFLOADS):
+        raise ValueError(f"load: offload must be one of {', '.join(OFFLOADS)}, or None, got {offload!r}")
     folder = WEIGHTS / model if model in _embedded() else Path(model)
-    if (folder / "config.json").is_file() and not _of_transformers(folder):
+    if (folder / "config.json").is_file() and not _of_others(folder):
         backbone = _load_embedded(folder, size)
-        backbone.network.eval().requires_grad_(False).to(device, dtype or torch.float32)
-        return backbone
+        backbone.network.eval().requires_grad_(False).to(dtype or torch.float32)
+        return place(backbone, device, offload)
     if (
         str(model) not in MODELS
         and not any((folder / name).is_file() for name in ("config.json", "model_index.json"))
@@ -79,23 +91,21 @@ def load_backbone(
             f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "
             f"config.json and model.safetensors or in the layout of diffusers, got {str(model)!r}"
         )
-    from trace_fast.backbones.loading import is_encoder, load_encoder, load_pipeline
-
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if is_encoder(str(model), **hub):
-        network, colours = load_encoder(str(model), device=device, dtype=dtype, **hub)
-        return encoder_of(network, size=size, **colours)
-    pipe, null_text = load_pipeline(str(model), device=device, dtype=dtype, **hub)
-    return backbone_of(pipe, null_text, size)
+        network, colours = load_encoder(str(model), device=device, dtype=dtype, offload=offload, **hub)
+        return place(encoder_of(network, size=size, **colours), device, offload)
+    pipe, null_text = load_pipeline(str(model), device=device, dtype=dtype, offload=offload, **hub)
+    return place(backbone_of(pipe, null_text, size), device, offload)
 
 
-def _of_transformers(folder: Path) -> bool:
-    """Whether a config.json is that of transformers, and not one of ours."""
+def _of_others(folder: Path) -> bool:
+    """Whether a config.json is that of transformers or timm, and not one of ours."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError:  # told when it is loaded
         return False
-    return isinstance(config, dict) and "model_type" in config and "family" not in config
+    return isinstance(config, dict) and not {"model_type", "architecture"}.isdisjoint(config) and "family" not in config
 
 
 def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
@@ -104,11 +114,10 @@ def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
         config = json.loads((folder / "config.json").read_text())
         if config["family"] not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {config['family']!r}")
-        if size is not None:
-            config["tracing"] = {**config.get("tracing", {}), "size": list(size)}
-        return FAMILIES[config["family"]].from_folder(folder, config)
+        backbone = FAMILIES[config["family"]].from_folder(folder, config)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"load: model must be a folder of matching files, got {str(folder)!r}: {error}") from error
+    return backbone if size is None else type(backbone)(backbone.network, replace(backbone.settings, size=size))
 
 
 def backbone_of(pipe: Any, null_text: dict[str, Tensor] | None = None, size: tuple[int, int] | None = None) -> Backbone:
@@ -126,14 +135,18 @@ def backbone_of(pipe: Any, null_text: dict[str, Tensor] | None = None, size: tup
 def encoder_of(
     model: Any,
     *,
+    read: str = "vision",
     size: tuple[int, int] | None = None,
     blocks: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Backbone:
-    """An encoder of transformers, or what holds one, as a backbone; see `Tracer.from_encoder`."""
+    """An encoder of transformers or timm, or what holds one, as a backbone; see `Tracer.from_encoder`."""
+    if read not in READ:
+        raise ValueError(f"from_encoder: read must be one of {', '.join(READ)}, got {read!r}")
+    families = READ[read]
     for module in model.modules() if isinstance(model, nn.Module) else ():
         kind = type(getattr(module, "_orig_mod", module)).__name__  # a compiled network is wrapped
-        if kind in ENCODERS:
-            return ENCODERS[kind].from_model(module, size=size, blocks=blocks, mean=mean, std=std)
-    raise TypeError(f"from_encoder: model must be or hold one of {', '.join(ENCODERS)}, got {type(model).__name__}")
+        if kind in families:
+            return families[kind].from_model(module, size=size, blocks=blocks, mean=mean, std=std)
+    raise TypeError(f"from_encoder: model must be or hold one of {', '.join(families)}, got {type(model).__name__}")

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import Schedule
 
-__all__ = ["NOISINGS", "STEPS", "Backbone", "Settings", "check_noising", "check_timestep", "constant", "load_weights"]
+__all__ = [
+    "NOISINGS",
+    "STEPS",
+    "Backbone",
+    "Settings",
+    "check_noising",
+    "check_timestep",
+    "constant",
+    "device_of",
+    "load_weights",
+]
 
 STEPS = 1000  # noise levels are 0 .. STEPS - 1, from image to noise
 NOISINGS = ("inversion", "gaussian")
@@ -133,6 +143,15 @@ class Backbone(Protocol):
 def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Integers (N,) int64 where they are used, copied there once: a copy makes the host wait, and breaks a graph."""
     return torch.tensor(values, device=device)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network runs: where it is, or where accelerate brings it or its layers."""
+    for module in network.modules() if hasattr(network, "_hf_hook") else ():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return next(network.parameters()).device
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import Settings
+from trace_fast.backbones.base import device_of
 from trace_fast.backbones.latent import LatentBackbone
-from trace_fast.backbones.schedule import RectifiedFlow
 
 __all__ = ["FluxBackbone"]
 
@@ -29,29 +28,24 @@ class FluxBackbone(LatentBackbone):
 
     guidance: float = 1.0
 
-    @classmethod
-    def from_pipeline(
-        cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None
-    ) -> FluxBackbone:
-        """Modules of a FluxPipeline, as they are."""
-        if null_text is None:
-            null_text = cls.null_text_of(pipe)
-        return cls(pipe.transformer, pipe.vae, RectifiedFlow(), null_text, Settings(size=size or (SIZE, SIZE)))
-
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        embeds, pooled, _ = pipe.encode_prompt("", "", device=pipe.transformer.device)
+        embeds, pooled, _ = pipe.encode_prompt("", "", device=device_of(pipe.transformer))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def attentions(self) -> list[nn.Module]:
         """Double blocks, then single blocks."""
         return [block.attn for block in (*self.network.transformer_blocks, *self.network.single_transformer_blocks)]
 
-    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Pairs of latents."""
-        height, width = self.latent_size(size, PATCH)
-        return [(height // PATCH, width // PATCH)] * len(self.attentions())
+    @staticmethod
+    def native_size(pipe: Any) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for."""
+        return SIZE, SIZE
+
+    def patch(self) -> int:
+        """Latents along a side of a token; the network itself is told 1."""
+        return PATCH
 
     def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
         """The predicted velocity; the network counts levels from 0 to 1."""

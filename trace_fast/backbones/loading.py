@@ -1,7 +1,8 @@
 """Models by parts, from a hub or a folder.
 
-Of diffusers network, autoencoder and schedule, its text encoders once, then freed; of transformers the encoder alone.
-The only place that imports diffusers and loads with transformers. Weights are read from safetensors alone.
+Of diffusers network, autoencoder and schedule, its text encoders once, then freed; of transformers and timm the encoder
+alone. The only place that imports diffusers and loads with transformers or timm. Weights are read from safetensors
+alone.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +25,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trace_fast._files import whole_file
+from trace_fast.backbones.base import Backbone
 from trace_fast.backbones.registry import MODELS
 
-__all__ = ["is_encoder", "load_encoder", "load_pipeline", "null_text_file"]
+__all__ = ["OFFLOADS", "is_encoder", "load_encoder", "load_pipeline", "null_text_file", "place"]
 
 NETWORKS = ("unet", "transformer")
+OFFLOADS = ("model", "sequential")
+UNCALLED = ["CLIPVisionEmbeddings", "EvaAttention"]  # modules that read the weights of a layer without calling it
 # what the weights of an encoder are called in the files of a model, by its model_type: what comes before
 PREFIXES = {
     "dinov2": "",
@@ -45,18 +50,20 @@ def load_pipeline(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    offload: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
 ) -> tuple[SimpleNamespace, dict[str, Tensor]]:
-    """Network, autoencoder and scheduler of a diffusers model on a device, and what stands for the empty prompt.
+    """Network, autoencoder and scheduler of a diffusers model, and what stands for the empty prompt.
 
     The empty prompt is embedded by the model's own pipeline the first time, and kept in `null_text_file`.
 
     Args:
         model: a name of `registry.MODELS`, a repository of the hub, or a local folder in the same layout.
         dtype: of the weights.
-        device: where they go.
+        device: where they will go, which must have room for them; they stay in main memory here.
+        offload: how they will get there, see `Tracer.from_pretrained`.
         revision: branch, tag or commit of the repository.
         variant: of the weight files, such as "fp16".
         local_files_only: never ask the hub; also HF_HUB_OFFLINE.
@@ -82,7 +89,7 @@ def load_pipeline(
         ]
         if missing:
             raise ValueError(f"load: model must be whole, got {source!r} without {' and '.join(missing)}")
-        check_memory(model, source, part, dtype, device)
+        check_memory(model, source, part, dtype, device, offload)
         # the keyword was renamed
         precision = "dtype" if version(diffusers) >= (0, 40) else "torch_dtype"
         options = {precision: dtype, "use_safetensors": True, "variant": variant, **where}
@@ -103,7 +110,7 @@ def load_pipeline(
             with whole_file(cached, "load") as file:
                 file.write(save(null_text))
     for name in (part, "vae"):
-        getattr(pipe, name).requires_grad_(False).to(device)
+        getattr(pipe, name).requires_grad_(False)
     return pipe, null_text
 
 
@@ -143,7 +150,7 @@ def class_of(diffusers: Any, index: dict[str, Any], name: str, source: str) -> A
 
 
 def is_encoder(model: str, *, revision: str | None = None, local_files_only: bool = False, **_: Any) -> bool:
-    """Whether a model is one of transformers, for `load_encoder`; a repository that cannot be asked is not."""
+    """Whether a model is of transformers or timm, for `load_encoder`; a repository that cannot be asked is not."""
     if model in MODELS:
         return MODELS[model].encoder
     if Path(model).is_dir():
@@ -152,7 +159,7 @@ def is_encoder(model: str, *, revision: str | None = None, local_files_only: boo
         path = hub_file(model, "config.json", revision, local_files_only)
     except OSError:  # told when it is loaded
         return False
-    return path is not None and "model_type" in json.loads(path.read_text())
+    return path is not None and not {"model_type", "architecture"}.isdisjoint(json.loads(path.read_text()))
 
 
 def load_encoder(
@@ -160,32 +167,33 @@ def load_encoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    offload: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Vision encoder of a transformers model on a device, and the `mean` and `std` of its pixels, None if not said.
+    """Vision encoder of transformers or timm, and the `mean` and `std` of its pixels, None if not said.
 
     Of a vision-language model, only the files that hold the tower are fetched, and only the tower is read from them.
+    An encoder of timm is made so that it takes images of any size.
 
     Args:
         model: a name of `registry.MODELS`, a repository of the hub, or a local folder in the same layout.
         dtype: of the weights.
-        device: where they go.
+        device: where they will go, which must have room for them; they stay in main memory here.
+        offload: how they will get there, see `Tracer.from_pretrained`.
         revision: branch, tag or commit of the repository.
         variant: of the weight files, such as "fp16".
         local_files_only: never ask the hub; also HF_HUB_OFFLINE.
 
     Raises:
         ValueError: there is no such model, it is of another kind, or its files do not fit each other.
-        RuntimeError: the repository is gated, the hub is out of reach, or memory is too small; the message says what to
-            do.
+        RuntimeError: the repository is gated, the hub is out of reach, timm is not there, or memory is too small; the
+            message says what to do.
     """
-    import transformers
-
     source = MODELS[model].repo if model in MODELS else model
 
-    def fetch(name: str, required: bool = False) -> Path | None:
+    def fetch(name: str, required: bool = False) -> Any:
         return hub_file(source, name, revision, local_files_only, required)
 
     def read(name: str, required: bool = False) -> dict[str, Any]:
@@ -195,18 +203,20 @@ def load_encoder(
     suffix = f".{variant}" if variant else ""
     with explained(model, source), matching(source):
         values = read("config.json", required=True)
-        family = values.get("model_type")
-        if family not in PREFIXES:
+        of_timm = "architecture" in values
+        family: Any = values.get("model_type")
+        if not of_timm and family not in PREFIXES:
             raise ValueError(f"model_type must be one of {', '.join(PREFIXES)}, got {family!r}")
-        config = transformers.CONFIG_MAPPING[family].from_dict(values)
-        config = getattr(config, "vision_config", config)
-        prefix = re.compile(PREFIXES[family])
+        prefix = re.compile("" if of_timm else PREFIXES[family])
+    if of_timm:
+        check_timm(model)
+    with explained(model, source), matching(source):
         shards = read(f"model.safetensors.index{suffix}.json").get("weight_map", {})
         names = {file for key, file in shards.items() if prefix.match(key)} or {f"model{suffix}.safetensors"}
         files = [fetch(name, required=True) for name in sorted(names)]
         processor = read("preprocessor_config.json") or read("processor_config.json").get("image_processor", {})
-        numbers = sum(count_numbers(file, prefix) for file in files if file)
-    check_room(model, numbers, dtype, device)
+        numbers = sum(count_numbers(file, prefix) for file in files)
+    check_room(model, [numbers], dtype, device, offload)
     with matching(source):
         weights: dict[str, Tensor] = {}
         for file in files:
@@ -216,14 +226,79 @@ def load_encoder(
                     for name in tensors.keys()  # noqa: SIM118 (not a mapping)
                     if prefix.match(name)
                 }
-        kind: Any = transformers.MODEL_MAPPING[type(config)]
-        network, report = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"no weights for {min(report['missing_keys'])}")
-    network.eval().requires_grad_(False).to(device)
+        if of_timm:
+            network, missing = timm_network(values["architecture"], fetch("config.json").parent, weights, dtype)
+        else:
+            network, missing = transformers_network(values, weights, dtype)
+        if missing:
+            raise ValueError(f"no weights for {min(missing)}")
+    network.eval().requires_grad_(False)
     return network, {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+
+
+def transformers_network(
+    values: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """Vision encoder of transformers from its configuration and weights, and the names of weights that are missing."""
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    config = getattr(config, "vision_config", config)
+    kind: Any = transformers.MODEL_MAPPING[type(config)]
+    network, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    return network, report["missing_keys"]
+
+
+def timm_network(
+    architecture: str, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """Encoder of timm from the folder of its config.json and its weights, and the names of weights that are missing."""
+    import timm
+    from accelerate import init_empty_weights
+    from timm.models import eva
+
+    if architecture not in timm.list_models(module="eva"):
+        raise ValueError(f"architecture must be one of timm's module eva, got {architecture!r}")
+    with init_empty_weights(include_buffers=False):  # of four billion numbers, random ones would take minutes
+        network = timm.create_model(f"local-dir:{folder}", dynamic_img_size=True)
+    weights = {name: x.to(dtype) for name, x in eva.checkpoint_filter_fn(weights, network).items()}
+    missing = network.load_state_dict(weights, strict=False, assign=True).missing_keys
+    return (network if missing else network.to(dtype)), missing
+
+
+def check_timm(model: str) -> None:
+    """RuntimeError where timm cannot be imported."""
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"load: {model} needs timm, which cannot be imported ({reason}): pip install 'trace_fast[encoders]', with "
+            f"a torchvision that fits torch {torch.__version__}"
+        ) from error
+
+
+def place(backbone: Backbone, device: torch.device, offload: str | None) -> Backbone:
+    """Bring a backbone's parts to a device, or have accelerate bring them there while they run."""
+    parts = [part for name in ("vae", "network") if (part := getattr(backbone, name, None))]  # in the order of running
+    if offload is None:
+        for part in parts:
+            part.to(device)
+        return backbone
+    from accelerate import cpu_offload, cpu_offload_with_hook
+
+    if offload == "sequential":
+        for part in parts:
+            cpu_offload(part, device, preload_module_classes=UNCALLED)
+        return backbone
+    hooks: list[Any] = []
+    for part in parts:
+        hooks.append(cpu_offload_with_hook(part, device, *hooks[-1:])[1])
+    if len(hooks) > 1:  # the first makes the last leave when the next image comes
+        hooks[0].hook.prev_module_hook = hooks[-1]
+    return backbone
 
 
 def hub_file(
@@ -263,31 +338,51 @@ def matching(source: str) -> Iterator[None]:
         raise ValueError(f"load: model must be whole and its files match, got {source!r}: {reason}") from error
 
 
-def check_memory(model: str, source: str, part: str, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(
+    model: str, source: str, part: str, dtype: torch.dtype, device: torch.device, offload: str | None
+) -> None:
     """Refuse to load weights that do not fit, before any is read; a folder is measured, a known model is known."""
     if Path(source).is_dir():
-        files = [file for name in (part, "vae") for file in Path(source, name).glob("*.safetensors")]
-        check_room(model, sum(count_numbers(file) for file in files), dtype, device)
+        parts = [sum(map(count_numbers, Path(source, name).glob("*.safetensors"))) for name in (part, "vae")]
+        check_room(model, parts, dtype, device, offload)
     elif model in MODELS:
-        check_room(model, int(MODELS[model].parameters * 1e9), dtype, device)
+        check_room(model, [int(MODELS[model].parameters * 1e9)], dtype, device, offload)
 
 
-def check_room(model: str, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse so many numbers where they do not fit."""
-    needed = numbers * dtype.itemsize
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf"):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
+def check_room(
+    model: str, parts: Sequence[int], dtype: torch.dtype, device: torch.device, offload: str | None = None
+) -> None:
+    """Refuse parts of so many numbers each where they do not fit."""
+    lack = lacking(parts, dtype.itemsize, device, offload)
+    if lack is None:
         return
-    if needed > free:
-        halves = numbers * 2 <= free and dtype.itemsize > 2
-        way = "dtype=torch.bfloat16 would fit" if halves else "take a smaller model or a larger device"
-        raise RuntimeError(
-            f"load: {model} needs {needed / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')}, "
-            f"{device} has {free / 2**30:.1f} GiB free; {way}"
-        )
+    ways = [f"offload={way!r}" for way in OFFLOADS if not lacking(parts, dtype.itemsize, device, way)]
+    if dtype.itemsize > 2 and not lacking(parts, 2, device, offload):
+        ways.insert(0, "dtype=torch.bfloat16")
+    raise RuntimeError(
+        f"load: {model} needs {lack[0] / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')}, "
+        f"{lack[1]} has {free_bytes(lack[1]) / 2**30:.1f} GiB free; "
+        + (f"{ways[0]} would fit" if ways else "take a smaller model or a larger device")
+    )
+
+
+def lacking(
+    parts: Sequence[int], itemsize: int, device: torch.device, offload: str | None
+) -> tuple[int, torch.device] | None:
+    """Bytes that parts of so many numbers need, and the place that does not have them; None where all fits."""
+    needs = [(sum(parts), device if offload is None else torch.device("cpu"))]
+    if offload == "model":
+        needs.append((max(parts), device))
+    return next(((count * itemsize, where) for count, where in needs if count * itemsize > free_bytes(where)), None)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free; infinite where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
 
 
 def count_numbers(path: Path, prefix: re.Pattern[str] = re.compile("")) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant
-from trace_fast.backbones.latent import LatentBackbone
+from trace_fast.backbones.base import constant, device_of
+from trace_fast.backbones.latent import LatentBackbone, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["PixArtBackbone"]
@@ -16,21 +16,15 @@ __all__ = ["PixArtBackbone"]
 class PixArtBackbone(LatentBackbone):
     """`PixArtTransformer2DModel`: one grid, the first attention of every block is self-attention."""
 
-    @classmethod
-    def from_pipeline(
-        cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None
-    ) -> PixArtBackbone:
-        """Modules of a PixArtAlphaPipeline, as they are."""
-        if null_text is None:
-            null_text = cls.null_text_of(pipe)
-        side = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        schedule = VariancePreserving.from_config(pipe.scheduler.config)
-        return cls(pipe.transformer, pipe.vae, schedule, null_text, Settings(size=size or (side, side)))
+    @staticmethod
+    def schedule_of(pipe: Any) -> VariancePreserving:
+        """The scheduler's own levels."""
+        return VariancePreserving.from_config(pipe.scheduler.config)
 
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        device = pipe.transformer.device
+        device = device_of(pipe.transformer)
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
@@ -38,17 +32,11 @@ class PixArtBackbone(LatentBackbone):
         """One a block."""
         return [block.attn1 for block in self.network.transformer_blocks]
 
-    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Patches of the latent."""
-        patch = self.network.config.patch_size
-        height, width = self.latent_size(size, patch)
-        return [(height // patch, width // patch)] * len(self.network.transformer_blocks)
-
     def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
         """The predicted noise; the second half of the channels is the predicted variance."""
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:  # of the models of 1024 pixels
-            size = tuple(side * self.factor for side in sample.shape[-2:])
+            size = tuple(side * factor(self.vae) for side in sample.shape[-2:])
             pixels = constant(size, sample.device).to(sample.dtype)
             added = {
                 "resolution": pixels.expand(len(sample), -1),

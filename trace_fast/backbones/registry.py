@@ -43,6 +43,8 @@ MODELS: dict[str, Model] = {
     "dinov2-g": Model("facebook/dinov2-giant", 518, 37, 1.14, "Apache-2.0", encoder=True),
     "dinov3-l": Model("facebook/dinov3-vitl16-pretrain-lvd1689m", 224, 14, 0.3, "DINOv3", True, encoder=True),
     "dinov3-7b": Model("facebook/dinov3-vit7b16-pretrain-lvd1689m", 224, 14, 6.72, "DINOv3", True, encoder=True),
+    "eva02-l": Model("timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", 448, 32, 0.31, "MIT", encoder=True),
+    "eva02-e": Model("timm/eva02_enormous_patch14_clip_224.laion2b_plus", 224, 16, 4.35, "MIT", encoder=True),
     "llava-1.5-7b": Model("llava-hf/llava-1.5-7b-hf", 336, 24, 0.3, "Llama 2 Community", encoder=True),
     "qwen2.5-vl-7b": Model("Qwen/Qwen2.5-VL-7B-Instruct", 896, 64, 0.68, "Apache-2.0", encoder=True),
 }

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings
-from trace_fast.backbones.latent import LatentBackbone
-from trace_fast.backbones.schedule import RectifiedFlow
+from trace_fast.backbones.base import device_of
+from trace_fast.backbones.latent import LatentBackbone, factor
 
 __all__ = ["SD3Backbone"]
 
@@ -19,18 +18,10 @@ class SD3Backbone(LatentBackbone):
     The softmax over image keys alone is the image part of the joint softmax, every row divided by its sum.
     """
 
-    @classmethod
-    def from_pipeline(cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None) -> SD3Backbone:
-        """Modules of a StableDiffusion3Pipeline, as they are; without its third encoder the text is zeros, as there."""
-        if null_text is None:
-            null_text = cls.null_text_of(pipe)
-        side = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        return cls(pipe.transformer, pipe.vae, RectifiedFlow(), null_text, Settings(size=size or (side, side)))
-
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        device = pipe.transformer.device
+        device = device_of(pipe.transformer)
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -42,10 +33,13 @@ class SD3Backbone(LatentBackbone):
         ]
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Patches of the latent."""
-        patch = self.network.config.patch_size
-        height, width = self.latent_size(size, patch)
-        return [(height // patch, width // patch)] * len(self.attentions())
+        """Patches of the latent, as many along a side as have a position."""
+        grids = super().grids(size)
+        limit = self.network.config.pos_embed_max_size
+        if max(grids[0]) > limit:
+            most = limit * self.patch() * factor(self.vae)
+            raise ValueError(f"{type(self).__name__}: size must be at most {most} pixels, got {size}")
+        return grids
 
     def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
         """The predicted velocity."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant
-from trace_fast.backbones.latent import LatentBackbone
+from trace_fast.backbones.base import constant, device_of
+from trace_fast.backbones.latent import LatentBackbone, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["UNetBackbone"]
@@ -23,24 +23,17 @@ class UNetBackbone(LatentBackbone):
     Down and up blocks attend at the latent's resolution halved once a level, rounded up.
     """
 
-    @classmethod
-    def from_pipeline(
-        cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None
-    ) -> UNetBackbone:
-        """Modules of a StableDiffusionPipeline or StableDiffusionXLPipeline, as they are."""
-        config = pipe.unet.config
-        if null_text is None:
-            null_text = cls.null_text_of(pipe)
-        side = config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        schedule = VariancePreserving.from_config(pipe.scheduler.config)
-        return cls(pipe.unet, pipe.vae, schedule, null_text, Settings(size=size or (side, side)))
+    @staticmethod
+    def schedule_of(pipe: Any) -> VariancePreserving:
+        """The scheduler's own levels."""
+        return VariancePreserving.from_config(pipe.scheduler.config)
 
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """SD: the embedding of "". SDXL: zeros where its pipeline says so, as for an empty negative prompt."""
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
-            embeds, _ = pipe.encode_prompt("", pipe.unet.device, 1, False)
+            embeds, _ = pipe.encode_prompt("", device_of(pipe.unet), 1, False)
             return {"encoder_hidden_states": embeds}
         if pipe.config.get("force_zeros_for_empty_prompt", True):
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -49,7 +42,7 @@ class UNetBackbone(LatentBackbone):
                 "encoder_hidden_states": torch.zeros(1, tokens, config.cross_attention_dim),
                 "text_embeds": torch.zeros(1, pooled),
             }
-        embeds, _, pooled, _ = pipe.encode_prompt("", device=pipe.unet.device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt("", device=device_of(pipe.unet), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
     def attentions(self) -> list[nn.Module]:
@@ -80,7 +73,7 @@ class UNetBackbone(LatentBackbone):
         """The predicted noise or velocity."""
         added = None
         if "text_embeds" in null_text:
-            height, width = (side * self.factor for side in sample.shape[-2:])
+            height, width = (side * factor(self.vae) for side in sample.shape[-2:])
             # size of the original, offset of the crop, size of the target
             sizes = constant((height, width, 0, 0, height, width), sample.device).to(sample.dtype)
             added = {"text_embeds": null_text["text_embeds"], "time_ids": sizes.expand(len(sample), -1)}

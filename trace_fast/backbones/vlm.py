@@ -9,14 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant
+from trace_fast.backbones.base import Settings, constant, device_of
 from trace_fast.backbones.capture import Capture
-from trace_fast.backbones.encoder import EncoderBackbone, pair
+from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 
-__all__ = ["CLIPBackbone", "QwenBackbone"]
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+__all__ = ["CLIPBackbone", "QwenBackbone", "qwen_patches", "qwen_size"]
 
 
 class CLIPBackbone(EncoderBackbone):
@@ -25,8 +22,7 @@ class CLIPBackbone(EncoderBackbone):
     All blocks are read, also the last, whose output LLaVA does not use.
     """
 
-    MEAN: ClassVar = CLIP_MEAN
-    STD: ClassVar = CLIP_STD
+    COLOURS: ClassVar = CLIP
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every token."""
@@ -42,8 +38,7 @@ class QwenBackbone(EncoderBackbone):
     cutting windows makes the host wait for the device.
     """
 
-    MEAN: ClassVar = CLIP_MEAN
-    STD: ClassVar = CLIP_STD
+    COLOURS: ClassVar = CLIP
 
     def __init__(
         self,
@@ -60,32 +55,19 @@ class QwenBackbone(EncoderBackbone):
         """Those of full attention; the others attend inside windows alone."""
         return tuple(network.config.fullatt_block_indexes)
 
-    @staticmethod
-    def native_size(network: Any) -> tuple[int, int]:
+    @classmethod
+    def native_size(cls, network: Any) -> tuple[int, int]:
         """64 x 64 patches."""
-        height, width = pair(network.config.patch_size)
-        return 64 * height, 64 * width
+        return qwen_size(network.config, 64)
 
     def step(self) -> tuple[int, int]:
         """A unit of patches that are merged."""
-        height, width = pair(self.network.config.patch_size)
-        merge = self.network.config.spatial_merge_size
-        return merge * height, merge * width
+        return qwen_size(self.network.config, self.network.config.spatial_merge_size)
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every patch, (B * N, C), in the order of the windows."""
-        config = self.network.config
-        (patch_height, patch_width), merge = pair(config.patch_size), config.spatial_merge_size
-        height, width = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
-        patches = (
-            pixels.unflatten(3, (width // merge, merge, patch_width))
-            .unflatten(2, (height // merge, merge, patch_height))  # (B, C, h / m, m, p, w / m, m, p)
-            .permute(0, 2, 5, 3, 6, 1, 4, 7)
-            .unsqueeze(6)
-            .expand(*[-1] * 6, pair(config.temporal_patch_size)[0], -1, -1)  # an image is a film that stands still
-        )
-        grid = constant((1, height, width), pixels.device).expand(len(pixels), -1)
-        return self.network(patches.flatten(5).flatten(0, 4), grid_thw=grid)[0]
+        patches, grid = qwen_patches(pixels, self.network.config)
+        return self.network(patches, grid_thw=grid)[0]
 
     def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
         """Query and key of the product, (B, H, N, d), in the order of the windows, from a projection (B * N, 3 H d)."""
@@ -106,9 +88,8 @@ class QwenBackbone(EncoderBackbone):
         """See `Backbone.capture`; ValueError for a block of windows. The sink hears of tokens row by row."""
         self._check_blocks([index for index, module in enumerate(self.attentions()) if module in modules])
         config, merge = self.network.config, self.network.config.spatial_merge_size
-        window = config.window_size // merge // pair(config.patch_size)[0]
-        device = next(self.network.parameters()).device
-        places = raster_places(*self.grids(self.settings.size)[0], merge, window, device)
+        window = config.window_size // merge // self.token()[0]
+        places = raster_places(*self.grids(self.settings.size)[0], merge, window, device_of(self.network))
 
         def in_raster(index: int, query: Tensor, key: Tensor) -> None:
             sink(index, query[:, :, places], key[:, :, places])
@@ -122,6 +103,30 @@ class QwenBackbone(EncoderBackbone):
                 f"trace: blocks must be among {full}, got {tuple(blocks)}: the others attend only inside windows of "
                 f"{self.network.config.window_size} pixels"
             )
+
+
+def qwen_size(config: Any, count: int) -> tuple[int, int]:
+    """Height and width in pixels of so many patches along both sides."""
+    height, width = pair(config.patch_size)
+    return count * height, count * width
+
+
+def qwen_patches(pixels: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) as Qwen2.5-VL takes them: patches (B * N, C) in units of those that are merged, and grids.
+
+    Grids are (B, 3) int64: frames, rows and columns of patches. `config` is that of the tower.
+    """
+    (patch_height, patch_width), merge = pair(config.patch_size), config.spatial_merge_size
+    height, width = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
+    patches = (
+        pixels.unflatten(3, (width // merge, merge, patch_width))
+        .unflatten(2, (height // merge, merge, patch_height))  # (B, C, h / m, m, p, w / m, m, p)
+        .permute(0, 2, 5, 3, 6, 1, 4, 7)
+        .unsqueeze(6)
+        .expand(*[-1] * 6, pair(config.temporal_patch_size)[0], -1, -1)  # an image is a film that stands still
+    )
+    grid = constant((1, height, width), pixels.device).expand(len(pixels), -1)
+    return patches.flatten(5).flatten(0, 4), grid
 
 
 @functools.lru_cache(maxsize=16)
