@@ -2,7 +2,8 @@
 
 `speed-cpu.json` is made by `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/speed-cpu.json`,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
-`benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`.
+`benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`;
+`edges-*.json` are the report.json of `trace-fast evaluate`, and `commit` was added.
 """
 
 from __future__ import annotations
@@ -75,6 +76,24 @@ def quality(results: dict[str, Any]) -> str:
         f'{settings["timestep"]} unless told otherwise; `timestep="iep"` searches.',
     ]
     lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
+    return "\n".join(lines)
+
+
+def edges(results: dict[str, Any]) -> str:
+    """Scores of edge maps; which contours were found at the threshold of ODS."""
+    lines = [
+        "| method | ODS | 95 % | OIS | AP | clDice | recall: touching | background | small | medium | large |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in results["methods"].items():
+        low, high = row["intervals"]["ods"]
+        figures = [row["ods"], row["ois"], row["ap"], row["cldice"]]
+        figures += [row["by"]["side"][side][0] for side in ("touching", "background")]
+        figures += [row["by"]["size"][size][0] for size in ("small", "medium", "large")]
+        first, *others = (f"{figure:.3f}" for figure in figures)
+        lines.append(f"| {name} | {first} | {low:.3f} to {high:.3f} | {' | '.join(others)} |")
+    images = next(iter(results["methods"].values()))["images"]
+    lines += ["", f"{images} images; commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)
 
 
@@ -191,7 +210,10 @@ def memory(results: dict[str, Any]) -> str:
 
 TABLES = (
     ("README.md", "speed", "speed-cpu.json", speed),
-    ("README.md", "quality", "quality-mini.json", quality),
+    ("README.md", "edges-inst", "edges-inst.json", edges),
+    ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
+    ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
+    ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
     ("benchmarks/README.md", "memory", "memory.json", memory),
     ("benchmarks/README.md", "kernels", "kernels.json", kernels),

@@ -6,6 +6,7 @@ leaves, each with the barrier pixels nearest to it, are what masks are split alo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,113 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast import ops
+from trace_fast.formats import MaskSet, open_masks
 
-__all__ = ["split_masks"]
+__all__ = ["Seeds", "instances", "propagate", "seeds"]
 
 RADIUS, BETA, STEPS = 5, 10.0, 256  # IRNet's walk
 WALK_SIZE = 128  # pixels of the longer side that walks take place at
 MIN_SHARE = 0.0005  # of the image: the smallest fragment or region
-
-
-@dataclass(frozen=True)
-class Fragments:
-    """Pieces of masks.
-
-    Attributes:
-        masks: (F, H, W) bool.
-        sources: (F,) int64, the mask that each is a piece of.
-    """
-
-    masks: Tensor
-    sources: Tensor
-
-
-def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
-    """Split masks where a barrier crosses them.
-
-    A fragment is a connected part of a mask off the barrier, of at least `min_area` pixels; what is left of the mask,
-    barrier and crumbs, goes to the fragment nearest within the mask, so that nothing is lost. A mask without a fragment
-    of that size stays as it is.
-
-    Args:
-        masks: (M, H, W) bool.
-        barrier: (H, W) bool.
-        min_area: in pixels, at least 1.
-
-    Returns:
-        At least one fragment of each mask, in their order; those of one mask do not overlap.
-    """
-    parts, counts = ops.label_regions(~masks | barrier)
-    pieces, sources = [], []
-    for index, (mask, labels, count) in enumerate(zip(masks, parts, counts.tolist(), strict=True)):
-        areas = torch.bincount(labels.flatten(), minlength=count + 1)
-        areas[0] = 0
-        large = (areas >= min_area).nonzero()[:, 0]
-        if len(large) > 1:
-            number = areas.new_zeros(count + 1)
-            number[large] = torch.arange(1, len(large) + 1, device=large.device)
-            grown = ops.flood_fill(number[labels.long()].int()[None], ~mask[None])[0]
-            # parts of the mask that no fragment reaches within it stay with the first
-            grown = torch.where(mask & (grown == 0), 1, grown)
-            pieces += [grown == k for k in range(1, len(large) + 1)]
-        else:
-            pieces.append(mask)
-        sources += [index] * max(len(large), 1)
-    if not pieces:
-        return Fragments(masks, torch.zeros(0, dtype=torch.int64, device=masks.device))
-    return Fragments(torch.stack(pieces), torch.tensor(sources, device=masks.device))
-
-
-def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
-    """Let fragments fill the region of the barrier that they lie in.
-
-    Args:
-        fragments: (F, H, W) bool.
-        barrier: (H, W) bool.
-        cover: a region is filled where all fragments together cover at least this share of it; a leak in the barrier
-            joins an object to what is around it, and that is covered by little.
-
-    Returns:
-        (F, H, W) bool: each fragment, united with the region that holds most of it where that is filled.
-    """
-    regions, count, whole = partition(barrier)
-    if not count or not len(fragments):
-        return fragments
-    inside = torch.stack([torch.bincount(regions[each], minlength=count + 1) for each in fragments])  # (F, R)
-    inside[:, 0] = 0
-    covered = torch.bincount(regions[fragments.any(0)], minlength=count + 1)
-    fills = covered >= cover * torch.bincount(regions.flatten(), minlength=count + 1)
-    most, home = inside.max(1)  # (F,)
-    home = torch.where((most > 0) & fills[home], home, -1)
-    return fragments | (whole == home[:, None, None])
-
-
-def complete_walk(fragments: Tensor, edges: Tensor, size: int = WALK_SIZE) -> Tensor:
-    """Let fragments spread by the random walk that edges hold back, as far as half of their greatest density.
-
-    Args:
-        fragments: (F, H, W) bool.
-        edges: (H, W) float32 in [0, 1].
-        size: of the longer side, in pixels, at which the walk takes place; larger images are reduced to it.
-
-    Returns:
-        (F, H, W) bool; a fragment keeps all that it had.
-    """
-    height, width = edges.shape
-    scale = min(1.0, size / max(height, width))
-    small = max(1, round(height * scale)), max(1, round(width * scale))
-    # an edge stays an edge when it is reduced
-    reduced = functional.adaptive_max_pool2d(edges[None], small)[0]
-    density = ops.random_walk(functional.adaptive_avg_pool2d(fragments.float(), small), reduced, RADIUS, BETA, STEPS)
-    density = functional.interpolate(density[None], (height, width), mode="bilinear")[0]
-    return fragments | (density > density.amax((1, 2), keepdim=True) / 2)
-
-
-def partition(barrier: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Regions (H, W) int64 of a barrier, 0 on it; their number; and regions with the barrier nearest to each."""
-    regions, counts = ops.label_regions(barrier[None])
-    whole = ops.flood_fill(regions, barrier[None], claim_barrier=True)
-    return regions[0].long(), int(counts), whole[0].long()
 
 
 @dataclass(frozen=True)
@@ -137,6 +38,95 @@ class Seeds:
     points: Tensor
     boxes: Tensor
     radius: Tensor
+
+
+def propagate(
+    masks: Any,
+    edges: Any,
+    *,
+    threshold: float,
+    mode: str = "flood",
+    iou: float = 0.5,
+    classes: Sequence[int] | Tensor | None = None,
+    min_area: int | None = None,
+    cover: float = 0.7,
+) -> Any:
+    """Split, complete and merge masks by the edges of their image (BGP, the paper's third step).
+
+    1. A mask is split into its connected parts off the edges; parts below `min_area` go to the nearest larger one. A
+       part keeps that share of its mask's score which it has of its area.
+    2. Each part is completed up to the edges: filled or walked, see `mode`.
+    3. Masks whose IoU is above `iou` are united until none are left (`ops.merge_masks`); the highest score stays.
+
+    Args:
+        masks: of one image, in any kind that `formats.open_masks` reads: (M, H, W) bool array or tensor, lists of masks,
+            a label map, SAM's records, COCO RLE or results, `supervision.Detections`, detectron2 `Instances`, `MaskSet`.
+        edges: (H, W) or (1, 1, H, W) float array or tensor in [0, 1], such as `trace_fast.edges` gives.
+        threshold: strength from which an edge separates, such as the one of ODS that `trace-fast evaluate` reports.
+        mode: "flood" fills the region that the edges enclose, if parts together cover `cover` of it; "walk" spreads a
+            part by IRNet's random walk (radius 5, beta 10, 256 steps, on at most 128 pixels a side), which goes round
+            gaps in edges but no farther than the walk does.
+        iou: above which masks are united, in (0, 1].
+        classes: (M,) integers; masks are completed and united within a class alone. None takes those that the masks
+            have, if they have any.
+        min_area: smallest part, in pixels; None is 0.05 % of the image.
+        cover: of "flood", share of a region in [0, 1]; a gap in the edges joins an object to its surroundings, and those
+            are covered by little.
+
+    Returns:
+        The kind that came in, on its device. Masks may be more or fewer than before, and may overlap.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above, or sizes differ.
+
+    Example:
+        >>> mask, edges = np.ones((1, 9, 9), bool), np.zeros((9, 9), np.float32)
+        >>> edges[4] = 1
+        >>> propagate(mask, edges, threshold=0.5, min_area=1).sum((1, 2))
+        array([45, 36])
+    """
+    edges = check_edges("propagate", edges)
+    barrier, min_area = _barrier("propagate", edges, threshold, min_area)
+    if mode not in ("flood", "walk"):
+        raise ValueError(f"propagate: mode must be flood or walk, got {mode!r}")
+    for name, value in (("iou", iou), ("cover", cover)):
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"propagate: {name} must be a number from 0 to 1, got {value!r}")
+    found, close = open_masks(masks, tuple(edges.shape))
+    if classes is None:
+        kinds = found.classes
+    else:
+        kinds = torch.as_tensor(classes, dtype=torch.int64, device=found.masks.device)
+        if kinds.shape != (len(found.masks),):
+            raise ValueError(f"propagate: classes must be ({len(found.masks)},), got {tuple(kinds.shape)}")
+    edges, barrier = edges.to(found.masks.device), barrier.to(found.masks.device)
+
+    fragments = split_masks(found.masks, barrier, min_area)
+    sources = fragments.sources
+    area = found.masks.flatten(1).sum(1)[sources].clamp(min=1)
+    scores = fragments.masks.flatten(1).sum(1) / area
+    if found.scores is not None:
+        scores = scores * found.scores[sources]
+    labels = torch.zeros_like(sources) if kinds is None else kinds[sources]
+    merged, kept, groups = [], [], []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
+        parts = fragments.masks[members]
+        parts = complete_flood(parts, barrier, cover) if mode == "flood" else complete_walk(parts, edges)
+        united, group, best = ops.merge_masks(parts, iou, scores[members].float())
+        merged.append(united)
+        kept.append(best)
+        groups += [members[group == k] for k in range(len(united))]
+    if not merged:
+        return close(found, [])
+    # in the order of their first parts
+    order = sorted(range(len(groups)), key=lambda k: int(groups[k][0]))
+    result = MaskSet(
+        torch.cat(merged)[order],
+        None if found.scores is None else torch.cat(kept)[order],
+        None if kinds is None else torch.stack([labels[groups[k][0]] for k in order]),
+    )
+    return close(result, [sources[groups[k]].unique().tolist() for k in order])
 
 
 def instances(edges: Any, *, threshold: float, min_area: int | None = None) -> tuple[Tensor, Tensor]:
@@ -238,6 +228,107 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
         torch.tensor(boxes, **made).reshape(-1, 4),
         deepest[order].float(),
     )
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Pieces of masks.
+
+    Attributes:
+        masks: (F, H, W) bool.
+        sources: (F,) int64, the mask that each is a piece of.
+    """
+
+    masks: Tensor
+    sources: Tensor
+
+
+def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
+    """Split masks where a barrier crosses them.
+
+    A fragment is a connected part of a mask off the barrier, of at least `min_area` pixels; what is left of the mask,
+    barrier and crumbs, goes to the fragment nearest within the mask, so that nothing is lost. A mask without a fragment
+    of that size stays as it is.
+
+    Args:
+        masks: (M, H, W) bool.
+        barrier: (H, W) bool.
+        min_area: in pixels, at least 1.
+
+    Returns:
+        At least one fragment of each mask, in their order; those of one mask do not overlap.
+    """
+    parts, counts = ops.label_regions(~masks | barrier)
+    pieces, sources = [], []
+    for index, (mask, labels, count) in enumerate(zip(masks, parts, counts.tolist(), strict=True)):
+        areas = torch.bincount(labels.flatten(), minlength=count + 1)
+        areas[0] = 0
+        large = (areas >= min_area).nonzero()[:, 0]
+        if len(large) > 1:
+            number = areas.new_zeros(count + 1)
+            number[large] = torch.arange(1, len(large) + 1, device=large.device)
+            grown = ops.flood_fill(number[labels.long()].int()[None], ~mask[None])[0]
+            # parts of the mask that no fragment reaches within it stay with the first
+            grown = torch.where(mask & (grown == 0), 1, grown)
+            pieces += [grown == k for k in range(1, len(large) + 1)]
+        else:
+            pieces.append(mask)
+        sources += [index] * max(len(large), 1)
+    if not pieces:
+        return Fragments(masks, torch.zeros(0, dtype=torch.int64, device=masks.device))
+    return Fragments(torch.stack(pieces), torch.tensor(sources, device=masks.device))
+
+
+def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
+    """Let fragments fill the region of the barrier that they lie in.
+
+    Args:
+        fragments: (F, H, W) bool.
+        barrier: (H, W) bool.
+        cover: a region is filled where all fragments together cover at least this share of it; a leak in the barrier
+            joins an object to what is around it, and that is covered by little.
+
+    Returns:
+        (F, H, W) bool: each fragment, united with the region that holds most of it where that is filled.
+    """
+    regions, count, whole = partition(barrier)
+    if not count or not len(fragments):
+        return fragments
+    inside = torch.stack([torch.bincount(regions[each], minlength=count + 1) for each in fragments])  # (F, R)
+    inside[:, 0] = 0
+    covered = torch.bincount(regions[fragments.any(0)], minlength=count + 1)
+    fills = covered >= cover * torch.bincount(regions.flatten(), minlength=count + 1)
+    most, home = inside.max(1)  # (F,)
+    home = torch.where((most > 0) & fills[home], home, -1)
+    return fragments | (whole == home[:, None, None])
+
+
+def complete_walk(fragments: Tensor, edges: Tensor, size: int = WALK_SIZE) -> Tensor:
+    """Let fragments spread by the random walk that edges hold back, as far as half of their greatest density.
+
+    Args:
+        fragments: (F, H, W) bool.
+        edges: (H, W) float32 in [0, 1].
+        size: of the longer side, in pixels, at which the walk takes place; larger images are reduced to it.
+
+    Returns:
+        (F, H, W) bool; a fragment keeps all that it had.
+    """
+    height, width = edges.shape
+    scale = min(1.0, size / max(height, width))
+    small = max(1, round(height * scale)), max(1, round(width * scale))
+    # an edge stays an edge when it is reduced
+    reduced = functional.adaptive_max_pool2d(edges[None], small)[0]
+    density = ops.random_walk(functional.adaptive_avg_pool2d(fragments.float(), small), reduced, RADIUS, BETA, STEPS)
+    density = functional.interpolate(density[None], (height, width), mode="bilinear")[0]
+    return fragments | (density > density.amax((1, 2), keepdim=True) / 2)
+
+
+def partition(barrier: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Regions (H, W) int64 of a barrier, 0 on it; their number; and regions with the barrier nearest to each."""
+    regions, counts = ops.label_regions(barrier[None])
+    whole = ops.flood_fill(regions, barrier[None], claim_barrier=True)
+    return regions[0].long(), int(counts), whole[0].long()
 
 
 def check_edges(op: str, edges: Any) -> Tensor:
