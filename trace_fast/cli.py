@@ -237,6 +237,8 @@ def evaluate(
             precision = {name: run.score_results(file, photos) for name, file in masks.items()}
             report.write_masks(output, precision, command)
             typer.echo((output / "masks.md").read_text())
+    except typer.Exit:  # refused above; it is a RuntimeError
+        raise
     except _FAILURES as error:
         _refuse(str(error))
 
