@@ -106,28 +106,24 @@ def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contou
     area[0] = labels[0].size + 1  # of two sides, never the smaller segment
     steps = [(np.s_[:, :, :-1], np.s_[:, :, 1:]), (np.s_[:, :-1], np.s_[:, 1:])]  # to the right, down
 
-    changes = []  # (here, pixels of one side, of the other, whether they differ)
+    changes = []  # (here, pixels of one side, of the other, whether a contour is between, whether both are segments)
     pairs = []
     for here, there in steps:
         valid = ~(ignored[here[1:]] | ignored[there[1:]])
-        for near in compact[here]:
-            for far in compact[there]:
+        crossed = valid & (compact[here] != compact[there]).any(0)  # some segment ends or begins
+        for layer, near in enumerate(compact[here]):
+            for other, far in enumerate(compact[there]):
                 differs = valid & (near != far)
                 both = differs & (near > 0) & (far > 0)
-                changes.append((here[1:], near, far, differs, both))
+                # between two layers only what one of them has drawn is looked at, to tell that they touch
+                changes.append((here[1:], near, far, differs if layer == other else both & crossed, both))
                 pairs.append(np.stack([near[both], far[both]]))
     touching = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
     neighbours = np.bincount(touching.ravel(), minlength=len(area))
 
     edge = np.zeros(ignored.shape, bool)
     groups = np.zeros(ignored.shape, np.uint8)
-    layers = len(compact)
-    for index, (here, near, far, differs, both) in enumerate(changes):
-        layer, other = divmod(index % layers**2, layers)
-        if layer != other and not both.any():
-            continue
-        # between two layers only what both have drawn is looked at, to tell that they touch
-        change = differs if layer == other else both & edge[here]
+    for here, near, far, change, both in changes:
         smaller = np.where(area[near] <= area[far], near, far)[change]
         size = np.digitize(area[smaller], AREAS)
         code = (both[change] * len(SIZES) + size) * len(NEIGHBOURS) + np.minimum(neighbours[smaller], 2)
