@@ -173,12 +173,11 @@ def open_photos(
         ValueError: there is no ground truth at all.
     """
     folder = Path(folder)
-    names: list[str | Path] = (
-        [truth] if truth is not None else ["inst", "panoptic", "masks", "ground_truth", "groundTruth"]
-    )
-    places = [place for name in names for place in (folder / name, Path(name)) if place.exists()]
+    names = TRUTHS if truth is None else (str(truth),)
+    places = [folder / name for name in names] + ([] if truth is None else [Path(truth)])
+    places = [place for place in places if place.exists()]
     if not places:
-        raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(map(str, names))} in '{folder}'")
+        raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
     images = folder / "images" if (folder / "images").is_dir() else folder
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGES) if images.is_dir() else []
     problems = [
