@@ -180,21 +180,29 @@ def open_photos(
         raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
     images = folder / "images" if (folder / "images").is_dir() else folder
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGES) if images.is_dir() else []
-    problems = [
-        f"{stem}: {count} image files of that name"
-        for stem, count in sorted(Counter(path.stem for path in files).items())
-        if count > 1
-    ]
+    shown, problems = _by_name(files, "image files")
     if places[0].suffix == ".json":
         photos, lost = _from_coco(places[0], images)
         return photos, problems + lost, []
-    drawn = {path.stem: path for path in sorted(places[0].iterdir()) if not path.name.startswith(".")}
-    shown = {path.stem: path for path in files}
+    drawn, twice = _by_name([path for path in sorted(places[0].iterdir()) if path.name[0] != "."], "ground truths")
+    problems += twice
     notes = [f"{name}: no ground truth in {places[0]}" for name in sorted(set(shown) - set(drawn))]
-    if shown:
+    if files:
         problems += [f"{name}: no image in {images}" for name in sorted(set(drawn) - set(shown))]
-    both = [name for name in drawn if name in shown or not shown]
-    return [_photo(name, shown.get(name), drawn[name], tuple(ignore)) for name in both], problems, notes
+    # of several files of one name, nobody knows which is meant
+    both = sorted(
+        name for name, paths in drawn.items() if len(paths) == 1 and (len(shown.get(name, [])) == 1 or not files)
+    )
+    photos = [_photo(name, shown[name][0] if files else None, drawn[name][0], tuple(ignore)) for name in both]
+    return photos, problems, notes
+
+
+def _by_name(paths: Iterable[Path], kind: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Files by their names without ending, folders by their names; problems: names of several."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(path.name if path.is_dir() else path.stem, []).append(path)
+    return found, [f"{name}: {len(each)} {kind} of that name" for name, each in found.items() if len(each) > 1]
 
 
 def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
@@ -217,7 +225,7 @@ def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
         photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances))
     twice = Counter(photo.name for photo in photos)
     problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
-    return sorted(photos, key=lambda photo: photo.name), problems
+    return sorted((photo for photo in photos if twice[photo.name] == 1), key=lambda photo: photo.name), problems
 
 
 def _contours_of_entry(image: coco.ImageSegments | coco.ImageInstances) -> Contours:
