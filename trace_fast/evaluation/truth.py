@@ -294,4 +294,5 @@ def _pixels(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB") if picture.mode == "RGBA" else picture)
+        opaque = {"LA": "L", "RGBA": "RGB"}.get(picture.mode)
+        return np.asarray(picture.convert(opaque) if opaque else picture)
