@@ -285,8 +285,8 @@ def _from_bsds(path: Path) -> Contours:
 
     try:
         drawn = np.stack([each["Boundaries"][0, 0] > 0 for each in loadmat(path)["groundTruth"][0]])
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"no groundTruth with Boundaries, as BSDS500 has, in {path}") from error
+    except Exception as error:  # damaged bytes fail in many ways
+        raise ValueError(f"no groundTruth with Boundaries, as BSDS500 has, in {path}: {error}") from error
     return Contours(drawn, np.zeros(drawn.shape[1:], bool), None)
 
 
