@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -180,8 +180,8 @@ def _read(file: Path, stamp: str) -> Counts | None:
                 return Counts(kept["matches"], kept["by_group"], kept["drawn"])
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        tqdm.write(f"trace-fast: {file} is damaged and made again: {error}")
+    except Exception as error:  # damaged bytes fail in many ways
+        tqdm.write(f"trace-fast: {file} is damaged and made again: {error}", file=sys.stderr)
     return None
 
 
