@@ -100,7 +100,7 @@ def count_all(
 
     def run(photo: Photo) -> Counts:
         file = place / f"{photo.name}.npz"
-        stamp = _stamp(photo.truth, method.source(photo))
+        stamp = _stamp(photo.truth, method.source(photo), *photo.more)
         if (kept := _read(file, stamp)) is not None:
             return kept
         with one_at_a_time:
@@ -185,9 +185,15 @@ def _read(file: Path, stamp: str) -> Counts | None:
     return None
 
 
-def _stamp(*files: Path | None) -> str:
-    """Size and time of files: results are good for these alone."""
-    return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for file in files if file and (stat := file.stat()))
+def _stamp(*sources: Path | str | None) -> str:
+    """What a result was made from, files with their place, size and time: it is good for these alone."""
+    marks = []
+    for source in sources:
+        if isinstance(source, Path):
+            stat = source.stat()
+            source = f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        marks.append(source)
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
 def _size(path: Path) -> tuple[int, int]:

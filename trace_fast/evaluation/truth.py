@@ -63,6 +63,7 @@ class Photo:
         contours: reads that. OSError or ValueError where it is damaged.
         instances: reads its masks, crowds marked, as COCO has them; None where contours alone are known. The id is that
             of a COCO file, or the name where it is a number.
+        more: what the contours depend on beside the truth: further files, and settings.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Photo:
     truth: Path
     contours: Callable[[], Contours]
     instances: Callable[[], coco.ImageInstances] | None = None
+    more: tuple[Path | str, ...] = ()
 
 
 def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contours:
@@ -221,8 +223,9 @@ def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
             problems.append(f"{entry.file_name}: no image in {images}")
             continue
         instances = None if isinstance(entry, coco.ImageSegments) else functools.partial(_same, entry)
+        more = (entry.png,) if isinstance(entry, coco.ImageSegments) else ()
         contours = functools.partial(_contours_of_entry, entry)
-        photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances))
+        photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances, more))
     twice = Counter(photo.name for photo in photos)
     problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
     return sorted((photo for photo in photos if twice[photo.name] == 1), key=lambda photo: photo.name), problems
@@ -258,7 +261,8 @@ def _photo(name: str, image: Path | None, path: Path, ignore: Sequence[int]) -> 
         stack = np.stack(flat) if flat else np.zeros((0, *ignored.shape), bool)
         return coco.from_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
 
-    return Photo(name, image, path, lambda: contours_of(*read()), instances)
+    more = tuple(sorted(path.iterdir())) if path.is_dir() else (f"ignored: {sorted(set(ignore))}",)
+    return Photo(name, image, path, lambda: contours_of(*read()), instances, more)
 
 
 def _from_labels(path: Path, ignore: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
