@@ -60,8 +60,9 @@ def parse_method(text: str, *, device: str | None = None) -> Method:
         ValueError: SPEC is none of these.
         RuntimeError: a package is not installed.
     """
-    name, _, spec = text.rpartition("=")
-    name = name or spec
+    name, named, spec = text.partition("=")
+    if not named or name.startswith(("maps:", "lines:")):  # folders may have = in their names
+        name = spec = text
     if spec in ("sobel", "canny"):
         make = _prepare_sobel() if spec == "sobel" else _prepare_canny()
         return Method(name, spec, lambda photo: make(_grey(photo)), lambda photo: photo.image, suppress=spec == "sobel")
