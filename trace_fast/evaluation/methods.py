@@ -85,9 +85,9 @@ def read_map(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as picture:
+        if picture.mode not in ("L", "I", "I;16"):
+            raise ValueError(f"maps must be of one channel with 8 or 16 bits, got mode {picture.mode}")
         levels = np.asarray(picture)
-    if levels.ndim != 2 or levels.dtype == bool:
-        raise ValueError(f"maps must be PNG files of one channel, got {levels.shape} {levels.dtype} in {path}")
     largest = 255 if levels.dtype == np.uint8 else 65535
     return levels.astype(np.float32) / np.float32(largest)
 

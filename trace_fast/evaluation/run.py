@@ -49,13 +49,14 @@ def check(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Phot
             contours = photo.contours()
         except FAILURES as error:
             return [f"{photo.name}: ground truth {photo.truth} cannot be read: {error}"], True
-        sources = {source for method in methods if (source := method.source(photo)) is not None}
+        sources = {source: method for method in methods if (source := method.source(photo)) is not None}
         problems = [
             f"{photo.name}: {method.name} needs its image" for method in methods if method.source(photo) is None
         ]
-        for source in sorted(sources):
+        for source, method in sorted(sources.items()):
             try:
-                size = _size(source)
+                # a map is read as it will be, an image is not traced yet
+                size = _size(source) if source == photo.image else method.edges(photo).shape
             except FAILURES as error:
                 problems.append(f"{photo.name}: {source} cannot be read: {error}")
                 continue
