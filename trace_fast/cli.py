@@ -211,7 +211,7 @@ def evaluate(
     try:
         photos, problems, notes = open_photos(data, truth, ignore)
         methods = [parse_method(text, device=device) for text in method]
-        if len({each.name for each in methods}) < len(methods):
+        if len({each.slug for each in methods}) < len(methods):
             _refuse("--method must have a name of its own each: write NAME=SPEC")
         photos, more, empty = run.check(photos[:limit], methods)
         problems, notes = problems + more, notes + empty
