@@ -176,7 +176,7 @@ def _each(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) 
 def _read(file: Path, stamp: str) -> Counts | None:
     """Counts of a file, unless it is not there, damaged, or of files that have changed since."""
     try:
-        with np.load(file, allow_pickle=False) as kept:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
             if str(kept["stamp"]) == stamp:
                 return Counts(kept["matches"], kept["by_group"], kept["drawn"])
     except FileNotFoundError:
