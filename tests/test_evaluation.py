@@ -108,7 +108,7 @@ def check_counts(ours, theirs, share):
     assert not outside[..., 0].any()
     assert outside[..., 2].mean() <= share
     assert apart[..., 2].max() <= 25
-    assert (apart <= np.maximum(0.03 * theirs, 5)).all()
+    assert (apart <= np.maximum(0.015 * theirs, 5)).all()
 
 
 @needs_data
