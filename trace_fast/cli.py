@@ -220,7 +220,7 @@ def evaluate(
     try:
         photos, problems, notes = open_photos(data, truth, ignore)
         methods = [parse_method(text, device=device) for text in method]
-        if len({each.name for each in methods}) < len(methods):
+        if len({each.slug for each in methods}) < len(methods):
             _refuse("--method must have a name of its own each: write NAME=SPEC")
         photos, more, empty = run.check(photos[:limit], methods)
         problems, notes = problems + more, notes + empty
@@ -246,6 +246,8 @@ def evaluate(
             precision = {name: run.score_results(file, photos) for name, file in masks.items()}
             report.write_masks(output, precision, command)
             typer.echo((output / "masks.md").read_text())
+    except typer.Exit:  # refused above; it is a RuntimeError
+        raise
     except _FAILURES as error:
         _refuse(str(error))
 

@@ -60,8 +60,9 @@ def parse_method(text: str, *, device: str | None = None) -> Method:
         ValueError: SPEC is none of these.
         RuntimeError: a package is not installed.
     """
-    name, _, spec = text.rpartition("=")
-    name = name or spec
+    name, named, spec = text.partition("=")
+    if not named or name.startswith(("maps:", "lines:")):  # folders may have = in their names
+        name = spec = text
     if spec in ("sobel", "canny"):
         make = _prepare_sobel() if spec == "sobel" else _prepare_canny()
         return Method(name, spec, lambda photo: make(_grey(photo)), lambda photo: photo.image, suppress=spec == "sobel")
@@ -84,9 +85,9 @@ def read_map(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as picture:
+        if picture.mode not in ("L", "I", "I;16"):
+            raise ValueError(f"maps must be of one channel with 8 or 16 bits, got mode {picture.mode}")
         levels = np.asarray(picture)
-    if levels.ndim != 2 or levels.dtype == bool:
-        raise ValueError(f"maps must be PNG files of one channel, got {levels.shape} {levels.dtype} in {path}")
     largest = 255 if levels.dtype == np.uint8 else 65535
     return levels.astype(np.float32) / np.float32(largest)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -49,13 +49,14 @@ def check(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Phot
             contours = photo.contours()
         except FAILURES as error:
             return [f"{photo.name}: ground truth {photo.truth} cannot be read: {error}"], True
-        sources = {source for method in methods if (source := method.source(photo)) is not None}
+        sources = {source: method for method in methods if (source := method.source(photo)) is not None}
         problems = [
             f"{photo.name}: {method.name} needs its image" for method in methods if method.source(photo) is None
         ]
-        for source in sorted(sources):
+        for source, method in sorted(sources.items()):
             try:
-                size = _size(source)
+                # a map is read as it will be, an image is not traced yet
+                size = _size(source) if source == photo.image else method.edges(photo).shape
             except FAILURES as error:
                 problems.append(f"{photo.name}: {source} cannot be read: {error}")
                 continue
@@ -100,7 +101,7 @@ def count_all(
 
     def run(photo: Photo) -> Counts:
         file = place / f"{photo.name}.npz"
-        stamp = _stamp(photo.truth, method.source(photo))
+        stamp = _stamp(photo.truth, method.source(photo), *photo.more)
         if (kept := _read(file, stamp)) is not None:
             return kept
         with one_at_a_time:
@@ -175,19 +176,25 @@ def _each(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) 
 def _read(file: Path, stamp: str) -> Counts | None:
     """Counts of a file, unless it is not there, damaged, or of files that have changed since."""
     try:
-        with np.load(file, allow_pickle=False) as kept:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
             if str(kept["stamp"]) == stamp:
                 return Counts(kept["matches"], kept["by_group"], kept["drawn"])
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        tqdm.write(f"trace-fast: {file} is damaged and made again: {error}")
+    except Exception as error:  # damaged bytes fail in many ways
+        tqdm.write(f"trace-fast: {file} is damaged and made again: {error}", file=sys.stderr)
     return None
 
 
-def _stamp(*files: Path | None) -> str:
-    """Size and time of files: results are good for these alone."""
-    return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for file in files if file and (stat := file.stat()))
+def _stamp(*sources: Path | str | None) -> str:
+    """What a result was made from, files with their place, size and time: it is good for these alone."""
+    marks = []
+    for source in sources:
+        if isinstance(source, Path):
+            stat = source.stat()
+            source = f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        marks.append(source)
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -63,6 +63,7 @@ class Photo:
         contours: reads that. OSError or ValueError where it is damaged.
         instances: reads its masks, crowds marked, as COCO has them; None where contours alone are known. The id is that
             of a COCO file, or the name where it is a number.
+        more: what the contours depend on beside the truth: further files, and settings.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Photo:
     truth: Path
     contours: Callable[[], Contours]
     instances: Callable[[], coco.ImageInstances] | None = None
+    more: tuple[Path | str, ...] = ()
 
 
 def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contours:
@@ -106,28 +108,24 @@ def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contou
     area[0] = labels[0].size + 1  # of two sides, never the smaller segment
     steps = [(np.s_[:, :, :-1], np.s_[:, :, 1:]), (np.s_[:, :-1], np.s_[:, 1:])]  # to the right, down
 
-    changes = []  # (here, pixels of one side, of the other, whether they differ)
+    changes = []  # (here, pixels of one side, of the other, whether a contour is between, whether both are segments)
     pairs = []
     for here, there in steps:
         valid = ~(ignored[here[1:]] | ignored[there[1:]])
-        for near in compact[here]:
-            for far in compact[there]:
+        crossed = valid & (compact[here] != compact[there]).any(0)  # some segment ends or begins
+        for layer, near in enumerate(compact[here]):
+            for other, far in enumerate(compact[there]):
                 differs = valid & (near != far)
                 both = differs & (near > 0) & (far > 0)
-                changes.append((here[1:], near, far, differs, both))
+                # between two layers only what one of them has drawn is looked at, to tell that they touch
+                changes.append((here[1:], near, far, differs if layer == other else both & crossed, both))
                 pairs.append(np.stack([near[both], far[both]]))
     touching = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
     neighbours = np.bincount(touching.ravel(), minlength=len(area))
 
     edge = np.zeros(ignored.shape, bool)
     groups = np.zeros(ignored.shape, np.uint8)
-    layers = len(compact)
-    for index, (here, near, far, differs, both) in enumerate(changes):
-        layer, other = divmod(index % layers**2, layers)
-        if layer != other and not both.any():
-            continue
-        # between two layers only what both have drawn is looked at, to tell that they touch
-        change = differs if layer == other else both & edge[here]
+    for here, near, far, change, both in changes:
         smaller = np.where(area[near] <= area[far], near, far)[change]
         size = np.digitize(area[smaller], AREAS)
         code = (both[change] * len(SIZES) + size) * len(NEIGHBOURS) + np.minimum(neighbours[smaller], 2)
@@ -177,29 +175,36 @@ def open_photos(
         ValueError: there is no ground truth at all.
     """
     folder = Path(folder)
-    names: list[str | Path] = (
-        [truth] if truth is not None else ["inst", "panoptic", "masks", "ground_truth", "groundTruth"]
-    )
-    places = [place for name in names for place in (folder / name, Path(name)) if place.exists()]
+    names = TRUTHS if truth is None else (str(truth),)
+    places = [folder / name for name in names] + ([] if truth is None else [Path(truth)])
+    places = [place for place in places if place.exists()]
     if not places:
-        raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(map(str, names))} in '{folder}'")
+        raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
     images = folder / "images" if (folder / "images").is_dir() else folder
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGES) if images.is_dir() else []
-    problems = [
-        f"{stem}: {count} image files of that name"
-        for stem, count in sorted(Counter(path.stem for path in files).items())
-        if count > 1
-    ]
+    shown, problems = _by_name(files, "image files")
     if places[0].suffix == ".json":
         photos, lost = _from_coco(places[0], images)
         return photos, problems + lost, []
-    drawn = {path.stem: path for path in sorted(places[0].iterdir()) if not path.name.startswith(".")}
-    shown = {path.stem: path for path in files}
+    drawn, twice = _by_name([path for path in sorted(places[0].iterdir()) if path.name[0] != "."], "ground truths")
+    problems += twice
     notes = [f"{name}: no ground truth in {places[0]}" for name in sorted(set(shown) - set(drawn))]
-    if shown:
+    if files:
         problems += [f"{name}: no image in {images}" for name in sorted(set(drawn) - set(shown))]
-    both = [name for name in drawn if name in shown or not shown]
-    return [_photo(name, shown.get(name), drawn[name], tuple(ignore)) for name in both], problems, notes
+    # of several files of one name, nobody knows which is meant
+    both = sorted(
+        name for name, paths in drawn.items() if len(paths) == 1 and (len(shown.get(name, [])) == 1 or not files)
+    )
+    photos = [_photo(name, shown[name][0] if files else None, drawn[name][0], tuple(ignore)) for name in both]
+    return photos, problems, notes
+
+
+def _by_name(paths: Iterable[Path], kind: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Files by their names without ending, folders by their names; problems: names of several."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(path.name if path.is_dir() else path.stem, []).append(path)
+    return found, [f"{name}: {len(each)} {kind} of that name" for name, each in found.items() if len(each) > 1]
 
 
 def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
@@ -218,11 +223,12 @@ def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
             problems.append(f"{entry.file_name}: no image in {images}")
             continue
         instances = None if isinstance(entry, coco.ImageSegments) else functools.partial(_same, entry)
+        more = (entry.png,) if isinstance(entry, coco.ImageSegments) else ()
         contours = functools.partial(_contours_of_entry, entry)
-        photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances))
+        photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances, more))
     twice = Counter(photo.name for photo in photos)
     problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
-    return sorted(photos, key=lambda photo: photo.name), problems
+    return sorted((photo for photo in photos if twice[photo.name] == 1), key=lambda photo: photo.name), problems
 
 
 def _contours_of_entry(image: coco.ImageSegments | coco.ImageInstances) -> Contours:
@@ -255,7 +261,8 @@ def _photo(name: str, image: Path | None, path: Path, ignore: Sequence[int]) -> 
         stack = np.stack(flat) if flat else np.zeros((0, *ignored.shape), bool)
         return coco.from_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
 
-    return Photo(name, image, path, lambda: contours_of(*read()), instances)
+    more = tuple(sorted(path.iterdir())) if path.is_dir() else (f"ignored: {sorted(set(ignore))}",)
+    return Photo(name, image, path, lambda: contours_of(*read()), instances, more)
 
 
 def _from_labels(path: Path, ignore: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -282,8 +289,8 @@ def _from_bsds(path: Path) -> Contours:
 
     try:
         drawn = np.stack([each["Boundaries"][0, 0] > 0 for each in loadmat(path)["groundTruth"][0]])
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"no groundTruth with Boundaries, as BSDS500 has, in {path}") from error
+    except Exception as error:  # damaged bytes fail in many ways
+        raise ValueError(f"no groundTruth with Boundaries, as BSDS500 has, in {path}: {error}") from error
     return Contours(drawn, np.zeros(drawn.shape[1:], bool), None)
 
 
@@ -291,4 +298,5 @@ def _pixels(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB") if picture.mode == "RGBA" else picture)
+        opaque = {"LA": "L", "RGBA": "RGB"}.get(picture.mode)
+        return np.asarray(picture.convert(opaque) if opaque else picture)

@@ -1,0 +1,372 @@
+"""`trace-fast evaluate` as a whole: its files, going on after a kill, every fault of the data told before counting."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+from typer.testing import CliRunner
+
+pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trace_fast[demo]'")
+
+from trace_fast import cli
+from trace_fast.evaluation import edges, methods, report, run
+from trace_fast.evaluation.truth import contours_of, open_photos
+
+REPORT = {"report.json", "report.csv", "report.md", "images.csv", "curves.png"}
+
+
+def make_photo(folder, name, seed=0, height=40, width=56, ending="png"):
+    """A photograph of a few rectangles, its label map, and a blurred map of the contours."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros((height, width), np.uint8)
+    for label in (1, 2, 3):
+        top, left = random.integers(2, height // 2), random.integers(2, width // 2)
+        labels[top : top + random.integers(8, 18), left : left + random.integers(8, 26)] = label
+    colours = random.integers(40, 256, (4, 3))
+    pixels = (colours[labels] + random.normal(0, 9, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    drawn = np.float32(contours_of(labels).drawn[0])
+    strength = ndimage.gaussian_filter(drawn, 1) * 2.5 + random.random(labels.shape) / 9
+    for place, picture in (
+        ("images", pixels),
+        ("inst", labels),
+        ("maps", np.uint8(255 * (strength / strength.max()))),
+    ):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / place / f"{name}.{ending if place == 'images' else 'png'}")
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Run the command inside an empty folder; few resamples, as scores have tests of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(edges, "RESAMPLES", 20)
+
+    def call(*arguments):
+        words = ["evaluate", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["trace-fast", *words])
+        return CliRunner().invoke(cli.app, words)
+
+    return call
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The sizes of maps that are counted, not read from files of an earlier run."""
+    sizes = []
+
+    def spy(given, *arguments, real=run.count, **options):
+        sizes.append(given.shape)
+        return real(given, *arguments, **options)
+
+    monkeypatch.setattr(run, "count", spy)
+    return sizes
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave curves and sheets out, which take most of the time of a small run."""
+    monkeypatch.setattr(report, "plot_curves", lambda scores, path: path.touch())
+    monkeypatch.setattr(report, "contact_sheet", lambda *given, **options: Image.new("RGB", (2, 2)))
+
+
+@pytest.fixture
+def data(tmp_path):
+    for index in range(8):
+        make_photo(tmp_path / "data", f"p{index}", index)
+    return tmp_path / "data"
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def count_files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("counts/*/*.npz")}
+
+
+class TestReport:
+    def test_every_file(self, call, data, tmp_path):
+        specs = ("sobel", "edges of Canny=canny", "HED=maps:data/maps")
+        arguments = ("--data", "data", "-o", "some/out", *(word for spec in specs for word in ("--method", spec)))
+        result = call(*arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        out = tmp_path / "some" / "out"
+        sheets = {"sheet_sobel.png", "sheet_edges_of_Canny.png", "sheet_HED.png"}
+        assert set(files(out)) == REPORT | sheets
+        assert len(list((out / "counts").iterdir())) == 3 and len(list(out.glob("counts/*/*"))) == 24
+
+        command = (
+            "trace-fast evaluate --data data -o some/out --method sobel --method 'edges of Canny=canny' "
+            "--method HED=maps:data/maps"
+        )
+        table = (out / "report.md").read_text()
+        assert table.endswith(f"\n\n8 images; `{command}`.\n")
+        assert result.stdout.startswith(table)
+        head, rule, *rows = [line.split(" | ") for line in table.splitlines()[:5]]
+        assert {len(row) for row in (head, rule, *rows)} == {11}
+
+        report = json.loads((out / "report.json").read_text())
+        assert (report["command"], report["distance"], report["notes"]) == (command, 0.0075, [])
+        names = list(report["methods"])
+        assert set(names) == {"sobel", "edges of Canny", "HED"} and names[-1] == "HED"
+        assert [row[0].removeprefix("| ") for row in rows] == names
+        for row, figures in zip(rows, report["methods"].values(), strict=True):
+            assert row[1] == f"{figures['ods']:.3f}"
+            assert figures["images"] == 8 and 0.2 < figures["ods"] <= figures["ois"] + 0.01
+            assert figures["by"]["side"]["touching"][1] + figures["by"]["side"]["background"][1] > 0
+        assert {len(curve["recall"]) for curve in report["curves"].values()} == {99}
+
+        with open(out / "report.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["method"] for row in rows] == names
+        for row in rows:
+            assert float(row["ods"]) == report["methods"][row["method"]]["ods"]
+        with open(out / "images.csv", newline="") as file:
+            images = list(csv.DictReader(file))
+        assert [row["image"] for row in images] == [f"p{index}" for index in range(8)]
+        photos = open_photos(data)[0]
+        for name, spec in zip(("sobel", "HED"), (specs[0], specs[2]), strict=True):
+            method = methods.parse_method(spec)
+            found = edges.score([edges.count(method.edges(photo), photo.contours()) for photo in photos])
+            assert report["methods"][name]["ods"] == found.ods
+            assert [float(row[name]) for row in images] == found.best.tolist()
+        for name in ("curves.png", *sheets):
+            with Image.open(out / name) as picture:
+                assert picture.format == "PNG" and min(picture.size) > 300
+                assert len(picture.convert("RGB").getcolors(10**7)) > 50
+
+    def test_a_second_run_computes_nothing_and_writes_the_same(self, call, data, tmp_path, counted, monkeypatch):
+        arguments = ("--data", data, "-o", "out", "--method", "sobel")
+        assert call(*arguments).exit_code == 0
+        assert len(counted) == 8
+        before, times = files(tmp_path / "out"), count_files(tmp_path / "out")
+        traced = []
+        grey = methods._grey
+        monkeypatch.setattr(methods, "_grey", lambda photo: traced.append(photo.name) or grey(photo))
+        assert call(*arguments).exit_code == 0
+        assert files(tmp_path / "out") == before
+        assert len(counted) == 8 and count_files(tmp_path / "out") == times
+        assert len(traced) == 6  # of the sheet
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_settings_have_counts_of_their_own(self, call, data, counted):
+        lines, maps = "m=lines:data/maps", "m=maps:data/maps"
+        for number, more in (
+            (8, ("--method", lines)),
+            (16, ("--method", lines, "--distance", 0.02)),
+            (16, ("--method", lines)),
+            (24, ("--method", maps)),
+            (32, ("--method", maps, "--ignore", 2)),
+        ):
+            assert call("--data", data, "-o", "out", *more).exit_code == 0
+            assert len(counted) == number
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_limit_and_images_without_truth(self, call, data, tmp_path):
+        (data / "inst" / "p0.png").unlink()
+        Image.new("L", (56, 40)).save(data / "inst" / "p1.png")
+        result = call("--data", data, "-o", "out", "--method", "sobel", "--limit", 3)
+        assert result.exit_code == 0
+        notes = [f"p0: no ground truth in {data / 'inst'}", "p1: no contour in its ground truth"]
+        assert result.stderr == "".join(f"note: {note}\n" for note in notes)
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["notes"] == notes and report["methods"]["sobel"]["images"] == 2
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_maps_without_photographs(self, call, data, tmp_path):
+        os.rename(data / "images", tmp_path / "images")
+        assert call("--data", data, "-o", "out", "--method", "m=maps:data/maps").exit_code == 0
+        result = call("--data", data, "-o", "out", "--method", "m=maps:data/maps", "--method", "sobel")
+        assert result.exit_code == 2
+        assert "trace-fast: 8 problems;" in result.stderr and "\n  p7: sobel needs its image\n" in result.stderr
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_the_embedded_model(self, call, tmp_path):
+        make_photo(tmp_path / "data", "a", height=20, width=31)
+        result = call("--data", "data", "-o", "out", "--method", "mini@0", "--device", "cpu")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert set(files(tmp_path / "out")) == REPORT | {"sheet_mini_0.png"}
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert 0 < report["methods"]["mini@0"]["ods"] <= 1
+
+
+class TestGoingOn:
+    @pytest.mark.usefixtures("no_pictures")
+    def test_after_a_kill(self, call, tmp_path, counted, monkeypatch):
+        for index in range(12):
+            make_photo(tmp_path / "data", f"p{index:02}", index)
+        arguments = ("--data", "../data", "-o", "out", "--method", "sobel", "--method", "m=maps:../data/maps")
+        code = (
+            "import time; from trace_fast.evaluation import methods; real = methods._grey;"
+            "methods._grey = lambda photo: time.sleep(0.3) or real(photo);"
+            "from trace_fast.cli import main; main()"
+        )
+        killed, whole = tmp_path / "killed", tmp_path / "whole"
+        killed.mkdir(), whole.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "evaluate", *arguments], cwd=killed, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while len(count_files(killed / "out")) < 3 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            process.kill()  # SIGKILL
+            _, error = process.communicate()
+        kept = count_files(killed / "out")
+        assert 3 <= len(kept) < 12, error
+        assert not REPORT & set(os.listdir(killed / "out"))
+
+        monkeypatch.chdir(killed)
+        assert call(*arguments).exit_code == 0
+        assert len(counted) == 24 - len(kept)
+        times = count_files(killed / "out")
+        assert {name: times[name] for name in kept} == kept
+        monkeypatch.chdir(whole)
+        assert call(*arguments).exit_code == 0
+        assert files(killed / "out") == files(whole / "out")
+
+    @pytest.mark.usefixtures("no_pictures")
+    @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+    def test_with_a_damaged_file(self, call, data, tmp_path, counted, damage):
+        arguments = ("--data", data, "-o", "out", "--method", "m=lines:data/maps")
+        assert call(*arguments).exit_code == 0
+        before = files(tmp_path / "out")
+        (path,) = (tmp_path / "out").glob("counts/*/p3.npz")
+        content, times = path.read_bytes(), count_files(tmp_path / "out")
+        path.write_bytes({"cut": content[:-50], "text": b"no counts", "empty": b""}[damage])
+        counted.clear()
+        result = call(*arguments)
+        assert result.exit_code == 0 and len(counted) == 1
+        assert result.stderr.startswith(f"trace-fast: {path.relative_to(tmp_path)} is damaged and made again: ")
+        assert result.stdout.startswith("| method |")
+        assert path.read_bytes() == content and files(tmp_path / "out") == before
+        after = count_files(tmp_path / "out")
+        assert [name for name in times if after[name] != times[name]] == ["p3.npz"]
+
+    @pytest.mark.usefixtures("no_pictures")
+    @pytest.mark.parametrize("place", ["maps", "inst"])
+    def test_with_a_changed_file(self, call, data, tmp_path, counted, place):
+        arguments = ("--data", data, "-o", "out", "--method", "m=lines:data/maps")
+        assert call(*arguments).exit_code == 0
+        before = json.loads((tmp_path / "out" / "report.json").read_text())
+        os.replace(data / place / "p5.png", data / place / "p2.png")
+        Image.new("L", (56, 40), 1).save(data / place / "p5.png")
+        counted.clear()
+        result = call(*arguments)
+        assert (result.exit_code, len(counted)) == (0, 2 if place == "maps" else 1)  # no contour is left in p5
+        after = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert before["methods"]["m"]["ods"] > after["methods"]["m"]["ods"]
+
+
+class TestBadData:
+    @pytest.mark.usefixtures("no_pictures")
+    def test_all_problems_are_listed_before_any_counting(self, call, tmp_path, counted):
+        data = tmp_path / "data"
+        names = ["good", "fine", "missing", "size", "text", "cut", "rgb", "photo"]
+        names += ["truth", "other", "void", "new", "twice"]
+        for seed, name in enumerate(names):
+            make_photo(data, name, seed, ending="jpg" if name == "photo" else "png")
+        maps, inst, images = data / "maps", data / "inst", data / "images"
+        (maps / "missing.png").unlink()
+        Image.new("L", (40, 56)).save(maps / "size.png")
+        (maps / "text.png").write_text("no picture")
+        for path in (maps / "cut.png", images / "photo.jpg", inst / "truth.png"):
+            path.write_bytes(path.read_bytes()[:-100])
+        Image.new("RGB", (56, 40)).save(maps / "rgb.png")
+        Image.fromarray(np.eye(40, 57, dtype=np.uint8)).save(inst / "other.png")
+        Image.new("L", (56, 40)).save(inst / "void.png")
+        (inst / "new.png").unlink()
+        Image.new("RGB", (56, 40)).save(images / "twice.bmp")
+        Image.new("L", (56, 40)).save(inst / "lost.png")
+
+        arguments = ("--data", "data", "-o", "out", "--method", "m=maps:data/maps", "--method", "sobel")
+        result = call(*arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert counted == [] and files(tmp_path / "out") == {} and not (tmp_path / "out" / "counts").exists()
+        lines = result.stderr.splitlines()
+        notes = ["new: no ground truth in data/inst", "void: no contour in its ground truth"]
+        assert lines[:2] == [f"note: {note}" for note in notes]
+        assert lines[2] == "trace-fast: 11 problems; --skip-bad goes on without these images"
+        expected = [
+            r"twice: 2 image files of that name",
+            r"lost: no image in data/images",
+            r"cut: data/maps/cut\.png cannot be read: .*truncated.*",
+            r"missing: data/maps/missing\.png cannot be read: .*No such file.*",
+            r"other: data/images/other\.png has size \(40, 56\), the ground truth \(40, 57\)",
+            r"other: data/maps/other\.png has size \(40, 56\), the ground truth \(40, 57\)",
+            r"photo: data/images/photo\.jpg cannot be read: .*truncated.*",
+            r"rgb: data/maps/rgb\.png cannot be read: maps must be of one channel with 8 or 16 bits, got mode RGB",
+            r"size: data/maps/size\.png has size \(56, 40\), the ground truth \(40, 56\)",
+            r"text: data/maps/text\.png cannot be read: cannot identify image file .*",
+            r"truth: ground truth data/inst/truth\.png cannot be read: .*",
+        ]
+        assert len(lines) == 3 + len(expected)
+        for line, pattern in zip(lines[3:], expected, strict=True):
+            assert re.fullmatch(f"  {pattern}", line)
+
+        result = call(*arguments, "--skip-bad")
+        assert result.exit_code == 0
+        assert len(counted) == 4  # two methods on what is good and fine
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["methods"]["m"]["images"] == 2
+        assert report["notes"] == notes + [line[2:] for line in lines[3:]]
+
+    def test_nothing_is_left(self, call, tmp_path):
+        make_photo(tmp_path / "data", "a")
+        Image.new("L", (56, 40)).save(tmp_path / "data" / "inst" / "a.png")
+        for extra in ((), ("--skip-bad",)):
+            result = call("--data", "data", "-o", "out", "--method", "sobel", *extra)
+            assert result.exit_code == 2
+            assert result.stderr == (
+                "note: a: no contour in its ground truth\ntrace-fast: no image with contours in 'data'\n"
+            )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--method", "sobbel"), r"trace-fast: load: model must be one of .* got 'sobbel'"),
+            (("--method", "x=maps:no"), r"trace-fast: evaluate: method x must name a folder of maps, got 'no'"),
+            (("--method", "mini@x"), r"trace-fast: evaluate: level of method mini@x must be iep or an integer.*'x'"),
+            (
+                ("--method", "sobel", "--method", "sobel=canny"),
+                r"trace-fast: --method must have a name of its own each: write NAME=SPEC",
+            ),
+            (
+                ("--method", "a b=sobel", "--method", "a/b=canny"),  # of one sheet
+                r"trace-fast: --method must have a name of its own each: write NAME=SPEC",
+            ),
+            (
+                ("--method", "sobel", "--data", "nowhere"),
+                r"trace-fast: evaluate: data must hold ground truth, got no inst or .* in 'nowhere'",
+            ),
+            (
+                ("--method", "sobel", "--truth", "nowhere"),
+                r"trace-fast: evaluate: data must hold ground truth, got no nowhere in 'data'",
+            ),
+            (("--method", "sobel", "-o", "data/inst/a.png"), r"trace-fast: the folder '.*' cannot be written to: .*"),
+            (("--method", "sobel", "--truth", "bad.json"), r"trace-fast: evaluate: truth must be a JSON file with .*"),
+        ],
+    )
+    def test_refusals_are_one_line(self, call, tmp_path, counted, arguments, message):
+        make_photo(tmp_path / "data", "a")
+        (tmp_path / "bad.json").write_text("{")
+        result = call("--data", "data", "-o", "out", *arguments)
+        assert (result.exit_code, result.stdout, counted) == (2, "", [])
+        assert re.fullmatch(message + "\n", result.stderr)
+
+    @pytest.mark.parametrize("missing", ["--data", "--output"])
+    def test_missing_options(self, call, missing):
+        given = {"--data": "data", "--output": "out", "--method": "sobel"}
+        del given[missing]
+        result = call(*(word for pair in given.items() for word in pair))
+        assert result.exit_code == 2 and missing in result.stderr
