@@ -6,6 +6,7 @@ was there before.
 
 from __future__ import annotations
 
+import colorsys
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from trace_fast.image import Picture
     from trace_fast.tracer import TraceOutput
 
-__all__ = ["overlay", "panel", "plot_curve", "write_picture", "write_png"]
+__all__ = ["draw_masks", "overlay", "panel", "plot_curve", "write_picture", "write_png"]
 
 # magenta is rare in photographs, and no grey competes with it
 _COLOUR = (1.0, 0.0, 0.6)
@@ -113,6 +114,42 @@ def overlay(image: Picture, edges: np.ndarray | Tensor) -> Any:
     colour = torch.tensor(_COLOUR).reshape(1, 3, 1, 1)
     pictures = _to_pil(torch.lerp(0.75 * (photo + grey) / 2, colour, opacity))
     return pictures if isinstance(image, Tensor) and image.ndim == 4 else pictures[0]
+
+
+def draw_masks(image: Picture, masks: np.ndarray | Tensor) -> Image.Image:
+    """Draw masks over their photo, each in a colour of its own with a white outline; smaller ones lie on top.
+
+    Args:
+        image: anything `trace_fast.edges` takes, except a list or a batch.
+        masks: (M, H, W) bool, array or tensor on any device, of the image's size.
+
+    Returns:
+        PIL image of mode RGB and the photo's size.
+
+    Raises:
+        TypeError: masks is no bool array or tensor.
+        ValueError: masks are not (M, H, W) of the image's size, or there is a batch.
+
+    Example:
+        >>> masks, _ = instances(trace_fast.edges("photo.jpg"), threshold=0.5)
+        >>> write_picture("photo_masks.png", draw_masks("photo.jpg", masks))
+    """
+    photo = to_tensor(image).cpu()
+    stack = torch.as_tensor(masks).cpu()
+    if stack.dtype != torch.bool:
+        raise TypeError(f"draw_masks: masks must be bool, got {str(stack.dtype).removeprefix('torch.')}")
+    if len(photo) != 1 or stack.ndim != 3 or stack.shape[1:] != photo.shape[2:]:
+        raise ValueError(f"draw_masks: masks must be (M, H, W) of the image, {_spell(photo)}, got {tuple(stack.shape)}")
+    grey = photo[0].mean(dim=0, keepdim=True)
+    picture = (photo[0] + grey) / 2
+    for index in stack.sum((1, 2)).argsort(descending=True, stable=True).tolist():
+        mask = stack[index]
+        # hues a golden ratio apart never come close soon
+        colour = torch.tensor(colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 0.95))[:, None, None]
+        inside = -torch.nn.functional.max_pool2d(-mask[None].float(), 3, 1, 1)[0] > 0
+        picture = torch.where(mask, torch.lerp(picture, colour, 0.55), picture)
+        picture = torch.where(mask & ~inside, torch.ones(()), picture)
+    return _to_pil(picture[None])[0]
 
 
 def panel(images: Sequence[Any], titles: Sequence[str], height: int | None = None) -> Image.Image:

@@ -59,8 +59,9 @@ def propagate(
     3. Masks whose IoU is above `iou` are united until none are left (`ops.merge_masks`); the highest score stays.
 
     Args:
-        masks: of one image, in any kind that `formats.open_masks` reads: (M, H, W) bool array or tensor, lists of masks,
-            a label map, SAM's records, COCO RLE or results, `supervision.Detections`, detectron2 `Instances`, `MaskSet`.
+        masks: of one image, in any kind that `formats.open_masks` reads: (M, H, W) bool array or tensor, lists of
+            masks, a label map, SAM's records, COCO RLE or results, `supervision.Detections`, detectron2 `Instances`,
+            `MaskSet`.
         edges: (H, W) or (1, 1, H, W) float array or tensor in [0, 1], such as `trace_fast.edges` gives.
         threshold: strength from which an edge separates, such as the one of ODS that `trace-fast evaluate` reports.
         mode: "flood" fills the region that the edges enclose, if parts together cover `cover` of it; "walk" spreads a
@@ -70,8 +71,8 @@ def propagate(
         classes: (M,) integers; masks are completed and united within a class alone. None takes those that the masks
             have, if they have any.
         min_area: smallest part, in pixels; None is 0.05 % of the image.
-        cover: of "flood", share of a region in [0, 1]; a gap in the edges joins an object to its surroundings, and those
-            are covered by little.
+        cover: of "flood", share of a region in [0, 1]; a gap in the edges joins an object to its surroundings, and
+            those are covered by little.
 
     Returns:
         The kind that came in, on its device. Masks may be more or fewer than before, and may overlap.
