@@ -327,15 +327,15 @@ class TestProperties:
         assert figures[0] == pytest.approx(figures[1], abs=1e-9)
 
     @few
-    @given(st.integers(0, 10**6), arrays(np.float32, (12, 60), elements=st.floats(0, 1, width=32)))
-    def test_what_is_detected_in_ignored_areas_changes_nothing(self, seed, noise):
-        strength = np.random.default_rng(seed).random((50, 60)).astype(np.float32)
+    @given(st.integers(0, 10**6))
+    def test_what_is_detected_in_ignored_areas_changes_nothing(self, seed):
+        strength, noise = np.random.default_rng(seed).random((2, 50, 60)).astype(np.float32)
         drawn, ignored = lines(50, 60, seed), np.zeros((50, 60), bool)
         ignored[35:] = True
         strength[34:], drawn[33:] = 0, False
         distance = 3 / np.hypot(50, 60)
         before = count(strength, truth_of(drawn, ignored=ignored), distance=distance, suppress=False)
-        strength[38:] = noise  # too far for a partner
+        strength[38:] = noise[38:]  # too far for a partner
         after = count(strength, truth_of(drawn, ignored=ignored), distance=distance, suppress=False)
         np.testing.assert_array_equal(after.matches, before.matches)
         without = count(strength, truth_of(drawn), distance=distance, suppress=False)
