@@ -37,7 +37,7 @@ sanitize: $(VENV)/installed
 	for threads in 1 2; do \
 	  OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py -x -s -k 'native and not large' || exit 1; \
+	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_regions.py -x -s -k 'native and not large' || exit 1; \
 	done
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)

@@ -50,6 +50,12 @@ void set_instruction_set(const std::string& name) {
 #define SELECT(op) (op<Isa::baseline>)
 #endif
 
+#if defined(TRACE_FAST_CUDA)
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 // The values at an address; a null address, as of a tensor without storage, is refused unless there are none.
 template <class T>
 T* values(uintptr_t address, int64_t size) {
@@ -76,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("instruction_set", [] { return chosen.first; });
+  m.def("has_cuda", [] { return kCuda; });
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
 
   m.def(
@@ -190,15 +197,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "random_walk",
-      [](uintptr_t masks, uintptr_t conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
-         int64_t radius, int64_t steps, int num_threads) {
+      [](uintptr_t masks, uintptr_t edges, int64_t batch, int64_t count, int64_t height, int64_t width, int64_t radius,
+         double beta, int64_t steps, uintptr_t walked, int num_threads) {
         const int64_t pixels = batch * height * width;
         SELECT(random_walk)
-        (floats(masks, count * pixels), floats(conductance, pixels), batch, count, height, width, radius, steps,
-         positive(num_threads));
+        (floats(masks, count * pixels), floats(edges, pixels), batch, count, height, width, radius, beta, steps,
+         floats(walked, count * pixels), positive(num_threads));
       },
-      py::arg("masks"), py::arg("conductance"), py::arg("batch"), py::arg("count"), py::arg("height"),
-      py::arg("width"), py::arg("radius"), py::arg("steps"), py::arg("num_threads"), release_gil());
+      py::arg("masks"), py::arg("edges"), py::arg("batch"), py::arg("count"), py::arg("height"), py::arg("width"),
+      py::arg("radius"), py::arg("beta"), py::arg("steps"), py::arg("walked"), py::arg("num_threads"), release_gil());
 
   m.def(
       "merge_masks",

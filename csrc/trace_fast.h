@@ -74,12 +74,13 @@ template <Isa isa>
 void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height, int64_t width,
                 bool diagonal, bool claim_barrier, int32_t* labels, int num_threads);
 
-// Takes steps of a random walk, in place: each averages the pixels closer than radius by their affinity.
-// masks (batch, count, height, width); conductance (batch, height, width), whose minimum on a path is its affinity.
+// Writes where a random walk takes masks * (1 - edges): each step averages the pixels closer than radius by affinity,
+// (1 - the strongest edge on the path between them)^beta.
+// masks, walked (batch, count, height, width); edges (batch, height, width), clamped to [0, 1].
 // Holds the affinities of one image, half a disc of them a pixel, and, per thread, a few of the masks.
 template <Isa isa>
-void random_walk(float* masks, const float* conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
-                 int64_t radius, int64_t steps, int num_threads);
+void random_walk(const float* masks, const float* edges, int64_t batch, int64_t count, int64_t height, int64_t width,
+                 int64_t radius, double beta, int64_t steps, float* walked, int num_threads);
 
 // Writes the number of the union that each mask ends in, from 0 by the first mask, when all that overlap are united.
 // masks (count, height, width); groups (count) int64. Holds the masks as bits.

@@ -6,6 +6,9 @@ def instruction_sets() -> list[str]:
 def instruction_set() -> str:
     """The one in use: the fastest unless set otherwise."""
 
+def has_cuda() -> bool:
+    """Whether it was built with the CUDA kernels."""
+
 def set_instruction_set(name: str) -> None:
     """Use another of `instruction_sets()`."""
 
@@ -99,13 +102,15 @@ def flood_fill(
 ) -> None: ...
 def random_walk(
     masks: int,
-    conductance: int,
+    edges: int,
     batch: int,
     count: int,
     height: int,
     width: int,
     radius: int,
+    beta: float,
     steps: int,
+    walked: int,
     num_threads: int,
 ) -> None: ...
 def merge_masks(

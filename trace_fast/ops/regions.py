@@ -193,10 +193,10 @@ def _(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
 def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) -> Tensor:
     from trace_fast import _C
 
-    seeds, barrier = seeds.contiguous(), barrier.contiguous()
-    labels, sizes, threads = seeds.new_empty(seeds.shape), seeds.shape, torch.get_num_threads()
-    pointers = seeds.data_ptr(), barrier.data_ptr()
-    _C.flood_fill(*pointers, *sizes, connectivity == 8, claim_barrier, labels.data_ptr(), threads)
+    seeds, barrier, (batch, height, width) = seeds.contiguous(), barrier.contiguous(), seeds.shape
+    labels, diagonal, threads = seeds.new_empty(seeds.shape), connectivity == 8, torch.get_num_threads()
+    pointers, sizes = (seeds.data_ptr(), barrier.data_ptr()), (batch, height, width)
+    _C.flood_fill(*pointers, *sizes, diagonal, claim_barrier, labels.data_ptr(), threads)
     return labels
 
 
@@ -209,11 +209,10 @@ def _(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) ->
 def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
     from trace_fast import _C
 
-    passing = 1 - edges.clamp(0, 1)
-    walked, conductance = masks.new_empty(masks.shape), (passing**beta).contiguous()
-    torch.mul(masks, passing[:, None], out=walked)
-    threads = torch.get_num_threads()
-    _C.random_walk(walked.data_ptr(), conductance.data_ptr(), *masks.shape, radius, steps, threads)
+    masks, edges, (batch, count, height, width) = masks.contiguous(), edges.contiguous(), masks.shape
+    walked, threads = masks.new_empty(masks.shape), torch.get_num_threads()
+    pointers, sizes = (masks.data_ptr(), edges.data_ptr()), (batch, count, height, width)
+    _C.random_walk(*pointers, *sizes, radius, beta, steps, walked.data_ptr(), threads)
     return walked
 
 
@@ -227,8 +226,9 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
     """The union that each mask is in, (M,) int64."""
     from trace_fast import _C
 
-    masks, groups = masks.contiguous(), masks.new_empty(len(masks), dtype=torch.int64)
-    _C.merge_masks(masks.data_ptr(), *masks.shape, iou, groups.data_ptr(), torch.get_num_threads())
+    masks, (count, height, width) = masks.contiguous(), masks.shape
+    groups = masks.new_empty(count, dtype=torch.int64)
+    _C.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), torch.get_num_threads())
     return groups
 
 
