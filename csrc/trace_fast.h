@@ -94,4 +94,42 @@ template <Isa isa>
 void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, int64_t unions,
                  uint8_t* merged, int num_threads);
 
+#if defined(TRACE_FAST_CUDA)
+// The GPU kernels: addresses are of memory on a device, work is queued on one of its streams (a cudaStream_t), and
+// nothing waits for it. Scratch memory is the caller's, too. Failures to launch are thrown as std::runtime_error.
+namespace cuda {
+
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// Writes the index, within its image, of the first pixel of each pixel's region; a pixel on the barrier has its own.
+// barrier, roots (batch, height, width).
+void label_roots(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, int32_t* roots,
+                 Queue queue);
+
+// As flood_fill above. keys (height, width) 64-bit, fronts (2, height, width) and sizes (3) are scratch memory.
+void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height, int64_t width,
+                bool diagonal, bool claim_barrier, int32_t* labels, uint64_t* keys, int32_t* fronts, int32_t* sizes,
+                Queue queue);
+
+// Takes steps of a random walk from masks, (count, height, width), between them and other masks of the same size; an
+// even number of steps ends in masks, an odd one in others.
+// powers (height, width) of what the edges let through; ahead (reach, 2) the steps (dy, dx) to neighbours that follow
+// in raster order; affinities (reach, height, width) is scratch memory.
+void random_walk(float* masks, float* others, const float* powers, const int32_t* ahead, int64_t reach, int64_t count,
+                 int64_t height, int64_t width, int64_t steps, float* affinities, Queue queue);
+
+// Writes how many pixels each mask shares with each: masks (count, pixels), shared (count, count).
+// words (count, pixels / 32, rounded up) is scratch memory.
+void shared_pixels(const uint8_t* masks, int64_t count, int64_t pixels, uint32_t* words, int32_t* shared, Queue queue);
+
+// Sets the pixels of the masks of each group, groups (count) int64, in merged (unions, pixels), which holds zeros.
+void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, uint8_t* merged,
+                 Queue queue);
+
+}  // namespace cuda
+#endif
+
 }  // namespace trace_fast

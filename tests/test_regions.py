@@ -1,7 +1,11 @@
 """The ops on regions and masks, on every path, against other libraries, plain loops and the reference in float64."""
 
+import ctypes
 import heapq
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import cc3d
 import numpy as np
@@ -13,6 +17,8 @@ from hypothesis import strategies as st
 
 from trace_fast import _C, _checks, ops, reference
 from trace_fast.testing import assert_no_worse
+
+ROOT = Path(__file__).resolve().parents[1]
 
 native = pytest.mark.parametrize(
     "device",
@@ -491,7 +497,7 @@ def test_nothing_else_is_written(width, device, guards):
         assert torch.equal(result, value)
 
 
-def test_results_do_not_depend_on_threads(instruction_set, threads):
+def test_native_results_do_not_depend_on_threads(instruction_set, threads):
     # enough pixels for several strips, regions that cross them, and masks that groups of threads share
     barrier = make_batch(700, 801, 3, batch=2)
     seeds, masks, edges = make_seeds(barrier, 4), make_values(7, 33, 20), make_edges(33, 20)
@@ -505,7 +511,7 @@ def test_results_do_not_depend_on_threads(instruction_set, threads):
     assert torch.equal(ops.merge_masks(rectangles, 0.3)[1], merged)
 
 
-def test_strips_of_a_large_image(instruction_set):
+def test_native_strips_of_an_image(instruction_set):
     for kind in ("spiral", "comb", "noise", "diagonals", "none"):
         barrier = torch.tensor(make_barrier(kind, 1031, 700, 1).copy())[None]
         for connectivity in (4, 8):
@@ -659,3 +665,70 @@ def test_there_is_no_gradient(device):
     masks, edges = make_values(2, 3, 4).to(device), make_edges(3, 4).to(device)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         ops.random_walk(masks.requires_grad_(), edges).sum().backward()
+
+
+@pytest.fixture(scope="module")
+def bodies(tmp_path_factory):
+    """What the GPU kernels do for a pixel, compiled for the CPU."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("bodies") / "bodies.so"
+    source = ROOT / "tests" / "regions_bodies.cpp"
+    subprocess.run(["c++", "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def addresses(*tensors):
+    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+
+
+@CONNECTIVITY
+@settings(EXAMPLES, max_examples=100)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=seeds_)
+def test_gpu_labels_on_the_cpu(bodies, connectivity, height, width, seed):
+    barrier = make_batch(height, width, seed, batch=1).contiguous()
+    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed)).int()
+    roots = torch.empty(1, height, width, dtype=torch.int32)
+    bodies.label(*addresses(barrier, order), height, width, connectivity == 8, *addresses(roots))
+    for result, expected in zip(
+        reference.number_roots(roots, barrier), reference.label_regions(barrier, connectivity), strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
+def test_gpu_neighbours_on_the_cpu(bodies):
+    height, width = 3, 5
+    there = torch.empty(height * width, 8, dtype=torch.int32)
+    bodies.neighbours(height, width, *addresses(there))
+    for pixel, row in enumerate(there.tolist()):
+        places = [(pixel // width + dy, pixel % width + dx) for dy, dx in SQUARE]
+        inside = [y * width + x for y, x in places if 0 <= y < height and 0 <= x < width]
+        assert sorted(row) == sorted(inside + [-1] * (8 - len(inside)))
+        # the first four are those along the axes
+        assert all(abs(other - pixel) in (1, width) for other in row[:4] if other >= 0)
+
+
+@pytest.mark.parametrize("radius", [1, 2, 5])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (3, 7), (17, 9)], ids=str)
+def test_gpu_walk_on_the_cpu(bodies, grid, radius):
+    masks, edges = make_values(4, *grid), make_edges(*grid)
+    start, powers = masks * (1 - edges), (1 - edges) ** 10
+    ahead = torch.tensor(reference.neighbours(radius), dtype=torch.int32).view(-1, 2)
+    walked, affinities = torch.empty_like(masks), torch.empty(len(ahead), *grid)
+    sizes = [ctypes.c_int64(size) for size in (len(ahead), *grid)]
+    bodies.walk(*addresses(start, powers, ahead), *sizes, *addresses(affinities, walked))
+    exact = reference.random_walk(masks.double(), edges.double(), radius, steps=1)
+    assert_no_worse(walked, exact, reference.random_walk(masks, edges, radius, steps=1))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_gpu_kernels_compile(architecture, tmp_path):
+    source, cubin = ROOT / "csrc" / "cuda" / "regions.cu", tmp_path / "regions.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", "-DTRACE_FAST_CUDA", f"-arch={architecture}", "-cubin", "-Xptxas=-v"]
+    done = subprocess.run([*command, source, "-o", cubin], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert done.stderr.count("Compiling entry function") == 10
+    assert done.stderr.count("0 bytes spill stores") == 10
+    assert cubin.stat().st_size > 0

@@ -131,3 +131,63 @@ def unite_masks(
     merged: int,
     num_threads: int,
 ) -> None: ...
+
+# only with has_cuda(); addresses are of a GPU's memory, stream is a cudaStream_t
+
+def cuda_label_roots(
+    barrier: int,
+    batch: int,
+    height: int,
+    width: int,
+    diagonal: bool,
+    roots: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_flood_fill(
+    seeds: int,
+    barrier: int,
+    batch: int,
+    height: int,
+    width: int,
+    diagonal: bool,
+    claim_barrier: bool,
+    labels: int,
+    keys: int,
+    fronts: int,
+    sizes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_random_walk(
+    masks: int,
+    others: int,
+    powers: int,
+    ahead: int,
+    reach: int,
+    count: int,
+    height: int,
+    width: int,
+    steps: int,
+    affinities: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_shared_pixels(
+    masks: int,
+    count: int,
+    pixels: int,
+    words: int,
+    shared: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_unite_masks(
+    masks: int,
+    groups: int,
+    count: int,
+    pixels: int,
+    merged: int,
+    device: int,
+    stream: int,
+) -> None: ...

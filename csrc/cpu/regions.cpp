@@ -94,7 +94,14 @@ inline uint64_t nonzero(const uint8_t* from, int64_t count) {
   }
 #endif
   uint64_t bits = 0;
-  for (int64_t i = 0; i < smaller<int64_t>(count, 64); ++i) bits |= uint64_t{from[i] != 0} << i;
+  for (int64_t i = 0; i < smaller<int64_t>(count, 64); i += 8) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, from + i, smaller<int64_t>(count - i, 8));
+    // each byte's high bit tells, and the product gathers them in the top byte
+    constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+    bytes = ((bytes & kLow) + kLow) | bytes;
+    bits |= (bytes >> 7 & 0x0101010101010101) * 0x0102040810204080 >> 56 << i;
+  }
   return bits;
 #endif
 }
