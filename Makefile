@@ -37,7 +37,8 @@ sanitize: $(VENV)/installed
 	for threads in 1 2; do \
 	  OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py -x -s -k 'native and not large' || exit 1; \
+	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py tests/test_regions.py \
+	    -x -s -k '(native or contours) and not large' || exit 1; \
 	done
 
 # timm without its torchvision: the registry has that for CUDA alone, and beside another torch it cannot be imported

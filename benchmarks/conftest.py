@@ -17,7 +17,7 @@ import torch
 import trace_fast
 from trace_fast import _C
 
-# a provider is timed for about so long, in so many rounds at least
+# a provider is timed for about so long, in so many rounds at least; a slower one for several times as long at most
 SECONDS, ROUNDS = 2.0, 7
 
 
@@ -103,9 +103,11 @@ def measure(benchmark, request) -> Callable[..., None]:
         memory = peak_memory(call)
         start = time.perf_counter()
         call()
-        rounds = max(ROUNDS, min(500, int(SECONDS / (time.perf_counter() - start))))
+        seconds = time.perf_counter() - start
+        slow = seconds > SECONDS
+        rounds = max(1, int(5 * SECONDS / seconds)) if slow else max(ROUNDS, min(500, int(SECONDS / seconds)))
         benchmark.extra_info.update(provider=provider, peak_memory=memory, **work)
-        benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
+        benchmark.pedantic(call, rounds=rounds, warmup_rounds=0 if slow else 2)
 
     return measure
 

@@ -1,6 +1,7 @@
 """Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python benchmarks/tables.py`.
 
 `speed-cpu.json` is made by `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/speed-cpu.json`,
+`regions-cpu.json` likewise from `benchmarks/bench_regions.py` alone,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
 `benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`;
 `edges-*.json` are the report.json of `trace-fast evaluate`, and `commit` was added.
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+REGIONS = ("label_regions", "flood_fill", "random_walk", "merge_masks")
 SHOWN = {  # rows of the quality table, in this order
     "chance, random numbers": "chance",
     "colour difference (control)": "colour difference of the same grid, the control",
@@ -27,16 +30,27 @@ SHOWN = {  # rows of the quality table, in this order
 
 
 def speed(results: dict[str, Any]) -> str:
+    """All benchmarks but those of `regions`."""
+    return grouped(results, "make bench", lambda group: not group.startswith(REGIONS))
+
+
+def regions(results: dict[str, Any]) -> str:
+    """Benchmarks of the ops on regions and masks."""
+    return grouped(results, "pytest benchmarks/bench_regions.py --benchmark-only", lambda x: x.startswith(REGIONS))
+
+
+def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool]) -> str:
     """Benchmarks grouped as they were run, fastest first; ratios are to the eager reference of the same run."""
     machine, commit = results["machine_info"], results["commit_info"]["id"][:7]
     lines = [
         f"Measured on {machine['cpu']['brand_raw']}, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"torch {machine['versions']['torch']}, commit `{commit}`, by `make bench`. Memory is what one call adds at "
+        f"torch {machine['versions']['torch']}, commit `{commit}`, by `{command}`. Memory is what one call adds at "
         "its peak, outputs included.",
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for case in results["benchmarks"]:
-        groups.setdefault(case["group"], []).append(case)
+        if shown(case["group"]):
+            groups.setdefault(case["group"], []).append(case)
     for group, cases in groups.items():
         lines += ["", f"| {group} | median ms | eager / it | memory MiB |", "| --- | ---: | ---: | ---: |"]
         eager = next((case["stats"]["median"] for case in cases if case["extra_info"]["provider"] == "eager"), None)
@@ -214,6 +228,7 @@ TABLES = (
     ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
     ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
+    ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
     ("benchmarks/README.md", "memory", "memory.json", memory),
     ("benchmarks/README.md", "kernels", "kernels.json", kernels),

@@ -50,6 +50,14 @@ void set_instruction_set(const std::string& name) {
 #define SELECT(op) (op<Isa::baseline>)
 #endif
 
+#if defined(TRACE_FAST_CUDA)
+constexpr bool kCuda = true;
+
+cuda::Queue queue(int device, uintptr_t stream) { return {device, reinterpret_cast<void*>(stream)}; }
+#else
+constexpr bool kCuda = false;
+#endif
+
 // The values at an address; a null address, as of a tensor without storage, is refused unless there are none.
 template <class T>
 T* values(uintptr_t address, int64_t size) {
@@ -76,6 +84,7 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("instruction_set", [] { return chosen.first; });
+  m.def("has_cuda", [] { return kCuda; });
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
 
   m.def(
@@ -240,15 +249,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "random_walk",
-      [](uintptr_t masks, uintptr_t conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
-         int64_t radius, int64_t steps, int num_threads) {
+      [](uintptr_t masks, uintptr_t edges, int64_t batch, int64_t count, int64_t height, int64_t width, int64_t radius,
+         double beta, int64_t steps, uintptr_t walked, int num_threads) {
         const int64_t pixels = batch * height * width;
         SELECT(random_walk)
-        (floats(masks, count * pixels), floats(conductance, pixels), batch, count, height, width, radius, steps,
-         positive(num_threads));
+        (floats(masks, count * pixels), floats(edges, pixels), batch, count, height, width, radius, beta, steps,
+         floats(walked, count * pixels), positive(num_threads));
       },
-      py::arg("masks"), py::arg("conductance"), py::arg("batch"), py::arg("count"), py::arg("height"),
-      py::arg("width"), py::arg("radius"), py::arg("steps"), py::arg("num_threads"), release_gil());
+      py::arg("masks"), py::arg("edges"), py::arg("batch"), py::arg("count"), py::arg("height"), py::arg("width"),
+      py::arg("radius"), py::arg("beta"), py::arg("steps"), py::arg("walked"), py::arg("num_threads"), release_gil());
 
   m.def(
       "merge_masks",
@@ -270,4 +279,66 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("masks"), py::arg("groups"), py::arg("count"), py::arg("pixels"), py::arg("unions"), py::arg("merged"),
       py::arg("num_threads"), release_gil());
+
+#if defined(TRACE_FAST_CUDA)
+  m.def(
+      "cuda_label_roots",
+      [](uintptr_t barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, uintptr_t roots, int device,
+         uintptr_t stream) {
+        const int64_t pixels = batch * height * width;
+        cuda::label_roots(values<uint8_t>(barrier, pixels), batch, height, width, diagonal,
+                          values<int32_t>(roots, pixels), queue(device, stream));
+      },
+      py::arg("barrier"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("diagonal"), py::arg("roots"),
+      py::arg("device"), py::arg("stream"), release_gil());
+
+  m.def(
+      "cuda_flood_fill",
+      [](uintptr_t seeds, uintptr_t barrier, int64_t batch, int64_t height, int64_t width, bool diagonal,
+         bool claim_barrier, uintptr_t labels, uintptr_t keys, uintptr_t fronts, uintptr_t sizes, int device,
+         uintptr_t stream) {
+        const int64_t image = height * width, pixels = batch * image;
+        cuda::flood_fill(values<int32_t>(seeds, pixels), values<uint8_t>(barrier, pixels), batch, height, width,
+                         diagonal, claim_barrier, values<int32_t>(labels, pixels), values<uint64_t>(keys, image),
+                         values<int32_t>(fronts, 2 * image), values<int32_t>(sizes, 3), queue(device, stream));
+      },
+      py::arg("seeds"), py::arg("barrier"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("diagonal"),
+      py::arg("claim_barrier"), py::arg("labels"), py::arg("keys"), py::arg("fronts"), py::arg("sizes"),
+      py::arg("device"), py::arg("stream"), release_gil());
+
+  m.def(
+      "cuda_random_walk",
+      [](uintptr_t masks, uintptr_t others, uintptr_t powers, uintptr_t ahead, int64_t reach, int64_t count,
+         int64_t height, int64_t width, int64_t steps, uintptr_t affinities, int device, uintptr_t stream) {
+        const int64_t pixels = height * width;
+        cuda::random_walk(floats(masks, count * pixels), floats(others, count * pixels), floats(powers, pixels),
+                          values<int32_t>(ahead, 2 * reach), reach, count, height, width, steps,
+                          floats(affinities, reach * pixels), queue(device, stream));
+      },
+      py::arg("masks"), py::arg("others"), py::arg("powers"), py::arg("ahead"), py::arg("reach"), py::arg("count"),
+      py::arg("height"), py::arg("width"), py::arg("steps"), py::arg("affinities"), py::arg("device"),
+      py::arg("stream"), release_gil());
+
+  m.def(
+      "cuda_shared_pixels",
+      [](uintptr_t masks, int64_t count, int64_t pixels, uintptr_t words, uintptr_t shared, int device,
+         uintptr_t stream) {
+        cuda::shared_pixels(values<uint8_t>(masks, count * pixels), count, pixels,
+                            values<uint32_t>(words, count * ((pixels + 31) / 32)),
+                            values<int32_t>(shared, count * count), queue(device, stream));
+      },
+      py::arg("masks"), py::arg("count"), py::arg("pixels"), py::arg("words"), py::arg("shared"), py::arg("device"),
+      py::arg("stream"), release_gil());
+
+  m.def(
+      "cuda_unite_masks",
+      [](uintptr_t masks, uintptr_t groups, int64_t count, int64_t pixels, uintptr_t merged, int device,
+         uintptr_t stream) {
+        // each group has a mask, and none is written that no group names
+        cuda::unite_masks(values<uint8_t>(masks, count * pixels), values<int64_t>(groups, count), count, pixels,
+                          values<uint8_t>(merged, count * pixels), queue(device, stream));
+      },
+      py::arg("masks"), py::arg("groups"), py::arg("count"), py::arg("pixels"), py::arg("merged"), py::arg("device"),
+      py::arg("stream"), release_gil());
+#endif
 }

@@ -98,12 +98,13 @@ template <Isa isa>
 void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height, int64_t width,
                 bool diagonal, bool claim_barrier, int32_t* labels, int num_threads);
 
-// Takes steps of a random walk, in place: each averages the pixels closer than radius by their affinity.
-// masks (batch, count, height, width); conductance (batch, height, width), whose minimum on a path is its affinity.
+// Writes where a random walk takes masks * (1 - edges): each step averages the pixels closer than radius by affinity,
+// (1 - the strongest edge on the path between them)^beta.
+// masks, walked (batch, count, height, width); edges (batch, height, width), clamped to [0, 1].
 // Holds the affinities of one image, half a disc of them a pixel, and, per thread, a few of the masks.
 template <Isa isa>
-void random_walk(float* masks, const float* conductance, int64_t batch, int64_t count, int64_t height, int64_t width,
-                 int64_t radius, int64_t steps, int num_threads);
+void random_walk(const float* masks, const float* edges, int64_t batch, int64_t count, int64_t height, int64_t width,
+                 int64_t radius, double beta, int64_t steps, float* walked, int num_threads);
 
 // Writes the number of the union that each mask ends in, from 0 by the first mask, when all that overlap are united.
 // masks (count, height, width); groups (count) int64. Holds the masks as bits.
@@ -116,5 +117,43 @@ void merge_masks(const uint8_t* masks, int64_t count, int64_t height, int64_t wi
 template <Isa isa>
 void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, int64_t unions,
                  uint8_t* merged, int num_threads);
+
+#if defined(TRACE_FAST_CUDA)
+// The GPU kernels: addresses are of memory on a device, work is queued on one of its streams (a cudaStream_t), and
+// nothing waits for it. Scratch memory is the caller's, too. Failures to launch are thrown as std::runtime_error.
+namespace cuda {
+
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// Writes the index, within its image, of the first pixel of each pixel's region; a pixel on the barrier has its own.
+// barrier, roots (batch, height, width).
+void label_roots(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, int32_t* roots,
+                 Queue queue);
+
+// As flood_fill above. keys (height, width) 64-bit, fronts (2, height, width) and sizes (3) are scratch memory.
+void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height, int64_t width,
+                bool diagonal, bool claim_barrier, int32_t* labels, uint64_t* keys, int32_t* fronts, int32_t* sizes,
+                Queue queue);
+
+// Takes steps of a random walk from masks, (count, height, width), between them and other masks of the same size; an
+// even number of steps ends in masks, an odd one in others.
+// powers (height, width) of what the edges let through; ahead (reach, 2) the steps (dy, dx) to neighbours that follow
+// in raster order; affinities (reach, height, width) is scratch memory.
+void random_walk(float* masks, float* others, const float* powers, const int32_t* ahead, int64_t reach, int64_t count,
+                 int64_t height, int64_t width, int64_t steps, float* affinities, Queue queue);
+
+// Writes how many pixels each mask shares with each: masks (count, pixels), shared (count, count).
+// words (count, pixels / 32, rounded up) is scratch memory.
+void shared_pixels(const uint8_t* masks, int64_t count, int64_t pixels, uint32_t* words, int32_t* shared, Queue queue);
+
+// Sets the pixels of the masks of each group, groups (count) int64, in merged (unions, pixels), which holds zeros.
+void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, uint8_t* merged,
+                 Queue queue);
+
+}  // namespace cuda
+#endif
 
 }  // namespace trace_fast

@@ -50,10 +50,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Force each implementation in turn, native by instruction set; the device its tensors belong on.
 
     Triton runs on a GPU where there is one. Else its kernels are interpreted, every address that they touch checked.
+    The files of ops that have CUDA kernels ask for "native-cuda", too.
     """
     name, _, instruction_set = request.param.partition("-")
     monkeypatch.setenv("TRACE_FAST_BACKEND", name)
-    if name == "native":
+    if instruction_set == "cuda":
+        if not _C.has_cuda():
+            pytest.skip("needs a build with TRACE_FAST_CUDA=1")
+        yield torch.device("cuda", torch.cuda.current_device())
+    elif name == "native":
         before = _C.instruction_set()
         _C.set_instruction_set(instruction_set)
         yield torch.device("cpu")
@@ -127,22 +132,23 @@ def tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 @pytest.fixture(params=(0, 1), ids="offset{}".format)
 def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Surround the tensors that ops allocate for results with sentinels, at several offsets; check them afterwards."""
-    buffers: list[tuple[torch.Tensor, int]] = []
+    buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     margin, new_empty = 64 + request.param, torch.Tensor.new_empty
 
     def guarded(like: torch.Tensor, *sizes: Any, dtype: torch.dtype | None = None, **keywords: Any) -> torch.Tensor:
         shape = torch.Size(sizes[0] if sizes and not isinstance(sizes[0], int) else sizes)
         buffer = new_empty(like, shape.numel() + 2 * margin, dtype=dtype, **keywords).fill_(-7)
-        buffers.append((buffer, shape.numel()))
-        return buffer[margin : margin + shape.numel()].view(shape).fill_(math.nan)
+        buffers.append((buffer, buffer[0].clone(), shape.numel()))
+        poison = math.nan if buffer.is_floating_point() else -8
+        return buffer[margin : margin + shape.numel()].view(shape).fill_(poison)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
     monkeypatch.setattr(torch, "empty_like", lambda x: guarded(x, x.shape))
     yield
     assert buffers
-    for buffer, size in buffers:
-        assert (buffer[:margin] == -7).all()
-        assert (buffer[margin + size :] == -7).all()
+    for buffer, sentinel, size in buffers:
+        assert (buffer[:margin] == sentinel).all()
+        assert (buffer[margin + size :] == sentinel).all()
 
 
 @pytest.fixture(params=(1, 2), ids="threads{}".format)

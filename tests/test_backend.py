@@ -13,6 +13,7 @@ def arguments(device="cpu"):
     query, key = torch.ones(2, 1, 2, 6, 4, device=device)
     attention = torch.full((1, 6, 6), 1 / 6, device=device)
     resize = attention, (2, 3), (4, 6)
+    masks = torch.ones(2, 3, 4, dtype=torch.bool, device=device)
     return {
         "attention_map": (query, key),
         "accumulate_attention": (attention.clone(), query, key, 0.5),
@@ -22,12 +23,17 @@ def arguments(device="cpu"):
         "step_kl": (attention, attention),
         "abdiv": (attention, 2, 3),
         "step_kl_abdiv": (attention, attention, 2, 3),
+        "label_regions": (masks,),
+        "flood_fill": (masks.int(), ~masks),
+        "random_walk": (masks.float(), torch.zeros(3, 4, device=device)),
+        "merge_masks": (masks,),
     }
 
 
 # what an op calls: names in `_C`, and kernels by module in `trace_fast.kernels`
 NATIVE = {op: {op} for op in _backend.OPS}
 NATIVE |= {"attention_map": {"accumulate_attention"}, "resize_attention": {"accumulate_resized"}}
+NATIVE |= {"merge_masks": {"merge_masks", "unite_masks"}}
 TRITON = {
     "attention_map": {"row_statistics_kernel", "add_probabilities_kernel"},
     "accumulate_attention": {"row_statistics_kernel", "add_probabilities_kernel"},
@@ -38,6 +44,7 @@ TRITON = {
     "abdiv": {"divergence_kernel", "finish_kernel"},
     "step_kl_abdiv": {"divergence_kernel", "finish_kernel"},
 }
+CUDA = [op for op in _backend.OPS if op not in TRITON]  # those whose GPU kernels are in the native core
 
 
 class Spied:
@@ -77,9 +84,13 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize("op", _backend.OPS)
 def test_what_is_forced_runs_and_nothing_else(op, device, launched, request):
-    expected = NATIVE if "native" in request.node.name else TRITON
-    getattr(ops, op)(*arguments(device)[op])
-    assert launched == expected[op]
+    native = "native" in request.node.name
+    if op in CUDA and not native:
+        with pytest.raises(RuntimeError, match=f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND"):
+            getattr(ops, op)(*arguments(device)[op])
+    else:
+        getattr(ops, op)(*arguments(device)[op])
+        assert launched == (NATIVE if native else TRITON)[op]
 
 
 def test_gradients_run_what_is_forced(device, launched, request):
@@ -96,24 +107,30 @@ def test_table(instruction_set, monkeypatch):
     monkeypatch.setattr(_backend, "_has_triton", lambda: True)
     table = trace_fast.backends()
     assert set(table) == set(ops.__all__)
-    assert all(row == {"cpu": f"native ({instruction_set})", "cuda": "triton"} for row in table.values())
+    cuda = "native (cuda)" if _C.has_cuda() else "reference"
+    for op, row in table.items():
+        assert row == {"cpu": f"native ({instruction_set})", "cuda": cuda if op in CUDA else "triton"}
     assert str(table).splitlines()[0].split() == ["op", "cpu", "cuda"]
 
 
 @pytest.mark.parametrize(
-    ("choice", "row"),
+    ("choice", "row", "regions"),
     [
-        ("reference", {"cpu": "reference", "cuda": "reference"}),
-        ("native", {"cpu": "native (baseline)", "cuda": "unavailable"}),
-        ("triton", {"cpu": "unavailable", "cuda": "triton"}),
+        ("reference", {"cpu": "reference", "cuda": "reference"}, {"cpu": "reference", "cuda": "reference"}),
+        (
+            "native",
+            {"cpu": "native (baseline)", "cuda": "unavailable"},
+            {"cpu": "native (baseline)", "cuda": "native (cuda)" if _C.has_cuda() else "unavailable"},
+        ),
+        ("triton", {"cpu": "unavailable", "cuda": "triton"}, {"cpu": "unavailable", "cuda": "unavailable"}),
     ],
 )
-def test_table_of_what_is_forced(choice, row, monkeypatch):
+def test_table_of_what_is_forced(choice, row, regions, monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", choice)
     monkeypatch.setattr(_C, "instruction_set", lambda: "baseline")
     monkeypatch.setattr(_backend, "_has_triton", lambda: True)
     monkeypatch.setattr(_backend, "_interprets", lambda: False)
-    assert list(trace_fast.backends().values()) == [row] * len(ops.__all__)
+    assert trace_fast.backends() == {op: regions if op in CUDA else row for op in _backend.OPS}
     monkeypatch.setattr(_backend, "_interprets", lambda: True)
     interpreted = {**row, "cpu": "triton (interpreted)"} if choice == "triton" else row
     assert trace_fast.backends()["abdiv"] == interpreted
@@ -131,10 +148,11 @@ def test_native_serves_the_cpu_by_default(monkeypatch, launched):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_triton_serves_the_gpu_by_default(monkeypatch, launched):
     monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    for op, values in arguments("cuda").items():
+    values = arguments("cuda")
+    for op, kernels in TRITON.items():
         launched.clear()
-        getattr(ops, op)(*values)
-        assert launched == TRITON[op]
+        getattr(ops, op)(*values[op])
+        assert launched == kernels
 
 
 def test_reference_can_be_forced(monkeypatch, launched):
@@ -153,11 +171,13 @@ def test_native_forced_and_missing_raises(op, monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
     with pytest.raises(RuntimeError, match=r"\w+: there is no native kernel on meta; unset TRACE_FAST_BACKEND"):
         getattr(ops, op)(*arguments("meta")[op])
-    with pytest.raises(RuntimeError, match=f"{op}: there is no native kernel on cuda; unset TRACE_FAST_BACKEND"):
+    monkeypatch.setattr(_backend, "_CUDA", False)
+    missing = "the native core is built without CUDA; build it" if op in CUDA else "there is no native kernel on cuda"
+    with pytest.raises(RuntimeError, match=f"{op}: {missing}"):
         _backend.choose(op, "cuda")
 
 
-@pytest.mark.parametrize("op", _backend.OPS)
+@pytest.mark.parametrize("op", TRITON)
 def test_triton_forced_where_it_does_not_run_raises(op, monkeypatch):
     launch = pytest.importorskip("trace_fast.kernels.launch")
     monkeypatch.setattr(launch, "INTERPRETED", False)
@@ -168,7 +188,7 @@ def test_triton_forced_where_it_does_not_run_raises(op, monkeypatch):
             getattr(ops, op)(*arguments(device)[op])
 
 
-@pytest.mark.parametrize("op", _backend.OPS)
+@pytest.mark.parametrize("op", TRITON)
 def test_triton_that_is_not_installed_raises(op, monkeypatch):
     monkeypatch.setattr(_backend, "_has_triton", lambda: False)
     monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")

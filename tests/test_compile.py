@@ -35,6 +35,43 @@ def test_opcheck(sample, device):
     torch.library.opcheck(op.default, arguments)
 
 
+def region_samples():
+    masks = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.6
+    seeds, edges = masks.flip(-1).int(), torch.linspace(0, 1, 21).view(3, 7)
+    groups = torch.tensor([0, 0])
+    return [
+        (REGISTERED.label_regions, (masks, 4)),
+        (REGISTERED.label_regions, (masks.mT, 8)),
+        (REGISTERED.flood_fill, (seeds, masks, 4, False)),
+        (REGISTERED.flood_fill, (seeds.mT, masks.mT, 8, True)),
+        (REGISTERED.random_walk, (masks.float()[None], edges[None], 3, 2.0, 4)),
+        (REGISTERED.random_walk, (masks.float().mT[:, None], edges.mT.expand(2, 7, 3), 5, 10.0, 3)),
+        (REGISTERED.merge_masks, (masks, 0.1)),
+        (REGISTERED.merge_masks, (masks.mT, 0.1)),
+        (REGISTERED.unite_masks, (masks.mT, groups, 1)),
+    ]
+
+
+@pytest.mark.parametrize("sample", range(len(region_samples())))
+def test_opcheck_of_regions(sample):
+    op, arguments = region_samples()[sample]
+    torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_regions_compiled_without_a_graph_break(backend):
+    def stage(masks, edges):
+        barrier = (edges > 0.5)[None]
+        labels, counts = ops.label_regions(barrier, 8)
+        filled = ops.flood_fill(labels * (labels > 1), barrier, claim_barrier=True)
+        return labels, counts, filled, ops.random_walk(masks, edges, 3, 2, 4)
+
+    masks = torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(stage, fullgraph=True, backend=backend)
+    for result, expected in zip(compiled(masks, masks[0]), stage(masks, masks[0]), strict=True):
+        assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_graph_break(backend, device):
     def stage(before, query, key):

@@ -95,8 +95,54 @@ def test_half_precision_is_computed_in_float32(dtype):
     )
 
 
+def test_label_regions_by_hand():
+    rows = ["..#.", "##..", ".###", "..#."]
+    barrier = torch.tensor([[[pixel == "#" for pixel in row] for row in rows]])
+    labels, counts = reference.label_regions(barrier)
+    assert labels.tolist() == [[[1, 1, 0, 2], [0, 0, 2, 2], [3, 0, 0, 0], [3, 3, 0, 4]]]
+    assert counts.tolist() == [4]
+    # through corners all but the last meet
+    labels, counts = reference.label_regions(barrier, 8)
+    assert labels.tolist() == [[[1, 1, 0, 1], [0, 0, 1, 1], [2, 0, 0, 0], [2, 2, 0, 3]]]
+    assert counts.tolist() == [3]
+
+
+def test_flood_fill_by_hand():
+    seeds = torch.tensor([[[3, 0, 0, 0, 1], [0, 0, 0, 0, 0]]], dtype=torch.int32)
+    barrier = torch.tensor([[[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]]).bool()
+    # the one pixel that is three steps from both is of the lower label
+    assert reference.flood_fill(seeds, barrier).tolist() == [[[3, 3, 0, 1, 1], [3, 3, 1, 1, 0]]]
+    claimed = reference.flood_fill(seeds, barrier, claim_barrier=True)
+    assert claimed.tolist() == [[[3, 3, 1, 1, 1], [3, 3, 1, 1, 1]]]
+
+
+def test_random_walk_by_hand():
+    masks = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=torch.float64)
+    edges = torch.tensor([[0.0, 0.5, 0.0]], dtype=torch.float64)
+    # every affinity of two pixels is a half, as the middle one lies on each path
+    once = torch.tensor([[[1 / 2, 1 / 4, 1 / 4]]], dtype=torch.float64)
+    assert_close(reference.random_walk(masks, edges, radius=3, beta=1, steps=1), once)
+    twice = torch.tensor([[[3 / 8, 5 / 16, 5 / 16]]], dtype=torch.float64)
+    assert_close(reference.random_walk(masks, edges, radius=3, beta=1, steps=2), twice)
+    # neighbours are closer than the radius, and what starts on an edge is dimmed by it
+    assert_close(reference.random_walk(masks, edges, radius=1), masks)
+    assert_close(reference.random_walk(torch.ones_like(masks), edges, steps=0), 1 - edges[None])
+
+
+def test_merge_masks_by_hand():
+    masks = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()[:, None]
+    # two of the masks share one of three pixels
+    merged, groups, scores = reference.merge_masks(masks, 0.3, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert groups.tolist() == [0, 1, 0, 2]
+    assert merged[:, 0].int().tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
+    assert scores.tolist() == torch.tensor([0.3, 0.2, 0.4]).tolist()
+    assert reference.merge_masks(masks, 1 / 3)[1].tolist() == [0, 1, 2, 3]
+
+
 def test_gradients():
     previous, current = (x.double().requires_grad_() for x in random_maps(1, 6))
     attention = (previous.detach() + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(lambda p, q: reference.step_kl_abdiv(p + 0.1, q + 0.1, 2, 3), (previous, current))
     assert torch.autograd.gradcheck(lambda p: reference.resize_attention(p, (2, 3), (4, 6)), (attention,))
+    masks, edges = attention[:, :2, :3].detach().requires_grad_(), attention[0, 2:4, 3:].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda m, e: reference.random_walk(m, e, 2, 3, 2), (masks, edges))

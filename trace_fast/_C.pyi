@@ -6,6 +6,9 @@ def instruction_sets() -> list[str]:
 def instruction_set() -> str:
     """The one in use: the fastest unless set otherwise."""
 
+def has_cuda() -> bool:
+    """Whether it was built with the CUDA kernels."""
+
 def set_instruction_set(name: str) -> None:
     """Use another of `instruction_sets()`."""
 
@@ -129,13 +132,15 @@ def flood_fill(
 ) -> None: ...
 def random_walk(
     masks: int,
-    conductance: int,
+    edges: int,
     batch: int,
     count: int,
     height: int,
     width: int,
     radius: int,
+    beta: float,
     steps: int,
+    walked: int,
     num_threads: int,
 ) -> None: ...
 def merge_masks(
@@ -155,4 +160,64 @@ def unite_masks(
     unions: int,
     merged: int,
     num_threads: int,
+) -> None: ...
+
+# only with has_cuda(); addresses are of a GPU's memory, stream is a cudaStream_t
+
+def cuda_label_roots(
+    barrier: int,
+    batch: int,
+    height: int,
+    width: int,
+    diagonal: bool,
+    roots: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_flood_fill(
+    seeds: int,
+    barrier: int,
+    batch: int,
+    height: int,
+    width: int,
+    diagonal: bool,
+    claim_barrier: bool,
+    labels: int,
+    keys: int,
+    fronts: int,
+    sizes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_random_walk(
+    masks: int,
+    others: int,
+    powers: int,
+    ahead: int,
+    reach: int,
+    count: int,
+    height: int,
+    width: int,
+    steps: int,
+    affinities: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_shared_pixels(
+    masks: int,
+    count: int,
+    pixels: int,
+    words: int,
+    shared: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_unite_masks(
+    masks: int,
+    groups: int,
+    count: int,
+    pixels: int,
+    merged: int,
+    device: int,
+    stream: int,
 ) -> None: ...

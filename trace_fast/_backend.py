@@ -13,24 +13,26 @@ try:
     _build_error = None
 except ImportError as error:  # the extension is not built: the reference serves if it is asked for
     _build_error = error
+_CUDA = _build_error is None and _C.has_cuda()
 
 __all__ = ["OPS", "Backends", "backends", "choose"]
 
-OPS = (
-    "attention_map",
-    "accumulate_attention",
-    "accumulate_resized",
-    "resize_attention",
-    "readout",
-    "step_kl",
-    "abdiv",
-    "step_kl_abdiv",
-    "label_regions",
-    "flood_fill",
-    "random_walk",
-    "merge_masks",
-)
-_BEST = {"cpu": "native", "cuda": "triton"}  # every op has both; other devices are served by the reference
+# what serves on a GPU: kernels of Triton, or of the native core where it has been built with them
+_ON_CUDA = {
+    "attention_map": "triton",
+    "accumulate_attention": "triton",
+    "accumulate_resized": "triton",
+    "resize_attention": "triton",
+    "readout": "triton",
+    "step_kl": "triton",
+    "abdiv": "triton",
+    "step_kl_abdiv": "triton",
+    "label_regions": "native",
+    "flood_fill": "native",
+    "random_walk": "native",
+    "merge_masks": "native",
+}
+OPS = tuple(_ON_CUDA)
 
 
 class Backends(dict[str, dict[str, str]]):
@@ -46,8 +48,8 @@ def backends() -> Backends:
     """Implementation that serves each op on each kind of device, under the present TRACE_FAST_BACKEND.
 
     Returns:
-        {op: {"cpu" | "cuda": "native (<instruction set>)" | "triton" | "triton (interpreted)" | "reference" |
-        "unavailable"}}; print it for a table. It says who would serve on a GPU also where there is none.
+        {op: {"cpu" | "cuda": "native (<instruction set>)" | "native (cuda)" | "triton" | "triton (interpreted)" |
+        "reference" | "unavailable"}}; print it for a table. It says who would serve on a GPU also where there is none.
 
     Raises:
         ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
@@ -59,7 +61,7 @@ def backends() -> Backends:
         except RuntimeError:
             return "unavailable"
         if choice == "native":
-            return f"native ({_C.instruction_set()})"
+            return f"native ({_C.instruction_set() if device == 'cpu' else device})"
         return "triton (interpreted)" if choice == "triton" and device == "cpu" else choice
 
     return Backends({op: {device: describe(op, device) for device in ("cpu", "cuda")} for op in OPS})
@@ -75,16 +77,23 @@ def choose(op: str, device: str) -> str:
     forced = os.environ.get("TRACE_FAST_BACKEND", "")
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"{op}: TRACE_FAST_BACKEND must be reference, native or triton, got {forced}")
-    choice = forced or _BEST.get(device, "reference")
+    choice = forced or _best(op, device)
     if choice == "native":
-        if device != "cpu":
+        if device != "cpu" and not (device == "cuda" and _ON_CUDA[op] == "native"):
             raise RuntimeError(f"{op}: there is no native kernel on {device}; unset TRACE_FAST_BACKEND")
         if _build_error is not None:
             raise RuntimeError(
                 f"{op}: the native core is not built ({_build_error}); "
                 "run `pip install .` again or set TRACE_FAST_BACKEND=reference"
             )
+        if device == "cuda" and not _CUDA:
+            raise RuntimeError(
+                f"{op}: the native core is built without CUDA; "
+                "build it with TRACE_FAST_CUDA=1 or set TRACE_FAST_BACKEND=reference"
+            )
     elif choice == "triton":
+        if _ON_CUDA[op] != "triton":
+            raise RuntimeError(f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND")
         if not _has_triton():
             raise RuntimeError(
                 f"{op}: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
@@ -95,6 +104,13 @@ def choose(op: str, device: str) -> str:
                 "or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted on the cpu"
             )
     return choice
+
+
+def _best(op: str, device: str) -> str:
+    """What serves unless something is forced; other devices are served by the reference."""
+    if device == "cuda":
+        return "reference" if _ON_CUDA[op] == "native" and not _CUDA else _ON_CUDA[op]
+    return "native" if device == "cpu" else "reference"
 
 
 def _has_triton() -> bool:

@@ -5,6 +5,8 @@ Sizes: B batch, H heads, d channels per head, h x w token grid, N = h * w tokens
 Regions and masks: M masks, H x W pixels.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -355,26 +357,15 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
         >>> merged.shape, groups
         (torch.Size([2, 1, 3]), tensor([0, 1, 0]))
     """
-    # sums of ones are exact up to 2^24 in float32, and tensor cores do not round them
-    exact = torch.float32 if masks[:1].numel() <= 2**24 else torch.float64
-    groups = torch.arange(len(masks), device=masks.device)
-    while True:
-        merged = unite(masks, groups)
-        pixels = merged.flatten(1).to(exact)
-        shared = (pixels @ pixels.mT).double()
-        areas = shared.diagonal()
-        joined = shared > iou * (areas[:, None] + areas - shared)
-        joined.fill_diagonal_(True)
-        # the lowest index that each component has, reached in ever longer steps
-        lowest, before = torch.arange(len(merged), device=masks.device), None
-        while before is None or not torch.equal(lowest, before):
-            before = lowest
-            lowest = torch.where(joined, lowest, len(merged)).amin(1) if len(merged) else lowest
-            lowest = lowest[lowest]
-        roots, numbers = lowest.unique(return_inverse=True)
-        if len(roots) == len(merged):
-            return merged, groups, None if scores is None else highest(scores, groups, len(merged))
-        groups = numbers[groups]
+
+    def shared_pixels(masks: Tensor) -> Tensor:
+        # sums of ones are exact up to 2^24 in float32, and tensor cores do not round them
+        pixels = masks.flatten(1).to(torch.float32 if masks[:1].numel() <= 2**24 else torch.float64)
+        return pixels @ pixels.mT
+
+    groups = group_masks(masks, iou, shared_pixels)
+    merged = unite(masks, groups)
+    return merged, groups, None if scores is None else highest(scores, groups, len(merged))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -613,6 +604,26 @@ def path(dy: int, dx: int) -> list[tuple[int, int]]:
     """
     pixels = [(y, x) for y in range(dy + 1) for x in range(min(dx, 0), max(dx, 0) + 1)]
     return [(y, x) for y, x in pixels if (dy * x - dx * y) ** 2 < dy**2 + dx**2]
+
+
+def group_masks(masks: Tensor, iou: float, shared_pixels: Callable[[Tensor], Tensor]) -> Tensor:
+    """`merge_masks` without the unions; shared_pixels(masks) says how many pixels each mask shares with each."""
+    groups = torch.arange(len(masks), device=masks.device)
+    while True:
+        shared = shared_pixels(unite(masks, groups)).double()
+        areas, count = shared.diagonal(), len(shared)
+        joined = shared > iou * (areas[:, None] + areas - shared)
+        joined.fill_diagonal_(True)
+        # the lowest index that each component has, reached in ever longer steps
+        lowest, before = torch.arange(count, device=masks.device), None
+        while count and (before is None or not torch.equal(lowest, before)):
+            before = lowest
+            lowest = torch.where(joined, lowest, count).amin(1)
+            lowest = lowest[lowest]
+        roots, numbers = lowest.unique(return_inverse=True)
+        if len(roots) == count:
+            return groups
+        groups = numbers[groups]
 
 
 def unite(masks: Tensor, groups: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 // set bits in a row; runs are numbered in raster order, so that the first pixel of a region is that of its first run.
 #include "../regions.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <new>
 
@@ -93,7 +94,14 @@ inline uint64_t nonzero(const uint8_t* from, int64_t count) {
   }
 #endif
   uint64_t bits = 0;
-  for (int64_t i = 0; i < smaller<int64_t>(count, 64); ++i) bits |= uint64_t{from[i] != 0} << i;
+  for (int64_t i = 0; i < smaller<int64_t>(count, 64); i += 8) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, from + i, smaller<int64_t>(count - i, 8));
+    // each byte's high bit tells, and the product gathers them in the top byte
+    constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+    bytes = ((bytes & kLow) + kLow) | bytes;
+    bits |= (bytes >> 7 & 0x0101010101010101) * 0x0102040810204080 >> 56 << i;
+  }
   return bits;
 #endif
 }
@@ -462,7 +470,7 @@ struct Walk {
     int64_t pixel, upper, lower;
   };
 
-  Walk(const float* conductance, int64_t height, int64_t width, int64_t radius);
+  Walk(const float* edges, int64_t height, int64_t width, int64_t radius, double beta);
 
   bool is_step(int64_t dy, int64_t dx) const { return (dy || dx) && dy * dy + dx * dx < radius * radius; }
 
@@ -550,7 +558,10 @@ void step(const Walk& walk, float* masks, bool up) {
 using Step = void (*)(const Walk&, float*, bool);
 constexpr Step kStep[kTogether] = {step<1>, step<2>, step<3>, step<4>, step<5>, step<6>};
 
-Walk::Walk(const float* conductance, int64_t height, int64_t width, int64_t radius)
+// What an edge lets through.
+inline float passing(float edge) { return 1 - (edge < 0 ? 0 : edge > 1 ? 1 : edge); }
+
+Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, double beta)
     : height(height),
       width(width),
       radius(radius),
@@ -565,16 +576,18 @@ Walk::Walk(const float* conductance, int64_t height, int64_t width, int64_t radi
       affinities(room.data + reach * (stride + 1)),
       degree(2 * pairs * pitch),
       sources(4 * radius * radius) {
-  // an affinity is the lowest conductance on the path
+  // the power of what the strongest edge of a path lets through is the lowest of all powers
   const Zeros padded((height + reach) * (pitch + 1));
-  float* const passing = padded.data + reach;
-  for_pixels([&](int64_t at, int64_t pixel) { passing[at] = conductance[pixel]; });
+  float* const powers = padded.data + reach;
+  for_pixels([&](int64_t at, int64_t pixel) {
+    powers[at] = static_cast<float>(std::pow(static_cast<double>(passing(edges[pixel])), beta));
+  });
   const Array<int64_t> places(radius * (2 * reach + 1));  // of the steps ahead in a row of affinities
   int64_t place = 0;
   for_ahead([&](int64_t dy, int64_t dx) {
     for (int64_t row = 0; row < height; ++row)
       for (int64_t i = 0; i < width; i += kLanes) {
-        const float* const from = passing + row * pitch + i;
+        const float* const from = powers + row * pitch + i;
         vec lowest = load(from);
         for (int64_t y = 0; y <= dy; ++y)
           for (int64_t x = smaller<int64_t>(dx, 0); x <= larger<int64_t>(dx, 0); ++x)
@@ -615,10 +628,10 @@ Walk::Walk(const float* conductance, int64_t height, int64_t width, int64_t radi
   for_pixels([&](int64_t at, int64_t) { degree.data[at] = ones.data[origin + at]; });
 }
 
-// The walk of the masks of one image, in place.
-void walk_image(float* masks, const float* conductance, int64_t count, int64_t height, int64_t width, int64_t radius,
-                int64_t steps, int num_threads) {
-  const Walk walk(conductance, height, width, radius);
+// The walk of the masks of one image.
+void walk_image(const float* masks, const float* edges, int64_t count, int64_t height, int64_t width, int64_t radius,
+                double beta, int64_t steps, float* walked, int num_threads) {
+  const Walk walk(edges, height, width, radius, beta);
   // groups of masks, as equal as can be, enough for all threads
   const int64_t groups = smaller(count, round_up((count + kTogether - 1) / kTogether, num_threads));
   const int64_t most = (count + groups - 1) / groups;
@@ -626,17 +639,17 @@ void walk_image(float* masks, const float* conductance, int64_t count, int64_t h
   parallel_for(groups, num_threads, [&](int64_t group, int thread) {
     const int64_t first = group * count / groups, together = (group + 1) * count / groups - first;
     float* const walking = lines.data + thread * most * walk.size;
-    // calls body(float of the mask in the layout of the walk, float of the mask)
-    const auto for_all = [&](bool upper, const auto& body) {
-      for (int64_t mask = 0; mask < together; ++mask)
-        walk.for_pixels([&](int64_t at, int64_t pixel) {
-          body(walking[mask * walk.size + walk.origin + (upper ? 0 : walk.shift) + at],
-               masks[(first + mask) * height * width + pixel]);
-        });
-    };
-    for_all(false, [](float& inside, const float& outside) { inside = outside; });
+    for (int64_t mask = 0; mask < together; ++mask) {
+      float* const start = walking + mask * walk.size + walk.origin + walk.shift;
+      const float* const from = masks + (first + mask) * height * width;
+      walk.for_pixels([&](int64_t at, int64_t pixel) { start[at] = from[pixel] * passing(edges[pixel]); });
+    }
     for (int64_t i = 0; i < steps; ++i) kStep[together - 1](walk, walking, i % 2 == 0);
-    for_all(steps % 2 != 0, [](const float& inside, float& outside) { outside = inside; });
+    for (int64_t mask = 0; mask < together; ++mask) {
+      const float* const end = walking + mask * walk.size + walk.origin + (steps % 2 == 0 ? walk.shift : 0);
+      float* const to = walked + (first + mask) * height * width;
+      walk.for_pixels([&](int64_t at, int64_t pixel) { to[pixel] = end[at]; });
+    }
   });
 }
 
@@ -730,12 +743,15 @@ void flood_fill<TRACE_FAST_ISA>(const int32_t* seeds, const uint8_t* barrier, in
 }
 
 template <>
-void random_walk<TRACE_FAST_ISA>(float* masks, const float* conductance, int64_t batch, int64_t count, int64_t height,
-                                 int64_t width, int64_t radius, int64_t steps, int num_threads) {
+void random_walk<TRACE_FAST_ISA>(const float* masks, const float* edges, int64_t batch, int64_t count, int64_t height,
+                                 int64_t width, int64_t radius, double beta, int64_t steps, float* walked,
+                                 int num_threads) {
   if (count == 0) return;
-  for (int64_t image = 0; image < batch; ++image)
-    walk_image(masks + image * count * height * width, conductance + image * height * width, count, height, width,
-               radius, steps, num_threads);
+  for (int64_t image = 0; image < batch; ++image) {
+    const int64_t pixels = height * width, offset = image * count * pixels;
+    walk_image(masks + offset, edges + image * pixels, count, height, width, radius, beta, steps, walked + offset,
+               num_threads);
+  }
 }
 
 template <>

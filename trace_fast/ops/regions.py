@@ -1,5 +1,7 @@
 """Regions and masks: labelling, growth and random walks between edges, and the merging of masks that overlap."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -171,15 +173,24 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
     return merged, groups, None if scores is None else reference.highest(scores, groups, unions)
 
 
+def _queue(device: torch.device) -> tuple[int, int]:
+    """Where a GPU kernel runs: the device's index and its current stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device.index, stream.cuda_stream
+
+
 @torch.library.custom_op("trace_fast::label_regions", mutates_args=())
 def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     from trace_fast import _C
 
-    barrier, (batch, height, width) = barrier.contiguous(), barrier.shape
+    barrier, (batch, height, width), diagonal = barrier.contiguous(), barrier.shape, connectivity == 8
     labels = barrier.new_empty(barrier.shape, dtype=torch.int32)
+    inputs = barrier.data_ptr(), batch, height, width, diagonal
+    if barrier.is_cuda:
+        _C.cuda_label_roots(*inputs, labels.data_ptr(), *_queue(barrier.device))
+        return reference.number_roots(labels, barrier)
     counts = barrier.new_empty(batch, dtype=torch.int32)
-    pointers, threads = (labels.data_ptr(), counts.data_ptr()), torch.get_num_threads()
-    _C.label_regions(barrier.data_ptr(), batch, height, width, connectivity == 8, *pointers, threads)
+    _C.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), torch.get_num_threads())
     return labels, counts
 
 
@@ -193,10 +204,15 @@ def _(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
 def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) -> Tensor:
     from trace_fast import _C
 
-    seeds, barrier = seeds.contiguous(), barrier.contiguous()
-    labels, sizes, threads = seeds.new_empty(seeds.shape), seeds.shape, torch.get_num_threads()
-    pointers = seeds.data_ptr(), barrier.data_ptr()
-    _C.flood_fill(*pointers, *sizes, connectivity == 8, claim_barrier, labels.data_ptr(), threads)
+    seeds, barrier, (batch, height, width) = seeds.contiguous(), barrier.contiguous(), seeds.shape
+    labels, diagonal = seeds.new_empty(seeds.shape), connectivity == 8
+    inputs = seeds.data_ptr(), barrier.data_ptr(), batch, height, width, diagonal, claim_barrier
+    if seeds.is_cuda:
+        keys, fronts = seeds.new_empty((height, width), dtype=torch.int64), seeds.new_empty(2, height, width)
+        scratch = keys.data_ptr(), fronts.data_ptr(), seeds.new_empty(3).data_ptr()
+        _C.cuda_flood_fill(*inputs, labels.data_ptr(), *scratch, *_queue(seeds.device))
+    else:
+        _C.flood_fill(*inputs, labels.data_ptr(), torch.get_num_threads())
     return labels
 
 
@@ -209,12 +225,34 @@ def _(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) ->
 def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
     from trace_fast import _C
 
-    passing = 1 - edges.clamp(0, 1)
-    walked, conductance = masks.new_empty(masks.shape), (passing**beta).contiguous()
-    torch.mul(masks, passing[:, None], out=walked)
-    threads = torch.get_num_threads()
-    _C.random_walk(walked.data_ptr(), conductance.data_ptr(), *masks.shape, radius, steps, threads)
+    masks, edges, (batch, count, height, width) = masks.contiguous(), edges.contiguous(), masks.shape
+    if masks.is_cuda:
+        return _walk_on_cuda(masks, edges, radius, beta, steps)
+    walked, threads = masks.new_empty(masks.shape), torch.get_num_threads()
+    pointers, sizes = (masks.data_ptr(), edges.data_ptr()), (batch, count, height, width)
+    _C.random_walk(*pointers, *sizes, radius, beta, steps, walked.data_ptr(), threads)
     return walked
+
+
+def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    from trace_fast import _C
+
+    _, count, height, width = masks.shape
+    passing = 1 - edges.clamp(0, 1)
+    powers, ahead = passing**beta, _steps_ahead(radius, masks.device)
+    walked = masks * passing[:, None]
+    others, affinities = torch.empty_like(walked), masks.new_empty(len(ahead), height, width)
+    sizes, scratch = (len(ahead), count, height, width, steps), affinities.data_ptr()
+    for start, other, power in zip(walked, others, powers, strict=True):
+        pointers = start.data_ptr(), other.data_ptr(), power.data_ptr(), ahead.data_ptr()
+        _C.cuda_random_walk(*pointers, *sizes, scratch, *_queue(masks.device))
+    return walked if steps % 2 == 0 else others
+
+
+@functools.lru_cache(maxsize=8)
+def _steps_ahead(radius: int, device: torch.device) -> Tensor:
+    """`reference.neighbours`, (K, 2) int32, kept on the device."""
+    return torch.tensor(reference.neighbours(radius), dtype=torch.int32, device=device).view(-1, 2)
 
 
 @_random_walk.register_fake
@@ -227,9 +265,22 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
     """The union that each mask is in, (M,) int64."""
     from trace_fast import _C
 
-    masks, groups = masks.contiguous(), masks.new_empty(len(masks), dtype=torch.int64)
-    _C.merge_masks(masks.data_ptr(), *masks.shape, iou, groups.data_ptr(), torch.get_num_threads())
+    masks, (count, height, width) = masks.contiguous(), masks.shape
+    if masks.is_cuda:
+        return reference.group_masks(masks, iou, _shared_on_cuda)
+    groups = masks.new_empty(count, dtype=torch.int64)
+    _C.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), torch.get_num_threads())
     return groups
+
+
+def _shared_on_cuda(masks: Tensor) -> Tensor:
+    from trace_fast import _C
+
+    count, pixels = len(masks), masks[:1].numel()
+    words = masks.new_empty((count, (pixels + 31) // 32), dtype=torch.int32)
+    shared = masks.new_empty((count, count), dtype=torch.int32)
+    _C.cuda_shared_pixels(masks.data_ptr(), count, pixels, words.data_ptr(), shared.data_ptr(), *_queue(masks.device))
+    return shared
 
 
 @_merge_masks.register_fake
@@ -243,9 +294,13 @@ def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
     from trace_fast import _C
 
     masks, groups, (count, height, width) = masks.contiguous(), groups.contiguous(), masks.shape
-    merged = masks.new_empty(unions, height, width)
-    pointers, sizes = (masks.data_ptr(), groups.data_ptr()), (count, height * width, unions)
-    _C.unite_masks(*pointers, *sizes, merged.data_ptr(), torch.get_num_threads())
+    inputs = masks.data_ptr(), groups.data_ptr(), count, height * width
+    if masks.is_cuda:
+        merged = masks.new_zeros(unions, height, width)
+        _C.cuda_unite_masks(*inputs, merged.data_ptr(), *_queue(masks.device))
+    else:
+        merged = masks.new_empty(unions, height, width)
+        _C.unite_masks(*inputs, unions, merged.data_ptr(), torch.get_num_threads())
     return merged
 
 
