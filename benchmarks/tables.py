@@ -101,10 +101,10 @@ def edges(results: dict[str, Any]) -> str:
     ]
     for name, row in results["methods"].items():
         low, high = row["intervals"]["ods"]
-        figures = [row["ods"], row["ois"], row["ap"], row["cldice"]]
-        figures += [row["by"]["side"][side][0] for side in ("touching", "background")]
-        figures += [row["by"]["size"][size][0] for size in ("small", "medium", "large")]
-        first, *others = (f"{figure:.3f}" for figure in figures)
+        shares = [row["by"]["side"][side] for side in ("touching", "background")]
+        shares += [row["by"]["size"][size] for size in ("small", "medium", "large")]
+        first, *others = (f"{row[name]:.3f}" for name in ("ods", "ois", "ap", "cldice"))
+        others += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
         lines.append(f"| {name} | {first} | {low:.3f} to {high:.3f} | {' | '.join(others)} |")
     images = next(iter(results["methods"].values()))["images"]
     lines += ["", f"{images} images; commit `{results['commit'][:7]}`; `{results['command']}`."]

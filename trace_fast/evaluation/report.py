@@ -19,7 +19,7 @@ from trace_fast.evaluation.edges import DISTANCE, EdgeScores
 from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
-from trace_fast.evaluation.truth import Photo
+from trace_fast.evaluation.truth import SIZES, Photo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,8 +90,9 @@ def table(scores: Mapping[str, EdgeScores], command: str) -> str:
         row = [name, f"{each.ods:.3f}", f"{low:.3f} to {high:.3f}"]
         row += [f"{value:.3f}" for value in (each.ois, each.ap, each.cldice)]
         if split:
-            row += [f"{each.by['side'][side][0]:.3f}" for side in ("touching", "background")]
-            row += [f"{each.by['size'][size][0]:.3f}" for size in ("small", "medium", "large")]
+            shares = [each.by["side"][side] for side in ("touching", "background")]
+            shares += [each.by["size"][size] for size in SIZES]
+            row += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
         lines.append(row)
     images = next(iter(scores.values())).images
     return f"{_markdown(lines)}\n\n{images} images; `{command}`.\n"
