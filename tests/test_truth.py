@@ -514,7 +514,7 @@ class TestFolders:
 
         def stamp(name, **options):
             (photo,), *_ = open_photos(tmp_path, name, **options)
-            return run._stamp(photo.truth, photo.image, *photo.more)
+            return run.stamp_of(photo.truth, photo.image, *photo.more)
 
         save(tmp_path / "images" / "a.png", labels.astype(np.uint8))
         write_panoptic(tmp_path / "p.json", labels)

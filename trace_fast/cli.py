@@ -1,4 +1,4 @@
-"""The command line: `trace-fast edges`, `demo`, `pretrain`, `models`, `backends`.
+"""The command line: `trace-fast edges`, `segment`, `evaluate`, `demo`, `pretrain`, `models`, `backends`.
 
 Heavy modules are imported inside the commands, so that help costs no more than `import trace_fast.cli`.
 Exit status: 0 all well, 1 some images failed (the others are done), 2 the command was refused or broke off.
@@ -162,6 +162,76 @@ def pretrain(
 
 
 @app.command()
+def segment(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Image files, and folders of image files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to; made if needed.")],
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Masks of the one image to split and complete: a label map, PNG; else edges alone."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Whose edges; as in `trace-fast edges`.")] = "mini",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Strength from which an edge separates.")] = 0.5,
+    mode: Annotated[Literal["flood", "walk"], typer.Option(help="How given masks are completed.")] = "flood",
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; else the GPU where there is one.")] = None,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also write the masks drawn over the photo.")] = False,
+) -> None:
+    """Write the masks of each image as DIR/NAME.png, a label map of 16 bits: 0 is none, others a mask each.
+
+    They are the regions that the edges enclose or, with --masks, those masks split and completed by the edges. Asked
+    to, it also writes DIR/NAME_overlay.png. Files of an earlier run are replaced.
+    """
+    kinds = ["", *["_overlay"] * overlay]
+    images = _list_images(inputs)
+    results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
+    _check_results(results)
+    if masks is not None and len(images) != 1:
+        _refuse(f"--masks must be of one image, got {len(images)}")
+
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    import trace_fast
+    from trace_fast import annotate
+    from trace_fast._files import whole_file
+    from trace_fast.formats import open_masks
+    from trace_fast.image import to_tensor
+
+    try:
+        given = None if masks is None else np.asarray(Image.open(masks)).astype(np.int32)
+        tracer = trace_fast.Tracer.from_pretrained(model, device=device)
+    except _FAILURES as error:
+        _refuse(str(error))
+    _open_folder(output)
+
+    failed = 0
+    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
+        try:
+            photo = to_tensor(image)
+            found = tracer(photo).edges
+            if given is None:
+                stack, _ = trace_fast.instances(found, threshold=threshold)
+                labels = np.zeros(stack.shape[1:], np.uint16)
+                for number, mask in enumerate(stack.cpu().numpy(), 1):
+                    labels[mask] = number
+            else:
+                labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode).astype(np.uint16)
+            with whole_file(paths[""], "segment") as file:
+                Image.fromarray(labels).save(file, format="PNG")
+            if overlay:
+                stack = open_masks(labels)[0].masks
+                annotate.write_picture(paths["_overlay"], annotate.draw_masks(photo[0], stack))
+        except _FAILURES as error:
+            failed += 1
+            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
+    typer.echo(f"{len(results) - failed} of {len(results)} written to {output}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder with images/ and ground truth.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Report; counts there are kept.")],
@@ -181,6 +251,20 @@ def evaluate(
             help="Masks: a COCO results JSON for AP and AR, or a panoptic one for PQ; repeat.",
         ),
     ] = [],  # noqa: B006
+    table: Annotated[
+        Literal["backbones", "components"] | None,
+        typer.Option(
+            help="What edges do for the masks of --baseline: of each --method, or of the steps of one MODEL (a fixed "
+            "level, t*)."
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="COCO results JSON of the masks that --table refines.")
+    ] = None,
+    threshold: Annotated[
+        list[float], typer.Option(min=0, max=1, help="Of edges, for --table: one, or one for each --method.")
+    ] = [0.5],  # noqa: B006
+    mode: Annotated[Literal["flood", "walk"], typer.Option(help="How --table completes masks.")] = "flood",
     truth: Annotated[
         str | None,
         typer.Option(
@@ -202,11 +286,12 @@ def evaluate(
     Of edges ODS, OIS, AP, clDice, and recall where instances touch; interrupt it at will, the same command goes on. The
     report is report.json, report.csv, report.md, images.csv, curves.png and a sheet of best and worst images for each
     method. Of masks class-agnostic AP and AR, in masks.json, masks.csv and masks.md; of panoptic segments PQ, SQ and
-    RQ, in panoptic.json and panoptic.md.
+    RQ, in panoptic.json and panoptic.md. With --table the masks of a baseline are scored as they are, and split and
+    completed by the edges of each method.
     """
     import shlex
 
-    from trace_fast.evaluation import edges, report, run
+    from trace_fast.evaluation import edges, masks, refined, report, run
     from trace_fast.evaluation.methods import parse_method
     from trace_fast.evaluation.truth import open_photos
 
@@ -214,6 +299,16 @@ def evaluate(
     files = {name or Path(file).stem: Path(file) for name, _, file in named}
     if not method and not results:
         _refuse("--method or --results must be given")
+    if (table is None) != (baseline is None):
+        _refuse("--table and --baseline must be given together")
+    if table is not None and not method:
+        _refuse("--table must have a --method")
+    if table == "components":
+        if len(method) > 1 or "@" in method[0]:
+            _refuse("--table components must have one --method, a model without a level")
+        method = [f"{method[0]}@0", f"{method[0]}@iep"]
+    if len(threshold) not in (1, len(method) or 1):
+        _refuse(f"--threshold must be given once or {len(method)} times, for each --method")
     if len(files) < len(results):
         _refuse("--results must have a name of its own each: write NAME=FILE")
     _open_folder(output)
@@ -231,6 +326,20 @@ def evaluate(
         if not photos:
             _refuse(f"no image with contours in '{data}'")
         command = shlex.join(["trace-fast", *sys.argv[1:]])
+        if table is not None and baseline is not None:
+            instances = run.read_truth(photos)
+            given = run.read_masks(baseline, instances)
+            found = {baseline.stem: given}
+            for each, limit_of_edges in zip(methods, threshold * len(methods), strict=False):
+                folder = output / "refined"
+                found[f"{baseline.stem} + {each.name}"] = refined.refine_all(
+                    photos, given.images, each, folder, threshold=limit_of_edges, mode=mode
+                )
+            precision = {name: masks.mask_ap(instances, each, resamples=1000) for name, each in found.items()}
+            sizes = {f"{baseline.stem} + {each.name}": each.parameters for each in methods}
+            report.write_masks(output, precision, command, sizes)
+            typer.echo((output / "masks.md").read_text())
+            return
         if methods:
             counts = {each.name: run.count_all(photos, each, output / "counts", distance=distance) for each in methods}
             scores = {name: edges.score(each) for name, each in counts.items()}
@@ -242,8 +351,12 @@ def evaluate(
             quality = {name: run.score_panoptic(file, photos[0].truth) for name, file in segments.items()}
             report.write_panoptic(output, quality, command)
             typer.echo((output / "panoptic.md").read_text())
-        if masks := {name: file for name, file in files.items() if name not in segments}:
-            precision = {name: run.score_results(file, photos) for name, file in masks.items()}
+        if lists := {name: file for name, file in files.items() if name not in segments}:
+            instances = run.read_truth(photos)
+            precision = {
+                name: masks.mask_ap(instances, run.read_masks(file, instances), resamples=1000)
+                for name, file in lists.items()
+            }
             report.write_masks(output, precision, command)
             typer.echo((output / "masks.md").read_text())
     except typer.Exit:  # refused above; it is a RuntimeError

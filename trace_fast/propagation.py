@@ -109,12 +109,15 @@ def propagate(
     if found.scores is not None:
         scores = scores * found.scores[sources]
     labels = torch.zeros_like(sources) if kinds is None else kinds[sources]
-    merged, kept, groups = [], [], []
+    merged: list[Tensor] = []
+    kept: list[Tensor] = []
+    groups: list[Tensor] = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
         parts = fragments.masks[members]
         parts = complete_flood(parts, barrier, cover) if mode == "flood" else complete_walk(parts, edges)
         united, group, best = ops.merge_masks(parts, iou, scores[members].float())
+        assert best is not None
         merged.append(united)
         kept.append(best)
         groups += [members[group == k] for k in range(len(united))]
@@ -290,7 +293,8 @@ def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
             joins an object to what is around it, and that is covered by little.
 
     Returns:
-        (F, H, W) bool: each fragment, united with the region that holds most of it where that is filled.
+        (F, H, W) bool: each fragment; where the region that holds most of it is filled, with that, and of the barrier
+        with those pixels alone that are nearest to the region.
     """
     regions, count, whole = partition(barrier)
     if not count or not len(fragments):
@@ -300,8 +304,8 @@ def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
     covered = torch.bincount(regions[fragments.any(0)], minlength=count + 1)
     fills = covered >= cover * torch.bincount(regions.flatten(), minlength=count + 1)
     most, home = inside.max(1)  # (F,)
-    home = torch.where((most > 0) & fills[home], home, -1)
-    return fragments | (whole == home[:, None, None])
+    filled = ((most > 0) & fills[home])[:, None, None]
+    return torch.where(filled, (fragments & ~barrier) | (whole == home[:, None, None]), fragments)
 
 
 def complete_walk(fragments: Tensor, edges: Tensor, size: int = WALK_SIZE) -> Tensor:

@@ -29,6 +29,7 @@ class Method:
         source: the file that a map is made from.
         suppress: whether ridges are to be found first; False where maps hold lines already.
         threads: whether several maps may be made at the same time.
+        parameters: of the network; None where there is none, or where it is not known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     source: Callable[[Photo], Path | None]
     suppress: bool = True
     threads: bool = True
+    parameters: int | None = None
 
     @property
     def slug(self) -> str:
@@ -109,7 +111,8 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
     for parameter in tracer.backbone.network.parameters():
         weights.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
     identity = f"{spec} {tracer.backbone.settings} {tracer.device.type} {weights.hexdigest()}"
-    return Method(name, identity, trace, lambda photo: photo.image, threads=False)
+    parameters = sum(parameter.numel() for parameter in tracer.backbone.network.parameters())
+    return Method(name, identity, trace, lambda photo: photo.image, threads=False, parameters=parameters)
 
 
 def _grey(photo: Photo) -> np.ndarray:

@@ -98,24 +98,32 @@ def table(scores: Mapping[str, EdgeScores], command: str) -> str:
     return f"{_markdown(lines)}\n\n{images} images; `{command}`.\n"
 
 
-def write_masks(folder: Path, scores: Mapping[str, MaskScores], command: str) -> None:
+def write_masks(
+    folder: Path, scores: Mapping[str, MaskScores], command: str, parameters: Mapping[str, int | None] | None = None
+) -> None:
     """Write scores of masks: masks.json, masks.csv and masks.md.
 
     Args:
         folder: where to.
         scores: by the name of the results.
         command: that made them.
+        parameters: of the networks whose edges refined the results, by the same names; None for a table without them.
     """
     figures = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
     data = {"command": command, "results": {name: vars(each) for name, each in scores.items()}}
+    if parameters is not None:
+        data["parameters"] = dict(parameters)
     _write(folder / "masks.json", json.dumps(data, indent=1) + "\n")
     _write(folder / "masks.csv", _csv([("results", *figures), *_rows(scores, figures)]))
-    head = ["masks", "AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
+    head = ["masks", *["parameters"] * (parameters is not None)]
+    head += ["AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
     lines = [head]
     for name, each in scores.items():
         low, high = each.intervals["ap"] if each.intervals else (each.ap, each.ap)
         values = (each.ap50, each.ap75, each.ap_small, each.ap_medium, each.ap_large, each.ar100)
-        lines.append([name, f"{each.ap:.3f}", f"{low:.3f} to {high:.3f}", *(f"{value:.3f}" for value in values)])
+        size = None if parameters is None else parameters.get(name)
+        line = [name, *["" if size is None else f"{size / 1e6:,.1f} M"] * (parameters is not None)]
+        lines.append([*line, f"{each.ap:.3f}", f"{low:.3f} to {high:.3f}", *(f"{value:.3f}" for value in values)])
     _write(folder / "masks.md", f"{_markdown(lines)}\n\nClass-agnostic; `{command}`.\n")
 
 

@@ -20,12 +20,21 @@ from tqdm import tqdm
 
 from trace_fast import __version__
 from trace_fast._files import whole_file
-from trace_fast.evaluation import coco, masks, panoptic
+from trace_fast.evaluation import coco, panoptic
 from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.truth import Photo
 
-__all__ = ["check", "count_all", "is_panoptic", "score_panoptic", "score_results"]
+__all__ = [
+    "check",
+    "count_all",
+    "is_panoptic",
+    "over_photos",
+    "read_masks",
+    "read_truth",
+    "score_panoptic",
+    "stamp_of",
+]
 
 WORKERS = 2  # images at a time: one is read while another is matched on all cores
 Result = TypeVar("Result")
@@ -65,7 +74,7 @@ def check(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Phot
         return problems, bool(contours.drawn.any())
 
     good, problems, notes = [], [], []
-    for photo, (found, drawn) in zip(photos, _each(look, photos, "checking files"), strict=True):
+    for photo, (found, drawn) in zip(photos, over_photos(look, photos, "checking files"), strict=True):
         problems += found
         if not drawn:
             notes.append(f"{photo.name}: no contour in its ground truth")
@@ -101,7 +110,7 @@ def count_all(
 
     def run(photo: Photo) -> Counts:
         file = place / f"{photo.name}.npz"
-        stamp = _stamp(photo.truth, method.source(photo), *photo.more)
+        stamp = stamp_of(photo.truth, method.source(photo), *photo.more)
         if (kept := _read(file, stamp)) is not None:
             return kept
         with one_at_a_time:
@@ -111,38 +120,38 @@ def count_all(
             np.savez_compressed(out, stamp=stamp, **vars(found))
         return found
 
-    return list(_each(run, photos, method.name))
+    return list(over_photos(run, photos, method.name))
 
 
-def score_results(path: Path, photos: Sequence[Photo], *, resamples: int = 1000) -> masks.MaskScores:
-    """Class-agnostic AP and AR of masks in a COCO results file.
-
-    Args:
-        path: the file; images of it that are not among the photos are left out.
-        photos: of a data set with instances.
-        resamples: behind the intervals.
-
-    Returns:
-        Scores on all of the photos.
+def read_truth(photos: Sequence[Photo]) -> coco.Instances:
+    """The instances of every photo.
 
     Raises:
-        ValueError: the file has problems, or a photo has no instances, or no id of its own.
+        ValueError: a photo has no instances, or no id of its own.
     """
-    results = coco.read_results(path)
 
     def read(photo: Photo) -> list[coco.ImageInstances]:
         return [] if photo.instances is None else [photo.instances()]
 
-    truth = {image.id: image for images in _each(read, photos, "reading masks") for image in images}
+    truth = {image.id: image for images in over_photos(read, photos, "reading masks") for image in images}
     if len(truth) < len(photos):
         raise ValueError(
-            "evaluate: results need instances of every photo, each with a number for a name or listed in a JSON file, "
+            "evaluate: masks need instances of every photo, each with a number for a name or listed in a JSON file, "
             f"got {len(truth)} of {len(photos)}"
         )
-    shown = {number: image for number, image in results.images.items() if number in truth}
+    return coco.Instances(truth, {})
+
+
+def read_masks(path: Path, truth: coco.Instances) -> coco.Instances:
+    """Masks of a COCO results file; images that the truth lacks are left out.
+
+    Raises:
+        ValueError: the file has problems, or no image of the truth.
+    """
+    shown = {number: image for number, image in coco.read_results(path).images.items() if number in truth.images}
     if not shown:
-        raise ValueError(f"evaluate: results must be of these photos, got none of their ids in '{path}'")
-    return masks.mask_ap(coco.Instances(truth, {}), coco.Instances(shown, {}), resamples=resamples)
+        raise ValueError(f"evaluate: masks must be of these photos, got none of their ids in '{path}'")
+    return coco.Instances(shown, {})
 
 
 def is_panoptic(path: Path) -> bool:
@@ -164,7 +173,7 @@ def score_panoptic(path: Path, truth: Path) -> panoptic.PanopticScores:
     return panoptic.panoptic_quality(*read)
 
 
-def _each(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:
+def over_photos(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:
     """Results in order, some computed at a time, with progress on a terminal; an error or Ctrl-C ends it at once."""
     pool = ThreadPoolExecutor(WORKERS)
     try:
@@ -186,7 +195,7 @@ def _read(file: Path, stamp: str) -> Counts | None:
     return None
 
 
-def _stamp(*sources: Path | str | None) -> str:
+def stamp_of(*sources: Path | str | None) -> str:
     """What a result was made from, files with their place, size and time: it is good for these alone."""
     marks = []
     for source in sources:

@@ -1,0 +1,203 @@
+"""Boundary-guided propagation: what it does to masks, in every kind that they come in."""
+
+import numpy as np
+import pytest
+import torch
+
+import trace_fast
+from trace_fast import ops, propagation
+from trace_fast.formats import MaskSet
+
+
+def cross(height=40, width=60):
+    """Edges that divide an image into four, and the labels (H, W) of the four."""
+    edges = np.zeros((height, width), np.float32)
+    edges[height // 2] = edges[:, width // 2] = 1
+    rows, columns = np.mgrid[:height, :width]
+    return edges, 1 + 2 * (rows >= height // 2) + (columns >= width // 2)
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize("mode", ["flood", "walk"])
+def test_merged_masks_are_split_and_fragments_completed(mode):
+    edges, labels = cross()
+    masks = np.stack([labels <= 2, labels == 3, labels == 3, labels == 4])
+    masks[1, :, 12:], masks[2, :, :14] = False, False  # two parts of one
+    out = trace_fast.propagate(masks, edges, threshold=0.5, mode=mode, min_area=5)
+    assert out.dtype == bool and out.shape == (4, 40, 60)
+    truth = np.stack([labels == label for label in (1, 2, 3, 4)])
+    for mask, other in zip(out, truth, strict=True):
+        assert iou(mask, other) > 0.9
+
+
+def test_flood_fills_regions_exactly():
+    edges, labels = cross()
+    masks = np.stack([(labels == label) for label in (1, 2, 3, 4)])
+    masks[:, ::2] = False  # half of each
+    masks[:, :, ::7] = False
+    out = trace_fast.propagate(masks, edges, threshold=0.5, min_area=1, cover=0.3)
+    off = edges == 0
+    assert len(out) == 4
+    for mask, label in zip(out, (1, 2, 3, 4), strict=True):
+        assert np.array_equal(mask & off, (labels == label) & off)
+    assert out.sum() == out.any(0).sum()  # the barrier is claimed once
+
+
+def test_a_leak_does_not_flood_the_image():
+    edges, labels = cross()
+    edges[10, 30] = 0  # a gap
+    mask = (labels == 1)[None]
+    assert np.array_equal(trace_fast.propagate(mask, edges, threshold=0.5), mask)
+    flooded = trace_fast.propagate(mask, edges, threshold=0.5, cover=0.0)
+    assert flooded[0, 5, 50]
+
+
+def test_nothing_of_a_mask_is_lost():
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(20):
+        edges = torch.rand(33, 47, generator=generator)
+        masks = torch.rand(3, 33, 47, generator=generator) < (seed + 1) / 21
+        barrier = edges >= 0.7
+        parts = propagation.split_masks(masks, barrier, 4)
+        for index, mask in enumerate(masks):
+            own = parts.masks[parts.sources == index]
+            assert len(own) >= 1
+            assert torch.equal(own.any(0), mask)
+            assert own.sum() == mask.sum()
+            if len(own) > 1:
+                regions = ops.label_regions(~(mask & ~barrier)[None])[0][0]
+                kept = [label for label in regions.unique().tolist() if label and (regions == label).sum() >= 4]
+                assert len(own) == len(kept)
+
+
+def test_crumbs_do_not_become_masks():
+    edges, _ = cross()
+    mask = np.zeros((1, 40, 60), bool)
+    mask[0, 2:25, 2:33] = True  # over into the other three, by two columns or some rows
+    assert len(trace_fast.propagate(mask, edges, threshold=0.5, min_area=100)) == 2
+    assert len(trace_fast.propagate(mask, edges, threshold=0.5, min_area=1)) == 4
+    # what is smaller than the least area stays
+    small = np.zeros((1, 40, 60), bool)
+    small[0, 3:5, 3:5] = True
+    assert np.array_equal(trace_fast.propagate(small, edges, threshold=0.5, min_area=50), small)
+
+
+def test_scores_follow_shares_of_area():
+    edges, labels = cross()
+    given = MaskSet(torch.from_numpy(np.stack([labels <= 2, labels == 3])), torch.tensor([0.8, 0.4]))
+    out = trace_fast.propagate(given, edges, threshold=0.5)
+    assert isinstance(out, MaskSet)
+    # the barrier between them goes to one of both
+    torch.testing.assert_close(out.scores, torch.tensor([0.4, 0.4, 0.4]), atol=0.02, rtol=0)
+    twice = MaskSet(given.masks[[1, 1]], torch.tensor([0.3, 0.9]))
+    assert trace_fast.propagate(twice, edges, threshold=0.5).scores.tolist() == pytest.approx([0.9])
+
+
+def test_classes_keep_masks_apart():
+    edges, labels = cross()
+    masks = np.stack([labels == 1, labels == 1])
+    assert len(trace_fast.propagate(masks, edges, threshold=0.5)) == 1
+    assert len(trace_fast.propagate(masks, edges, threshold=0.5, classes=[4, 7])) == 2
+
+
+def test_kinds_come_back():
+    edges, labels = cross()
+    whole = labels <= 2
+    as_labels = np.where(whole, 9, 0).astype(np.uint16)
+    out = trace_fast.propagate(as_labels, edges, threshold=0.5)
+    assert out.dtype == np.uint16 and out.shape == labels.shape and len(np.unique(out[whole])) == 2
+    tensor = trace_fast.propagate(torch.from_numpy(whole)[None], torch.from_numpy(edges)[None, None], threshold=0.5)
+    assert isinstance(tensor, torch.Tensor) and tensor.shape == (2, 40, 60)
+    record = {"segmentation": whole, "area": 1, "bbox": [0, 0, 1, 1], "predicted_iou": 0.5, "stability_score": 0.7}
+    first, second = trace_fast.propagate([record], edges, threshold=0.5)
+    assert first["stability_score"] == second["stability_score"] == 0.7
+    assert first["predicted_iou"] + second["predicted_iou"] == pytest.approx(0.5)
+    assert first["area"] == first["segmentation"].sum() > 500
+
+
+@pytest.mark.parametrize("masks", [np.zeros((0, 40, 60), bool), [], np.zeros((40, 60), np.int32)], ids=str)
+def test_no_masks_stay_none(masks):
+    out = trace_fast.propagate(masks, cross()[0], threshold=0.5)
+    assert type(out) is type(masks)
+    assert np.array_equal(np.asarray(out), np.asarray(masks))
+
+
+@pytest.mark.parametrize("mode", ["flood", "walk"])
+def test_edges_everywhere_or_nowhere(mode):
+    mask = np.zeros((2, 20, 30), bool)
+    mask[0, 3:9, 4:12], mask[1, 10:19, 15:28] = True, True
+    for edges in (np.ones((20, 30), np.float32), np.zeros((20, 30), np.float32)):
+        out = trace_fast.propagate(mask, edges, threshold=0.5, mode=mode)
+        assert all(any((given & ~other).sum() == 0 for other in out) for given in mask)
+
+
+def test_instances_are_the_regions():
+    edges, labels = cross()
+    edges *= 0.8
+    masks, scores = trace_fast.instances(edges, threshold=0.5)
+    assert masks.shape == (4, 40, 60) and (masks.sum(0) == 1).all()
+    torch.testing.assert_close(scores, torch.full((4,), 0.8))
+    for mask in masks:
+        assert len(np.unique(labels[(mask & (torch.from_numpy(edges) == 0)).numpy()])) == 1
+    assert len(trace_fast.instances(edges, threshold=0.5, min_area=700)[0]) == 0
+    assert len(trace_fast.instances(np.ones((5, 6), np.float32), threshold=0.5)[0]) == 0
+    whole, _ = trace_fast.instances(np.zeros((5, 6), np.float32), threshold=0.5)
+    assert whole.all() and len(whole) == 1
+
+
+def test_seeds_are_inside_and_farthest_from_edges():
+    edges, labels = cross(41, 81)
+    found = trace_fast.seeds(edges, 3, threshold=0.5)
+    assert found.points.shape == (3, 2) and found.boxes.shape == (3, 4)
+    assert (found.radius.diff() <= 0).all()
+    for (x, y), (x0, y0, x1, y1), radius in zip(
+        found.points.int().tolist(), found.boxes.int().tolist(), found.radius.tolist(), strict=True
+    ):
+        region = (labels == labels[y, x]) & (edges == 0)
+        rows, columns = np.nonzero(region)
+        assert (x0, y0, x1, y1) == (columns.min(), rows.min(), columns.max(), rows.max())
+        others = np.argwhere(np.pad(~region, 1, constant_values=True)) - 1
+        assert np.hypot(*(others - (y, x)).T).min() == pytest.approx(radius)
+        # no pixel of the region is farther from what is not the region
+        best = max(np.hypot(*(others - pixel).T).min() for pixel in np.argwhere(region))
+        assert radius == pytest.approx(best)
+    assert len(trace_fast.seeds(np.ones((5, 6), np.float32), 4, threshold=0.5).points) == 0
+
+
+def test_threads_do_not_change_the_result(threads):
+    generator = torch.Generator().manual_seed(1)
+    edges, masks = torch.rand(60, 70, generator=generator), torch.rand(5, 60, 70, generator=generator) < 0.6
+    for mode in ("flood", "walk"):
+        out = trace_fast.propagate(masks, edges, threshold=0.8, mode=mode, min_area=3)
+        torch.set_num_threads(1)
+        assert torch.equal(out, trace_fast.propagate(masks, edges, threshold=0.8, mode=mode, min_area=3))
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"threshold": 0}, ValueError, "threshold must be a number above 0, at most 1, got 0"),
+        ({"mode": "swim"}, ValueError, "mode must be flood or walk, got 'swim'"),
+        ({"iou": 2}, ValueError, "iou must be a number from 0 to 1, got 2"),
+        ({"cover": -1}, ValueError, "cover must be a number from 0 to 1, got -1"),
+        ({"min_area": 0}, ValueError, "min_area must be an integer >= 1, got 0"),
+        ({"classes": [1, 2]}, ValueError, r"classes must be \(1,\), got \(2,\)"),
+        ({"edges": np.zeros((4, 5), int)}, TypeError, "edges must be float, got int64"),
+        ({"edges": [[0.5]]}, TypeError, "edges must be an array or a tensor, got list"),
+        ({"edges": np.zeros((2, 4, 5))}, ValueError, r"edges must be \(H, W\) or \(1, 1, H, W\)"),
+        ({"edges": np.full((4, 5), np.nan)}, ValueError, r"edges must be finite and in \[0, 1\]"),
+        ({"edges": np.zeros((4, 6))}, ValueError, r"masks must be of size \(4, 6\), got \(4, 5\)"),
+        ({"masks": "masks.png"}, TypeError, "masks"),
+    ],
+    ids=str,
+)
+def test_errors(change, error, message):
+    given = {"masks": np.ones((1, 4, 5), bool), "edges": np.zeros((4, 5)), "threshold": 0.5} | change
+    with pytest.raises(error, match=message):
+        trace_fast.propagate(given.pop("masks"), given.pop("edges"), **given)
+    with pytest.raises(ValueError, match="seeds: k must be an integer >= 1, got 0"):
+        trace_fast.seeds(np.zeros((4, 5)), 0, threshold=0.5)

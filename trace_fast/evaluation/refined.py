@@ -1,0 +1,81 @@
+"""What edges do for masks: a baseline's masks, split and completed by the edges of each method, and scored again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from trace_fast import __version__
+from trace_fast._files import whole_file
+from trace_fast.evaluation import coco
+from trace_fast.evaluation.methods import Method
+from trace_fast.evaluation.run import over_photos, stamp_of
+from trace_fast.evaluation.truth import Photo
+from trace_fast.formats import MaskSet
+from trace_fast.propagation import propagate
+
+__all__ = ["refine_all"]
+
+
+def refine_all(
+    photos: Sequence[Photo],
+    baseline: dict[int, coco.ImageInstances],
+    method: Method,
+    folder: Path,
+    *,
+    threshold: float,
+    mode: str = "flood",
+) -> coco.Instances:
+    """Propagate the masks of every photo by a method's edges; finished photos are read from files of an earlier run.
+
+    Args:
+        photos: with instances; their ids are those of the baseline.
+        baseline: masks by image id; photos without any keep none.
+        method: what makes the edges.
+        folder: where results go, one file a photo, in a folder below it for each method and setting.
+        threshold: see `trace_fast.propagate`.
+        mode: see `trace_fast.propagate`.
+
+    Returns:
+        The masks as they became, with scores.
+    """
+    setting = json.dumps([__version__, method.identity, threshold, mode])
+    place = folder / f"{method.slug}-{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    one_at_a_time = nullcontext() if method.threads else threading.Lock()
+
+    def run(photo: Photo) -> coco.ImageInstances:
+        assert photo.instances is not None
+        truth = photo.instances()
+        number = truth.id
+        if number not in baseline:
+            return coco.ImageInstances(number, truth.height, truth.width, photo.name, [])
+        given = baseline[number]
+        file = place / f"{photo.name}.json"
+        masks = hashlib.sha256(b"".join(b"%s %r" % (each.counts, each.score) for each in given.instances)).hexdigest()
+        stamp = stamp_of(photo.truth, method.source(photo), *photo.more, masks)
+        if file.is_file():
+            kept = json.loads(file.read_bytes())
+            if kept["stamp"] == stamp:
+                found = [
+                    coco.Instance(each["counts"].encode(), 1, each["area"], False, each["score"])
+                    for each in kept["masks"]
+                ]
+                return coco.ImageInstances(number, given.height, given.width, photo.name, found)
+        with one_at_a_time:
+            edges = method.edges(photo)
+        scores = torch.tensor([each.score for each in given.instances], dtype=torch.float32)
+        result = propagate(MaskSet(torch.from_numpy(given.masks()), scores), edges, threshold=threshold, mode=mode)
+        made = coco.from_masks(result.masks.numpy(), result.scores.numpy(), id=number, file_name=photo.name)
+        records = [{"counts": each.counts.decode(), "area": each.area, "score": each.score} for each in made.instances]
+        with whole_file(file, "evaluate") as out:
+            out.write(json.dumps({"stamp": stamp, "masks": records}).encode())
+        return made
+
+    return coco.Instances({image.id: image for image in over_photos(run, photos, method.name)}, {})
