@@ -313,3 +313,72 @@ def eva(architecture="eva02_large_patch14_448", **options):
     """EVA02-L by default: rotary positions, projections apart. EVA02-E has fused projections and learned positions."""
     sizes = {"img_size": 20, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 4}
     return timm().create_model(architecture, **{**sizes, "dynamic_img_size": True, **options})
+
+
+def sam():
+    """A SAM of 32 pixels, and its processor, of the classes that need no torchvision."""
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    sizes = {"hidden_size": 8, "image_size": 32, "patch_size": 8}
+    config = transformers.SamConfig(
+        vision_config=transformers.SamVisionConfig(
+            **sizes,
+            output_channels=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            window_size=2,
+            global_attn_indexes=[0],
+            num_pos_feats=4,
+            mlp_dim=8,
+        ),
+        prompt_encoder_config=transformers.SamPromptEncoderConfig(**sizes, mask_input_channels=4),
+        mask_decoder_config=transformers.SamMaskDecoderConfig(
+            hidden_size=8,
+            mlp_dim=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            iou_head_depth=2,
+            iou_head_hidden_dim=8,
+        ),
+    )
+    processor = SamImageProcessorPil(
+        size={"longest_edge": 32},
+        pad_size={"height": 32, "width": 32},
+        mask_size={"longest_edge": 8},
+        mask_pad_size={"height": 8, "width": 8},
+    )
+    return transformers.SamModel(config).eval(), transformers.SamProcessor(processor)
+
+
+def sam2():
+    """A SAM 2 of 64 pixels."""
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[4, 4, 4, 4],
+        global_attention_blocks=[],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    config = transformers.Sam2Config(
+        vision_config=transformers.Sam2VisionConfig(
+            backbone_config=backbone,
+            backbone_channel_list=[64, 32, 16, 8],
+            backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+            fpn_hidden_size=32,
+        ),
+        prompt_encoder_config=transformers.Sam2PromptEncoderConfig(
+            hidden_size=32, image_size=64, mask_input_channels=4
+        ),
+        mask_decoder_config=transformers.Sam2MaskDecoderConfig(
+            hidden_size=32,
+            mlp_dim=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            iou_head_depth=2,
+            iou_head_hidden_dim=8,
+        ),
+    )
+    return transformers.Sam2Model(config).eval()

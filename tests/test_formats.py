@@ -1,0 +1,623 @@
+"""Every kind of masks: what comes in goes out as it was, and what is malformed is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from pycocotools import mask as api
+
+from trace_fast import _checks
+from trace_fast.formats import MaskSet, open_masks, semantic_masks
+
+EXAMPLES = settings(max_examples=30, deadline=None)
+
+
+class Boxes:
+    """What is used of detectron2's `Boxes`."""
+
+    def __init__(self, tensor):
+        assert tensor.ndim == 2 and tensor.shape[1] == 4 and tensor.dtype == torch.float32
+        self.tensor = tensor
+
+    def __getitem__(self, item):
+        return Boxes(self.tensor[item])
+
+    def __len__(self):
+        return len(self.tensor)
+
+
+class Instances:
+    """detectron2's `Instances` as far as its documentation goes: fields of one length, indexed together."""
+
+    def __init__(self, image_size, **fields):
+        self._image_size, self._fields = image_size, {}
+        for name, value in fields.items():
+            self.set(name, value)
+
+    @property
+    def image_size(self):
+        return self._image_size
+
+    def __setattr__(self, name, value):
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            self.set(name, value)
+
+    def __getattr__(self, name):
+        if name == "_fields" or name not in self._fields:
+            raise AttributeError(name)
+        return self._fields[name]
+
+    def set(self, name, value):
+        assert not self._fields or len(value) == len(self)
+        self._fields[name] = value
+
+    def get_fields(self):
+        return self._fields
+
+    def __getitem__(self, item):
+        return Instances(self._image_size, **{name: value[item] for name, value in self._fields.items()})
+
+    def __len__(self):
+        for value in self._fields.values():
+            return len(value)
+        raise NotImplementedError("empty Instances does not support __len__")
+
+
+def rle(mask, kind=str):
+    """As pycocotools writes it, or, for lists, counted here."""
+    if kind is list:
+        flat = np.concatenate([[False], mask.T.ravel()])  # column by column, starting out of the mask
+        ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
+        return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+    code = api.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {**code, "counts": code["counts"] if kind is bytes else code["counts"].decode()}
+
+
+def sam(mask, index, kind=None):
+    """A record as SAM's generator writes it; its boxes end at the last pixel."""
+    rows, columns = np.nonzero(mask)
+    x0, y0, x1, y1 = (columns.min(), rows.min(), columns.max(), rows.max()) if len(rows) else (0,) * 4
+    return {
+        "segmentation": rle(mask, kind) if kind else mask,
+        "area": int(mask.sum()),
+        "bbox": [int(x0), int(y0), int(x1 - x0), int(y1 - y0)],
+        "predicted_iou": 0.9 - index / 7,
+        "point_coords": [[1.5, 2.0 + index]],
+        "stability_score": 0.95 + index / 100,
+        "crop_box": [0, 0, *mask.shape[::-1]],
+    }
+
+
+def annotation(mask, index, kind=str):
+    """As CutLER and ProMerge write it, whose category is a float."""
+    code = rle(mask)
+    return {
+        "id": index + 1,
+        "image_id": 42,
+        "category_id": 1.0 + index,
+        "iscrowd": 0,
+        "area": float(api.area(code)),
+        "bbox": api.toBbox(code).tolist(),
+        "segmentation": rle(mask, kind),
+        "score": 0.3 + index / 7,
+        "width": mask.shape[1],
+        "height": mask.shape[0],
+    }
+
+
+def detections(masks, compact=False):
+    import supervision as sv
+
+    count, xyxy = len(masks), sv.mask_to_xyxy(masks).astype(np.float32)
+    if compact:
+        from supervision.detection.compact_mask import CompactMask
+
+        masks = CompactMask.from_dense(masks, xyxy, masks.shape[1:])
+    return sv.Detections(
+        xyxy=xyxy,
+        mask=masks,
+        confidence=0.9 - np.arange(count) / 7,
+        class_id=np.arange(count) + 3,
+        tracker_id=np.arange(count) + 100,
+        data={
+            "class_name": np.array([f"c{i}" for i in range(count)], dtype="<U9"),
+            "tags": [str(i) for i in range(count)],
+        },
+        metadata={"camera": 7},
+    )
+
+
+def instances(masks):
+    stack, count = torch.from_numpy(masks), len(masks)
+    corners = np.zeros((count, 4), dtype=np.float32)
+    for box, mask in zip(corners, masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            box[:] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    return Instances(
+        masks.shape[1:],
+        pred_boxes=Boxes(torch.from_numpy(corners)),
+        scores=torch.linspace(0.9, 0.1, count),
+        pred_classes=torch.arange(count),
+        pred_masks=stack,
+    )
+
+
+KINDS = {
+    "array": lambda masks: masks,
+    "array of uint8": lambda masks: masks.astype(np.uint8),
+    "array of big-endian floats": lambda masks: masks.astype(">f4"),
+    "reversed array": lambda masks: masks[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
+    "tensor": torch.from_numpy,
+    "tensor of bfloat16": lambda masks: torch.from_numpy(masks).bfloat16(),
+    "tensor of uint16": lambda masks: torch.from_numpy(masks.astype(np.uint16)),
+    "list of bool": list,
+    "tuple of bool": tuple,
+    "list of floats": lambda masks: list(masks.astype(np.float64)),
+    "list of ints": lambda masks: list(masks.astype(np.int64)),
+    "list of tensors": lambda masks: list(torch.from_numpy(masks)),
+    "SAM": lambda masks: [sam(mask, i) for i, mask in enumerate(masks)],
+    "SAM, uncompressed RLE": lambda masks: [sam(mask, i, list) for i, mask in enumerate(masks)],
+    "SAM, compressed RLE": lambda masks: [sam(mask, i, str) for i, mask in enumerate(masks)],
+    "RLE, str": lambda masks: [rle(mask, str) for mask in masks],
+    "RLE, bytes": lambda masks: tuple(rle(mask, bytes) for mask in masks),
+    "RLE, list": lambda masks: [rle(mask, list) for mask in masks],
+    "annotations": lambda masks: [annotation(mask, i) for i, mask in enumerate(masks)],
+    "annotations, uncompressed RLE": lambda masks: [annotation(mask, i, list) for i, mask in enumerate(masks)],
+    "Detections": detections,
+    "compact Detections": lambda masks: detections(masks, compact=True),
+    "Instances": instances,
+    "MaskSet": lambda masks: MaskSet(torch.from_numpy(masks)),
+}
+
+
+def same(one, other):
+    """Equality of nested kinds, their types and dtypes included."""
+    assert type(one) is type(other)
+    if isinstance(one, (np.ndarray, torch.Tensor)):
+        assert one.dtype == other.dtype and one.shape == other.shape and (one == other).all()
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            if key in ("area", "bbox"):  # int or float
+                assert one[key] == other[key]
+            else:
+                same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            same(a, b)
+    elif isinstance(one, (Instances, Boxes, MaskSet)):
+        same(vars(one), vars(other))
+    elif type(one).__name__ == "Detections":
+        same(one.xyxy, other.xyxy)
+        assert type(one.mask) is type(other.mask)
+        same(one.confidence, other.confidence)
+        assert one == other
+    else:
+        assert one == other
+
+
+@st.composite
+def stacks(draw, least=0):
+    """Masks of random pixels, empty and full ones, ones with a hole, of any shape from 1 x 1."""
+    shape = draw(st.tuples(st.integers(least, 4), st.integers(1, 7), st.integers(1, 9)))
+    masks = draw(hnp.arrays(bool, shape))
+    for mask in masks:
+        form = draw(st.sampled_from(["random", "empty", "full", "hole"]))
+        if form != "random":
+            mask[:] = form != "empty"
+        if form == "hole":
+            mask[1:-1, 1:-1] = False
+    return masks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestIdentity:
+    @EXAMPLES
+    @given(masks=stacks())
+    def test_what_comes_in_goes_out(self, kind, masks):
+        given_masks = KINDS[kind](masks)
+        found, close = open_masks(given_masks, masks.shape[1:])
+        assert found.masks.dtype == torch.bool
+        np.testing.assert_array_equal(found.masks.numpy(), masks)
+        same(close(found, [[k] for k in range(len(masks))]), given_masks)
+
+    @EXAMPLES
+    @given(masks=stacks(least=1), pick=st.data())
+    def test_fewer_and_more_masks(self, kind, masks, pick):
+        found, close = open_masks(KINDS[kind](masks))
+        order = pick.draw(st.lists(st.integers(0, len(masks) - 1), max_size=6))
+        result = MaskSet(found.masks[order], None if found.scores is None else found.scores[order])
+        again, _ = open_masks(close(result, [[k] for k in order]), masks.shape[1:])
+        np.testing.assert_array_equal(again.masks.numpy(), masks[order])
+        if order and found.scores is not None:
+            np.testing.assert_array_equal(again.scores.numpy(), found.scores[order].numpy())
+
+    def test_nothing(self, kind):
+        nothing = KINDS[kind](np.zeros((0, 3, 5), dtype=bool))
+        found, close = open_masks(nothing, (3, 5))
+        assert found.masks.shape == (0, 3, 5)
+        same(close(found, []), nothing)
+
+    def test_everything_goes(self, kind):
+        given_masks = KINDS[kind](np.ones((2, 3, 5), dtype=bool))
+        found, close = open_masks(given_masks)
+        left = close(MaskSet(found.masks[:0], None if found.scores is None else found.scores[:0]), [])
+        assert type(left) is type(given_masks)
+        assert open_masks(left, (3, 5))[0].masks.shape == (0, 3, 5)
+
+    def test_memory_is_not_shared(self, kind):
+        masks = np.zeros((1, 3, 5), dtype=bool)
+        given_masks = KINDS[kind](masks)
+        found, _ = open_masks(given_masks)
+        if kind != "MaskSet":
+            found.masks.fill_(True)
+        assert not masks.any()
+
+
+class TestLabels:
+    @EXAMPLES
+    @given(labels=hnp.arrays(np.uint8, st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=st.integers(0, 5)))
+    def test_identity(self, labels):
+        for dtype in ("u1", "i1", "<i2", ">i4", "i8", "u2", "u4"):
+            label_map = (labels.astype(np.int64) * 20).astype(dtype)
+            found, close = open_masks(label_map)
+            assert len(found.masks) == len(np.unique(labels[labels > 0]))
+            groups = [[k] for k in range(len(found.masks))]
+            same(close(found, groups), label_map)
+            if dtype != ">i4":
+                tensor = torch.from_numpy(label_map)
+                found, close = open_masks(tensor)
+                same(close(found, groups), tensor)
+
+    def test_parts_get_free_labels(self):
+        label_map = np.array([[1, 1, 3, 3, 0, 5]], dtype=np.uint8)
+        found, close = open_masks(label_map)
+        left = found.masks & (torch.arange(6) % 2 == 0)
+        parts = torch.stack([left[0], found.masks[0] & ~left[0], left[1], found.masks[1] & ~left[1], found.masks[2]])
+        out = close(MaskSet(parts), [[0], [0], [1], [1], [2]])
+        np.testing.assert_array_equal(out, [[1, 2, 3, 4, 0, 5]])
+
+    def test_smaller_masks_lie_on_top(self):
+        _, close = open_masks(np.array([[1, 2, 3]]))
+        masks = torch.tensor([[[0, 1, 0]], [[1, 1, 1]], [[1, 1, 0]]]).bool()
+        np.testing.assert_array_equal(close(MaskSet(masks), [[0], [1], [2]]), [[3, 1, 2]])
+
+    def test_merged_masks_keep_the_first_label(self):
+        found, close = open_masks(np.array([[4, 9]]))
+        np.testing.assert_array_equal(close(MaskSet(found.masks.any(0)[None]), [[1, 0]]), [[4, 4]])
+
+    @pytest.mark.parametrize("like", [np.asarray, torch.from_numpy])
+    def test_too_many_for_the_dtype(self, like):
+        found, close = open_masks(like(np.arange(1, 128, dtype=np.int8)[None]))
+        with pytest.raises(ValueError, match="close: result must be few enough masks for labels up to 127, got 128"):
+            close(MaskSet(found.masks[[*range(127), 0]]), [[k] for k in (*range(127), 0)])
+
+    def test_negative(self):
+        with pytest.raises(ValueError, match="masks must be labels of at least 0, got -1"):
+            open_masks(np.array([[0, -1]]))
+
+    def test_memory(self, monkeypatch):
+        monkeypatch.setattr(_checks, "MEMORY", 11)
+        open_masks(np.array([[5, 0, 5]]))
+        with pytest.raises(ValueError, match=r"masks must leave room in 0.0 GiB of memory, got \(2, 3\): 0.0 GiB more"):
+            open_masks(np.array([[5, 0, 5], [0, 0, 9]]))
+
+
+class TestFields:
+    MASKS = np.array([[[1, 1, 0], [1, 0, 0]], [[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 1]]], dtype=bool)
+    UNION = MaskSet(torch.from_numpy(MASKS[:2].any(0)[None]), torch.tensor([0.75]))
+
+    def test_sam(self):
+        records = [sam(mask, k) for k, mask in enumerate(self.MASKS)]
+        records[0]["predicted_iou"], records[0]["extra"] = 0.1, "first"
+        _, close = open_masks(records)
+        (out,) = close(self.UNION, [[0, 1]])
+        same(out["segmentation"], self.MASKS[:2].any(0))
+        assert out["area"] == 4 and out["bbox"] == [0, 0, 2, 1] and out["predicted_iou"] == 0.75
+        best = records[1]
+        assert {key: out[key] for key in ("point_coords", "stability_score", "crop_box")} == {
+            key: best[key] for key in ("point_coords", "stability_score", "crop_box")
+        }
+        assert "extra" not in out
+
+    def test_annotations(self):
+        entries = [annotation(mask, k) for k, mask in enumerate(self.MASKS)]
+        found, close = open_masks(entries)
+        assert found.classes.tolist() == [1, 2, 3]
+        np.testing.assert_array_equal(found.scores, np.float32([0.3, 0.3 + 1 / 7, 0.3 + 2 / 7]))
+        (out,) = close(self.UNION, [[0, 1]])
+        assert out["area"] == 4 and out["bbox"] == [0, 0, 3, 2] and out["score"] == 0.75
+        assert out["id"] == 2 and out["image_id"] == 42 and out["category_id"] == 2.0
+        json.dumps(out)
+
+    def test_records_have_no_new_fields(self):
+        bare = [{"segmentation": mask} for mask in self.MASKS]
+        found, close = open_masks(bare)
+        assert found.scores is None and found.classes is None
+        (out,) = close(self.UNION, [[2]])
+        assert list(out) == ["segmentation"]
+
+    def test_polygons_become_rle(self):
+        entry = {"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]], "category_id": 1}
+        found, close = open_masks([entry], (3, 4))
+        assert found.masks.sum() == 4
+        (out,) = close(found, [[0]])
+        assert out["segmentation"] == rle(found.masks[0].numpy())
+
+    @pytest.mark.parametrize("compact", [False, True])
+    def test_detections(self, compact):
+        _, close = open_masks(detections(self.MASKS, compact))
+        out = close(self.UNION, [[1, 0]])
+        np.testing.assert_array_equal(np.asarray(out.mask), self.UNION.masks.numpy())
+        assert out.xyxy.tolist() == [[0, 0, 2, 1]] and out.xyxy.dtype == np.float32
+        assert out.confidence.tolist() == [0.75] and out.class_id.tolist() == [3] and out.tracker_id.tolist() == [100]
+        assert out.data == {"class_name": "c0", "tags": ["0"]} and out.metadata == {"camera": 7}
+
+    def test_empty_detections(self):
+        import supervision as sv
+
+        found, close = open_masks(sv.Detections.empty(), (3, 5))
+        assert found.masks.shape == (0, 3, 5)
+        assert close(found, []) == sv.Detections.empty()
+        found, close = open_masks(sv.Detections.empty())
+        assert found.masks.shape == (0, 0, 0)
+        assert close(found, []) == sv.Detections.empty()
+
+    def test_detections_of_sam(self):
+        import supervision as sv
+
+        records = [sam(mask, k) for k, mask in enumerate(self.MASKS)]
+        before = sv.Detections.from_sam(records)
+        found, close = open_masks(before)
+        assert found.scores is None
+        assert close(found, [[0], [1], [2]]) == before
+
+    def test_instances(self):
+        given_masks = instances(self.MASKS)
+        given_masks.set("embedding", torch.arange(6).reshape(3, 2))
+        found, close = open_masks(given_masks)
+        out = close(self.UNION, [[1, 0]])
+        same(out.pred_masks, self.UNION.masks)
+        same(out.pred_boxes.tensor, torch.tensor([[0.0, 0, 3, 2]]))
+        same(out.scores, torch.tensor([0.75]))
+        same(out.pred_classes, torch.tensor([0]))
+        same(out.embedding, torch.tensor([[0, 1]]))
+        same(given_masks.pred_masks, found.masks)
+
+    def test_instances_of_masks_alone(self):
+        found, close = open_masks(Instances((2, 3), pred_masks=torch.from_numpy(self.MASKS)))
+        assert found.scores is None and found.classes is None
+        same(close(self.UNION, [[0, 1]]).pred_masks, self.UNION.masks)
+
+    def test_scores_of_the_best_member_without_new_ones(self):
+        records = [sam(mask, k) for k, mask in enumerate(self.MASKS)]
+        _, close = open_masks(records)
+        (out,) = close(MaskSet(self.UNION.masks), [[2, 1]])
+        assert out["predicted_iou"] == records[1]["predicted_iou"]
+
+    def test_the_first_of_equal_scores(self):
+        records = [{**sam(mask, k), "predicted_iou": 0.5} for k, mask in enumerate(self.MASKS)]
+        _, close = open_masks(records)
+        assert close(self.UNION, [[2, 1]])[0]["point_coords"] == records[1]["point_coords"]
+
+    def test_mask_set_keeps_what_it_is_given(self):
+        before = MaskSet(torch.from_numpy(self.MASKS), torch.rand(3), torch.arange(3))
+        found, close = open_masks(before)
+        assert found is before
+        assert close(self.UNION, [[0, 1]]) is self.UNION
+
+    def test_form_is_that_of_the_best_member(self):
+        mixed = [self.MASKS[0], rle(self.MASKS[1], bytes), torch.from_numpy(self.MASKS[2]).float()]
+        found, close = open_masks(mixed)
+        same(close(found, [[0], [1], [2]]), mixed)
+
+    def test_gradients_stay_out(self):
+        found, close = open_masks(torch.ones(1, 2, 3, requires_grad=True))
+        assert not close(found, [[0]]).requires_grad
+
+
+ONE = np.ones((1, 2, 3), dtype=bool)
+RLE = rle(ONE[0])
+
+
+def malformed(**fields):
+    return [{**sam(ONE[0], 0), **fields}]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("masks", "message"),
+        [
+            ("photo.png", "masks must be an array, a tensor, a list, .* or a MaskSet, got str"),
+            (None, "masks must be an array, .* got NoneType"),
+            (ONE.astype(complex), "masks must be bool, or integers or floats that are 0 or 1, got complex128"),
+            (torch.ones(1, 2, 3, dtype=torch.complex64), "masks must be bool, .* got torch.complex64"),
+            (ONE.astype(str), "masks must be bool, .* got <U"),
+            ([ONE[0].astype(object)], r"masks\[0\] must be bool, .* got object"),
+            ([ONE[0], "x"], r"masks\[1\] must be an array, a tensor or RLE, got str"),
+            ([[[0, 0, 1, 0, 1, 1]]], r"masks\[0\] must be an array, a tensor or RLE, got list"),
+            (malformed(segmentation="x"), r"masks\[0\] must be an array, a tensor or RLE, got str"),
+            (malformed(predicted_iou="x"), r"predicted_iou must be numbers, got \['x'\]"),
+            (
+                Instances((2, 3), pred_boxes=Boxes(torch.zeros(1, 4))),
+                "masks must be Instances with a tensor pred_masks, got NoneType",
+            ),
+            (MaskSet(torch.ones(1, 2, 3)), "masks must be bool, got float32"),
+            (MaskSet(torch.ones(1, 2, 3) > 0, torch.ones(1).double()), "scores must be float32, got float64"),
+            (MaskSet(ONE), "masks must be a bool tensor, got ndarray"),
+        ],
+    )
+    def test_type(self, masks, message):
+        with pytest.raises(TypeError, match=f"open_masks: {message}"):
+            open_masks(masks)
+
+    @pytest.mark.parametrize(
+        ("masks", "message"),
+        [
+            (ONE[0], r"masks must be \(M, H, W\), or integers \(H, W\), a label map, got \(2, 3\)"),
+            (ONE[None], r"masks must be \(M, H, W\), got \(1, 1, 2, 3\)"),
+            (np.zeros((1, 0, 3), dtype=bool), r"masks must be \(M, H, W\), got \(1, 0, 3\)"),
+            (np.zeros((0, 3), dtype=np.int64), r"masks must be \(H, W\), got \(0, 3\)"),
+            (ONE * 2, "masks must be 0 or 1, got 2"),
+            (torch.full((1, 2, 3), 0.5), "masks must be 0 or 1, got 0.5"),
+            ([ONE[0] * np.nan], r"masks\[0\] must be 0 or 1, got nan"),
+            ([ONE[0], ONE], r"masks\[1\] must be \(H, W\), got \(1, 2, 3\)"),
+            ([ONE[0], ONE[0].T], r"masks\[1\] must be of size \(2, 3\), got \(3, 2\)"),
+            ([RLE, {**RLE, "size": [3, 2]}], r"masks\[1\]: segmentation must be of its image's size \(2, 3\), got"),
+            ([{**RLE, "size": [2]}], r"masks\[0\]: segmentation must be RLE with its size"),
+            ([{**RLE, "counts": "?"}], r"masks\[0\]: counts must be"),
+            ([{**RLE, "counts": b""}], r"masks\[0\]: counts must be a compressed RLE"),
+            ([{**RLE, "counts": [1, 2]}], r"masks\[0\]: counts must be at least 0 and sum to 2 \* 3, got \[1, 2\]"),
+            ([{**RLE, "counts": [7, -1]}], r"masks\[0\]: counts must be at least 0"),
+            ([{**RLE, "counts": [0, 6.0]}], r"masks\[0\]: counts must be integers"),
+            ([{"size": [2, 3]}], r"masks\[0\]: counts must be a list or a string, got None"),
+            ([{}], r"masks\[0\]: segmentation must be RLE with its size, got {}"),
+            ([sam(ONE[0], 0), RLE], r"masks\[1\] must have a segmentation like others, got none"),
+            ([sam(ONE[0], 0), ONE[0]], r"masks\[1\] must have a segmentation like others, got none"),
+            (malformed(segmentation=[[0, 0, 1, 0, 1, 1]]), "size must be given with polygons, got None"),
+            (malformed(predicted_iou=np.nan), "predicted_iou must be finite in float32, got nan"),
+            (malformed(predicted_iou=1e300), "predicted_iou must be finite in float32, got 1e"),
+            (malformed(predicted_iou=None), "predicted_iou must be finite in float32, got nan"),
+            (malformed(category_id=1.5), r"masks\[0\]: category_id must be an integer, got 1.5"),
+            (
+                [*malformed(), {"segmentation": ONE[0]}],
+                r"masks\[1\] must have a predicted_iou like masks\[0\], got none",
+            ),
+            (
+                Instances((3, 2), pred_masks=torch.from_numpy(ONE)),
+                r"pred_masks must be of image_size \(3, 2\), got \(2, 3\)",
+            ),
+            (MaskSet(torch.ones(1, 2, 3) > 0, torch.ones(2)), r"scores must be \(M\) with M = 1, got \(2,\)"),
+            (MaskSet(torch.ones(2, 3) > 0), r"masks must be \(M, H, W\), got \(2, 3\)"),
+        ],
+    )
+    def test_value(self, masks, message):
+        with pytest.raises(ValueError, match=f"open_masks: .*{message}"):
+            open_masks(masks)
+
+    def test_polygon(self):
+        with pytest.raises(ValueError, match=r"masks\[0\]: polygon must be an even number of finite coordinates"):
+            open_masks(malformed(segmentation=[[0, 0, 1]]), (2, 3))
+
+    def test_detections(self):
+        import supervision as sv
+
+        box = np.array([[0.0, 0, 1, 1]])
+        with pytest.raises(ValueError, match="masks must be Detections with a mask, got boxes alone"):
+            open_masks(sv.Detections(xyxy=box))
+        with pytest.raises(ValueError, match="confidence must be finite in float32, got nan"):
+            open_masks(sv.Detections(xyxy=box, mask=ONE, confidence=np.array([np.nan])))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_size(self, kind):
+        with pytest.raises(ValueError, match=r"open_masks: .*size \(3, 2\), got \(2, 3\)"):
+            open_masks(KINDS[kind](ONE), (3, 2))
+
+    @pytest.mark.parametrize("size", [(3,), (0, 3)])
+    def test_size_itself(self, size):
+        with pytest.raises(ValueError, match=r"size must be \(height, width\), both at least 1"):
+            open_masks(ONE, size)
+
+    @pytest.mark.parametrize(
+        ("groups", "message"),
+        [
+            ([], "groups must be 1, one for each mask, got 0"),
+            ([[]], r"groups must hold indices of 1 masks, got \[\]"),
+            ([[1]], r"groups must hold indices of 1 masks, got \[1\]"),
+            ([[-1]], r"groups must hold indices of 1 masks, got \[-1\]"),
+        ],
+    )
+    def test_groups(self, groups, message):
+        found, close = open_masks(ONE)
+        with pytest.raises(ValueError, match=f"close: {message}"):
+            close(found, groups)
+
+    def test_result_of_another_size(self):
+        _, close = open_masks(ONE)
+        with pytest.raises(ValueError, match=r"close: result must be of size \(2, 3\), got \(3, 2\)"):
+            close(MaskSet(torch.ones(1, 3, 2) > 0), [[0]])
+
+    def test_without_pycocotools(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+        open_masks([sam(ONE[0], 0)])[1](open_masks(ONE)[0], [[0]])
+        with pytest.raises(RuntimeError, match=r"open_masks: needs pycocotools: pip install 'trace_fast\[eval\]'"):
+            open_masks([RLE])
+
+
+class TestSemantic:
+    MAP = np.array([[0, 15, 15], [12, 255, 15]], dtype=np.uint8)
+
+    @pytest.mark.parametrize("like", [np.asarray, torch.from_numpy])
+    def test_masks_of_tags(self, like):
+        found = semantic_masks(like(self.MAP), [15, 3, 12, 15])
+        assert found.classes.tolist() == [15, 12] and found.scores is None
+        np.testing.assert_array_equal(found.masks.numpy(), [self.MAP == 15, self.MAP == 12])
+
+    def test_class_without_its_tag_is_left_out(self):
+        assert semantic_masks(self.MAP, [12]).masks.sum() == 1
+        assert semantic_masks(self.MAP, []).masks.shape == (0, 2, 3)
+
+    def test_palette_png(self, tmp_path):
+        picture = Image.fromarray(self.MAP)
+        picture.putpalette(bytes(range(256)) * 3)
+        picture.save(tmp_path / "map.png")
+        with Image.open(tmp_path / "map.png") as picture:
+            assert picture.mode == "P"
+            found = semantic_masks(np.asarray(picture), [15])
+        np.testing.assert_array_equal(found.masks.numpy(), [self.MAP == 15])
+
+    def test_errors(self):
+        with pytest.raises(
+            TypeError, match="semantic_masks: class_map must be an integer array or tensor, got float64"
+        ):
+            semantic_masks(self.MAP.astype(float), [1])
+        with pytest.raises(TypeError, match="semantic_masks: class_map must be an integer array or tensor, got str"):
+            semantic_masks("map.png", [1])
+        with pytest.raises(ValueError, match=r"semantic_masks: class_map must be \(H, W\), got \(1, 2, 3\)"):
+            semantic_masks(self.MAP[None], [1])
+        with pytest.raises(ValueError, match="semantic_masks: tags must be classes, got 255, which is void"):
+            semantic_masks(self.MAP, [255])
+
+
+def test_plain_masks_import_no_other_library():
+    code = (
+        "import sys, numpy as np\n"
+        "from trace_fast.formats import open_masks\n"
+        "found, close = open_masks([np.ones((2, 3), bool)])\n"
+        "close(found, [[0]])\n"
+        "assert not {'pycocotools', 'supervision', 'detectron2', 'PIL'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["tensor", "list of tensors", "Instances"])
+def test_masks_stay_on_their_device(kind):
+    masks = np.ones((2, 3, 5), dtype=bool)
+    given_masks = torch.from_numpy(masks).cuda()
+    if kind == "list of tensors":
+        given_masks = list(given_masks)
+    elif kind == "Instances":
+        given_masks = Instances((3, 5), pred_masks=given_masks, scores=torch.tensor([0.5, 0.6]).cuda())
+    found, close = open_masks(given_masks)
+    assert found.masks.is_cuda
+    out = close(found, [[0], [1]])
+    out = out.pred_masks if kind == "Instances" else out
+    assert all(mask.is_cuda for mask in out)
+
+
+@pytest.mark.gpu
+def test_mixed_devices():
+    with pytest.raises(ValueError, match=r"open_masks: masks\[1\] must be on cpu like masks\[0\], got cuda:0"):
+        open_masks([ONE[0], torch.from_numpy(ONE[0]).cuda()])
