@@ -21,6 +21,8 @@ __all__ = ["main"]
 # what a folder is searched for; a file named on the command line may have any ending
 _ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+RESAMPLES = 1000  # of the photos, behind the intervals of masks
+
 # what a user, a file or the machine may cause: told in one line, without a traceback
 _FAILURES = (OSError, RuntimeError, TypeError, ValueError)
 
@@ -335,7 +337,7 @@ def evaluate(
                 found[f"{baseline.stem} + {each.name}"] = refined.refine_all(
                     photos, given.images, each, folder, threshold=limit_of_edges, mode=mode
                 )
-            precision = {name: masks.mask_ap(instances, each, resamples=1000) for name, each in found.items()}
+            precision = {name: masks.mask_ap(instances, each, resamples=RESAMPLES) for name, each in found.items()}
             sizes = {f"{baseline.stem} + {each.name}": each.parameters for each in methods}
             report.write_masks(output, precision, command, sizes)
             typer.echo((output / "masks.md").read_text())
@@ -354,7 +356,7 @@ def evaluate(
         if lists := {name: file for name, file in files.items() if name not in segments}:
             instances = run.read_truth(photos)
             precision = {
-                name: masks.mask_ap(instances, run.read_masks(file, instances), resamples=1000)
+                name: masks.mask_ap(instances, run.read_masks(file, instances), resamples=RESAMPLES)
                 for name, file in lists.items()
             }
             report.write_masks(output, precision, command)

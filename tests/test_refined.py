@@ -1,0 +1,198 @@
+"""Masks on the command line: results scored, a baseline refined by edges, and `trace-fast segment`."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from degrade import degrade, touching
+from PIL import Image
+from typer.testing import CliRunner
+
+pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
+
+from trace_fast import annotate, cli
+from trace_fast.evaluation import methods, refined, run
+from trace_fast.evaluation.truth import contours_of, open_photos
+from trace_fast.export import write_coco_results, write_panoptic
+
+COLOURS = np.array([[40, 40, 60], [200, 60, 60], [60, 200, 60], [70, 70, 220]], np.uint8)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four photographs, numbered, of three instances of which two touch, and their contours as edge maps."""
+    for number in range(1, 5):
+        labels = np.zeros((48, 64), np.uint8)
+        labels[8:40, 4 + number : 30] = 1
+        labels[8:40, 30:50] = 2
+        labels[3:8, 54:62] = 3
+        lines = np.uint8(255 * contours_of(labels).drawn[0])
+        for place, picture in (("images", COLOURS[labels]), ("inst", labels), ("lines", lines)):
+            (tmp_path / "data" / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "data" / place / f"{number:03}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["trace-fast", *map(str, words)])
+        return CliRunner().invoke(cli.app, list(map(str, words)))
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(cli, "RESAMPLES", 20)
+
+
+@pytest.fixture
+def baseline(data, tmp_path):
+    """The touching two as one mask, on three of the photographs."""
+    path = tmp_path / "merged.json"
+    masks = {}
+    for photo in open_photos(data)[0][:3]:
+        truth = photo.instances()
+        first, second, third = truth.masks()
+        masks[truth.id] = (np.stack([first | second, third]), np.array([0.9, 0.8]))
+    write_coco_results(path, masks)
+    return path
+
+
+def read(folder):
+    return json.loads((folder / "masks.json").read_text())["results"]
+
+
+def test_results_are_scored(call, data, baseline, tmp_path):
+    result = call("evaluate", "--data", data, "--results", f"ours={baseline}", "-o", "out")
+    assert result.exit_code == 0, result.output
+    scores = read(tmp_path / "out")["ours"]
+    assert 0 < scores["ap50"] < 1
+    assert "| ours |" in (tmp_path / "out" / "masks.md").read_text()
+
+
+def test_right_edges_mend_merged_masks(call, data, baseline, tmp_path, monkeypatch):
+    words = ["evaluate", "--data", data, "--table", "backbones", "--baseline", baseline, "--method"]
+    words += [f"right=lines:{data / 'lines'}", "-o", "out"]
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    scores = read(tmp_path / "out")
+    assert list(scores) == ["merged", "merged + right"]
+    assert scores["merged + right"]["ap50"] > 1.4 * scores["merged"]["ap50"]
+    assert scores["merged + right"]["ar100"] == pytest.approx(0.65, abs=0.1)  # one photograph of four has no masks, small ones differ by a pixel
+
+    def refuse(_):
+        raise AssertionError("a finished photo was computed again")
+
+    before = (tmp_path / "out" / "masks.json").read_bytes()
+    monkeypatch.setattr(methods, "read_map", refuse)
+    assert call(*words).exit_code == 0
+    assert (tmp_path / "out" / "masks.json").read_bytes() == before
+
+
+def test_other_masks_are_refined_anew(data, baseline, tmp_path):
+    photos = open_photos(data)[0]
+    truth = run.read_truth(photos)
+    method = methods.parse_method(f"lines:{data / 'lines'}")
+    merged = run.read_masks(baseline, truth)
+    split = refined.refine_all(photos, merged.images, method, tmp_path, threshold=0.5)
+    again = refined.refine_all(photos, split.images, method, tmp_path, threshold=0.5)
+    assert sum(len(image.instances) for image in split.images.values()) == 9
+    assert sum(len(image.instances) for image in again.images.values()) == 9
+    for number, image in truth.images.items():
+        for mask in split.images[number].masks():
+            assert max((mask & other).sum() / (mask | other).sum() for other in image.masks()) > 0.7
+
+
+def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
+    words = ["evaluate", "--data", data, "--table", "components", "--baseline", baseline, "-o", "out", "--limit", "2"]
+    result = call(*words, "--method", "mini")
+    assert result.exit_code == 0, result.output
+    assert list(read(tmp_path / "out")) == ["merged", "merged + mini@0", "merged + mini@iep"]
+    assert "2.1 M" in (tmp_path / "out" / "masks.md").read_text()
+
+
+def test_panoptic_results(call, tmp_path, data):
+    segments = np.zeros((48, 64), np.int32)
+    segments[:, 30:] = 7
+    segments[:24, :30] = 3  # void below
+    categories = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]
+    info = [{"id": 7, "category_id": 1}, {"id": 3, "category_id": 2}]
+    for name in ("truth", "found"):
+        write_panoptic(
+            tmp_path / f"{name}.json", tmp_path / name, [(1, "001.png", segments, info)], categories=categories
+        )
+    result = call("evaluate", "--data", data, "--truth", tmp_path / "truth.json", "--results", "found.json", "-o", "o")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "o" / "panoptic.json").read_text())["results"]["found"]["all"]["pq"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--table", "backbones", "--method", "sobel"], "--table and --baseline must be given together"),
+        (["--table", "backbones", "--baseline", "merged.json"], "--method or --results must be given"),
+        (
+            ["--table", "components", "--baseline", "merged.json", "--method", "mini@0"],
+            "--table components must have one --method, a model without a level",
+        ),
+        (
+            ["--method", "sobel", "--threshold", "0.1", "--threshold", "0.2"],
+            "--threshold must be given once or 1 times",
+        ),
+        (["--results", "nothing.json"], "nothing.json"),
+    ],
+)
+def test_refusals(call, data, words, message):
+    result = call("evaluate", "--data", data, "-o", "out", *words)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_segment_draws_what_edges_enclose(call, data, tmp_path):
+    result = call("segment", data / "images", "-o", "out", "--overlay", "--threshold", "0.3")
+    assert result.exit_code == 0, result.output
+    labels = np.asarray(Image.open(tmp_path / "out" / "001.png"))
+    assert labels.shape == (48, 64) and labels.max() >= 1
+    assert np.asarray(Image.open(tmp_path / "out" / "001_overlay.png")).shape == (48, 64, 3)
+    assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+def test_segment_keeps_given_masks(call, data, tmp_path):
+    words = ["segment", data / "images" / "001.png", "-o", "out", "--masks", data / "inst" / "001.png"]
+    assert call(*words, "--threshold", "1").exit_code == 0
+    labels, given = (np.asarray(Image.open(path)) for path in (tmp_path / "out" / "001.png", data / "inst" / "001.png"))
+    assert labels.dtype == np.uint16
+    assert (labels[given > 0] > 0).all()
+    result = call("segment", data / "images", "-o", "out", "--masks", data / "inst" / "001.png")
+    assert result.exit_code == 2 and "--masks must be of one image, got 4" in result.output
+
+
+def test_drawn_masks_have_outlines_and_colours():
+    photo = np.full((30, 40, 3), 90, np.uint8)
+    masks = np.zeros((2, 30, 40), bool)
+    masks[0, 2:28, 2:38], masks[1, 8:20, 10:30] = True, True
+    picture = np.asarray(annotate.draw_masks(photo, masks))
+    assert (picture[0, 0] == 90).all()
+    assert (picture[2, 5] == 255).all() and (picture[8, 15] == 255).all()
+    assert not (picture[5, 5] == picture[14, 20]).all()
+    with pytest.raises(ValueError, match=r"draw_masks: masks must be \(M, H, W\) of the image"):
+        annotate.draw_masks(photo, masks[:, 1:])
+    with pytest.raises(TypeError, match="draw_masks: masks must be bool, got uint8"):
+        annotate.draw_masks(photo, masks.astype(np.uint8))
+
+
+def test_degraded_masks():
+    masks = np.zeros((4, 60, 80), bool)
+    masks[0, :20, :20], masks[1, :20, 20:40], masks[2, 30:55, 5:40], masks[3, 58:60, 70:75] = True, True, True, True
+    assert touching(masks) == [[1, 2], [3], [4]]
+    made = degrade(masks, np.random.default_rng(0))
+    assert np.array_equal(made[0], masks[0] | masks[1])
+    assert np.array_equal(made[-1], masks[3])  # too small to be cut
+    parts = made[1:-1]
+    assert len(parts) == 2 and not (parts[0] & parts[1]).any()
+    assert not (parts.any(0) & ~masks[2]).any() and 0.5 < parts.sum() / masks[2].sum() < 1
