@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-COMMANDS = re.findall(r"^trace-fast .*$", README.read_text(), re.MULTILINE)
+SHELL = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+COMMANDS = re.findall(r"^trace-fast .*$", "".join(SHELL), re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{index}" for index in range(len(BLOCKS))])
@@ -37,12 +38,10 @@ def test_command_runs(command, tmp_path):
     (tmp_path / "photos").mkdir()
     io.imsave(tmp_path / "photos" / "coffee.jpg", data.coffee())
     program = Path(sys.executable).with_name("trace-fast")
-    subprocess.run([program, *shlex.split(command)[1:]], cwd=tmp_path, check=True)
-    assert {path.name for path in (tmp_path / "edges").iterdir()} == {
-        "coffee.png",
-        "coffee_overlay.png",
-        "coffee_curve.png",
-    }
+    words = shlex.split(command)[1:]
+    subprocess.run([program, *words], cwd=tmp_path, check=True)
+    written = {path.name for path in (tmp_path / words[words.index("-o") + 1]).iterdir()}
+    assert written == {"coffee.png", "coffee_overlay.png", *["coffee_curve.png"] * ("--curve" in words)}
 
 
 def test_make_targets_exist():

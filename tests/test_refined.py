@@ -83,7 +83,8 @@ def test_right_edges_mend_merged_masks(call, data, baseline, tmp_path, monkeypat
     scores = read(tmp_path / "out")
     assert list(scores) == ["merged", "merged + right"]
     assert scores["merged + right"]["ap50"] > 1.4 * scores["merged"]["ap50"]
-    assert scores["merged + right"]["ar100"] == pytest.approx(0.65, abs=0.1)  # one photograph of four has no masks, small ones differ by a pixel
+    # one photograph of four has no masks, and small ones differ by a pixel
+    assert scores["merged + right"]["ar100"] == pytest.approx(0.65, abs=0.1)
 
     def refuse(_):
         raise AssertionError("a finished photo was computed again")
