@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -98,8 +99,6 @@ def edges(
     if curve and find_spec("matplotlib") is None:
         _refuse("--curve needs matplotlib: pip install 'trace_fast[demo]'")
 
-    from tqdm import tqdm
-
     from trace_fast import annotate
     from trace_fast.image import to_tensor
     from trace_fast.tracer import Tracer
@@ -110,23 +109,16 @@ def edges(
         _refuse(str(error))
     _open_folder(output)
 
-    failed = 0
-    # several images show progress, on a terminal only
-    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
-        try:
-            photo = to_tensor(image)
-            traced = tracer(photo, timestep=level, noising=noising, seed=seed, return_kl=curve)
-            annotate.write_png(paths[""], traced.edges, int(bits))
-            if overlay:
-                annotate.write_picture(paths["_overlay"], annotate.overlay(photo[0], traced.edges))
-            if curve:
-                annotate.plot_curve(traced, paths["_curve"])
-        except _FAILURES as error:
-            failed += 1
-            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
-    typer.echo(f"{len(results) - failed} of {len(results)} written to {output}")
-    if failed:
-        raise typer.Exit(1)
+    def write(image: Path, paths: dict[str, Path]) -> None:
+        photo = to_tensor(image)
+        traced = tracer(photo, timestep=level, noising=noising, seed=seed, return_kl=curve)
+        annotate.write_png(paths[""], traced.edges, int(bits))
+        if overlay:
+            annotate.write_picture(paths["_overlay"], annotate.overlay(photo[0], traced.edges))
+        if curve:
+            annotate.plot_curve(traced, paths["_curve"])
+
+    _write_each(results, output, write)
 
 
 @app.command()
@@ -193,7 +185,6 @@ def segment(
 
     import numpy as np
     from PIL import Image
-    from tqdm import tqdm
 
     import trace_fast
     from trace_fast import annotate
@@ -208,29 +199,22 @@ def segment(
         _refuse(str(error))
     _open_folder(output)
 
-    failed = 0
-    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
-        try:
-            photo = to_tensor(image)
-            found = tracer(photo).edges
-            if given is None:
-                stack, _ = trace_fast.instances(found, threshold=threshold)
-                labels = np.zeros(stack.shape[1:], np.uint16)
-                for number, mask in enumerate(stack.cpu().numpy(), 1):
-                    labels[mask] = number
-            else:
-                labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode).astype(np.uint16)
-            with whole_file(paths[""], "segment") as file:
-                Image.fromarray(labels).save(file, format="PNG")
-            if overlay:
-                stack = open_masks(labels)[0].masks
-                annotate.write_picture(paths["_overlay"], annotate.draw_masks(photo[0], stack))
-        except _FAILURES as error:
-            failed += 1
-            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
-    typer.echo(f"{len(results) - failed} of {len(results)} written to {output}")
-    if failed:
-        raise typer.Exit(1)
+    def write(image: Path, paths: dict[str, Path]) -> None:
+        photo = to_tensor(image)
+        found = tracer(photo).edges
+        if given is None:
+            stack, _ = trace_fast.instances(found, threshold=threshold)
+            labels = np.zeros(stack.shape[1:], np.uint16)
+            for number, mask in enumerate(stack.cpu().numpy(), 1):
+                labels[mask] = number
+        else:
+            labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode).astype(np.uint16)
+        with whole_file(paths[""], "segment") as file:
+            Image.fromarray(labels).save(file, format="PNG")
+        if overlay:
+            annotate.write_picture(paths["_overlay"], annotate.draw_masks(photo[0], open_masks(labels)[0].masks))
+
+    _write_each(results, output, write)
 
 
 @app.command()
@@ -452,6 +436,25 @@ def _check_results(results: dict[Path, dict[str, Path]]) -> None:
                     "rename one, or give each its own --output"
                 )
             writers[place] = image
+
+
+def _write_each(
+    results: dict[Path, dict[str, Path]], output: Path, write: Callable[[Path, dict[str, Path]], None]
+) -> None:
+    """Write the results of each image; those that fail are told, and the others done all the same."""
+    from tqdm import tqdm
+
+    failed = 0
+    # several images show progress, on a terminal only
+    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
+        try:
+            write(image, paths)
+        except _FAILURES as error:
+            failed += 1
+            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
+    typer.echo(f"{len(results) - failed} of {len(results)} written to {output}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _open_folder(folder: Path) -> None:
