@@ -4,7 +4,8 @@
 `regions-cpu.json` likewise from `benchmarks/bench_regions.py` alone,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
 `benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`;
-`edges-*.json` are the report.json of `trace-fast evaluate`, and `commit` was added.
+`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` is its masks.json,
+and `commit` was added to each.
 """
 
 from __future__ import annotations
@@ -108,6 +109,21 @@ def edges(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | {first} | {low:.3f} to {high:.3f} | {' | '.join(others)} |")
     images = next(iter(results["methods"].values()))["images"]
     lines += ["", f"{images} images; commit `{results['commit'][:7]}`; `{results['command']}`."]
+    return "\n".join(lines)
+
+
+def propagation(results: dict[str, Any]) -> str:
+    """Masks before and after."""
+    lines = [
+        "| masks | AP | 95 % | AP50 | AP75 | small | medium | large | AR100 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in results["results"].items():
+        low, high = row["intervals"]["ap"]
+        figures = [row[key] for key in ("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")]
+        numbers = " | ".join(f"{figure:.3f}" for figure in figures)
+        lines.append(f"| {name} | {row['ap']:.3f} | {low:.3f} to {high:.3f} | {numbers} |")
+    lines += ["", f"Commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)
 
 
@@ -227,6 +243,7 @@ TABLES = (
     ("README.md", "edges-inst", "edges-inst.json", edges),
     ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
     ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
+    ("benchmarks/README.md", "propagation", "propagation.json", propagation),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),

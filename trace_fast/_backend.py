@@ -17,7 +17,8 @@ _CUDA = _build_error is None and _C.has_cuda()
 
 __all__ = ["OPS", "Backends", "backends", "choose"]
 
-# what serves on a GPU: kernels of Triton, or of the native core where it has been built with them
+# what serves on a GPU: kernels of Triton, or of the native core where it has been built with them; ops that are not
+# listed run on the CPU alone
 _ON_CUDA = {
     "attention_map": "triton",
     "accumulate_attention": "triton",
@@ -92,7 +93,7 @@ def choose(op: str, device: str) -> str:
                 "build it with TRACE_FAST_CUDA=1 or set TRACE_FAST_BACKEND=reference"
             )
     elif choice == "triton":
-        if _ON_CUDA[op] != "triton":
+        if _ON_CUDA.get(op) != "triton":
             raise RuntimeError(f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND")
         if not _has_triton():
             raise RuntimeError(
