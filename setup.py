@@ -101,6 +101,6 @@ if CUDA and shutil.which("nvcc") is None:
     raise SystemExit("trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU")
 
 setup(
-    ext_modules=[Extension("trace_fast._C", CORE + CPU + (GPU if CUDA else []), depends=HEADERS)],
+    ext_modules=[Extension("trace_fast._C", CORE + CPU + (GPU if CUDA else []), depends=[*HEADERS, *GPU])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -58,7 +58,7 @@ def make_barrier(kind, height, width, seed):
     if kind == "blobs":
         field = scipy.ndimage.gaussian_filter(rng.standard_normal((height, width)), 2)
         levels = np.floor(field * 8)
-        return scipy.ndimage.maximum_filter(levels, 2) != levels
+        return scipy.ndimage.maximum_filter(levels, 2) != scipy.ndimage.minimum_filter(levels, 2)
     if kind == "comb":  # teeth that meet at one end alone
         barrier = columns % 2 == 1
         barrier[rng.choice([0, -1])] = False
