@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trace_fast.evaluation.report import edge_table, mask_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -96,35 +98,15 @@ def quality(results: dict[str, Any]) -> str:
 
 def edges(results: dict[str, Any]) -> str:
     """Scores of edge maps; which contours were found at the threshold of ODS."""
-    lines = [
-        "| method | ODS | 95 % | OIS | AP | clDice | recall: touching | background | small | medium | large |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, row in results["methods"].items():
-        low, high = row["intervals"]["ods"]
-        shares = [row["by"]["side"][side] for side in ("touching", "background")]
-        shares += [row["by"]["size"][size] for size in ("small", "medium", "large")]
-        first, *others = (f"{row[name]:.3f}" for name in ("ods", "ois", "ap", "cldice"))
-        others += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
-        lines.append(f"| {name} | {first} | {low:.3f} to {high:.3f} | {' | '.join(others)} |")
     images = next(iter(results["methods"].values()))["images"]
-    lines += ["", f"{images} images; commit `{results['commit'][:7]}`; `{results['command']}`."]
-    return "\n".join(lines)
+    source = f"{images} images; commit `{results['commit'][:7]}`; `{results['command']}`."
+    return f"{edge_table(results['methods'])}\n\n{source}"
 
 
 def propagation(results: dict[str, Any]) -> str:
     """Masks before and after."""
-    lines = [
-        "| masks | AP | 95 % | AP50 | AP75 | small | medium | large | AR100 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, row in results["results"].items():
-        low, high = row["intervals"]["ap"]
-        figures = [row[key] for key in ("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")]
-        numbers = " | ".join(f"{figure:.3f}" for figure in figures)
-        lines.append(f"| {name} | {row['ap']:.3f} | {low:.3f} to {high:.3f} | {numbers} |")
-    lines += ["", f"Commit `{results['commit'][:7]}`; `{results['command']}`."]
-    return "\n".join(lines)
+    source = f"Commit `{results['commit'][:7]}`; `{results['command']}`."
+    return f"{mask_table(results['results'])}\n\n{source}"
 
 
 def gpu(results: dict[str, Any] | None) -> str:

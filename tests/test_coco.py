@@ -91,7 +91,7 @@ class TestMasks:
             flat = (random.random(shape) < share).ravel(order="F")
             edges = np.flatnonzero(np.diff(np.append(0, flat))), [flat.size]
             runs = np.diff(np.concatenate([[0], *edges]))
-            assert coco._run_lengths(compress(flat.reshape(shape, order="F"))).tolist() == runs.tolist()
+            assert coco.run_lengths(compress(flat.reshape(shape, order="F"))).tolist() == runs.tolist()
 
     @pytest.mark.parametrize("seed", range(5))
     def test_round_trip_through_a_file(self, seed, tmp_path):

@@ -100,8 +100,8 @@ def test_other_masks_are_refined_anew(data, baseline, tmp_path):
     truth = run.read_truth(photos)
     method = methods.parse_method(f"lines:{data / 'lines'}")
     merged = run.read_masks(baseline, truth)
-    split = refined.refine_all(photos, merged.images, method, tmp_path, threshold=0.5)
-    again = refined.refine_all(photos, split.images, method, tmp_path, threshold=0.5)
+    split = refined.refine_all(photos, truth, merged, method, tmp_path, threshold=0.5)
+    again = refined.refine_all(photos, truth, split, method, tmp_path, threshold=0.5)
     assert sum(len(image.instances) for image in split.images.values()) == 9
     assert sum(len(image.instances) for image in again.images.values()) == 9
     for number, image in truth.images.items():

@@ -189,7 +189,7 @@ def segment(
     import trace_fast
     from trace_fast import annotate
     from trace_fast._files import whole_file
-    from trace_fast.formats import open_masks
+    from trace_fast.formats import open_masks, paint
     from trace_fast.image import to_tensor
 
     try:
@@ -204,13 +204,11 @@ def segment(
         found = tracer(photo).edges
         if given is None:
             stack, _ = trace_fast.instances(found, threshold=threshold)
-            labels = np.zeros(stack.shape[1:], np.uint16)
-            for number, mask in enumerate(stack.cpu().numpy(), 1):
-                labels[mask] = number
+            labels = paint(stack, range(1, len(stack) + 1)).cpu().numpy()
         else:
-            labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode).astype(np.uint16)
+            labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode)
         with whole_file(paths[""], "segment") as file:
-            Image.fromarray(labels).save(file, format="PNG")
+            Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG")
         if overlay:
             annotate.write_picture(paths["_overlay"], annotate.draw_masks(photo[0], open_masks(labels)[0].masks))
 
@@ -316,10 +314,10 @@ def evaluate(
             instances = run.read_truth(photos)
             given = run.read_masks(baseline, instances)
             found = {baseline.stem: given}
-            for each, limit_of_edges in zip(methods, threshold * len(methods), strict=False):
-                folder = output / "refined"
+            thresholds = threshold if len(threshold) == len(methods) else threshold * len(methods)
+            for each, strength in zip(methods, thresholds, strict=True):
                 found[f"{baseline.stem} + {each.name}"] = refined.refine_all(
-                    photos, given.images, each, folder, threshold=limit_of_edges, mode=mode
+                    photos, instances, given, each, output / "refined", threshold=strength, mode=mode
                 )
             precision = {name: masks.mask_ap(instances, each, resamples=RESAMPLES) for name, each in found.items()}
             sizes = {f"{baseline.stem} + {each.name}": each.parameters for each in methods}

@@ -107,7 +107,7 @@ def refine_results(
     from trace_fast.evaluation import coco
 
     op = "refine_results"
-    data, _ = coco._load(op, path, lists=True)
+    data, _ = coco.load_json(op, path, lists=True)
     images = coco.read_results(data).images
     listed = isinstance(data, list)
 

@@ -401,12 +401,12 @@ def _read_parts(parts: Sequence[Any], records: bool, size: tuple[int, int] | Non
 def _from_coco(part: Any, name: str, size: tuple[int, int] | None) -> Tensor:
     from trace_fast.evaluation import coco
 
-    api = coco._mask_api("open_masks")
+    api = coco.mask_api("open_masks")
     if size is None and not isinstance(part, Mapping):
         raise ValueError("open_masks: size must be given with polygons, got None")
     try:
-        height, width = size or coco._size(part)
-        counts = coco._encode(api, part, height, width, Counter())
+        height, width = size or coco.rle_size(part)
+        counts = coco.encode(api, part, height, width, Counter())
     except ValueError as problem:
         raise ValueError(f"open_masks: {name}: {problem}") from problem
     image = coco.ImageInstances(0, height, width, "", [coco.Instance(counts, 1, 0)])
@@ -430,7 +430,7 @@ def _write_parts(masks: Tensor, likes: Sequence[Any]) -> list[Any]:
         if isinstance(form["counts"], str):
             counts = counts.decode("ascii")
         elif isinstance(form["counts"], list):
-            counts = coco._run_lengths(counts).tolist()
+            counts = coco.run_lengths(counts).tolist()
         written.append({**form, "counts": counts})
     return written
 
@@ -439,7 +439,7 @@ def _category(entry: Mapping[str, Any], index: int) -> int:
     from trace_fast.evaluation import coco
 
     try:
-        return coco._integer(entry, "category_id")
+        return coco.integer(entry, "category_id")
     except ValueError as problem:
         raise ValueError(f"open_masks: masks[{index}]: {problem}") from problem
 

@@ -89,7 +89,7 @@ class ImageInstances:
         """The masks decoded: (M, height, width) bool."""
         masks = np.empty((len(self.instances), self.height, self.width), dtype=bool)
         for mask, instance in zip(masks, self.instances, strict=True):
-            runs = _run_lengths(instance.counts)  # out of the mask and in it by turns, down the columns
+            runs = run_lengths(instance.counts)  # out of the mask and in it by turns, down the columns
             mask[...] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(self.width, self.height).T
         return masks
 
@@ -230,7 +230,7 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
         >>> maps = (image.segment_map() for image in truth.images.values())
     """
     op = "read_panoptic"
-    data, name = _load(op, path)
+    data, name = load_json(op, path)
     problems: list[str] = []
     notes: Counter[str] = Counter()
     listed = _images(data, problems)
@@ -244,7 +244,7 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
     images: dict[int, ImageSegments] = {}
     for where, entry in _entries(data, "annotations", problems):
         try:
-            number = _integer(entry, "image_id")
+            number = integer(entry, "image_id")
             if number not in listed:
                 raise ValueError(f"image_id must be that of a listed image, got {number}")
             _unique(number, images, "image_id")
@@ -258,7 +258,7 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
         for segment, (place, details) in _by_id(entry, "segments_info", problems, where, low=1).items():
             category, crowd = 0, False
             try:
-                category = _integer(details, "category_id")
+                category = integer(details, "category_id")
                 if category not in categories:
                     raise ValueError(f"category_id must be that of a listed category, got {category}")
                 crowd = _flag(details, "iscrowd", False)
@@ -301,7 +301,7 @@ def from_masks(
         >>> from_masks(np.ones((1, 2, 3), dtype=bool)).instances[0].area
         6.0
     """
-    api = _mask_api("from_masks")
+    api = mask_api("from_masks")
     if not isinstance(masks, np.ndarray) or masks.dtype != bool:
         got = masks.dtype if isinstance(masks, np.ndarray) else type(masks).__name__
         raise TypeError(f"from_masks: masks must be a bool array, got {got}")
@@ -326,8 +326,8 @@ def from_masks(
 
 def _read_instances(op: str, path: Any, *, results: bool) -> Instances:
     """Instances of an annotation file, or, where results are read, of a list."""
-    api = _mask_api(op)
-    data, name = _load(op, path, lists=results)
+    api = mask_api(op)
+    data, name = load_json(op, path, lists=results)
     bare = isinstance(data, list)
     if bare:
         data = {"results": data}
@@ -342,23 +342,27 @@ def _read_instances(op: str, path: Any, *, results: bool) -> Instances:
     for where, entry in _entries(data, "results" if bare else "annotations", problems):
         try:
             if "id" in entry and not bare:
-                seen.add(_unique(_integer(entry, "id"), seen))
-            number, segmentation = _integer(entry, "image_id"), entry.get("segmentation")
+                seen.add(_unique(integer(entry, "id"), seen))
+            number, segmentation = integer(entry, "image_id"), entry.get("segmentation")
             if bare:
-                images.setdefault(number, ImageInstances(number, *_size(segmentation), "", []))
+                images.setdefault(number, ImageInstances(number, *rle_size(segmentation), "", []))
             if number not in images:
                 raise ValueError(f"image_id must be that of a listed image, got {number}")
             image = images[number]
             if image.height == 0:  # a problem that is listed already
                 continue
             size = image.height, image.width
-            if isinstance(segmentation, Mapping) and not image.instances and size != _size(segmentation) == size[::-1]:
+            if (
+                isinstance(segmentation, Mapping)
+                and not image.instances
+                and size != rle_size(segmentation) == size[::-1]
+            ):
                 images[number] = image = replace(image, height=image.width, width=image.height)
                 notes["images with height and width exchanged, the size of their masks taken"] += 1
-            counts = _encode(api, segmentation, image.height, image.width, notes)
+            counts = encode(api, segmentation, image.height, image.width, notes)
             pixels = float(api.area({"size": [image.height, image.width], "counts": counts}))
             notes["masks without a pixel"] += pixels == 0
-            category = _integer(entry, "category_id")
+            category = integer(entry, "category_id")
             notes["instances of a category without a name"] += bool(categories) and category not in categories
             score = _finite(entry, "score", None if bare else 1.0)
             if results:
@@ -374,7 +378,8 @@ def _read_instances(op: str, path: Any, *, results: bool) -> Instances:
     return Instances(images, categories, _spell(notes))
 
 
-def _mask_api(op: str) -> Any:
+def mask_api(op: str) -> Any:
+    """pycocotools.mask, or how to install it."""
     try:
         from pycocotools import mask
     except ImportError as error:
@@ -382,7 +387,7 @@ def _mask_api(op: str) -> Any:
     return mask
 
 
-def _load(op: str, path: Any, lists: bool = False) -> tuple[Any, str]:
+def load_json(op: str, path: Any, lists: bool = False) -> tuple[Any, str]:
     """What a JSON file holds, and how messages call it."""
     name = "the given data"
     data = path
@@ -419,7 +424,7 @@ def _by_id(
     found: dict[int, tuple[str, Mapping[str, Any]]] = {}
     for place, entry in _entries(data, key, problems, where):
         try:
-            found[_unique(_integer(entry, "id", low), found)] = place, entry
+            found[_unique(integer(entry, "id", low), found)] = place, entry
         except ValueError as problem:
             problems.append(f"{place}: {problem}")
     return found
@@ -431,14 +436,14 @@ def _images(data: Mapping[str, Any], problems: list[str]) -> dict[int, tuple[int
     for number, (where, entry) in _by_id(data, "images", problems).items():
         height = width = 0
         try:
-            height, width = _integer(entry, "height", 1), _integer(entry, "width", 1)
+            height, width = integer(entry, "height", 1), integer(entry, "width", 1)
         except ValueError as problem:
             problems.append(f"{where}: {problem}")
         images[number] = height, width, str(entry.get("file_name", ""))
     return images
 
 
-def _integer(entry: Mapping[str, Any], key: str, low: float = -math.inf) -> int:
+def integer(entry: Mapping[str, Any], key: str, low: float = -math.inf) -> int:
     """An integer, also one written as a float."""
     value = entry.get(key)
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
@@ -470,16 +475,16 @@ def _unique(value: int, seen: Container[int], key: str = "id") -> int:
     return value
 
 
-def _size(segmentation: Any) -> tuple[int, int]:
+def rle_size(segmentation: Any) -> tuple[int, int]:
     """Height and width that an RLE states."""
     size = segmentation.get("size") if isinstance(segmentation, Mapping) else None
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise ValueError(f"segmentation must be RLE with its size, got {reprlib.repr(segmentation)}")
-    height, width = (_integer({"size": side}, "size", 1) for side in size)
+    height, width = (integer({"size": side}, "size", 1) for side in size)
     return height, width
 
 
-def _encode(api: Any, segmentation: Any, height: int, width: int, notes: Counter[str]) -> bytes:
+def encode(api: Any, segmentation: Any, height: int, width: int, notes: Counter[str]) -> bytes:
     """Polygons or RLE as the counts of a compressed RLE, checked."""
     if isinstance(segmentation, list) and segmentation:
         rings = []
@@ -500,7 +505,7 @@ def _encode(api: Any, segmentation: Any, height: int, width: int, notes: Counter
 
     if not isinstance(segmentation, Mapping):
         raise ValueError(f"segmentation must be polygons or RLE, got {reprlib.repr(segmentation)}")
-    stated, counts = _size(segmentation), segmentation.get("counts")
+    stated, counts = rle_size(segmentation), segmentation.get("counts")
     if stated != (height, width):
         raise ValueError(f"segmentation must be of its image's size {(height, width)}, got {stated}")
     if isinstance(counts, list):
@@ -509,7 +514,7 @@ def _encode(api: Any, segmentation: Any, height: int, width: int, notes: Counter
         runs = np.array(counts, dtype=object)
     elif isinstance(counts, (str, bytes)):
         counts = counts.encode() if isinstance(counts, str) else counts
-        runs = _run_lengths(counts)
+        runs = run_lengths(counts)
     else:
         raise ValueError(f"counts must be a list or a string, got {reprlib.repr(counts)}")
     if (runs < 0).any() or runs.sum() != height * width:
@@ -519,7 +524,7 @@ def _encode(api: Any, segmentation: Any, height: int, width: int, notes: Counter
     return counts
 
 
-def _run_lengths(counts: bytes) -> np.ndarray:
+def run_lengths(counts: bytes) -> np.ndarray:
     """Run lengths of a compressed RLE, int64; pycocotools reads past the end of strings that are cut off.
 
     A length is written in groups of five bits from the lowest, each a character from "0" on; bit 5 says that another

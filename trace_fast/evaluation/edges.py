@@ -211,17 +211,17 @@ def cldice(prediction: np.ndarray, target: np.ndarray, tolerance: float = 0.0) -
     lines = [ops.thin(torch.from_numpy(mask)[None])[0].numpy() for mask in masks]
     grown = [distance_transform_edt(~mask) <= tolerance for mask in masks]
     precision, sensitivity = grown[1][lines[0]].mean(), grown[0][lines[1]].mean()
-    return float(2 * precision * sensitivity / max(precision + sensitivity, np.finfo(float).tiny))
+    return float(harmonic(precision, sensitivity))
 
 
 def f_measure(counts: np.ndarray) -> np.ndarray:
     """Harmonic mean of precision and recall: (...) of counts (..., 6)."""
-    return _harmonic(*_rates(counts))
+    return harmonic(*_rates(counts))
 
 
 def line_overlap(counts: np.ndarray) -> np.ndarray:
     """ClDice of lines grown by the matching distance: (...) of counts (..., 6)."""
-    return _harmonic(counts[..., 5] / np.maximum(counts[..., 1], 1), counts[..., 4] / np.maximum(counts[..., 3], 1))
+    return harmonic(counts[..., 5] / np.maximum(counts[..., 1], 1), counts[..., 4] / np.maximum(counts[..., 3], 1))
 
 
 def _rates(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -230,16 +230,17 @@ def _rates(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return recall, precision
 
 
-def _harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Harmonic mean, element by element; 0 where both are."""
     return 2 * a * b / np.maximum(a + b, np.finfo(float).tiny)
 
 
 def _best(counts: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Best F between thresholds (R,), the index of the best threshold itself, and where F is best; of (R, T, 6)."""
     recall, precision = _rates(counts)
-    level = _harmonic(recall, precision).argmax(1)
+    level = harmonic(recall, precision).argmax(1)
     if len(thresholds) == 1:
-        return _harmonic(recall, precision)[:, 0], level, thresholds[level]
+        return harmonic(recall, precision)[:, 0], level, thresholds[level]
     share = np.linspace(0, 1, 100)
 
     def between(values: np.ndarray) -> np.ndarray:
@@ -248,7 +249,7 @@ def _best(counts: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.nd
     best = np.empty(len(counts))
     where = np.empty(len(counts))
     for index, pair in enumerate(zip(recall, precision, strict=True)):
-        f = _harmonic(*(between(values) for values in pair))
+        f = harmonic(*(between(values) for values in pair))
         best[index], where[index] = f.max(), between(thresholds).ravel()[f.argmax()]
     return best, level, where
 

@@ -7,15 +7,15 @@ import json
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from trace_fast import __version__
 from trace_fast._files import whole_file
 from trace_fast.evaluation import coco
 from trace_fast.evaluation.methods import Method
-from trace_fast.evaluation.run import over_photos, stamp_of
+from trace_fast.evaluation.run import over_photos, place_of, stamp_of
 from trace_fast.evaluation.truth import Photo
 from trace_fast.formats import MaskSet
 from trace_fast.propagation import propagate
@@ -25,7 +25,8 @@ __all__ = ["refine_all"]
 
 def refine_all(
     photos: Sequence[Photo],
-    baseline: dict[int, coco.ImageInstances],
+    truth: coco.Instances,
+    baseline: coco.Instances,
     method: Method,
     folder: Path,
     *,
@@ -35,8 +36,9 @@ def refine_all(
     """Propagate the masks of every photo by a method's edges; finished photos are read from files of an earlier run.
 
     Args:
-        photos: with instances; their ids are those of the baseline.
-        baseline: masks by image id; photos without any keep none.
+        photos: a data set.
+        truth: its instances, from `run.read_truth`, whose image ids are those of the baseline.
+        baseline: the masks; photos without any keep none.
         method: what makes the edges.
         folder: where results go, one file a photo, in a folder below it for each method and setting.
         threshold: see `trace_fast.propagate`.
@@ -45,18 +47,15 @@ def refine_all(
     Returns:
         The masks as they became, with scores.
     """
-    setting = json.dumps([__version__, method.identity, threshold, mode])
-    place = folder / f"{method.slug}-{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
-    place.mkdir(parents=True, exist_ok=True)
+    place = place_of(folder, method, threshold, mode)
+    ids = {photo.name: number for photo, number in zip(photos, truth.images, strict=True)}
     one_at_a_time = nullcontext() if method.threads else threading.Lock()
 
     def run(photo: Photo) -> coco.ImageInstances:
-        assert photo.instances is not None
-        truth = photo.instances()
-        number = truth.id
-        if number not in baseline:
-            return coco.ImageInstances(number, truth.height, truth.width, photo.name, [])
-        given = baseline[number]
+        number = ids[photo.name]
+        if number not in baseline.images:
+            return replace(truth.images[number], instances=[])
+        given = baseline.images[number]
         file = place / f"{photo.name}.json"
         masks = hashlib.sha256(b"".join(b"%s %r" % (each.counts, each.score) for each in given.instances)).hexdigest()
         stamp = stamp_of(photo.truth, method.source(photo), *photo.more, masks)

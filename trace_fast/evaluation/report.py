@@ -15,7 +15,7 @@ import torch
 
 from trace_fast import annotate, ops
 from trace_fast._files import whole_file
-from trace_fast.evaluation.edges import DISTANCE, EdgeScores
+from trace_fast.evaluation.edges import DISTANCE, EdgeScores, harmonic
 from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
@@ -24,7 +24,15 @@ from trace_fast.evaluation.truth import SIZES, Photo
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["contact_sheet", "plot_curves", "table", "write_masks", "write_panoptic", "write_report"]
+__all__ = [
+    "contact_sheet",
+    "edge_table",
+    "mask_table",
+    "plot_curves",
+    "write_masks",
+    "write_panoptic",
+    "write_report",
+]
 
 SHOWN = 3  # best and worst images on a sheet, each
 # right, wrong and missed, which readers with any colour vision tell apart
@@ -56,7 +64,7 @@ def write_report(
         distance: of matching, as a share of the diagonal.
     """
     ordered = dict(sorted(scores.items(), key=lambda item: item[1].ods))
-    data = {
+    data: dict[str, Any] = {
         "command": command,
         "distance": distance,
         "notes": list(notes),
@@ -72,30 +80,45 @@ def write_report(
     names = [photo.name for photo in photos]
     columns = [names, *(each.best for each in ordered.values())]
     _write(folder / "images.csv", _csv([("image", *ordered), *zip(*columns, strict=True)]))
-    _write(folder / "report.md", table(ordered, command))
+    images = next(iter(ordered.values())).images
+    _write(folder / "report.md", f"{edge_table(data['methods'])}\n\n{images} images; `{command}`.\n")
     plot_curves(ordered, folder / "curves.png")
     for method in methods:
         sheet = contact_sheet(method, scores[method.name], photos, distance=distance)
         annotate.write_picture(folder / f"sheet_{method.slug}.png", sheet)
 
 
-def table(scores: Mapping[str, EdgeScores], command: str) -> str:
-    """Scores as a Markdown table, the command that made it below."""
-    split = all(each.by for each in scores.values())
+def edge_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """Scores of methods, `EdgeScores.summary` or what a report.json holds of it, as a Markdown table."""
+    split = all(row["by"] for row in methods.values())
     head = ["method", "ODS", "95 %", "OIS", "AP", "clDice"]
-    head += ["recall, touching", "recall, background", "recall, small", "medium", "large"] * split
+    head += ["recall: touching", "background", *SIZES] * split
     lines = [head]
-    for name, each in scores.items():
-        low, high = each.intervals["ods"]
-        row = [name, f"{each.ods:.3f}", f"{low:.3f} to {high:.3f}"]
-        row += [f"{value:.3f}" for value in (each.ois, each.ap, each.cldice)]
+    for name, row in methods.items():
+        low, high = row["intervals"]["ods"]
+        line = [name, f"{row['ods']:.3f}", f"{low:.3f} to {high:.3f}"]
+        line += [f"{row[figure]:.3f}" for figure in ("ois", "ap", "cldice")]
         if split:
-            shares = [each.by["side"][side] for side in ("touching", "background")]
-            shares += [each.by["size"][size] for size in SIZES]
-            row += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
-        lines.append(row)
-    images = next(iter(scores.values())).images
-    return f"{_markdown(lines)}\n\n{images} images; `{command}`.\n"
+            shares = [row["by"]["side"][side] for side in ("touching", "background")]
+            shares += [row["by"]["size"][size] for size in SIZES]
+            line += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
+        lines.append(line)
+    return _markdown(lines)
+
+
+def mask_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, int | None] | None = None) -> str:
+    """Scores of masks, `MaskScores` as dicts or what a masks.json holds of them, as a Markdown table."""
+    head = ["masks", *["parameters"] * (parameters is not None)]
+    head += ["AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
+    lines = [head]
+    for name, row in results.items():
+        low, high = row["intervals"]["ap"] if row["intervals"] else (row["ap"], row["ap"])
+        size = None if parameters is None else parameters.get(name)
+        line = [name, *["" if size is None else f"{size / 1e6:,.1f} M"] * (parameters is not None)]
+        line += [f"{row['ap']:.3f}", f"{low:.3f} to {high:.3f}"]
+        figures = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
+        lines.append([*line, *(f"{row[figure]:.3f}" for figure in figures)])
+    return _markdown(lines)
 
 
 def write_masks(
@@ -110,21 +133,13 @@ def write_masks(
         parameters: of the networks whose edges refined the results, by the same names; None for a table without them.
     """
     figures = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
-    data = {"command": command, "results": {name: vars(each) for name, each in scores.items()}}
+    data: dict[str, Any] = {"command": command, "results": {name: vars(each) for name, each in scores.items()}}
     if parameters is not None:
         data["parameters"] = dict(parameters)
     _write(folder / "masks.json", json.dumps(data, indent=1) + "\n")
     _write(folder / "masks.csv", _csv([("results", *figures), *_rows(scores, figures)]))
-    head = ["masks", *["parameters"] * (parameters is not None)]
-    head += ["AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
-    lines = [head]
-    for name, each in scores.items():
-        low, high = each.intervals["ap"] if each.intervals else (each.ap, each.ap)
-        values = (each.ap50, each.ap75, each.ap_small, each.ap_medium, each.ap_large, each.ar100)
-        size = None if parameters is None else parameters.get(name)
-        line = [name, *["" if size is None else f"{size / 1e6:,.1f} M"] * (parameters is not None)]
-        lines.append([*line, f"{each.ap:.3f}", f"{low:.3f} to {high:.3f}", *(f"{value:.3f}" for value in values)])
-    _write(folder / "masks.md", f"{_markdown(lines)}\n\nClass-agnostic; `{command}`.\n")
+    table = mask_table(data["results"], parameters)
+    _write(folder / "masks.md", f"{table}\n\nClass-agnostic; `{command}`.\n")
 
 
 def write_panoptic(folder: Path, scores: Mapping[str, PanopticScores], command: str) -> None:
@@ -165,7 +180,7 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
         axes.annotate(f"F {f:.1f}", (1, f / (2 - f)), color="0.6", fontsize=7, ha="right", va="bottom")
     for name, each in reversed(list(scores.items())):
         (line,) = axes.plot(each.recall, each.precision, label=f"{name}  (ODS {each.ods:.3f})")
-        best = int(np.argmax(_f(each)))
+        best = int(np.argmax(harmonic(each.precision, each.recall)))
         axes.plot(each.recall[best], each.precision[best], marker="o", color=line.get_color())
     axes.legend(fontsize=8)
     with whole_file(path, "evaluate") as file:
@@ -217,10 +232,6 @@ def _compare(method: Method, edges: np.ndarray, photo: Photo, threshold: float, 
         wide = torch.nn.functional.max_pool2d(pixels[None].float(), 3, 1, 1)[0] > 0
         picture[wide.numpy()] = colour
     return picture
-
-
-def _f(scores: EdgeScores) -> np.ndarray:
-    return scores.precision * scores.recall / np.maximum(scores.precision + scores.recall, 1e-12)
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

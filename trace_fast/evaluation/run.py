@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +30,7 @@ __all__ = [
     "count_all",
     "is_panoptic",
     "over_photos",
+    "place_of",
     "read_masks",
     "read_truth",
     "score_panoptic",
@@ -103,9 +104,7 @@ def count_all(
     Returns:
         Counts in the order of the photos.
     """
-    setting = json.dumps([__version__, method.identity, method.suppress, distance, list(thresholds)])
-    place = folder / f"{method.slug}-{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
-    place.mkdir(parents=True, exist_ok=True)
+    place = place_of(folder, method, method.suppress, distance, list(thresholds))
     one_at_a_time = nullcontext() if method.threads else threading.Lock()
 
     def run(photo: Photo) -> Counts:
@@ -193,6 +192,14 @@ def _read(file: Path, stamp: str) -> Counts | None:
     except Exception as error:  # damaged bytes fail in many ways
         tqdm.write(f"trace-fast: {file} is damaged and made again: {error}", file=sys.stderr)
     return None
+
+
+def place_of(folder: Path, method: Method, *settings: Any) -> Path:
+    """Where results of a method under some settings are kept, made if it is missing."""
+    text = json.dumps([__version__, method.identity, *settings])
+    place = folder / f"{method.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def stamp_of(*sources: Path | str | None) -> str:
