@@ -1,7 +1,7 @@
 """Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python benchmarks/tables.py`.
 
 `speed-cpu.json` is made by `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/speed-cpu.json`,
-`regions-cpu.json` likewise from `benchmarks/bench_regions.py` alone,
+`regions-cpu.json` and `evaluation-cpu.json` likewise from `bench_regions.py` and `bench_evaluation.py` alone,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
 `benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`;
 `edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` is its masks.json,
@@ -40,6 +40,11 @@ def speed(results: dict[str, Any]) -> str:
 def regions(results: dict[str, Any]) -> str:
     """Benchmarks of the ops on regions and masks."""
     return grouped(results, "pytest benchmarks/bench_regions.py --benchmark-only", lambda x: x.startswith(REGIONS))
+
+
+def evaluation(results: dict[str, Any]) -> str:
+    """Benchmarks of scoring edges."""
+    return grouped(results, "pytest benchmarks/bench_evaluation.py --benchmark-only", lambda _: True)
 
 
 def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool]) -> str:
@@ -228,6 +233,7 @@ TABLES = (
     ("benchmarks/README.md", "propagation", "propagation.json", propagation),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
+    ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
     ("benchmarks/README.md", "memory", "memory.json", memory),
     ("benchmarks/README.md", "kernels", "kernels.json", kernels),

@@ -33,4 +33,18 @@ struct Scratch {
   float* const data;
 };
 
+namespace {
+
+// Uninitialised room for values of a plain type, freed with the scope.
+template <class T>
+struct Array {
+  explicit Array(int64_t size) : memory((size * sizeof(T) + 3) / 4), data(reinterpret_cast<T*>(memory.data)) {}
+  T& operator[](int64_t i) const { return data[i]; }
+
+  const Scratch memory;
+  T* const data;
+};
+
+}  // namespace
+
 }  // namespace trace_fast

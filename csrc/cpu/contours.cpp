@@ -16,16 +16,6 @@ namespace {
 
 typedef uint64_t Word;
 
-// Elements of another type than float in scratch memory.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t size)
-      : memory((size * sizeof(T) + sizeof(float) - 1) / sizeof(float)), data(reinterpret_cast<T*>(memory.data)) {}
-
-  Scratch memory;
-  T* const data;
-};
-
 // Where the pixels of an image are among words: rows with zeros beside and between them.
 struct Frame {
   Frame(int64_t height, int64_t width, int64_t reach)
@@ -200,7 +190,7 @@ struct Disc {
   static constexpr double kUnit = 1 << 16;  // what a distance of one pixel costs
 
   const int64_t reach, side;
-  Buffer<int64_t> halves, costs;
+  Array<int64_t> halves, costs;
 };
 
 // A pixel of the second image in an assignment.
@@ -381,10 +371,10 @@ struct Workspace {
 
   const Frame& frame;
   const int64_t planes;
-  const Buffer<Word> words, rows;
-  const Buffer<int32_t> passes;
-  const Buffer<Column> columns;
-  const Buffer<int32_t> numbers;
+  const Array<Word> words, rows;
+  const Array<int32_t> passes;
+  const Array<Column> columns;
+  const Array<int32_t> numbers;
 };
 
 // Smooths with weights 1, 2, .., radius + 1, .., 2, 1 over their sum along both axes, the image mirrored at its border.
@@ -485,8 +475,8 @@ template <>
 void thin<TRACE_FAST_ISA>(const uint8_t* mask, int64_t batch, int64_t height, int64_t width, uint8_t* thinned,
                           int num_threads) {
   const Frame frame(height, width, 1);
-  const Buffer<Word> words((frame.size + Thinner::words(frame)) * num_threads);
-  const Buffer<int32_t> passes(Thinner::passes(frame) * num_threads);
+  const Array<Word> words((frame.size + Thinner::words(frame)) * num_threads);
+  const Array<int32_t> passes(Thinner::passes(frame) * num_threads);
   parallel_for(batch, num_threads, [&](int64_t b, int thread) {
     const uint8_t* const from = mask + b * frame.pixels;
     uint8_t* const to = thinned + b * frame.pixels;
@@ -530,7 +520,7 @@ void count_matches<TRACE_FAST_ISA>(const float* edges, const uint8_t* truths, co
   const auto is_near = [](int64_t, int64_t, int64_t) { return true; };
 
   // what each annotator drew, what is near any of it, what is ignored
-  const Buffer<Word> shared((annotators + 2) * frame.size);
+  const Array<Word> shared((annotators + 2) * frame.size);
   const auto drawn = [&](int64_t a) { return Bits(frame, shared.data + a * frame.size); };
   const Bits around = drawn(annotators), skipped = drawn(annotators + 1);
   int64_t drawn_pixels = 0;

@@ -26,16 +26,6 @@ constexpr int64_t kWorthThreads = 1 << 19;
 // floats in a line of the cache; half of how many stay close to a core
 constexpr int64_t kCacheLine = 16, kCached = 1 << 17;
 
-// Uninitialised room for values of a plain type, freed with the scope.
-template <class T>
-struct Array {
-  explicit Array(int64_t size) : memory((size * sizeof(T) + 3) / 4), data(reinterpret_cast<T*>(memory.data)) {}
-  T& operator[](int64_t i) const { return data[i]; }
-
-  const Scratch memory;
-  T* const data;
-};
-
 // A list that grows; its values are plain.
 template <class T>
 struct List {
