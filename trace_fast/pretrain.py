@@ -5,31 +5,28 @@ from __future__ import annotations
 import json
 import math
 import platform
-import tarfile
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from trace_fast import _checks
 from trace_fast._files import whole_file
+from trace_fast._training import State, trapezoid
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
-from trace_fast.image import resize, to_tensor
+from trace_fast.image import resize
+from trace_fast.photographs import list_photographs
 
 __all__ = ["PretrainConfig", "collages", "crops", "load_photographs", "pretrain"]
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 PROGRESS = ("step", "seen", "seconds", "recent", "losses")
 MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)  # images seen, for the scaling curve
 
@@ -86,8 +83,7 @@ class PretrainConfig:
 
     def step_rate(self, step: int, seen: int) -> float:
         """Learning rate of a step."""
-        left = max(0.0, 1 - seen / self.images)
-        return self.rate * min(1.0, (step + 1) / self.warmup, left / self.decay)
+        return self.rate * trapezoid(step, seen / self.images, self.warmup, self.decay)
 
 
 def load_photographs(folder: Path, size: int = 256) -> np.ndarray:
@@ -97,37 +93,13 @@ def load_photographs(folder: Path, size: int = 256) -> np.ndarray:
         FileNotFoundError: there is no such folder.
         ValueError: it holds no images, or one is damaged or too small; the message names it.
     """
-    from PIL import Image
-
-    def files() -> Iterator[tuple[str, BinaryIO]]:
-        for path in sorted(folder.iterdir()):
-            if path.suffix == ".tar":
-                with tarfile.open(path) as archive:
-                    for member in archive:
-                        content = archive.extractfile(member)
-                        if content is not None and Path(member.name).suffix.lower() in SUFFIXES:
-                            yield f"{path}: {member.name}", cast(BinaryIO, content)
-            elif path.suffix.lower() in SUFFIXES:
-                with open(path, "rb") as content:
-                    yield str(path), content
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"pretrain: photographs must be a folder of image or tar files, got {str(folder)!r}")
     photographs = []
-    try:
-        for name, content in tqdm(files(), desc="reading photographs", unit="image"):
-            try:
-                pixels = to_tensor(Image.open(content))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"pretrain: photographs must be readable, got {name}: {error}") from error
-            side = min(pixels.shape[2:])
-            top, left = ((length - side) // 2 for length in pixels.shape[2:])
-            square = resize(pixels[:, :, top : top + side, left : left + side], (size, size))
-            photographs.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
-    except tarfile.TarError as error:
-        raise ValueError(f"pretrain: photographs must be readable, got a damaged tar file: {error}") from error
-    if not photographs:
-        raise ValueError(f"pretrain: photographs must hold image files, got none in {str(folder)!r}")
+    for photograph in tqdm(list_photographs(folder), desc="reading photographs", unit="image"):
+        pixels = photograph.read()
+        side = min(pixels.shape[2:])
+        top, left = ((length - side) // 2 for length in pixels.shape[2:])
+        square = resize(pixels[:, :, top : top + side, left : left + side], (size, size))
+        photographs.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
     return np.stack(photographs)
 
 
@@ -199,47 +171,18 @@ class Pretraining:
         self.recent: list[float] = []  # losses since the last entry of `losses`
         self.losses: list[tuple[int, float]] = []  # (images seen, mean loss of the 60 steps before)
         self.schedule = VariancePreserving()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that changes, by name: `model.*`, `average.*`, and AdamW's `exp_avg.*` and `exp_avg_sq.*`."""
-        tensors = {f"average.{name}": value for name, value in self.average.items()}
-        for name, parameter in self.model.named_parameters():
-            state = self.optimiser.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            tensors[f"model.{name}"] = parameter.data
-            tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
-        return tensors
+        self.state = State(
+            config.output / "state.safetensors",
+            dict(self.model.named_parameters()),
+            self.optimiser,
+            config.identity(),
+            "pretrain",
+            {f"average.{name}": value for name, value in self.average.items()},
+        )
 
     def save(self) -> None:
-        """Write what `resume` reads."""
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        metadata = {"progress": json.dumps(progress), "config": self.config.identity()}
-        write(self.config.output / "state.safetensors", save(self.tensors(), metadata))
-
-    def resume(self) -> None:
-        """Go on from the state in `config.output`, if there is one; ValueError where it is of another run."""
-        path = self.config.output / "state.safetensors"
-        if not path.exists():
-            return
-        try:
-            with safe_open(path, "pt") as stored:
-                metadata = stored.metadata() or {}
-            values = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"pretrain: output must hold a whole state, got {str(path)!r}: {error}") from error
-        if (found := metadata.get("config")) != self.config.identity():
-            raise ValueError(
-                f"pretrain: output must be empty or hold a run of the same configuration, got {found} "
-                f"where this run is {self.config.identity()}"
-            )
-        for name, value in self.tensors().items():
-            value.copy_(values[name])
-        for name, value in json.loads(metadata["progress"]).items():
-            setattr(self, name, value)
-        for state in self.optimiser.state.values():
-            state["step"].fill_(self.step)
+        """Write what a later run resumes from."""
+        self.state.save({name: getattr(self, name) for name in PROGRESS})
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in half precision, as `Tracer.from_pretrained` reads them, with a model card."""
@@ -311,7 +254,8 @@ class Pretraining:
     def run(self) -> None:
         config = self.config
         config.output.mkdir(parents=True, exist_ok=True)
-        self.resume()
+        for name, value in (self.state.resume() or {}).items():
+            setattr(self, name, value)
         photographs = load_photographs(config.photographs)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain") as bar:

@@ -1,0 +1,95 @@
+"""What training runs share: states to resume from exactly, and the learning rate over a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from trace_fast._files import whole_file
+
+__all__ = ["State", "trapezoid"]
+
+
+def trapezoid(step: int, done: float, warmup: int, decay: float) -> float:
+    """Share of the peak learning rate: risen over `warmup` steps, falling to zero over the last `decay` share of a run.
+
+    `done` is the share of the run that lies behind, from 0 to 1.
+    """
+    return min(1.0, (step + 1) / warmup, max(0.0, 1 - done) / decay)
+
+
+class State:
+    """The state of a run in one safetensors file: weights, AdamW's moments, more tensors, and progress as JSON.
+
+    Args:
+        path: the file; replaced whole.
+        parameters: what is trained, by name.
+        optimiser: AdamW over them.
+        identity: what a run must share with the one it resumes.
+        op: named in errors.
+        more: other tensors that change, by name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimiser: torch.optim.Optimizer,
+        identity: str,
+        op: str,
+        more: Mapping[str, Tensor] | None = None,
+    ):
+        self.path, self.optimiser, self.identity, self.op = path, optimiser, identity, op
+        self.parameters, self.more = dict(parameters), dict(more or {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes, by name: `model.*`, AdamW's `exp_avg.*` and `exp_avg_sq.*`, and the others."""
+        tensors = dict(self.more)
+        for name, parameter in self.parameters.items():
+            state = self.optimiser.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors[f"model.{name}"] = parameter.data
+            tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        return tensors
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Write what `resume` reads."""
+        metadata = {"progress": json.dumps(progress), "config": self.identity}
+        content = save({name: value.contiguous() for name, value in self.tensors().items()}, metadata)
+        with whole_file(self.path, self.op) as file:
+            file.write(content)
+
+    def resume(self) -> dict[str, Any] | None:
+        """Take over the state in the file, and return its progress; None where there is no file.
+
+        Raises:
+            ValueError: the file is damaged, or of a run with another identity.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as stored:
+                metadata = stored.metadata() or {}
+            values = load_file(self.path)
+        except SafetensorError as error:
+            raise ValueError(f"{self.op}: output must hold a whole state, got {str(self.path)!r}: {error}") from error
+        if (found := metadata.get("config")) != self.identity:
+            raise ValueError(
+                f"{self.op}: output must be empty or hold a run of the same configuration, got {found} "
+                f"where this run is {self.identity}"
+            )
+        progress: dict[str, Any] = json.loads(metadata["progress"])
+        for name, value in self.tensors().items():
+            value.copy_(values[name])
+        for state in self.optimiser.state.values():
+            state["step"].fill_(progress["step"])
+        return progress
