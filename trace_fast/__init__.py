@@ -3,11 +3,14 @@
 from importlib.metadata import version
 
 from trace_fast._backend import backends
+from trace_fast.api import edges
 from trace_fast.backbones import models
+from trace_fast.detector import Detector
 from trace_fast.propagation import Seeds, instances, propagate, seeds
-from trace_fast.tracer import TraceOutput, Tracer, edges
+from trace_fast.tracer import TraceOutput, Tracer
 
 __all__ = [
+    "Detector",
     "Seeds",
     "TraceOutput",
     "Tracer",

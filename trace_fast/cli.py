@@ -1,4 +1,4 @@
-"""The command line: `trace-fast edges`, `segment`, `evaluate`, `demo`, `pretrain`, `models`, `backends`.
+"""The command line: `trace-fast edges`, `segment`, `evaluate`, `demo`, `distill`, `pretrain`, `models`, `backends`.
 
 Heavy modules are imported inside the commands, so that help costs no more than `import trace_fast.cli`.
 Exit status: 0 all well, 1 some images failed (the others are done), 2 the command was refused or broke off.
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -65,6 +65,10 @@ def edges(
     model: Annotated[
         str, typer.Option(help="Name shown by `trace-fast models`, repository of the hub, or folder.")
     ] = "mini",
+    stage: Annotated[
+        Literal["1", "2"] | None,
+        typer.Option(help="1 for the search, 2 for the one-step student; else the student where there is one."),
+    ] = None,
     timestep: Annotated[
         str | None,
         typer.Option(metavar="iep|INT", help="Level to read, or iep to search it; else what the model prefers."),
@@ -89,9 +93,14 @@ def edges(
 ) -> None:
     """Write the instance edges of each image as DIR/NAME.png: black is 0, white is 1.
 
-    Asked to, it also writes DIR/NAME_overlay.png and DIR/NAME_curve.png. Files of an earlier run are replaced.
+    Asked to, it also writes DIR/NAME_overlay.png and DIR/NAME_curve.png. Files of an earlier run are replaced. Options
+    of the search (--timestep, --noising, --size, --offload, --curve) ask for the search where there is a student, too.
     """
     level, sides = _parse_timestep(timestep), _parse_size(size)
+    of_search = {"timestep": timestep, "noising": noising, "size": size, "offload": offload, "curve": curve or None}
+    given = [f"--{name}" for name, value in of_search.items() if value is not None]
+    if stage == "2" and given:
+        _refuse(f"{given[0]} is of the search: --stage 1")
     kinds = ["", *["_overlay"] * overlay, *["_curve"] * curve]
     images = _list_images(inputs)
     results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
@@ -100,21 +109,31 @@ def edges(
         _refuse("--curve needs matplotlib: pip install 'trace_fast[demo]'")
 
     from trace_fast import annotate
+    from trace_fast.backbones import student_folder
+    from trace_fast.detector import Detector
     from trace_fast.image import to_tensor
     from trace_fast.tracer import Tracer
 
+    one_step = stage == "2" or (stage is None and not given and student_folder(model) is not None)
     try:
-        tracer = Tracer.from_pretrained(model, device=device, size=sides, offload=offload)
+        if one_step:
+            detector = Detector.from_pretrained(model, device=device)
+        else:
+            tracer = Tracer.from_pretrained(model, device=device, size=sides, offload=offload)
     except _FAILURES as error:
         _refuse(str(error))
     _open_folder(output)
 
     def write(image: Path, paths: dict[str, Path]) -> None:
         photo = to_tensor(image)
-        traced = tracer(photo, timestep=level, noising=noising, seed=seed, return_kl=curve)
-        annotate.write_png(paths[""], traced.edges, int(bits))
+        if one_step:
+            found = detector.edges(photo)
+        else:
+            traced = tracer(photo, timestep=level, noising=noising, seed=seed, return_kl=curve)
+            found = traced.edges
+        annotate.write_png(paths[""], found, int(bits))
         if overlay:
-            annotate.write_picture(paths["_overlay"], annotate.overlay(photo[0], traced.edges))
+            annotate.write_picture(paths["_overlay"], annotate.overlay(photo[0], found))
         if curve:
             annotate.plot_curve(traced, paths["_curve"])
 
@@ -156,6 +175,77 @@ def pretrain(
 
 
 @app.command()
+def distill(
+    images: Annotated[
+        Path, typer.Option("--images", metavar="DIR", help="Folder of image files, or of tar files of them; no labels.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Shards, states, student; a run there is resumed.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Teacher and base: name shown by `trace-fast models`, repository of the hub, or folder.")
+    ] = "mini",
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Pixels that the student works at; else the model's own.")
+    ] = None,
+    teacher_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Pixels that the search works at; else the student's.")
+    ] = None,
+    timestep: Annotated[
+        str | None, typer.Option(metavar="iep|INT", help="Level that the search reads; else what the model prefers.")
+    ] = None,
+    noising: Annotated[
+        Literal["inversion", "gaussian"] | None, typer.Option(help="Of the search; else what the model prefers.")
+    ] = None,
+    labels: Annotated[
+        Literal["ternary", "binary", "soft"], typer.Option(help="What is made of the search's divergences.")
+    ] = "ternary",
+    decoder: Annotated[
+        Literal["conv", "pixels"], typer.Option(help="The paper's, or one that sees the photograph, too.")
+    ] = "conv",
+    level: Annotated[
+        int | None,
+        typer.Option(min=0, max=999, help="Noise level of the student's pass; else 0, and 20 for rectified flow."),
+    ] = None,
+    reconstruction: Annotated[float, typer.Option(min=0, help="Weight of the reconstruction loss.")] = 1.0,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 64,
+    rate: Annotated[float, typer.Option(min=0, help="Learning rate of the adapters.")] = 1e-4,
+    decoder_rate: Annotated[float, typer.Option(min=0, help="Learning rate of the decoder.")] = 3e-3,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the photographs.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Photographs in a step, over all processes.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=7, help="Only so many photographs, drawn with the seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Of the base's weights; else bfloat16 on a GPU and float32 on the CPU."),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory for more time: recompute in the backward pass.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1; else the GPU where there is one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")] = None,
+    licence: Annotated[str, typer.Option(help="Of the photographs, for the model card.")] = "not stated",
+) -> None:
+    """Distil a one-step student of a diffusion model from photographs alone. Interrupt it at will, and run it again.
+
+    First the search visits every photograph, then the student learns from what it found; DIR/preview.png shows how it
+    goes on, DIR/student is the result. Several GPUs: `accelerate launch -m trace_fast distill ...`.
+    """
+    options: dict[str, Any] = dict(locals())
+    options |= {name: _parse_size(options[name]) for name in ("size", "teacher_size")}
+    options["timestep"] = _parse_timestep(timestep)
+    _open_folder(output)
+
+    from trace_fast.distill import DistillConfig
+    from trace_fast.distill import distill as run
+
+    try:
+        typer.echo(run(DistillConfig(**options)))
+    except _FAILURES as error:
+        _refuse(str(error))
+
+
+@app.command()
 def segment(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Image files, and folders of image files.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to; made if needed.")],
@@ -189,19 +279,20 @@ def segment(
     import trace_fast
     from trace_fast import annotate
     from trace_fast._files import whole_file
+    from trace_fast.api import edge_finder
     from trace_fast.formats import open_masks, paint
     from trace_fast.image import to_tensor
 
     try:
         given = None if masks is None else np.asarray(Image.open(masks)).astype(np.int32)
-        tracer = trace_fast.Tracer.from_pretrained(model, device=device)
+        find = edge_finder(model, device=device)
     except _FAILURES as error:
         _refuse(str(error))
     _open_folder(output)
 
     def write(image: Path, paths: dict[str, Path]) -> None:
         photo = to_tensor(image)
-        found = tracer(photo).edges
+        found = find(photo)
         if given is None:
             stack, _ = trace_fast.instances(found, threshold=threshold)
             labels = paint(stack, range(1, len(stack) + 1)).cpu().numpy()
@@ -224,7 +315,8 @@ def evaluate(
         typer.Option(
             "--method",
             metavar="[NAME=]SPEC",
-            help="Edges: sobel, canny, maps:DIR, lines:DIR (thin already), or MODEL[@iep|@LEVEL]; repeat for several.",
+            help="Edges: sobel, canny, maps:DIR, lines:DIR (thin already), MODEL (its student, where it has one), or "
+            "MODEL@iep, MODEL@LEVEL; repeat for several.",
         ),
     ] = [],  # noqa: B006
     results: Annotated[

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from trace_fast import ops, reference
 
-__all__ = ["DECODERS", "ConvDecoder", "PixelDecoder", "Taps", "fold_taps", "make_decoder", "spread_values"]
+__all__ = ["DECODERS", "ConvDecoder", "Decoder", "PixelDecoder", "Taps", "fold_taps", "make_decoder", "spread_values"]
 
 Grid = tuple[int, int]
 
@@ -107,7 +107,31 @@ class Taps:
         return torch.stack(carried).sum(0).flatten(2).mT / len(self.grids)
 
 
-class ConvDecoder(nn.Module):
+class Decoder(nn.Module):
+    """What `Detector` and `distill` need of a decoder.
+
+    Attributes:
+        name: in `DECODERS`.
+        detail: the photograph's side as it is looked at, as a multiple of the processing size's; 0 where it is not.
+        grid: (h, w), the tokens that the map has; fixed, since every key has values of its own.
+        values: (N, C) float, what is read from the map.
+    """
+
+    name: str
+    detail: int
+    grid: Grid
+    values: nn.Parameter
+
+    def options(self) -> dict[str, Any]:
+        """What `make_decoder` needs beside the grid."""
+        raise NotImplementedError
+
+    def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
+        """Taps (B, N, C) and a photograph (B, 3, H, W) in [0, 1] to logits (B, 1, h', w')."""
+        raise NotImplementedError
+
+
+class ConvDecoder(Decoder):
     """The paper's: one 3 x 3 convolution that reads the map as a picture of N channels, 9 N + 1 parameters.
 
     Args:
@@ -123,12 +147,16 @@ class ConvDecoder(nn.Module):
         self.values = nn.Parameter(torch.randn(math.prod(grid), 9) * 0.1)  # row: key, column: 3 r + c of the kernel
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, taps: Tensor, photograph: Tensor | None = None) -> Tensor:
+    def options(self) -> dict[str, Any]:
+        """What `make_decoder` needs beside the grid."""
+        return {"name": self.name}
+
+    def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
         """(B, N, 9) read by `values` to logits (B, 1, h, w)."""
         return fold_taps(taps, self.grid) + self.bias
 
 
-class PixelDecoder(nn.Module):
+class PixelDecoder(Decoder):
     """A small network over what the map says of each token and the photograph's own pixels.
 
     Attention tells which of the contrasts are boundaries, pixels tell where they are. Logits come at the processing
@@ -160,8 +188,13 @@ class PixelDecoder(nn.Module):
             nn.Conv2d(channels, 1, 3, padding=1),
         )
 
-    def forward(self, taps: Tensor, photograph: Tensor) -> Tensor:
+    def options(self) -> dict[str, Any]:
+        """What `make_decoder` needs beside the grid."""
+        return {"name": self.name, "columns": self.columns, "channels": self.channels, "detail": self.detail}
+
+    def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
         """(B, N, columns) and (B, 3, detail * H, detail * W) in [0, 1] to logits (B, 1, H, W)."""
+        assert photograph is not None  # detail is not 0
         fine = self.pixels(photograph * 2 - 1)
         coarse = self.tokens(taps.mT.unflatten(2, self.grid))
         coarse = functional.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
@@ -179,14 +212,14 @@ def waves(grid: Grid, count: int) -> Tensor:
     return torch.stack(made, -1).flatten(0, 1)
 
 
-DECODERS: dict[str, Any] = {"conv": ConvDecoder, "pixels": PixelDecoder}
+DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecoder}
 
 
-def make_decoder(name: str, grid: Grid, **options: Any) -> nn.Module:
+def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
     """A decoder by name; ValueError where the name or an option is unknown."""
     if name not in DECODERS:
         raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {name!r}")
     try:
-        return DECODERS[name](tuple(grid), **options)
+        return DECODERS[name](grid, **options)
     except TypeError as error:
         raise ValueError(f"decoder {name} does not know these options: {error}") from error

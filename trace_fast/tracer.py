@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from trace_fast import _checks, ops
 from trace_fast import image as door
-from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone, models
+from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant, device_of
 
-__all__ = ["TIMESTEPS", "TraceOutput", "Tracer", "edges"]
+__all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
 
 TIMESTEPS = (0, *range(99, 1000, 100))  # stride 100 of a 1000-step schedule, and the image itself
 MAP_BYTES = 2**30  # attention maps held at once when independent levels run as a batch, where no GPU tells its room
@@ -108,7 +108,7 @@ class Tracer:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = _checks.device("load", device)
-        hub = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
         backbone = load_backbone(model, device=device, dtype=dtype, size=size, offload=offload, **hub)
         return cls(backbone, name=str(model))
 
@@ -425,54 +425,3 @@ def check_blocks(blocks: Sequence[int] | None, count: int) -> tuple[int, ...]:
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= index < count for index in chosen):
         raise ValueError(f"trace: blocks must be distinct indices from 0 to {count - 1}, got {blocks!r}")
     return chosen
-
-
-@functools.lru_cache(maxsize=4)
-def _tracer(model: str, device: str) -> Tracer:
-    return Tracer.from_pretrained(model, device=device)
-
-
-def edges(
-    image: Any,
-    *,
-    model: str | Path = "mini",
-    device: torch.device | str | None = None,
-    seed: int = 0,
-    output_type: str | None = None,
-) -> Any:
-    """Instance edges of an image: where one object ends and the next begins.
-
-    Edge probability is 1 - exp(-ABDiv / s) of the self-attention of a diffusion model, read at the noise level that
-    the model's settings say (TRACE, section 3).
-
-    Args:
-        image: a path, a PIL image of any mode, an (H, W) or (H, W, C) array with C = 1, 3 or 4, uint8, uint16 or float
-            in [0, 1], a (C, H, W) or (B, C, H, W) tensor likewise, or a list of any of these, sizes mixed.
-        model: a name of `trace_fast.models()` or a local folder. The last four used are kept loaded.
-        device: where to run; default a tensor's own device, else the GPU where there is one, else the CPU.
-        seed: of the noise, where the model uses any.
-        output_type: "np", "pt" or "pil" instead of the kind that follows from the input.
-
-    Returns:
-        Probability in [0, 1] at the input's size, float32: (H, W) array for a path, PIL image or array; (B, 1, H, W)
-        tensor on the input's device for a tensor; a list for a list. As "pil", a greyscale 8-bit picture.
-
-    Raises:
-        TypeError: the image is of a kind or dtype that is not listed.
-        ValueError: its shape or values are not usable, or `model` is unknown or damaged.
-
-    Example:
-        >>> import numpy, trace_fast
-        >>> trace_fast.edges(numpy.zeros((48, 64, 3), "uint8")).shape
-        (48, 64)
-    """
-    if isinstance(image, (list, tuple)):
-        if not image:
-            raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        return [edges(item, model=model, device=device, seed=seed, output_type=output_type) for item in image]
-    door.check_output_type(output_type)
-    if device is None:
-        device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"
-    name = model if model in models() or not Path(model).is_dir() else Path(model).resolve()
-    output = _tracer(str(name), str(device))(image, seed=seed)
-    return door.from_tensor(output.edges, image, output_type)

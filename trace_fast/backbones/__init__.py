@@ -25,7 +25,7 @@ from trace_fast.backbones.unet import UNetBackbone
 from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone, EvaBackbone
 from trace_fast.backbones.vlm import CLIPBackbone, QwenBackbone
 
-__all__ = ["Backbone", "Settings", "backbone_of", "encoder_of", "load_backbone", "models"]
+__all__ = ["Backbone", "Settings", "backbone_of", "encoder_of", "load_backbone", "models", "student_folder"]
 
 FAMILIES = {"mini": MiniBackbone}
 PIPELINES: dict[str, Any] = {  # by the class of a pipeline's network
@@ -60,6 +60,12 @@ def _embedded() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/config.json")))
 
 
+def student_folder(model: str | Path) -> Path | None:
+    """Where the student of an embedded model lies, or of a folder: in itself or in its `student`; None without one."""
+    folder = WEIGHTS / model if model in _embedded() else Path(model)
+    return next((place for place in (folder, folder / "student") if (place / "decoder.safetensors").is_file()), None)
+
+
 def load_backbone(
     model: str | Path,
     *,
@@ -67,9 +73,12 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
     offload: str | None = None,
+    null_text: dict[str, Tensor] | None = None,
     **hub: Any,
 ) -> Backbone:
     """Read a backbone onto a device: see `Tracer.from_pretrained`.
+
+    With `null_text`, what stands for the empty prompt, the text encoders of a diffusers model are not needed.
 
     Raises:
         ValueError: the name is unknown, or the folder's configuration or weights are damaged or do not fit each other.
@@ -95,8 +104,8 @@ def load_backbone(
     if is_encoder(str(model), **hub):
         network, colours = load_encoder(str(model), device=device, dtype=dtype, offload=offload, **hub)
         return place(encoder_of(network, size=size, **colours), device, offload)
-    pipe, null_text = load_pipeline(str(model), device=device, dtype=dtype, offload=offload, **hub)
-    return place(backbone_of(pipe, null_text, size), device, offload)
+    pipe, embedded = load_pipeline(str(model), device=device, dtype=dtype, offload=offload, null_text=null_text, **hub)
+    return place(backbone_of(pipe, embedded, size), device, offload)
 
 
 def _of_others(folder: Path) -> bool:

@@ -54,6 +54,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
+    null_text: dict[str, Tensor] | None = None,
 ) -> tuple[SimpleNamespace, dict[str, Tensor]]:
     """Network, autoencoder and scheduler of a diffusers model, and what stands for the empty prompt.
 
@@ -67,6 +68,7 @@ def load_pipeline(
         revision: branch, tag or commit of the repository.
         variant: of the weight files, such as "fp16".
         local_files_only: never ask the hub; also HF_HUB_OFFLINE.
+        null_text: what stands for the empty prompt, where it is known.
 
     Raises:
         ValueError: there is no such model, or a part is missing or of an unexpected class.
@@ -102,9 +104,9 @@ def load_pipeline(
         )
         pipe = SimpleNamespace(**parts, scheduler=scheduler, config=index)
         cached = null_text_file(source, revision, index)
-        if cached.is_file():
+        if null_text is None and cached.is_file():
             null_text = load_file(cached)
-        else:
+        elif null_text is None:
             null_text = embed_nothing(diffusers, source, index, pipe, options)
             cached.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(cached, "load") as file:

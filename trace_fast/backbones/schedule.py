@@ -25,6 +25,9 @@ class Schedule(Protocol):
         `prediction` is what the network makes of `sample`, shaped like it.
         """
 
+    def denoise(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The clean latent that the network sees in `sample` at levels (B,)."""
+
 
 @dataclass(frozen=True)
 class VariancePreserving:
@@ -84,13 +87,15 @@ class VariancePreserving:
         `prediction` is the noise or velocity that the network sees in `sample`, shaped like it.
         """
         signal, sigma = self.coefficients(timestep)
+        noise = prediction if self.prediction == "epsilon" else sigma * sample + signal * prediction
+        return self.noise(self.denoise(sample, prediction, timestep), noise, following)
+
+    def denoise(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The clean latent that the network sees in `sample` at levels (B,)."""
+        signal, sigma = self.coefficients(timestep)
         if self.prediction == "epsilon":
-            noise = prediction
-            latent = (sample - sigma * noise) / signal
-        else:
-            noise = sigma * sample + signal * prediction
-            latent = signal * sample - sigma * prediction
-        return self.noise(latent, noise, following)
+            return (sample - sigma * prediction) / signal
+        return signal * sample - sigma * prediction
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,10 @@ class RectifiedFlow:
         `prediction` is the velocity of `sample`, shaped like it.
         """
         return sample + (self.sigma(following) - self.sigma(timestep)) * prediction
+
+    def denoise(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The clean latent that the network sees in `sample` at levels (B,)."""
+        return sample - self.sigma(timestep) * prediction
 
 
 @functools.lru_cache(maxsize=16)

@@ -52,7 +52,7 @@ def parse_method(text: str, *, device: str | None = None) -> Method:
     Args:
         text: [NAME=]SPEC, where SPEC is `sobel`; `canny`; `maps:FOLDER`, of PNG files named after the images;
             `lines:FOLDER`, the same where they hold lines (thinned maps) already; or a model as `trace_fast.edges`
-            takes it, with `@iep` or `@LEVEL` behind it for another level than the model prefers.
+            takes it: its student where it has one, its search with `@iep` or `@LEVEL` behind it.
         device: for models.
 
     Returns:
@@ -95,24 +95,38 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def _of_model(name: str, spec: str, device: str | None) -> Method:
+    from trace_fast.backbones import student_folder
+    from trace_fast.detector import Detector
+    from trace_fast.image import to_tensor
     from trace_fast.tracer import Tracer
 
     model, _, level = spec.partition("@")
     timestep = level if level in ("", "iep") else int(level) if level.isdecimal() else None
     if timestep is None:
         raise ValueError(f"evaluate: level of method {name} must be iep or an integer, got {level!r}")
-    tracer = Tracer.from_pretrained(model, device=device)
-    options: dict[str, Any] = {} if timestep == "" else {"timestep": timestep}
+    found: Detector | Tracer
+    if timestep == "" and student_folder(model) is not None:
+        found = detector = Detector.from_pretrained(model, device=device)
+        modules = [detector.backbone.network, detector.decoder]
 
-    def trace(photo: Photo) -> np.ndarray:
-        return tracer(photo.image, **options).edges[0, 0].cpu().numpy()
+        def find(photo: Photo) -> np.ndarray:
+            assert photo.image is not None  # checked before
+            return detector.edges(to_tensor(photo.image))[0, 0].cpu().numpy()
+    else:
+        found = tracer = Tracer.from_pretrained(model, device=device)
+        modules = [tracer.backbone.network]
+        options: dict[str, Any] = {} if timestep == "" else {"timestep": timestep}
+
+        def find(photo: Photo) -> np.ndarray:
+            return tracer(photo.image, **options).edges[0, 0].cpu().numpy()
 
     weights = hashlib.sha256()
-    for parameter in tracer.backbone.network.parameters():
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in parameters:
         weights.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    identity = f"{spec} {tracer.backbone.settings} {tracer.device.type} {weights.hexdigest()}"
-    parameters = sum(parameter.numel() for parameter in tracer.backbone.network.parameters())
-    return Method(name, identity, trace, lambda photo: photo.image, threads=False, parameters=parameters)
+    identity = f"{spec} {type(found).__name__} {found.backbone.settings} {found.device.type} {weights.hexdigest()}"
+    count = sum(parameter.numel() for parameter in parameters)
+    return Method(name, identity, find, lambda photo: photo.image, threads=False, parameters=count)
 
 
 def _grey(photo: Photo) -> np.ndarray:

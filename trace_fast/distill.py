@@ -1,0 +1,600 @@
+"""Self-distillation: a one-step student learns from the edges that its own search found (TRACE, section 3.3).
+
+Two phases, both resumable. First the search visits every photograph once, and what it found is kept in shards. Then
+low-rank adapters on the self-attention and a small decoder learn to give these edges in one pass. No label is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from trace_fast import _checks, annotate
+from trace_fast._files import whole_file
+from trace_fast._training import State, trapezoid
+from trace_fast.backbones.base import constant
+from trace_fast.backbones.schedule import RectifiedFlow
+from trace_fast.decoder import DECODERS, Taps, make_decoder
+from trace_fast.detector import finest, listen, reading, save_student
+from trace_fast.image import resize
+from trace_fast.photographs import Photograph, list_photographs
+from trace_fast.tracer import Tracer
+
+__all__ = ["LABELS", "DistillConfig", "dice", "distill", "pseudo_labels"]
+
+LABELS = ("ternary", "binary", "soft")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every self-attention that is read
+PREVIEW = 6  # photographs of the live picture, which are not trained on
+FLOW_LEVEL = 20  # of rectified flow, where the reconstruction has no gradient at 0
+PROGRESS = ("step", "seconds", "recent", "losses")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What a distillation is made of.
+
+    Every random number follows from `seed` and the step, so that a resumed run goes on exactly where it stopped.
+
+    Attributes:
+        model: the teacher and the student's base: a name, a repository of the hub, or a folder.
+        images: folder of image files, or of tar files of them.
+        output: folder for shards, states and the student; a run found there is resumed.
+        size: (height, width) in pixels that the student works at; None is the model's own.
+        teacher_size: that the search works at; None is the student's.
+        timestep: level that the search reads: "iep", an integer, or None for what the model prefers.
+        noising: of the search; None for what the model prefers.
+        labels: "ternary" leaves out what is neither (the paper's), "binary" calls it interior, "soft" takes the
+            probability 1 - exp(-ABDiv / s).
+        interior: share of the lowest cells that are interior where none is below mean minus deviation.
+        decoder: "conv" or "pixels", see `trace_fast.decoder`.
+        decoder_options: of the decoder.
+        level: noise level of the student's pass; None is 0, and 20 for rectified flow.
+        reconstruction: weight of the reconstruction loss; 0 turns it off.
+        rank: of the adapters.
+        rate: peak learning rate of the adapters, AdamW.
+        decoder_rate: of the decoder.
+        warmup: steps over which the rate rises.
+        decay: last share of the run over which it falls to zero.
+        epochs: passes over the photographs.
+        batch: photographs in a step, over all processes.
+        limit: only so many photographs, drawn with `seed`.
+        seed: of everything random.
+        dtype: of the base's weights: "float32", "bfloat16", or None for bfloat16 on a GPU and float32 on the CPU.
+        checkpointing: recompute activations in the backward pass, which takes less memory and more time.
+        device: where to train; None is the GPU where there is one.
+        shard: photographs in a file of pseudo edges.
+        save_minutes: time between two states to resume from.
+        revision: of the model's repository.
+        licence: of the photographs, for the model card.
+    """
+
+    model: str
+    images: Path
+    output: Path
+    size: tuple[int, int] | None = None
+    teacher_size: tuple[int, int] | None = None
+    timestep: str | int | None = None
+    noising: str | None = None
+    labels: str = "ternary"
+    interior: float = 0.3
+    decoder: str = "conv"
+    decoder_options: dict[str, int] = field(default_factory=dict)
+    level: int | None = None
+    reconstruction: float = 1.0
+    rank: int = 64
+    rate: float = 1e-4
+    decoder_rate: float = 3e-3
+    warmup: int = 100
+    decay: float = 0.5
+    epochs: float = 10
+    batch: int = 8
+    limit: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    checkpointing: bool = False
+    device: str | None = None
+    shard: int = 64
+    save_minutes: float = 5.0
+    revision: str | None = None
+    licence: str = "not stated"
+
+    def __post_init__(self) -> None:
+        _checks.one_of("distill", "labels", self.labels, *LABELS)
+        _checks.one_of("distill", "decoder", self.decoder, *DECODERS)
+        _checks.one_of("distill", "dtype", self.dtype, None, "float32", "bfloat16")
+        for name, least in {"rank": 1, "batch": 1, "shard": 1, "warmup": 1}.items():
+            _checks.integer("distill", name, getattr(self, name), least)
+        for name in ("reconstruction", "rate", "decoder_rate", "epochs"):
+            _checks.number("distill", name, getattr(self, name), 0)
+        _checks.number("distill", "interior", self.interior, 0, 1)
+        if self.limit is not None:
+            _checks.integer("distill", "limit", self.limit, PREVIEW + 1)
+
+    def teacher(self) -> str:
+        """What shards of pseudo edges depend on beside their photographs."""
+        names = ("model", "revision", "teacher_size", "size", "timestep", "noising", "seed", "dtype")
+        values = {name: getattr(self, name) for name in names}
+        values["size"] = values.pop("teacher_size") or values["size"]
+        return json.dumps(values)
+
+    def identity(self) -> str:
+        """What a resumed run must share with the run before: all but where it runs and how often it saves."""
+        free = ("images", "output", "device", "save_minutes", "licence")
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
+
+
+def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.3, scale: float = 0.1) -> Tensor:
+    """Pseudo edges from the divergence of each image: TRACE's ternary labels, or simpler ones.
+
+    Above the image's mean plus one standard deviation is edge, below the mean minus one is interior, the rest is left
+    out. ABDiv leans to the right, so that nothing may lie below: the lowest share `interior` is interior then.
+
+    Args:
+        abdiv: (B, h, w) float, nats.
+        kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale).
+        interior: share of the cells.
+        scale: s, in nats.
+
+    Returns:
+        (2, B, h, w) float32: the label in [0, 1], and 1 where it counts, else 0.
+
+    Example:
+        >>> label, counts = pseudo_labels(torch.rand(2, 3, 4))
+    """
+    abdiv = abdiv.float()
+    if kind == "soft":
+        label = 1 - torch.exp(-abdiv.clamp(min=0) / scale)
+        return torch.stack([label, torch.ones_like(label)])
+    cells = abdiv.flatten(1)
+    mean, deviation = cells.mean(1)[:, None, None], cells.std(1, correction=0)[:, None, None]
+    edge = (abdiv > mean + deviation).float()
+    if kind == "binary":
+        return torch.stack([edge, torch.ones_like(edge)])
+    inside = abdiv < mean - deviation
+    lowest = abdiv <= torch.quantile(cells, interior, dim=1)[:, None, None]
+    none = ~inside.flatten(1).any(1)[:, None, None]
+    inside = torch.where(none, lowest & (edge == 0), inside)
+    return torch.stack([edge, (edge + inside.float()).clamp(max=1)])
+
+
+def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
+    """Dice loss where it counts: 1 - (2 sum of products + 1) / (sum of both + 1), mean over images.
+
+    Args:
+        found: (B, 1, h, w) probabilities.
+        label: (B, 1, h, w) in [0, 1].
+        counts: (B, 1, h, w), 1 or 0.
+
+    Returns:
+        A number from 0 (equal) to 1.
+    """
+    found, label = (x.flatten(1) * counts.flatten(1) for x in (found, label))
+    return (1 - (2 * (found * label).sum(1) + 1) / (found.sum(1) + label.sum(1) + 1)).mean()
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of several that work together, as `accelerate launch` or `torchrun` starts them; alone without these."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str | None) -> Process:
+        """The process that this is."""
+        if device is not None:
+            _checks.device("distill", device)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
+        alone = state.num_processes == 1
+        return cls(state.process_index, state.num_processes, torch.device(device) if device and alone else state.device)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+class Shards:
+    """The pseudo edges of a list of photographs: files of `config.shard` each, whole or not there.
+
+    Args:
+        config: of the run.
+        photographs: all of them, in order.
+    """
+
+    def __init__(self, config: DistillConfig, photographs: Sequence[Photograph]):
+        self.config, self.photographs = config, photographs
+        self.folder = config.output / "edges"
+        starts = range(0, len(photographs), config.shard)
+        self.parts = [photographs[start : start + config.shard] for start in starts]
+
+    def path(self, number: int) -> Path:
+        """File of a shard."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def identity(self, number: int) -> str:
+        """What a shard was made from."""
+        names = "\n".join(photograph.name for photograph in self.parts[number])
+        return hashlib.sha256(f"{self.config.teacher()}\n{names}".encode()).hexdigest()
+
+    def is_done(self, number: int) -> bool:
+        """Whether a shard is there and whole. A damaged one is told, and made again.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        path = self.path(number)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, "pt") as stored:
+                made_from = (stored.metadata() or {}).get("identity")
+        except (SafetensorError, OSError) as error:
+            tqdm.write(f"trace-fast: {path} is damaged and made again: {error}", file=sys.stderr)
+            return False
+        if made_from != self.identity(number):
+            raise ValueError(
+                f"distill: output must be empty or hold a run of the same teacher and photographs, got '{path}' of "
+                "another"
+            )
+        return True
+
+    def make(self, tracer: Tracer, numbers: Sequence[int]) -> None:
+        """Search the photographs of some shards."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        total = sum(len(self.parts[number]) for number in numbers)
+        with tqdm(total=total, desc="pseudo edges", unit="image", disable=None) as bar:
+            for number in numbers:
+                strengths, levels = [], []
+                for photograph in self.parts[number]:
+                    traced = tracer(
+                        photograph.read(),
+                        timestep=self.config.timestep,
+                        noising=self.config.noising,
+                        seed=self.config.seed,
+                        return_abdiv=True,
+                    )
+                    assert traced.abdiv is not None
+                    strengths.append(traced.abdiv.half().cpu())
+                    levels.append(traced.timestep.cpu())
+                    bar.update()
+                tensors = {"abdiv": torch.cat(strengths), "timestep": torch.cat(levels)}
+                with whole_file(self.path(number), "distill") as file:
+                    file.write(save(tensors, {"identity": self.identity(number)}))
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """ABDiv (B, h, w) float32 of photographs by their place in the list."""
+        rows = []
+        for index in indices:
+            number, row = divmod(index, self.config.shard)
+            rows.append(_open_shard(self.path(number)).get_slice("abdiv")[row : row + 1])
+        return torch.cat(rows).float()
+
+
+@functools.lru_cache(maxsize=256)
+def _open_shard(path: Path) -> Any:
+    return safe_open(path, "pt")
+
+
+class Distillation:
+    """The state of a run: base with adapters, decoder, optimiser, progress."""
+
+    def __init__(self, config: DistillConfig, tracer: Tracer, photographs: Sequence[Photograph], process: Process):
+        self.config, self.process, self.photographs = config, process, photographs
+        self.backbone, self.device = tracer.backbone, tracer.device
+        assert self.backbone.schedule is not None  # of an encoder, refused before
+        self.schedule = self.backbone.schedule
+        self.scale = tracer.backbone.settings.edge_scale
+        self.shards = Shards(config, photographs)
+        self.level = config.level
+        if self.level is None:
+            self.level = FLOW_LEVEL if isinstance(self.schedule, RectifiedFlow) else 0
+        torch.manual_seed(config.seed)
+        self.decoder = make_decoder(config.decoder, finest(self.backbone), **config.decoder_options).to(self.device)
+        self.adapters = inject(self.backbone.network, self.backbone.attentions(), config)
+        groups = [
+            {"params": list(self.adapters.values()), "peak": config.rate},
+            {"params": list(self.decoder.parameters()), "peak": config.decoder_rate},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        if config.checkpointing:
+            network: Any = self.backbone.network
+            if not hasattr(network, "enable_gradient_checkpointing"):
+                raise ValueError(f"distill: checkpointing must be of a network of diffusers, got {config.model!r}")
+            network.enable_gradient_checkpointing()
+            network.train()
+        self.step, self.seconds = 0, 0.0
+        self.recent: list[list[float]] = []
+        self.losses: list[list[float]] = []  # step, mean Dice loss and mean reconstruction loss since the last entry
+        self.steps = max(1, round(config.epochs * (len(photographs) - PREVIEW) / config.batch))
+        trained = self.adapters | {f"decoder.{name}": value for name, value in self.decoder.named_parameters()}
+        path = config.output / "state.safetensors"
+        self.state = State(path, trained, self.optimiser, config.identity(), "distill")
+
+    def indices(self, step: int) -> list[int]:
+        """Photographs of a step, by their place in the list: one permutation of all but the first few after another."""
+        count, batch = len(self.photographs) - PREVIEW, self.config.batch
+        chosen = []
+        for place in range(step * batch, (step + 1) * batch):
+            epoch, position = divmod(place, count)
+            chosen.append(PREVIEW + int(self._order(epoch)[position]))
+        return chosen
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one object a run)
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.photographs) - PREVIEW)
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Photographs at the processing size, as the decoder sees them, and their ABDiv."""
+        size, detail = self.backbone.settings.size, self.decoder.detail
+        images, details = [], []
+        for index in indices:
+            pixels = self.photographs[index].read()
+            images.append(resize(pixels, size))
+            if detail:
+                details.append(resize(pixels, (size[0] * detail, size[1] * detail)))
+        return torch.cat(images), torch.cat(details) if details else None, self.shards.read(indices)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """What this process sees of every step that is left, read ahead; half of the pictures are mirrored."""
+
+        def prepare(step: int) -> tuple[Tensor, Tensor | None, Tensor]:
+            chosen = self.indices(step)
+            flip = np.random.default_rng([self.config.seed, step, 1]).random(len(chosen)) < 0.5
+            mine = slice(self.process.index, None, self.process.count)
+            mirrored = torch.from_numpy(flip[mine])
+            images, details, abdiv = self.load(chosen[mine])
+
+            def mirror(x: Tensor) -> Tensor:
+                return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+            return mirror(images), None if details is None else mirror(details), mirror(abdiv)
+
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(prepare, step) for step in range(self.step, min(self.step + 3, self.steps))]
+            for step in range(self.step, self.steps):
+                yield waiting.pop(0).result()
+                if step + 3 < self.steps:
+                    waiting.append(pool.submit(prepare, step + 3))
+
+    def train_step(self, images: Tensor, details: Tensor | None, abdiv: Tensor) -> None:
+        """One step of the optimiser on this process's share of a batch."""
+        config, backbone, schedule = self.config, self.backbone, self.schedule
+        images, abdiv = images.to(self.device), abdiv.to(self.device)
+        details = None if details is None else details.to(self.device)
+        share = trapezoid(self.step, self.step / self.steps, config.warmup, config.decay)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * share
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            latent = backbone.encode(images)
+        timestep = constant((self.level,), images.device).expand(len(images))
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng([config.seed, self.step, 2, self.process.index]).integers(2**62))
+        )
+        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        noisy = schedule.noise(latent, noise, timestep)
+        taps = Taps(self.decoder.values, reading(backbone))
+        # hooks stay for the backward pass, which runs the network again under checkpointing
+        with listen(backbone, taps.hear):
+            prediction = backbone.predict(noisy, timestep)
+            found = self.decoder(taps.total(), details).float().sigmoid()
+            label, counts = self.targets(abdiv, found.shape[-2:])
+            edges = dice(found, label, counts)
+            rebuilt = schedule.denoise(noisy, prediction, timestep)
+            reconstruction = functional.mse_loss(rebuilt, latent)
+            loss = edges + config.reconstruction * reconstruction
+            weight = len(images) / config.batch
+            (loss * weight).backward()
+        trained = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        if self.process.count > 1:
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.process.sum(parameter.grad)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        self.optimiser.step()
+        self.step += 1
+        figures = self.process.sum(torch.stack([edges.detach(), reconstruction.detach()]) * weight)
+        self.recent.append(figures.tolist())
+
+    def targets(self, abdiv: Tensor, size: Sequence[int]) -> Tensor:
+        """Labels and where they count, (2, B, 1, *size): thresholds are those of the grid."""
+        label, counts = pseudo_labels(abdiv, self.config.labels, self.config.interior, self.scale)
+        if tuple(size) == tuple(abdiv.shape[1:]):
+            return torch.stack([label, counts])[:, :, None]
+        stretched = functional.interpolate(
+            torch.stack([label * counts, (1 - label) * counts], 1), tuple(size), mode="bilinear", align_corners=False
+        )
+        edge, inside = stretched[:, :1], stretched[:, 1:]
+        if self.config.labels == "soft":
+            return torch.stack([edge, torch.ones_like(edge)])
+        return torch.stack([(edge > 0.5).float(), ((edge > 0.5) | (inside > 0.5)).float()])
+
+    @torch.no_grad()
+    def preview(self) -> None:
+        """The live picture: photographs that are not trained on, their pseudo edges, the student's."""
+        images, details, abdiv = self.load(range(PREVIEW))
+        images = images.to(self.device)
+        taps = Taps(self.decoder.values, reading(self.backbone))
+        timestep = constant((self.level,), images.device).expand(len(images))
+        with listen(self.backbone, taps.hear):
+            self.backbone.predict(self.backbone.encode(images), timestep)
+        found = self.decoder(taps.total(), None if details is None else details.to(self.device)).float().sigmoid()
+        size, rows = self.backbone.settings.size, []
+        (label, counts), found = self.targets(abdiv, size), resize(found, size).clamp(0, 1).cpu()
+        soft = 1 - torch.exp(-resize(abdiv[:, None], size).clamp(min=0) / self.scale)
+        for index, photograph in enumerate(images.cpu()):
+            # left out is grey
+            ternary = torch.where(counts[index, 0] > 0, label[index, 0], torch.tensor(0.5))
+            columns = [photograph, soft[index, 0], ternary, found[index, 0]]
+            titles = ["photograph", "ABDiv", "pseudo edges", "student"] if index == 0 else [""] * 4
+            rows.append(annotate.panel(columns, titles, height=192))
+        from PIL import Image
+
+        sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+        for row, top in zip(rows, itertools.accumulate((row.height for row in rows), initial=0), strict=False):
+            sheet.paste(row, (0, top))
+        annotate.write_picture(self.config.output / "preview.png", sheet)
+
+    def save(self) -> None:
+        """Write what a later run resumes from, and the live picture."""
+        if self.process.index == 0:
+            self.state.save({name: getattr(self, name) for name in PROGRESS})
+            self.preview()
+
+    def export(self) -> Path:
+        """Write the student, with a model card; see `Detector.from_pretrained`."""
+        config, folder = self.config, self.config.output / "student"
+        place = Path(config.model)
+        description = {
+            "base": {"model": str(place.resolve()) if place.is_dir() else config.model, "revision": config.revision},
+            "size": list(self.backbone.settings.size),
+            "level": self.level,
+            "decoder": self.decoder.options(),
+            "scale": 1.0,  # of the adapter's products: alpha is the rank
+        }
+        adapter = {name: value.detach().half() for name, value in self.adapters.items()}
+        null_text = getattr(self.backbone, "null_text", None)
+        save_student(folder, description, self.decoder, adapter, null_text, self.card())
+        return folder
+
+    def card(self) -> str:
+        """What the student is, in Markdown."""
+        config, size = self.config, "x".join(map(str, self.backbone.settings.size))
+        count = sum(value.numel() for value in self.decoder.parameters())
+        low = sum(value.numel() for value in self.adapters.values())
+        losses = f"{self.losses[-1][1]:.4f} and {self.losses[-1][2]:.4f}" if self.losses else "not logged"
+        return "\n".join(
+            [
+                f"# A one-step student of {config.model}",
+                "",
+                "Instance edges in one pass, distilled from those that the model's own attention gives. No labels.",
+                "",
+                f"- Decoder: {config.decoder}, {count:,} parameters; adapters of rank {config.rank}, "
+                f"{low:,} parameters",
+                f"- Works at {size} pixels and level {self.level}",
+                f"- Teacher: ABDiv at {config.teacher_size or self.backbone.settings.size} pixels, timestep "
+                f"{config.timestep or 'as the model prefers'}; {config.labels} labels",
+                f"- Data: {len(self.photographs) - PREVIEW:,} photographs of {config.images.name!r}, licence "
+                f"{config.licence}",
+                f"- Training: {self.step:,} steps of {config.batch}, AdamW, rates {config.rate:g} (adapters) and "
+                f"{config.decoder_rate:g} (decoder), reconstruction weight {config.reconstruction:g}, "
+                f"seed {config.seed}",
+                f"- Dice and reconstruction loss of the last steps logged: {losses}",
+                f"- Machine: {platform.processor() or platform.machine()}, {self.device}, "
+                f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
+                "",
+            ]
+        )
+
+    def run(self) -> Path:
+        """Train to the end, from the state in the output folder if there is one; returns the student's folder."""
+        config = self.config
+        for name, value in (self.state.resume() or {}).items():
+            setattr(self, name, value)
+        started, saved = time.monotonic() - self.seconds, time.monotonic()
+        hidden = None if self.process.index == 0 else True
+        with tqdm(total=self.steps, initial=self.step, unit="step", desc="distill", disable=hidden) as bar:
+            for batch in self.batches():
+                self.train_step(*batch)
+                self.seconds = time.monotonic() - started
+                bar.update()
+                if len(self.recent) == 50:
+                    means = np.mean(self.recent, 0).tolist()
+                    self.losses.append([self.step, *means])
+                    self.recent = []
+                    bar.set_postfix(dice=f"{means[0]:.3f}", reconstruction=f"{means[1]:.4f}")
+                if time.monotonic() - saved > 60 * config.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        return self.export()
+
+
+def inject(network: nn.Module, attentions: Sequence[nn.Module], config: DistillConfig) -> dict[str, nn.Parameter]:
+    """Put adapters on the projections of self-attention modules; their parameters by name, float32.
+
+    Products start at zero, so that the network is unchanged at first.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    chosen = {id(module) for module in attentions}
+    targets = [
+        f"{place}.{projection}"
+        for place, module in network.named_modules()
+        if id(module) in chosen
+        for projection in PROJECTIONS
+        if projection.split(".")[0] in dict(module.named_children())
+    ]
+    network.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), network)
+    found = {}
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            found[name.replace(".default", "")] = parameter
+    return found
+
+
+def distill(config: DistillConfig) -> Path:
+    """Distil a student; resume a run found in `config.output`. Returns the student's folder.
+
+    Started by `accelerate launch` or `torchrun`, several processes share shards and batches.
+
+    Raises:
+        FileNotFoundError, ValueError: the photographs cannot be read, the run found is of another configuration, or the
+            model cannot be distilled.
+        RuntimeError: the device is not there, or the model does not fit.
+    """
+    photographs = list_photographs(config.images)
+    if len(photographs) <= PREVIEW:
+        raise ValueError(f"distill: images must be more than {PREVIEW} photographs, got {len(photographs)}")
+    order = np.random.default_rng(config.seed).permutation(len(photographs))[: config.limit]
+    photographs = [photographs[index] for index in order]
+    process = Process.join(config.device)
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+
+    def tracer(size: tuple[int, int] | None) -> Tracer:
+        found = Tracer.from_pretrained(
+            config.model, size=size, device=process.device, dtype=dtype, revision=config.revision
+        )
+        if found.backbone.schedule is None:
+            raise ValueError(f"distill: model must be a diffusion model, got the encoder {config.model!r}")
+        return found
+
+    config.output.mkdir(parents=True, exist_ok=True)
+    shards = Shards(config, photographs)
+    mine = range(process.index, len(shards.parts), process.count)
+    if missing := [number for number in mine if not shards.is_done(number)]:
+        shards.make(tracer(config.teacher_size or config.size), missing)
+    process.wait()
+    return Distillation(config, tracer(config.size), photographs, process).run()
