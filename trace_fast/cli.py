@@ -180,8 +180,12 @@ def distill(
         Path, typer.Option("--images", metavar="DIR", help="Folder of image files, or of tar files of them; no labels.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Shards, states, student; a run there is resumed.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="States and student; a run there is resumed.")
     ],
+    edges: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What the search finds, for several students; else DIR/edges of --output."),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="Teacher and base: name shown by `trace-fast models`, repository of the hub, or folder.")
     ] = "mini",

@@ -56,14 +56,15 @@ class DistillConfig:
     Attributes:
         model: the teacher and the student's base: a name, a repository of the hub, or a folder.
         images: folder of image files, or of tar files of them.
-        output: folder for shards, states and the student; a run found there is resumed.
+        output: folder for states and the student; a run found there is resumed.
+        edges: folder for the shards of pseudo edges, which several students may share; None is `edges` in `output`.
         size: (height, width) in pixels that the student works at; None is the model's own.
         teacher_size: that the search works at; None is the student's.
         timestep: level that the search reads: "iep", an integer, or None for what the model prefers.
         noising: of the search; None for what the model prefers.
         labels: "ternary" leaves out what is neither (the paper's), "binary" calls it interior, "soft" takes the
             probability 1 - exp(-ABDiv / s).
-        interior: share of the lowest cells that are interior where none is below mean minus deviation.
+        interior: share of the cells that are interior at least, the lowest, where fewer lie below mean minus deviation.
         decoder: "conv" or "pixels", see `trace_fast.decoder`.
         decoder_options: of the decoder.
         level: noise level of the student's pass; None is 0, and 20 for rectified flow.
@@ -89,12 +90,13 @@ class DistillConfig:
     model: str
     images: Path
     output: Path
+    edges: Path | None = None
     size: tuple[int, int] | None = None
     teacher_size: tuple[int, int] | None = None
     timestep: str | int | None = None
     noising: str | None = None
     labels: str = "ternary"
-    interior: float = 0.3
+    interior: float = 0.16
     decoder: str = "conv"
     decoder_options: dict[str, int] = field(default_factory=dict)
     level: int | None = None
@@ -137,20 +139,21 @@ class DistillConfig:
 
     def identity(self) -> str:
         """What a resumed run must share with the run before: all but where it runs and how often it saves."""
-        free = ("images", "output", "device", "save_minutes", "licence")
+        free = ("images", "output", "edges", "device", "save_minutes", "licence")
         return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
 
 
-def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.3, scale: float = 0.1) -> Tensor:
+def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, scale: float = 0.1) -> Tensor:
     """Pseudo edges from the divergence of each image: TRACE's ternary labels, or simpler ones.
 
     Above the image's mean plus one standard deviation is edge, below the mean minus one is interior, the rest is left
-    out. ABDiv leans to the right, so that nothing may lie below: the lowest share `interior` is interior then.
+    out. ABDiv leans to the right, so that few cells or none may lie below: at least the lowest share `interior` is
+    interior. Of a normal distribution 0.16 lie below.
 
     Args:
         abdiv: (B, h, w) float, nats.
         kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale).
-        interior: share of the cells.
+        interior: share of the cells, from 0 to 1.
         scale: s, in nats.
 
     Returns:
@@ -168,15 +171,15 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.3, s
     edge = (abdiv > mean + deviation).float()
     if kind == "binary":
         return torch.stack([edge, torch.ones_like(edge)])
-    inside = abdiv < mean - deviation
-    lowest = abdiv <= torch.quantile(cells, interior, dim=1)[:, None, None]
-    none = ~inside.flatten(1).any(1)[:, None, None]
-    inside = torch.where(none, lowest & (edge == 0), inside)
-    return torch.stack([edge, (edge + inside.float()).clamp(max=1)])
+    low = torch.maximum(mean - deviation, torch.quantile(cells, interior, dim=1)[:, None, None])
+    inside = (abdiv <= low).float() * (1 - edge)
+    return torch.stack([edge, edge + inside])
 
 
 def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
-    """Dice loss where it counts: 1 - (2 sum of products + 1) / (sum of both + 1), mean over images.
+    """Dice loss where it counts: 1 - (2 sum of products + 1) / (sum of squares of both + 1), mean over images.
+
+    With squares (V-Net's form), a soft label is matched best by itself, not by 0 or 1.
 
     Args:
         found: (B, 1, h, w) probabilities.
@@ -187,7 +190,7 @@ def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
         A number from 0 (equal) to 1.
     """
     found, label = (x.flatten(1) * counts.flatten(1) for x in (found, label))
-    return (1 - (2 * (found * label).sum(1) + 1) / (found.sum(1) + label.sum(1) + 1)).mean()
+    return (1 - (2 * (found * label).sum(1) + 1) / ((found**2).sum(1) + (label**2).sum(1) + 1)).mean()
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ class Shards:
 
     def __init__(self, config: DistillConfig, photographs: Sequence[Photograph]):
         self.config, self.photographs = config, photographs
-        self.folder = config.output / "edges"
+        self.folder = config.edges or config.output / "edges"
         starts = range(0, len(photographs), config.shard)
         self.parts = [photographs[start : start + config.shard] for start in starts]
 

@@ -1,0 +1,150 @@
+"""What each choice of the distillation is worth: students of the embedded model, one choice changed at a time.
+
+    python benchmarks/ablations.py --images PHOTOGRAPHS --data ../shared/data/dev_coco -o build/ablations
+
+Every student sees as many photographs for as many steps. They are scored by `trace-fast evaluate`'s functions, beside
+their teachers. Two rows are controls: a student whose decoder sees the photograph and no attention, and labels from the
+squared distance of attention rows instead of their divergence (as the paper's comparison of KL and L2). Interrupt it at
+will: shards, students and counts that are there are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from quality import provenance
+from torch import Tensor
+
+from trace_fast import Detector, Tracer, decoder, ops
+from trace_fast.distill import DistillConfig, distill
+from trace_fast.evaluation import edges, report, run
+from trace_fast.evaluation.methods import Method, parse_method
+from trace_fast.evaluation.truth import open_photos
+from trace_fast.image import to_tensor
+
+SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
+BASE: dict[str, Any] = {"teacher_size": LARGE, "timestep": 0, "decoder": "pixels", "labels": "soft"}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "ternary labels": {"labels": "ternary"},
+    "ternary labels, 60 % interior": {"labels": "ternary", "interior": 0.6},
+    "binary labels": {"labels": "binary"},
+    "no reconstruction": {"reconstruction": 0.0},
+    "the paper's decoder": {"decoder": "conv", "decoder_rate": 1e-2},
+    "no adapters": {"rate": 0.0},
+    "no attention (control)": {"rate": 0.0, "blind": True},
+    "teacher at 128 pixels": {"teacher_size": SMALL},
+    "teacher at 128 pixels, t*": {"teacher_size": SMALL, "timestep": "iep"},
+    "teacher at 128 pixels, L2": {"teacher_size": SMALL, "distance": True},
+}
+
+
+def squared_distance(attention: Tensor, height: int, width: int) -> Tensor:
+    """ABDiv with the squared distance of rows in place of their divergence: (B, N, N) to (B, height, width)."""
+    maps = attention.unflatten(1, (height, width))
+    rows, columns = torch.arange(height), torch.arange(width)
+    down = maps[:, (rows + 1).clamp(max=height - 1)] - maps[:, (rows - 1).clamp(min=0)]
+    across = maps[:, :, (columns + 1).clamp(max=width - 1)] - maps[:, :, (columns - 1).clamp(min=0)]
+    return (down**2).sum(-1) + (across**2).sum(-1)
+
+
+def train(config: DistillConfig, *, blind: bool, distance: bool) -> Path:
+    """A student; its folder. Blind ones read zeros for attention; `distance` changes what the search measures."""
+    if (config.output / "student" / "config.json").is_file():
+        return config.output / "student"
+    with mock.patch.object(ops, "abdiv", squared_distance if distance else ops.abdiv):
+        if not blind:
+            return distill(config)
+        with mock.patch.object(decoder.Taps, "total", total_of_nothing):
+            return distill(config)
+
+
+def total_of_nothing(taps: decoder.Taps) -> Tensor:
+    """Zeros in place of what was read."""
+    return 0 * read_total(taps)
+
+
+read_total = decoder.Taps.total
+
+
+def method_of(name: str, folder: Path, *, blind: bool) -> Method:
+    """A student as something that makes edge maps."""
+    found = parse_method(f"{name}={folder}", device="cpu")
+    if not blind:
+        return found
+    detector = Detector.from_pretrained(folder, device="cpu")
+
+    def find(photo: Any) -> Any:
+        with mock.patch.object(decoder.Taps, "total", total_of_nothing):
+            return detector.edges(to_tensor(photo.image))[0, 0].numpy()
+
+    return replace(found, edges=find, identity=f"{found.identity} blind")
+
+
+def teacher(size: tuple[int, int], timestep: str | int) -> Method:
+    """The embedded model's search at a size."""
+    tracer = Tracer.from_pretrained("mini", device="cpu", size=size)
+    name = f"teacher at {size[0]} pixels, {'t*' if timestep == 'iep' else f'level {timestep}'}"
+
+    def find(photo: Any) -> Any:
+        return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
+
+    return Method(name, f"{name} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
+
+
+def main() -> None:
+    """Train, score, and write ablations.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="photographs to distil from")
+    add("--data", type=Path, required=True, help="photographs with instances, to score on")
+    add("-o", "--output", type=Path, required=True)
+    add("--edges", type=Path, help="folder of shards that are there already; one for each teacher")
+    add("--photographs", type=int, default=512, help="to distil from")
+    add("--epochs", type=float, default=4)
+    add("--every", type=int, default=1, help="score every so many photographs")
+    add("--only", nargs="*", choices=STUDENTS, help="these students alone")
+    options = parser.parse_args()
+    origin = provenance() | {"command": shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])}
+
+    students = {name: STUDENTS[name] for name in options.only or STUDENTS}
+    methods = [teacher(LARGE, 0), teacher(SMALL, 0)]
+    for name, changes in students.items():
+        values = {**BASE, "blind": False, "distance": False, **changes}
+        blind, distance = values.pop("blind"), values.pop("distance")
+        slug = "".join(letter if letter.isalnum() else "_" for letter in name)
+        search = f"{values['teacher_size'][0]}-{values['timestep']}{'-distance' if distance else ''}"
+        config = DistillConfig(
+            "mini",
+            options.images,
+            options.output / "students" / slug,
+            edges=(options.edges or options.output / "edges") / search,
+            size=SMALL,
+            rank=16,
+            limit=options.photographs,
+            epochs=options.epochs,
+            device="cpu",
+            **values,
+        )
+        methods.append(method_of(name, train(config, blind=blind, distance=distance), blind=blind))
+    photos = run.check(open_photos(options.data)[0][:: options.every], methods)[0]
+    scores = {each.name: edges.score(run.count_all(photos, each, options.output / "counts")) for each in methods}
+    report.write_report(options.output, scores, photos, methods, command=origin["command"], notes=[])
+    rows = {
+        name: {"ods": score.ods, "ois": score.ois, "ap": score.ap, "cldice": score.cldice}
+        for name, score in scores.items()
+    }
+    result = origin | {"photographs": options.photographs, "epochs": options.epochs, "photos": len(photos)}
+    (options.output / "ablations.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
