@@ -118,6 +118,8 @@ class Detector:
             merge(backbone.network, adapter, config.get("scale", 1.0))
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
+        if hasattr(backbone, "vae"):  # its convolutions are faster so
+            backbone.vae.to(memory_format=torch.channels_last)
         return cls(backbone, decoder, level=level, name=str(model), config=config, adapter=adapter)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -170,7 +172,23 @@ class Detector:
         Args:
             mode: of `torch.compile`.
         """
-        self._run = torch.compile(self.predict, mode=mode)
+        backbone, decoder = self.backbone, self.decoder
+        now: dict[str, Taps] = {}  # empty between calls, or each call would be compiled anew
+        # these hooks stay, since setting hooks would break the graph; the network is the detector's own
+        listen(backbone, lambda index, query, key: now["taps"].hear(index, query, key)).__enter__()
+        timestep = constant((self.level,), self.device)
+
+        def run(images: Tensor, photograph: Tensor | None) -> Tensor:
+            taps = now["taps"] = Taps(decoder.values, reading(backbone))
+            backbone.predict(backbone.encode(images), timestep.expand(len(images)))
+            now.clear()
+            return decoder(taps.total(), photograph)
+
+        size, detail = backbone.settings.size, decoder.detail
+        empty = torch.zeros(1, 3, *size, device=self.device)
+        with torch.no_grad():  # once as it is: what the hooks note of the first pass would ask for a second compilation
+            run(empty, door.resize(empty, (size[0] * detail, size[1] * detail)) if detail else None)
+        self._run = torch.compile(run, mode=mode)
         return self
 
     def __call__(
@@ -243,7 +261,7 @@ class Detector:
 
         def hear(index: int, query: Tensor, key: Tensor) -> None:
             taps.hear(index, query, key)
-            if index == last and not torch.compiler.is_compiling():
+            if index == last:
                 raise HeardError
 
         timestep = constant((self.level,), images.device).expand(len(images))

@@ -41,7 +41,7 @@ class Capture:
         self.modules = list(modules)
         self.sink = sink
         self.tokens: Sequence[int | None] = [None] * len(self.modules) if tokens is None else tokens
-        self.counts = [0] * len(self.modules)
+        self.heard = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture:
@@ -53,7 +53,7 @@ class Capture:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         while self._handles:
             self._handles.pop().remove()
-        silent = [module for module, count in zip(self.modules, self.counts, strict=True) if not count]
+        silent = [module for module, heard in zip(self.modules, self.heard, strict=True) if not heard]
         if error is None and silent:
             raise RuntimeError(self._complain(silent))
 
@@ -101,7 +101,7 @@ class Capture:
 
         def finish(*_: Any) -> None:
             if "query" in seen and "key" in seen:
-                self.counts[index] += 1
+                self.heard[index] = True
                 self.sink(index, seen["query"].transpose(1, 2), seen["key"].transpose(1, 2))
             seen.clear()
 

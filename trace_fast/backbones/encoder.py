@@ -89,7 +89,7 @@ class EncoderCapture(Capture):
                 if sharing > 1:  # heads that share a key
                     key = key.repeat_interleave(sharing, 1)
                 count = self.tokens[index] or query.shape[2]
-                self.counts[index] += 1
+                self.heard[index] = True
                 self.sink(index, query[:, :, -count:], key[:, :, -count:])
             seen.clear()
 
