@@ -221,7 +221,7 @@ def distill(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Of the base's weights; else bfloat16 on a GPU and float32 on the CPU."),
+        typer.Option(help="That the student is trained in; else bfloat16 on a GPU and float32 on the CPU."),
     ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory for more time: recompute in the backward pass.")

@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -78,7 +79,8 @@ class DistillConfig:
         batch: photographs in a step, over all processes.
         limit: only so many photographs, drawn with `seed`.
         seed: of everything random.
-        dtype: of the base's weights: "float32", "bfloat16", or None for bfloat16 on a GPU and float32 on the CPU.
+        dtype: of the training: "float32", "bfloat16" (autocast), or None for bfloat16 on a GPU and float32 on the CPU.
+            The base's weights are as `Tracer.from_pretrained` reads them, or float32; adapters and decoder are float32.
         checkpointing: recompute activations in the backward pass, which takes less memory and more time.
         device: where to train; None is the GPU where there is one.
         shard: photographs in a file of pseudo edges.
@@ -132,8 +134,9 @@ class DistillConfig:
 
     def teacher(self) -> str:
         """What shards of pseudo edges depend on beside their photographs."""
-        names = ("model", "revision", "teacher_size", "size", "timestep", "noising", "seed", "dtype")
+        names = ("model", "revision", "teacher_size", "size", "timestep", "noising", "seed")
         values = {name: getattr(self, name) for name in names}
+        values["dtype"] = "float32" if self.dtype == "float32" else None
         values["size"] = values.pop("teacher_size") or values["size"]
         return json.dumps(values)
 
@@ -315,6 +318,7 @@ class Distillation:
         assert self.backbone.schedule is not None  # of an encoder, refused before
         self.schedule = self.backbone.schedule
         self.scale = tracer.backbone.settings.edge_scale
+        self.half = config.dtype == "bfloat16" or (config.dtype is None and self.device.type == "cuda")
         self.shards = Shards(config, photographs)
         self.level = config.level
         if self.level is None:
@@ -407,11 +411,13 @@ class Distillation:
         taps = Taps(self.decoder.values, reading(backbone))
         # hooks stay for the backward pass, which runs the network again under checkpointing
         with listen(backbone, taps.hear):
-            prediction = backbone.predict(noisy, timestep)
-            found = self.decoder(taps.total(), details).float().sigmoid()
+            with warnings.catch_warnings(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
+                prediction = backbone.predict(noisy, timestep)
+                found = self.decoder(taps.total(), details).float().sigmoid()
             label, counts = self.targets(abdiv, found.shape[-2:])
             edges = dice(found, label, counts)
-            rebuilt = schedule.denoise(noisy, prediction, timestep)
+            rebuilt = schedule.denoise(noisy, prediction.float(), timestep)
             reconstruction = functional.mse_loss(rebuilt, latent)
             loss = edges + config.reconstruction * reconstruction
             weight = len(images) / config.batch
@@ -584,7 +590,7 @@ def distill(config: DistillConfig) -> Path:
     order = np.random.default_rng(config.seed).permutation(len(photographs))[: config.limit]
     photographs = [photographs[index] for index in order]
     process = Process.join(config.device)
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    dtype = torch.float32 if config.dtype == "float32" else None
 
     def tracer(size: tuple[int, int] | None) -> Tracer:
         found = Tracer.from_pretrained(
