@@ -236,7 +236,7 @@ def distill(
     goes on, DIR/student is the result. Several GPUs: `accelerate launch -m trace_fast distill ...`.
     """
     options: dict[str, Any] = dict(locals())
-    options |= {name: _parse_size(options[name]) for name in ("size", "teacher_size")}
+    options |= {name: _parse_size(options[name], name.replace("_", "-")) for name in ("size", "teacher_size")}
     options["timestep"] = _parse_timestep(timestep)
     _open_folder(output)
 
@@ -488,11 +488,11 @@ def _parse_timestep(text: str | None) -> str | int | None:
     return level
 
 
-def _parse_size(text: str | None) -> tuple[int, int] | None:
+def _parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
     if text is None:
         return None
     if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)):
-        _refuse(f"--size must be height and width in pixels, such as 512x768, got {text!r}")
+        _refuse(f"--{name} must be height and width in pixels, such as 512x768, got {text!r}")
     return int(found[1]), int(found[2])
 
 

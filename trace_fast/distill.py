@@ -215,6 +215,11 @@ class Process:
         alone = state.num_processes == 1
         return cls(state.process_index, state.num_processes, torch.device(device) if device and alone else state.device)
 
+    @property
+    def share(self) -> slice:
+        """Which of the photographs of a batch are this process's."""
+        return slice(self.index, None, self.count)
+
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
@@ -300,13 +305,12 @@ class Shards:
         rows = []
         for index in indices:
             number, row = divmod(index, self.config.shard)
-            rows.append(_open_shard(self.path(number)).get_slice("abdiv")[row : row + 1])
+            rows.append(self._open(number).get_slice("abdiv")[row : row + 1])
         return torch.cat(rows).float()
 
-
-@functools.lru_cache(maxsize=256)
-def _open_shard(path: Path) -> Any:
-    return safe_open(path, "pt")
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
+    def _open(self, number: int) -> Any:
+        return safe_open(self.path(number), "pt")
 
 
 class Distillation:
@@ -375,7 +379,7 @@ class Distillation:
         def prepare(step: int) -> tuple[Tensor, Tensor | None, Tensor]:
             chosen = self.indices(step)
             flip = np.random.default_rng([self.config.seed, step, 1]).random(len(chosen)) < 0.5
-            mine = slice(self.process.index, None, self.process.count)
+            mine = self.process.share
             mirrored = torch.from_numpy(flip[mine])
             images, details, abdiv = self.load(chosen[mine])
 
@@ -404,9 +408,10 @@ class Distillation:
             latent = backbone.encode(images)
         timestep = constant((self.level,), images.device).expand(len(images))
         generator = torch.Generator().manual_seed(
-            int(np.random.default_rng([config.seed, self.step, 2, self.process.index]).integers(2**62))
+            int(np.random.default_rng([config.seed, self.step, 2]).integers(2**62))
         )
-        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        # of the whole batch: the same for any number of processes
+        noise = torch.randn(config.batch, *latent.shape[1:], generator=generator)[self.process.share].to(latent)
         noisy = schedule.noise(latent, noise, timestep)
         taps = Taps(self.decoder.values, reading(backbone))
         # hooks stay for the backward pass, which runs the network again under checkpointing
@@ -511,7 +516,7 @@ class Distillation:
                 f"{low:,} parameters",
                 f"- Works at {size} pixels and level {self.level}",
                 f"- Teacher: ABDiv at {config.teacher_size or self.backbone.settings.size} pixels, timestep "
-                f"{config.timestep or 'as the model prefers'}; {config.labels} labels",
+                f"{'as the model prefers' if config.timestep is None else config.timestep}; {config.labels} labels",
                 f"- Data: {len(self.photographs) - PREVIEW:,} photographs of {config.images.name!r}, licence "
                 f"{config.licence}",
                 f"- Training: {self.step:,} steps of {config.batch}, AdamW, rates {config.rate:g} (adapters) and "
@@ -590,6 +595,8 @@ def distill(config: DistillConfig) -> Path:
     order = np.random.default_rng(config.seed).permutation(len(photographs))[: config.limit]
     photographs = [photographs[index] for index in order]
     process = Process.join(config.device)
+    if config.batch < process.count:
+        raise ValueError(f"distill: batch must be at least the {process.count} processes, got {config.batch}")
     dtype = torch.float32 if config.dtype == "float32" else None
 
     def tracer(size: tuple[int, int] | None) -> Tracer:

@@ -45,7 +45,7 @@ class Photograph:
                 file.seek(self.start)
                 content = file.read() if self.length is None else file.read(self.length)
             return to_tensor(Image.open(io.BytesIO(content)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"photographs must be readable, got {self.name} in {str(self.path)!r}: {error}") from error
 
 

@@ -1,0 +1,775 @@
+"""Distillation of the one-step student: labels and losses by hand, every family, resuming, and faults told."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import SIZE, dinov2, pipeline
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from trace_fast import Detector, Tracer, _files, cli
+from trace_fast import distill as program
+from trace_fast.backbones.mini import Mini, MiniConfig
+from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
+from trace_fast.decoder import Taps
+from trace_fast.detector import listen, reading
+from trace_fast.distill import Distillation, DistillConfig, dice, distill, inject, pseudo_labels
+from trace_fast.photographs import Photograph, list_photographs
+
+# of diffusers' own call of the hub
+pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+
+FAMILIES = ("sd15", "sdxl", "pixart", "sd3.5-large", "flux.1-dev")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """No network, a cache of its own, and one thread: sums have one order."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a test asked for the network")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setenv("TRACE_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        diffusers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.set_verbosity_error()
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Ten pictures of a rectangle each, of unlike sizes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for index in range(10):
+        picture = random.integers(0, 80, (40 + index, 60, 3), dtype=np.uint8)
+        top, left = random.integers(4, 20, 2)
+        picture[top : top + 16, left : left + 24] += random.integers(60, 170, 3, dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a small embedded network with random weights, 32 x 48 pixels and 8 x 12 tokens."""
+    torch.manual_seed(0)
+    network = Mini(MiniConfig(dim=16, depth=2, heads=2))
+    for parameter in network.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("model")
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {"family": "mini", "architecture": network.config.to_dict(), "tracing": {"size": [32, 48], "timestep": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(model, photographs):
+    """Four photographs to train on, in shards of four."""
+    return DistillConfig(
+        str(model), photographs, Path(), rank=2, rate=1e-2, epochs=2, batch=2, warmup=2, shard=4, device="cpu"
+    )
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    return replace(base, output=tmp_path / "run")
+
+
+@pytest.fixture
+def call(config, monkeypatch):
+    """Run the command as it would make this configuration, some options changed."""
+    # what the command has no options for
+    options = {"shard": config.shard, "warmup": config.warmup, "save_minutes": 0}
+    monkeypatch.setattr(program, "DistillConfig", lambda **given: DistillConfig(**given, **options))
+
+    def call(*more, **changed):
+        names = ("model", "images", "output", "rank", "rate", "epochs", "batch", "device")
+        values = {name: getattr(config, name) for name in names} | changed
+        words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+        return CliRunner().invoke(cli.app, ["distill", *words, *map(str, more)])
+
+    return call
+
+
+def weights(config):
+    """What a run has learned."""
+    return {name: x for name, x in load_file(config.output / "state.safetensors").items() if name.startswith("model.")}
+
+
+def progress(config):
+    with safe_open(config.output / "state.safetensors", "pt") as stored:
+        return json.loads(stored.metadata()["progress"])
+
+
+def shards(config):
+    return {path.name: path.stat().st_mtime_ns for path in (config.output / "edges").glob("*.safetensors")}
+
+
+class TestPseudoLabels:
+    def test_edge_above_and_interior_below_mean_and_deviation(self):
+        abdiv = torch.tensor([[[0.0, 4, 4, 4, 4], [4, 4, 4, 4, 8]]])  # mean 4, deviation 1.79
+        label, counts = pseudo_labels(abdiv, interior=0)
+        assert label.tolist() == [[[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]]
+        assert counts.tolist() == [[[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]]
+
+    def test_every_image_has_thresholds_of_its_own(self):
+        abdiv = torch.rand(1, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
+        label, counts = pseudo_labels(torch.cat([abdiv, 100 * abdiv + 3]))
+        assert torch.equal(label[0], label[1]) and torch.equal(counts[0], counts[1])
+        assert 0 < label.sum() < counts.sum() < counts.numel()
+
+    @pytest.mark.parametrize(("interior", "cells"), [(0.0, 1), (0.16, 4), (0.3, 6), (0.5, 10)])
+    def test_the_lowest_share_is_interior_where_nothing_lies_below(self, interior, cells):
+        abdiv = (torch.arange(20.0) / 20).pow(4).flip(0).view(1, 4, 5)  # leans to the right
+        assert abdiv.mean() - abdiv.std(correction=0) < 0
+        label, counts = pseudo_labels(abdiv, interior=interior)
+        inside = (counts > label).flatten().flip(0)
+        assert inside.tolist() == [True] * cells + [False] * (20 - cells)
+        assert label.sum() == (abdiv > abdiv.mean() + abdiv.std(correction=0)).sum() > 0
+
+    def test_more_than_the_share_is_interior_where_more_lies_below(self):
+        abdiv = torch.tensor([[[1.0, 2, 3, 9, 9, 9, 9, 9, 9, 9]]])  # mean 6.9, deviation 3.24
+        label, counts = pseudo_labels(abdiv, interior=0.1)
+        assert not label.any() and counts.tolist() == [[[1, 1, 1, 0, 0, 0, 0, 0, 0, 0]]]
+
+    def test_no_cell_is_edge_and_interior(self):
+        abdiv = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)) ** 5
+        label, counts = pseudo_labels(abdiv, interior=1.0)
+        assert torch.equal(counts, torch.ones(3, 5, 7)) and 0 < label.mean() < 0.5
+
+    def test_an_image_without_structure_has_no_edge(self):
+        label, counts = pseudo_labels(torch.zeros(1, 3, 4))
+        assert not label.any() and counts.all()
+
+    def test_binary_counts_everything(self):
+        abdiv = torch.tensor([[[0.0, 4, 4, 4, 4], [4, 4, 4, 4, 8]]])
+        label, counts = pseudo_labels(abdiv, "binary")
+        assert label.tolist() == [[[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]] and counts.all()
+
+    def test_soft_is_the_probability(self):
+        label, counts = pseudo_labels(torch.tensor([[[0.0, 0.2, 0.4], [-1e-3, 2, 50]]]), "soft", scale=0.2)
+        expected = [[[0, 1 - np.exp(-1), 1 - np.exp(-2)], [0, 1 - np.exp(-10), 1]]]
+        np.testing.assert_allclose(label.numpy(), expected, atol=1e-6)
+        assert counts.all()
+
+    def targets(self, abdiv, size, **config):
+        given = SimpleNamespace(config=DistillConfig("mini", Path(), Path(), **config), scale=0.1)
+        return Distillation.targets(given, abdiv, size)
+
+    def test_on_a_finer_grid_thresholds_stay_and_what_is_left_out_stays_so(self):
+        # columns of edge, neither, interior
+        abdiv = torch.tensor([[[9.0, 1, 1, 1, 0], [9, 1, 1, 1, 0], [9, 1, 1, 1, 0]]])
+        label, counts = self.targets(abdiv, (6, 10))
+        assert label.shape == (1, 1, 6, 10)
+        assert label[0, 0].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 0, 0]] * 6
+        assert counts[0, 0].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 1, 1]] * 6
+
+    @pytest.mark.parametrize("labels", ["ternary", "binary", "soft"])
+    def test_on_its_own_grid_targets_are_the_labels(self, labels):
+        abdiv = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(self.targets(abdiv, (3, 5), labels=labels)[:, :, 0], pseudo_labels(abdiv, labels))
+
+
+class TestDice:
+    def test_by_hand(self):
+        found = torch.tensor([[[[0.5, 1.0, 0.25]]]])
+        label = torch.tensor([[[[1.0, 1.0, 0.0]]]])
+        # products 1.5, squares 0.25 + 1 + 0.0625 and 2
+        assert_close(dice(found, label, torch.ones(1, 1, 1, 3)), torch.tensor(1 - 4 / 4.3125))
+
+    def test_what_does_not_count_is_ignored(self):
+        found = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        label, counts = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4)
+        label[:, :, 0], counts[:, :, :2] = 1, 1
+        expected = dice(found[:, :, :2], label[:, :, :2], counts[:, :, :2])
+        assert_close(dice(found, label, counts), expected)
+        dice(found, label, counts).backward()
+        assert not found.grad[:, :, 2].any() and found.grad[:, :, :2].all()
+
+    def test_is_the_mean_over_images(self):
+        found, label = torch.rand(2, 3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+        counts = torch.ones(3, 1, 4, 5)
+        each = [dice(found[i : i + 1], label[i : i + 1], counts[:1]) for i in range(3)]
+        assert_close(dice(found, label, counts), torch.stack(each).mean())
+
+    def test_is_zero_and_flat_at_the_label_itself(self):
+        label = torch.rand(1, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+        found = label.clone().requires_grad_()
+        loss = dice(found, label, torch.ones_like(label))
+        loss.backward()
+        assert loss.abs() < 1e-6 and found.grad.abs().max() < 1e-6
+
+    def test_nothing_that_counts_is_no_loss(self):
+        found, label = torch.rand(2, 1, 1, 4, 5)
+        assert dice(found, label, torch.zeros(1, 1, 4, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        VariancePreserving(prediction="velocity"),
+        VariancePreserving(prediction="epsilon"),
+        VariancePreserving(scaled=False),
+        RectifiedFlow(),
+    ],
+    ids=lambda schedule: f"{type(schedule).__name__}-{getattr(schedule, 'prediction', 'velocity')}",
+)
+def test_denoising_with_the_true_prediction_returns_the_latent(schedule):
+    latent, noise = torch.randn(2, 4, 3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    level = torch.tensor([0, 20, 499, 999])
+    sample = schedule.noise(latent, noise, level)
+    if isinstance(schedule, RectifiedFlow):
+        told = noise - latent
+    else:
+        told = noise if schedule.prediction == "epsilon" else schedule.velocity(latent, noise, level)
+    found = schedule.denoise(sample, told, level)
+    # the levels' factors are float32, whose squares sum to 1 but for its rounding; epsilon divides by them exactly
+    assert_close(found, latent, rtol=0, atol=2e-6)
+    assert not torch.equal(sample[0], latent[0]) or isinstance(schedule, RectifiedFlow)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def distilled(request, photographs, tmp_path_factory):
+    """Folder of a tiny pipeline, output of its distillation by the command, and what the command said."""
+    folder = tmp_path_factory.mktemp(request.param)
+    pipe = pipeline(request.param, folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "model")
+    given = {"model": folder / "model", "images": photographs, "output": folder / "out", "size": "16x24"}
+    given |= {"device": "cpu", "rank": 2, "epochs": 2, "batch": 2, "licence": "CC0"}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    result = CliRunner().invoke(cli.app, ["distill", *words])
+    for part in (*(folder / "model").glob("text_encoder*"), *(folder / "model").glob("tokenizer*")):
+        shutil.rmtree(part)  # a student needs none of them
+    return folder / "model", folder / "out", result
+
+
+class TestEveryFamily:
+    def test_the_command_writes_student_states_shards_and_picture(self, distilled):
+        _, out, result = distilled
+        assert (result.exit_code, result.stdout) == (0, f"{out / 'student'}\n"), result.output
+        assert {path.name for path in out.iterdir()} == {"edges", "preview.png", "state.safetensors", "student"}
+        with Image.open(out / "preview.png") as picture:  # a row for each of six photographs, four pictures of 3 : 2
+            assert picture.height >= 6 * 192 and picture.width >= 4 * 288
+        names = {"README.md", "config.json", "decoder.safetensors", "lora.safetensors", "null_text.safetensors"}
+        assert {path.name for path in (out / "student").iterdir()} == names
+        card = (out / "student" / "README.md").read_text()
+        assert "4 photographs" in card and "4 steps of 2" in card and "licence CC0" in card
+
+    def test_the_student_gives_edges_without_text_encoders(self, distilled, monkeypatch, tmp_path):
+        _, out, _ = distilled
+        monkeypatch.setenv("TRACE_FAST_CACHE", str(tmp_path))  # empty
+        detector = Detector.from_pretrained(out / "student", device="cpu", local_files_only=True)
+        edges = detector(torch.rand(2, 3, 20, 30))
+        assert edges.shape == (2, 1, 20, 30) and edges.isfinite().all() and edges.std() > 0
+        assert detector.level == (20 if isinstance(detector.backbone.schedule, RectifiedFlow) else 0)
+        assert not any(tmp_path.iterdir())
+
+    def test_merged_adapters_are_the_live_ones(self, distilled, tmp_path):
+        model, out, _ = distilled
+        student = shutil.copytree(out / "student", tmp_path / "student")
+        # those of a few steps change little
+        random = torch.Generator().manual_seed(0)
+        stored = load_file(student / "lora.safetensors")
+        stored = {name: torch.randn(x.shape, generator=random).half() / 4 for name, x in stored.items()}
+        save_file(stored, student / "lora.safetensors")
+        detector = Detector.from_pretrained(student, device="cpu")
+        backbone = Tracer.from_pretrained(model, device="cpu", size=SIZE).backbone
+        images, level = torch.rand(2, 3, *SIZE), torch.full((2,), detector.level)
+
+        @torch.no_grad()
+        def logits():
+            taps = Taps(detector.decoder.values, reading(backbone))
+            with listen(backbone, taps.hear):
+                prediction = backbone.predict(backbone.encode(images), level)
+            return detector.decoder(taps.total(), None), prediction
+
+        plain, predicted = logits()
+        live = inject(backbone.network, backbone.attentions(), DistillConfig("", Path(), Path(), rank=2))
+        assert_close(logits()[0], plain, rtol=0, atol=1e-6)  # products start at zero
+        assert set(stored) == set(live)
+        for name, value in stored.items():
+            live[name].data.copy_(value)
+        expected, prediction = logits()
+        assert (expected - plain).abs().max() > 1e-3 and (prediction - predicted).abs().max() > 1e-3
+        with torch.no_grad():
+            assert_close(detector.predict(images, None), expected, rtol=1e-4, atol=1e-5)
+            # and the rest of the network, which the student does not run
+            whole = detector.backbone.predict(backbone.encode(images), level)
+        assert_close(whole, prediction, rtol=1e-3, atol=1e-4)
+
+    def test_the_students_folder_holds_no_weights_of_the_base(self, distilled):
+        model, out, _ = distilled
+        stored = load_file(out / "student" / "lora.safetensors")
+        assert stored and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in stored)
+        assert max(min(x.shape) for x in stored.values()) == 2  # the rank
+        assert set(load_file(out / "student" / "decoder.safetensors")) == {"values", "bias"}
+        assert json.loads((out / "student" / "config.json").read_text())["base"]["model"] == str(model)
+
+    def test_every_projection_of_self_attention_is_adapted_and_nothing_else(self, distilled):
+        model, out, _ = distilled
+        stored = load_file(out / "student" / "lora.safetensors")
+        backbone = Tracer.from_pretrained(model, device="cpu", size=SIZE).backbone
+        names = {module: name for name, module in backbone.network.named_modules()}
+        expected = {
+            f"{names[module]}.{part}"
+            for module in backbone.attentions()
+            for part in ("to_q", "to_k", "to_v", "to_out.0")
+            if f"{names[module]}.{part}" in names.values()
+        }
+        assert {name.rpartition(".lora_")[0] for name in stored} == expected
+        assert len(expected) >= 3 * len(backbone.attentions())
+        # each learned something: products start at zero
+        moved = {name for name, x in stored.items() if ".lora_B" in name and x.any()}
+        assert {name.rpartition(".lora_")[0] for name in moved} == expected
+
+
+@pytest.mark.parametrize("decoder", ["conv", "pixels"])
+def test_loss_falls(config, decoder):
+    options = {} if decoder == "conv" else {"decoder_options": {"channels": 4, "detail": 1}}
+    config = replace(config, decoder=decoder, decoder_rate=3e-2, epochs=50, **options)
+    student = distill(config)
+    (step, *first), (last_step, *last) = progress(config)["losses"]
+    assert (step, last_step) == (50, 100)
+    assert last[0] < 0.8 * first[0] and last[1] < first[1]  # Dice, reconstruction
+    detector = Detector.from_pretrained(student, device="cpu")
+    assert detector.decoder.name == decoder
+    assert detector(torch.rand(3, 20, 30)).shape == (1, 1, 20, 30)
+
+
+def test_a_student_finds_what_its_search_found(config):
+    student = distill(replace(config, decoder_rate=3e-2, epochs=50, labels="soft"))
+    detector = Detector.from_pretrained(student, device="cpu")
+    run = Distillation(config, Tracer.from_pretrained(config.model, device="cpu"), order(config), alone())
+    images, _, abdiv = run.load(range(6, 10))  # those it was trained on
+    label = pseudo_labels(abdiv, "soft", scale=run.scale)[0]
+    with torch.no_grad():
+        found = detector.predict(images, None)[:, 0].sigmoid()
+    together = torch.corrcoef(torch.stack([found.flatten(), label.flatten()]))[0, 1]
+    assert together > 0.6
+
+
+def order(config):
+    """Photographs as a run has them."""
+    found = list_photographs(config.images)
+    return [found[index] for index in np.random.default_rng(config.seed).permutation(len(found))]
+
+
+def alone():
+    return program.Process(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("labels", ["binary", "soft"])
+def test_other_labels_teach_another_student(config, labels):
+    other = replace(config, output=config.output.with_name("other"), edges=config.output / "edges", labels=labels)
+    distill(config), distill(other)
+    assert not torch.equal(weights(config)["model.decoder.values"], weights(other)["model.decoder.values"])
+
+
+def test_without_reconstruction_the_output_of_the_last_attention_learns_nothing(config):
+    distill(replace(config, reconstruction=0))
+    last = {name: x for name, x in weights(config).items() if "blocks.1.attn" in name and ".lora_B" in name}
+    assert {name.split(".")[4] for name, x in last.items() if x.any()} == {"to_q", "to_k"}
+    assert len(last) == 4
+
+
+def test_bfloat16_keeps_what_is_trained_in_float32(config):
+    half = replace(config, output=config.output.with_name("half"), edges=config.output / "edges", dtype="bfloat16")
+    distill(config), distill(half)
+    first, second = weights(config), weights(half)
+    assert {x.dtype for x in second.values()} == {torch.float32}
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(first["model.decoder.values"], second["model.decoder.values"], rtol=0, atol=5e-3)
+
+
+def test_students_share_what_the_search_found(config, monkeypatch):
+    edges = config.output.with_name("shared")
+    distill(replace(config, edges=edges))
+    assert not (config.output / "edges").exists() and len(list(edges.iterdir())) == 3
+    monkeypatch.setattr(program.Shards, "make", lambda *_: pytest.fail("searched again"))
+    other = replace(config, output=config.output.with_name("other"), edges=edges, rank=3)
+    assert Detector.from_pretrained(distill(other), device="cpu").adapter["blocks.0.attn.to_q.lora_A.weight"].shape == (
+        3,
+        16,
+    )
+
+
+def test_another_teacher_size_is_stretched_to_the_students_grid(config):
+    student = distill(replace(config, teacher_size=(48, 32)))
+    with safe_open(config.output / "edges" / "000000.safetensors", "pt") as stored:
+        assert stored.get_slice("abdiv").get_shape() == [4, 12, 8]
+    assert Detector.from_pretrained(student, device="cpu").decoder.grid == (8, 12)
+    assert "Teacher: ABDiv at (48, 32) pixels" in (student / "README.md").read_text()
+
+
+def test_the_card_tells_the_level_that_was_searched(config):
+    card = (distill(replace(config, timestep=0)) / "README.md").read_text()
+    assert "timestep 0; ternary labels" in card
+
+
+class TestOrder:
+    @pytest.fixture
+    def run(self, config):
+        tracer = Tracer.from_pretrained(config.model, device="cpu")
+        return Distillation(config, tracer, order(config), alone())
+
+    def test_every_photograph_but_the_previewed_once_an_epoch(self, run):
+        for first in (0, 2, 4):  # of two steps
+            seen = run.indices(first) + run.indices(first + 1)
+            assert sorted(seen) == [6, 7, 8, 9]
+        assert len({tuple(run.indices(first) + run.indices(first + 1)) for first in range(0, 20, 2)}) > 1
+
+    def test_two_processes_see_what_one_sees(self, run):
+        run.shards.make(Tracer.from_pretrained(run.config.model, device="cpu"), range(3))
+        whole = list(run.batches())
+        parts = []
+        for index in range(2):
+            run.process = replace(alone(), index=index, count=2)
+            parts.append(list(run.batches()))
+        for (images, _, abdiv), *shares in zip(whole, *parts, strict=True):
+            assert torch.equal(images, torch.cat([share[0] for share in shares]))
+            assert torch.equal(abdiv, torch.cat([share[2] for share in shares]))
+
+    def test_pictures_are_mirrored_with_their_edges(self, run):
+        run.shards.make(Tracer.from_pretrained(run.config.model, device="cpu"), range(3))
+        run.steps, mirrored = 10, 0
+        for step, (images, _, abdiv) in enumerate(run.batches()):
+            for image, strength, index in zip(images, abdiv, run.indices(step), strict=True):
+                plain, _, expected = run.load([index])
+                turned = not torch.equal(image, plain[0])
+                mirrored += turned
+                assert torch.equal(image, plain[0].flip(-1) if turned else plain[0])
+                assert torch.equal(strength, expected[0].flip(-1) if turned else expected[0])
+        assert 4 <= mirrored <= 16
+
+
+# writes files as the library does, and dies by SIGKILL inside the n-th of a name, before it is there
+DEADLY = """
+import os, signal
+from contextlib import contextmanager
+from pathlib import PosixPath
+from trace_fast import _training, distill
+from trace_fast._files import whole_file
+
+left = {count}
+
+@contextmanager
+def deadly(path, op):
+    global left
+    with whole_file(path, op) as file:
+        yield file
+        left -= path.name == {name!r}
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+distill.whole_file = _training.whole_file = deadly
+distill.distill(distill.{config!r})
+"""
+
+
+def start(code, **environment):
+    """Python in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(base, tmp_path_factory):
+    config = replace(base, output=tmp_path_factory.mktemp("unbroken"))
+    distill(config)
+    return config
+
+
+class TestAfterAKill:
+    def die(self, config, name, count):
+        """Distil in a process that is killed while it writes the so-manyth file of a name."""
+        process = start(DEADLY.format(name=name, count=count, config=config))
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, told
+
+    def ends_as(self, config, unbroken):
+        """Whether the result is the same, bit for bit, but for the card, which tells the time."""
+        for name in ("decoder.safetensors", "lora.safetensors", "config.json"):
+            one, other = (each.output / "student" / name for each in (config, unbroken))
+            assert one.read_bytes() == other.read_bytes(), name
+        for name, value in load_file(unbroken.output / "state.safetensors").items():
+            assert torch.equal(load_file(config.output / "state.safetensors")[name], value), name
+        found, expected = (
+            {name: value for name, value in progress(each).items() if name != "seconds"} for each in (config, unbroken)
+        )
+        assert found == expected and found["step"] == 4
+
+    def test_in_the_search_whole_shards_stay(self, config, unbroken):
+        self.die(config, "000001.safetensors", 1)
+        before = shards(config)
+        assert set(before) == {"000000.safetensors"}
+        distill(config)
+        assert shards(config)["000000.safetensors"] == before["000000.safetensors"] and len(shards(config)) == 3
+        self.ends_as(config, unbroken)
+
+    def test_in_the_training_it_goes_on_from_the_last_state(self, config, unbroken, monkeypatch):
+        config = replace(config, save_minutes=0)  # after every step
+        self.die(config, "state.safetensors", 3)
+        assert progress(config)["step"] == 2 and not (config.output / "student").exists()
+        steps = []
+        real = Distillation.train_step
+        monkeypatch.setattr(Distillation, "train_step", lambda run, *batch: (steps.append(run.step), real(run, *batch)))
+        monkeypatch.setattr(program.Shards, "make", lambda *_: pytest.fail("searched again"))
+        distill(config)
+        assert steps == [2, 3]
+        self.ends_as(config, unbroken)
+
+    def test_a_run_that_is_done_is_left_as_it_is(self, config, unbroken, monkeypatch):
+        shutil.copytree(unbroken.output, config.output)
+        monkeypatch.setattr(Distillation, "train_step", lambda *_: pytest.fail("trained again"))
+        assert distill(config) == config.output / "student"
+        self.ends_as(config, unbroken)
+
+
+class TestShards:
+    def test_a_damaged_one_is_told_and_made_again(self, config, call):
+        distill(config)
+        whole = (config.output / "edges" / "000001.safetensors").read_bytes()
+        before = shards(config)
+        (config.output / "edges" / "000001.safetensors").write_bytes(whole[:-5])
+        (config.output / "state.safetensors").unlink()
+        result = call()
+        assert result.exit_code == 0
+        told = [line for line in result.stderr.splitlines() if "damaged" in line]
+        assert len(told) == 1 and "000001.safetensors is damaged and made again" in told[0]
+        assert (config.output / "edges" / "000001.safetensors").read_bytes() == whole
+        assert {name for name, time in shards(config).items() if time != before[name]} == {"000001.safetensors"}
+
+    @pytest.mark.parametrize(
+        "change", [{"timestep": 99}, {"seed": 1}, {"teacher_size": (16, 24)}, {"limit": 9}], ids=str
+    )
+    def test_those_of_another_search_are_refused(self, config, change):
+        distill(config)
+        before = shards(config)
+        with pytest.raises(ValueError, match="output must be empty or hold a run of the same teacher and photographs"):
+            distill(replace(config, **change))
+        assert shards(config) == before
+
+    def test_those_of_other_photographs_are_refused(self, config, photographs, tmp_path):
+        distill(config)
+        other = shutil.copytree(photographs, tmp_path / "other")
+        (other / "3.png").rename(other / "three.png")
+        with pytest.raises(ValueError, match=r"same teacher and photographs, got '.*00000\d\.safetensors' of another"):
+            distill(replace(config, images=other))
+
+    def test_those_of_a_run_before_are_not_remembered(self, config):
+        first = replace(config, shard=100)
+        distill(first)
+        expected = weights(replace(config, output=distill(replace(first, output=first.output / "x", seed=1)).parent))
+        shutil.rmtree(config.output)
+        distill(replace(first, seed=1))  # another search in the same place
+        assert all(torch.equal(x, expected[name]) for name, x in weights(config).items())
+
+
+class TestFaults:
+    @pytest.mark.parametrize(("name", "kept"), [("000001", 1), ("state", 3), ("lora", 3)])
+    def test_a_full_disk_is_told_and_what_is_whole_stays(self, config, call, monkeypatch, name, kept):
+        real = os.replace
+
+        def full(source, target):
+            if Path(target).stem == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_files.os, "replace", full)
+            result = call()
+        assert result.exit_code == 2 and result.stdout == ""
+        assert result.stderr.endswith("trace-fast: [Errno 28] No space left on device\n")
+        assert "Traceback" not in result.stderr
+        before = shards(config)
+        assert len(before) == kept and not list(config.output.rglob("*.part"))
+        assert call().exit_code == 0  # with room again
+        assert {file: time for file, time in shards(config).items() if file in before} == before
+
+    @pytest.mark.parametrize("change", [{"rank": 3}, {"epochs": 3}, {"batch": 1}, {"rate": 0.02}], ids=str)
+    def test_another_configuration_in_the_same_folder(self, config, call, change):
+        assert call().exit_code == 0
+        before = {path: path.read_bytes() for path in (config.output / "student").iterdir()}
+        result = call(**change)
+        assert result.exit_code == 2
+        assert "distill: output must be empty or hold a run of the same configuration" in result.stderr
+        assert before == {path: path.read_bytes() for path in (config.output / "student").iterdir()}
+
+    def test_a_damaged_state(self, config, call):
+        distill(config)
+        state = config.output / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:-8])
+        result = call()
+        assert result.exit_code == 2 and "distill: output must hold a whole state, got" in result.stderr
+
+    @pytest.mark.parametrize("content", [b"no picture", None, "bomb"], ids=["text", "cut", "bomb"])
+    def test_a_damaged_photograph(self, config, call, photographs, tmp_path, monkeypatch, content):
+        images = shutil.copytree(photographs, tmp_path / "images")
+        bad = images / "7.png"
+        if content == "bomb":
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice as many are refused
+        else:
+            bad.write_bytes(content or bad.read_bytes()[:2000])
+        result = call(images=images)
+        assert result.exit_code == 2 and not result.stdout
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("trace-fast: photographs must be readable, got ") and "Traceback" not in result.stderr
+        assert content == "bomb" or "7.png in " in last
+
+    def test_a_photograph_that_is_damaged_after_the_search(self, config, call, photographs, tmp_path):
+        images = shutil.copytree(photographs, tmp_path / "images")
+        distill(replace(config, images=images, epochs=1))
+        (config.output / "state.safetensors").unlink()
+        for path in images.iterdir():
+            path.write_bytes(b"no picture")
+        result = call(images=images)
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith("trace-fast: photographs must be readable, got ")
+
+    def test_too_few_photographs(self, config, call, photographs, tmp_path):
+        (tmp_path / "few").mkdir()
+        for index in range(6):
+            shutil.copy(photographs / f"{index}.png", tmp_path / "few")
+        result = call(images=tmp_path / "few")
+        assert result.exit_code == 2
+        assert result.stderr == "trace-fast: distill: images must be more than 6 photographs, got 6\n"
+
+    def test_no_folder_of_photographs(self, call):
+        result = call(images="nowhere")
+        assert result.exit_code == 2
+        assert result.stderr == "trace-fast: photographs must be a folder of image or tar files, got 'nowhere'\n"
+
+    def test_an_encoder(self, call, config, tmp_path):
+        dinov2().save_pretrained(tmp_path / "encoder")
+        result = call(model=tmp_path / "encoder")
+        assert result.exit_code == 2
+        assert "distill: model must be a diffusion model, got the encoder" in result.stderr
+        assert not shards(config)
+
+    def test_a_batch_that_leaves_a_process_without_work(self, config, monkeypatch):
+        monkeypatch.setattr(program.Process, "join", lambda device: replace(alone(), count=4))
+        with pytest.raises(ValueError, match="distill: batch must be at least the 4 processes, got 2"):
+            distill(config)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--size", "31x48"), "mini: size must be positive multiples of 4 pixels, got (31, 48)"),
+            (("--size", "48"), "--size must be height and width in pixels, such as 512x768, got '48'"),
+            (("--teacher-size", "48"), "--teacher-size must be height and width in pixels, such as 512x768, got '48'"),
+            (("--timestep", "1000"), "--timestep must be iep or an integer from 0 to 999, got '1000'"),
+            (("--checkpointing",), "distill: checkpointing must be of a network of diffusers, got "),
+        ],
+    )
+    def test_options_that_do_not_fit(self, call, options, message):
+        result = call(*options)
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith(f"trace-fast: {message}")
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"labels": "hard"}, ValueError, "distill: labels must be .*ternary.*, got hard"),
+            ({"decoder": "cnn"}, ValueError, "distill: decoder must be .*conv.*, got cnn"),
+            ({"dtype": "float16"}, ValueError, "distill: dtype must be .*, got float16"),
+            ({"rank": 0}, ValueError, "distill: rank must be .* got 0"),
+            ({"batch": 1.5}, TypeError, "distill: batch must be .* got .*"),
+            ({"interior": 1.1}, ValueError, "distill: interior must be .* got 1.1"),
+            ({"limit": 6}, ValueError, "distill: limit must be .* got 6"),
+            ({"rate": float("nan")}, ValueError, "distill: rate must be .* got nan"),
+        ],
+        ids=str,
+    )
+    def test_values_that_make_no_configuration(self, config, change, error, message):
+        with pytest.raises(error, match=message):
+            replace(config, **change)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3.5-large"])
+def test_checkpointing_changes_nothing(config, family, tmp_path, monkeypatch):
+    pipe = pipeline(family, tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    plain = replace(config, model=str(tmp_path / "model"), size=SIZE, timestep=0, epochs=1, edges=tmp_path / "edges")
+    saving = replace(plain, output=config.output.with_name("saving"), checkpointing=True)
+    heard = []
+    real = Taps.hear
+    monkeypatch.setattr(
+        Taps, "hear", lambda taps, index, *x: (heard.append(torch.is_grad_enabled()), real(taps, index, *x))
+    )
+    counts = []
+    for each in (plain, saving):
+        heard.clear()
+        distill(each)
+        counts.append(sum(heard))
+    assert counts[1] == 2 * counts[0] > 0  # every attention ran once more, on the way back
+    first, second = weights(plain), weights(saving)
+    for name, value in first.items():
+        assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_learn_what_one_does(config, tmp_path):
+    # noise that matters, and a step whose direction is the gradient's
+    config = replace(config, batch=3, level=300, epochs=3)
+    one, two = (replace(config, output=tmp_path / name) for name in ("one", "two"))
+    code = f"from pathlib import PosixPath; from trace_fast.distill import *; distill({two!r})"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # as torchrun and accelerate launch start them
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [start(code, RANK=rank, LOCAL_RANK=rank, **job) for rank in "01"]
+    distill(one)
+    for process in processes:
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+    assert set(shards(one)) == set(shards(two)) and progress(one)["step"] == progress(two)["step"] == 4
+    np.testing.assert_allclose(progress(one)["recent"], progress(two)["recent"], rtol=1e-4)
+    before = Distillation(one, Tracer.from_pretrained(one.model, device="cpu"), order(one), alone())
+    first, second = weights(one), weights(two)
+    for name, parameter in before.state.parameters.items():
+        learned = (first[f"model.{name}"] - parameter.detach()).norm()
+        apart = (first[f"model.{name}"] - second[f"model.{name}"]).norm()
+        assert learned > 0 and apart < 0.02 * learned, name
+
+
+class TestPhotographs:
+    def test_members_of_tar_files_are_read_in_place(self, photographs, tmp_path):
+        with tarfile.open(tmp_path / "part.tar", "w") as archive:
+            for index in range(3):
+                archive.add(photographs / f"{index}.png", f"in/{index}.png")
+        shutil.copy(photographs / "5.png", tmp_path / "z.png")
+        found = list_photographs(tmp_path)
+        assert [each.name for each in found] == [*(f"part.tar/in/{index}.png" for index in range(3)), "z.png"]
+        for each, original in zip(found, ("0", "1", "2", "5"), strict=True):
+            path = photographs / f"{original}.png"
+            assert torch.equal(each.read(), Photograph(path.name, path).read())
+
+    def test_a_damaged_tar_file_is_named(self, tmp_path):
+        (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
+        with pytest.raises(ValueError, match=r"photographs must be readable, got a damaged tar file .*bad\.tar"):
+            list_photographs(tmp_path)
