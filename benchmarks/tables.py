@@ -33,8 +33,24 @@ SHOWN = {  # rows of the quality table, in this order
 
 
 def speed(results: dict[str, Any]) -> str:
-    """All benchmarks but those of `regions`."""
-    return grouped(results, "make bench", lambda group: not group.startswith(REGIONS))
+    """All benchmarks but those of `regions` and the student."""
+    return grouped(results, "make bench", lambda group: not group.startswith((*REGIONS, "the student")))
+
+
+def student(results: dict[str, Any]) -> str:
+    """The student beside its teacher."""
+    command = "pytest benchmarks/bench_edges.py --benchmark-only -k 'teacher or pass or student'"
+    return grouped(results, command, lambda _: True)
+
+
+def ablations(results: dict[str, Any]) -> str:
+    """Students with one choice changed, best first."""
+    rows = sorted(results["rows"].items(), key=lambda row: -row[1]["ods"])
+    lines = ["| | ODS | OIS | AP | clDice |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, row in rows:
+        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in ("ods", "ois", "ap", "cldice")) + " |")
+    lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
+    return "\n".join(lines)
 
 
 def regions(results: dict[str, Any]) -> str:
