@@ -7,6 +7,7 @@ the paper's decoder, is nine columns that attention takes for its values (`trace
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -164,7 +165,7 @@ class PixelDecoder(Decoder):
 
     Args:
         grid: (h, w), the tokens that the map has; fixed, since every key has values of its own.
-        columns: numbers read from each row of the map, at most 64.
+        columns: numbers read from each row of the map, at most 64 and fewer than tokens.
         channels: of its convolutions.
         detail: the photograph's side as it is looked at, as a multiple of the processing size's.
     """
@@ -173,6 +174,9 @@ class PixelDecoder(Decoder):
 
     def __init__(self, grid: Grid, columns: int = 16, channels: int = 16, detail: int = 2):
         super().__init__()
+        most = min(64, math.prod(grid) - 1)  # of the read-out, and of the waves
+        if not 1 <= columns <= most:
+            raise ValueError(f"decoder pixels: columns must be from 1 to {most}, got {columns}")
         self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
         self.values = nn.Parameter(waves(grid, columns))
         self.tokens = nn.Sequential(
@@ -207,7 +211,7 @@ def waves(grid: Grid, count: int) -> Tensor:
     Cosine transforms of the grid, the first ones but the constant.
     """
     rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
-    orders = sorted(((y, x) for y in range(count + 1) for x in range(count + 1)), key=lambda o: (sum(o), o))[1:]
+    orders = sorted(itertools.product(*map(range, grid)), key=lambda o: (sum(o), o))[1:]  # the grid has no shorter ones
     made = [torch.cos(math.pi * y * rows)[:, None] * torch.cos(math.pi * x * columns)[None] for y, x in orders[:count]]
     return torch.stack(made, -1).flatten(0, 1)
 
