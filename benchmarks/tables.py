@@ -4,8 +4,8 @@
 `regions-cpu.json` and `evaluation-cpu.json` likewise from `bench_regions.py` and `bench_evaluation.py` alone,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
 `benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`;
-`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` is its masks.json,
-and `commit` was added to each.
+`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and `propagation-walk.json` its
+masks.json, and `commit` was added to each.
 """
 
 from __future__ import annotations
@@ -247,6 +247,7 @@ TABLES = (
     ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
     ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
     ("benchmarks/README.md", "propagation", "propagation.json", propagation),
+    ("benchmarks/README.md", "propagation-walk", "propagation-walk.json", propagation),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),
