@@ -53,6 +53,7 @@ class DistillConfig:
     """What a distillation is made of.
 
     Every random number follows from `seed` and the step, so that a resumed run goes on exactly where it stopped.
+    `epochs` may be another number then: the rate follows it.
 
     Attributes:
         model: the teacher and the student's base: a name, a repository of the hub, or a folder.
@@ -141,8 +142,8 @@ class DistillConfig:
         return json.dumps(values)
 
     def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs and how often it saves."""
-        free = ("images", "output", "edges", "device", "save_minutes", "licence")
+        """What a resumed run must share with the run before: all but where it runs, how far, and how often it saves."""
+        free = ("images", "output", "edges", "epochs", "device", "save_minutes", "licence")
         return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
 
 
