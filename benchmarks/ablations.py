@@ -31,7 +31,17 @@ from trace_fast.evaluation.truth import open_photos
 from trace_fast.image import to_tensor
 
 SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
-BASE: dict[str, Any] = {"teacher_size": LARGE, "timestep": 0, "decoder": "pixels", "labels": "soft"}
+BASE: dict[str, Any] = {
+    "teacher_size": LARGE,
+    "timestep": 0,
+    "decoder": "pixels",
+    "labels": "soft",
+    "rate": 3e-4,
+    "decoder_rate": 4e-3,
+    "batch": 4,
+    "warmup": 20,
+    "dtype": "bfloat16",
+}
 STUDENTS: dict[str, dict[str, Any]] = {
     "reference": {},
     "ternary labels": {"labels": "ternary"},
@@ -108,7 +118,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="photographs with instances, to score on")
     add("-o", "--output", type=Path, required=True)
     add("--edges", type=Path, help="folder of shards that are there already; one for each teacher")
-    add("--photographs", type=int, default=512, help="to distil from")
+    add("--photographs", type=int, default=128, help="to distil from")
     add("--epochs", type=float, default=4)
     add("--every", type=int, default=1, help="score every so many photographs")
     add("--only", nargs="*", choices=STUDENTS, help="these students alone")

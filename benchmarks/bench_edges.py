@@ -3,6 +3,9 @@
 The stages are those of the whole search, 11 noise levels: `load` reads the JPEG, `forward` runs the network without
 capture, `forward_capture` the same with every map accumulated, `divergence` measures all steps and maps, `post`
 carries the edges to the input's size.
+
+The student, whole and compiled, stands beside the search it was distilled from, the same search with every op in plain
+torch, and what no student can do without: the network's own pass.
 """
 
 import itertools
@@ -12,11 +15,12 @@ import torch
 from PIL import Image
 
 import trace_fast
-from trace_fast import Tracer, image, ops, reference
+from trace_fast import Detector, Tracer, image, ops, reference
 from trace_fast.tracer import TIMESTEPS, probability
 
 HEIGHT, WIDTH = 480, 640
 EDGES = "edges of 640 x 480, mini"
+STUDENT = "the student and its teacher, 512 x 512, mini"
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +102,52 @@ def test_stage(measure, tracer, path, maps, stage):
         torch.testing.assert_close(divergence()[0][1].double(), abdiv, rtol=1e-4, atol=1e-6)
     stages = {call.__name__: call for call in (load, forward, forward_capture, divergence, post)}
     measure("stages of the search, 11 levels", stage, stages[stage])
+
+
+@pytest.fixture(scope="module")
+def square():
+    return torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return Detector.from_pretrained("mini", device="cpu")
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_teacher(measure, monkeypatch, tracer, square, backend):
+    def search():
+        return tracer(square, timestep="iep").edges
+
+    expected = search()
+    if backend == "eager":
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+    torch.testing.assert_close(search(), expected, rtol=0, atol=1e-3)
+    measure(STUDENT, "eager" if backend == "eager" else "search", search)
+
+
+@torch.no_grad()
+def test_plain_pass(measure, detector, square):
+    backbone = detector.backbone
+    timestep = torch.tensor([detector.level])
+
+    def run():
+        return backbone.predict(backbone.encode(image.resize(square, backbone.settings.size)), timestep)
+
+    assert run().isfinite().all()
+    measure(STUDENT, "floor: one plain pass", run)
+
+
+def test_student(measure, monkeypatch, detector, square):
+    monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+    expected = detector.edges(square)
+    monkeypatch.delenv("TRACE_FAST_BACKEND")
+    torch.testing.assert_close(detector.edges(square), expected, rtol=0, atol=1e-4)
+    measure(STUDENT, "student", lambda: detector.edges(square))
+
+
+def test_student_compiled(measure, detector, square):
+    expected = detector.edges(square)
+    compiled = Detector.from_pretrained("mini", device="cpu").compile()
+    torch.testing.assert_close(compiled.edges(square), expected, rtol=0, atol=1e-4)
+    measure(STUDENT, "student, compiled", lambda: compiled.edges(square))

@@ -4,8 +4,8 @@
 `regions-cpu.json` and `evaluation-cpu.json` likewise from `bench_regions.py` and `bench_evaluation.py` alone,
 `quality-mini.json` by `benchmarks/quality.py` (it is that run's quality.json), `kernels.json` by
 `benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`;
-`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` is its masks.json,
-and `commit` was added to each.
+`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and `propagation-walk.json` its
+masks.json, and `commit` was added to each.
 """
 
 from __future__ import annotations
@@ -33,8 +33,24 @@ SHOWN = {  # rows of the quality table, in this order
 
 
 def speed(results: dict[str, Any]) -> str:
-    """All benchmarks but those of `regions`."""
-    return grouped(results, "make bench", lambda group: not group.startswith(REGIONS))
+    """All benchmarks but those of `regions` and the student."""
+    return grouped(results, "make bench", lambda group: not group.startswith((*REGIONS, "the student")))
+
+
+def student(results: dict[str, Any]) -> str:
+    """The student beside its teacher."""
+    command = "pytest benchmarks/bench_edges.py --benchmark-only -k 'teacher or pass or student'"
+    return grouped(results, command, lambda _: True)
+
+
+def ablations(results: dict[str, Any]) -> str:
+    """Students with one choice changed, best first."""
+    rows = sorted(results["rows"].items(), key=lambda row: -row[1]["ods"])
+    lines = ["| | ODS | OIS | AP | clDice |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, row in rows:
+        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in ("ods", "ois", "ap", "cldice")) + " |")
+    lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
+    return "\n".join(lines)
 
 
 def regions(results: dict[str, Any]) -> str:
@@ -231,6 +247,7 @@ TABLES = (
     ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
     ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
     ("benchmarks/README.md", "propagation", "propagation.json", propagation),
+    ("benchmarks/README.md", "propagation-walk", "propagation-walk.json", propagation),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),

@@ -26,6 +26,7 @@ from trace_fast.export import (
     write_panoptic,
 )
 from trace_fast.formats import MaskSet, semantic_masks
+from trace_fast.propagation import propagate
 
 MASKS = np.array([[[1, 1, 0], [1, 0, 0]], [[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]], dtype=bool)
 SCORES = np.array([0.9, 0.1, 0.5])
@@ -404,6 +405,39 @@ class TestSegments:
         read = read_panoptic(tmp_path / "p.json", tmp_path / "p").images[1]
         classes = np.array([0, *(info["category_id"] for info in read.segments)])[read.segment_map()]
         np.testing.assert_array_equal(classes, np.where(np.isin(class_map, [12, 15]), class_map, 0))
+
+    @pytest.mark.parametrize("given", ["classes of the masks", "classes apart"])
+    def test_edges_split_a_class_and_never_join_two(self, tmp_path, given):
+        # two people who touch, the second beside a dog without an edge between; a bottle that no tag speaks of
+        first, second, dog, bottle = np.s_[5:35, 4:19], np.s_[5:35, 19:27], np.s_[5:35, 27:56], np.s_[37:40, 10:20]
+        drawn = np.zeros((41, 61), np.uint8)
+        for place, number in ((first, 15), (second, 15), (dog, 12), (bottle, 5), (np.s_[:2], 255)):
+            drawn[place] = number
+        write_palette(tmp_path / "x.png", drawn)
+        edges = np.zeros(drawn.shape, np.float32)
+        edges[4:36, [3, 18, 56]] = edges[[4, 35], 3:57] = 1
+
+        with Image.open(tmp_path / "x.png") as picture:
+            found = semantic_masks(np.asarray(picture), tags=[15, 12])
+        classes = None
+        if given == "classes apart":
+            found, classes = MaskSet(found.masks), found.classes.tolist()
+        segments = panoptic_segments(propagate(found, edges, threshold=0.5, classes=classes))
+        categories = [{"id": 12, "name": "dog", "isthing": 1}, {"id": 15, "name": "person", "isthing": 1}]
+        write_panoptic(tmp_path / "p.json", tmp_path / "p", [(1, "x.jpg", *segments)], categories)
+
+        ids = read_png(tmp_path / "p" / "x.png")
+        (annotation,) = json.loads((tmp_path / "p.json").read_text())["annotations"]
+        category = {info["id"]: info["category_id"] for info in annotation["segments_info"]}
+        assert len(category) == 3
+        for place, number in ((first, 15), (second, 15), (dog, 12)):
+            inside = np.zeros(ids.shape, bool)
+            inside[place] = True
+            segment = ids[place][0, 0]
+            assert category.pop(segment) == number  # a segment of its own
+            np.testing.assert_array_equal((ids == segment) & (edges == 0), inside & (edges == 0))
+        # of one class the second person and the dog fill their region together, and are one
+        assert len(propagate(found.masks, edges, threshold=0.5)) == 2
 
     def test_errors(self):
         with pytest.raises(ValueError, match="panoptic_segments: found must have classes, got None"):

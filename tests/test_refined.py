@@ -15,6 +15,7 @@ from trace_fast import annotate, cli
 from trace_fast.evaluation import methods, refined, run
 from trace_fast.evaluation.truth import contours_of, open_photos
 from trace_fast.export import write_coco_results, write_panoptic
+from trace_fast.propagation import propagate
 
 COLOURS = np.array([[40, 40, 60], [200, 60, 60], [60, 200, 60], [70, 70, 220]], np.uint8)
 
@@ -93,6 +94,37 @@ def test_right_edges_mend_merged_masks(call, data, baseline, tmp_path, monkeypat
     monkeypatch.setattr(refined, "propagate", refuse)
     assert call(*words).exit_code == 0
     assert (tmp_path / "out" / "masks.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "keys", "mask", "list"])
+def test_a_damaged_file_is_told_and_made_again(call, data, baseline, tmp_path, monkeypatch, damage):
+    words = ["evaluate", "--data", data, "--table", "backbones", "--baseline", baseline, "-o", "out", "--method"]
+    assert call(*words, f"lines:{data / 'lines'}").exit_code == 0
+    scores = read(tmp_path / "out")
+    (path,) = (tmp_path / "out" / "refined").glob("*/002.json")
+    content = path.read_bytes()
+    kept = json.loads(content)
+    changed = {
+        "cut": content[:-9],
+        "text": b"no masks",
+        "empty": b"",
+        "keys": json.dumps({"stamp": kept["stamp"]}).encode(),
+        "mask": json.dumps(kept | {"masks": [{"counts": "1"}]}).encode(),
+        "list": b"[]",
+    }
+    path.write_bytes(changed[damage])
+    computed = []
+
+    def count(*arguments, **options):
+        computed.append(arguments)
+        return propagate(*arguments, **options)
+
+    monkeypatch.setattr(refined, "propagate", count)
+    result = call(*words, f"lines:{data / 'lines'}")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"trace-fast: {path.relative_to(tmp_path)} is damaged and made again: ")
+    assert len(computed) == 1 and path.read_bytes() == content
+    assert read(tmp_path / "out") == scores
 
 
 def test_other_masks_are_refined_anew(data, baseline, tmp_path):

@@ -204,6 +204,9 @@ def distill(
     labels: Annotated[
         Literal["ternary", "binary", "soft"], typer.Option(help="What is made of the search's divergences.")
     ] = "ternary",
+    interior: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of cells that ternary labels call interior at least.")
+    ] = 0.16,
     decoder: Annotated[
         Literal["conv", "pixels"], typer.Option(help="The paper's, or one that sees the photograph, too.")
     ] = "conv",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trace_fast import annotate
+from trace_fast.detector import Detector
 from trace_fast.tracer import Tracer
 
 __all__ = ["PHOTOGRAPHS", "run"]
@@ -16,7 +17,7 @@ PHOTOGRAPHS = ("coffee", "chelsea", "astronaut")  # what scikit-image carries in
 
 
 def run(output: Path) -> Path:
-    """Trace the photographs that scikit-image carries; write edges, a panel and a KL curve for each.
+    """Find the edges of the photographs that scikit-image carries, in one step; plot the KL curve of the search.
 
     Args:
         output: folder, made where it is missing.
@@ -32,13 +33,13 @@ def run(output: Path) -> Path:
     except ImportError:
         raise RuntimeError("demo: scikit-image must be installed: pip install 'trace_fast[demo]'") from None
     output.mkdir(parents=True, exist_ok=True)
-    tracer = Tracer.from_pretrained("mini")
+    tracer, detector = Tracer.from_pretrained("mini"), Detector.from_pretrained("mini")
     for name in PHOTOGRAPHS:
         photograph: np.ndarray = getattr(data, name)()
         started = time.perf_counter()
-        result = tracer(photograph, return_kl=True)
+        edges = detector(photograph)
         seconds = time.perf_counter() - started
-        edges = result.edges[0, 0].numpy()
+        result = tracer(photograph, return_kl=True)
         annotate.write_png(output / f"{name}.png", edges)
         pictures = [photograph, edges, annotate.overlay(photograph, edges)]
         panel = annotate.panel(pictures, ["photograph", "edges", "overlay"], height=320)
@@ -48,7 +49,7 @@ def run(output: Path) -> Path:
         assert result.kl is not None
         peak = result.timesteps[1:][result.kl[0].argmax()]
         print(
-            f"{name}: {width} x {height} pixels, edges of level {result.timestep[0]} in {seconds:.2f} s, "
-            f"KL curve peaks at level {peak} -> {output / f'{name}_panel.png'}"
+            f"{name}: {width} x {height} pixels, edges in {seconds:.2f} s, KL curve peaks at level {peak} -> "
+            f"{output / f'{name}_panel.png'}"
         )
     return output / f"{PHOTOGRAPHS[0]}_panel.png"

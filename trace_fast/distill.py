@@ -53,6 +53,7 @@ class DistillConfig:
     """What a distillation is made of.
 
     Every random number follows from `seed` and the step, so that a resumed run goes on exactly where it stopped.
+    `epochs` may be another number then: the rate follows it.
 
     Attributes:
         model: the teacher and the student's base: a name, a repository of the hub, or a folder.
@@ -71,7 +72,7 @@ class DistillConfig:
         level: noise level of the student's pass; None is 0, and 20 for rectified flow.
         reconstruction: weight of the reconstruction loss; 0 turns it off.
         rank: of the adapters.
-        rate: peak learning rate of the adapters, AdamW.
+        rate: peak learning rate of the adapters, AdamW; 0 leaves them out, and the network as it is.
         decoder_rate: of the decoder.
         warmup: steps over which the rate rises.
         decay: last share of the run over which it falls to zero.
@@ -141,8 +142,8 @@ class DistillConfig:
         return json.dumps(values)
 
     def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs and how often it saves."""
-        free = ("images", "output", "edges", "device", "save_minutes", "licence")
+        """What a resumed run must share with the run before: all but where it runs, how far, and how often it saves."""
+        free = ("images", "output", "edges", "epochs", "device", "save_minutes", "licence")
         return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
 
 
@@ -329,11 +330,11 @@ class Distillation:
             self.level = FLOW_LEVEL if isinstance(self.schedule, RectifiedFlow) else 0
         torch.manual_seed(config.seed)
         self.decoder = make_decoder(config.decoder, finest(self.backbone), **config.decoder_options).to(self.device)
-        self.adapters = inject(self.backbone.network, self.backbone.attentions(), config)
+        self.adapters = inject(self.backbone.network, self.backbone.attentions(), config) if config.rate else {}
         groups = [
             {"params": list(self.adapters.values()), "peak": config.rate},
             {"params": list(self.decoder.parameters()), "peak": config.decoder_rate},
-        ]
+        ][not self.adapters :]
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         if config.checkpointing:
             network: Any = self.backbone.network

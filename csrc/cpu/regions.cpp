@@ -1,8 +1,8 @@
 // Regions and masks: labelling, flood fill, the random walk between edges, and the merging of masks.
 //
 // Images of one bit a pixel are rows of 64-bit words with at least one spare bit at the end, which is 0: a step to the
-// left of a row or to its right, and one above or below between two rows of zeros, meets nothing. A run is a stretch of
-// set bits in a row; runs are numbered in raster order, so that the first pixel of a region is that of its first run.
+// left of a row or to its right meets nothing. A run is a stretch of set bits in a row; runs are numbered in raster
+// order, so that the first pixel of a region is that of its first run.
 #include "../regions.h"
 
 #include <cmath>
@@ -266,9 +266,38 @@ void write_row(const uint64_t* free, int64_t width, const int32_t* values, int32
   }
 }
 
+// An image that labels grow over.
+struct Ground {
+  Ground(int32_t* labels, int64_t height, int64_t width)
+      : labels(labels), height(height), width(width), pitch(width + 1), room((height + 2) * pitch + 1) {
+    expect_writes(room.data, (height + 2) * pitch + 1);
+    std::memset(row(-1) - 1, 0, pitch + 1);
+    for (int64_t y = 0; y < height; ++y) row(y)[width] = 0;
+    std::memset(row(height), 0, pitch);
+  }
+
+  // A byte a pixel, 1 where a label can grow, with zeros all round the image. Bits would take less memory and more
+  // time: neighbours in one word wait for each other.
+  uint8_t* row(int64_t y) const { return &room[1 + (y + 1) * pitch]; }
+
+  int32_t* const labels;
+  const int64_t height, width, pitch;
+  const Array<uint8_t> room;
+};
+
+// the steps to the neighbours of a pixel, those along the axes first
+constexpr int kDirections[8][2] = {{-1, 0}, {0, -1}, {0, 1}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};
+
+// how many pixels ahead of the present one a front asks for memory: they lie all over the image
+constexpr int64_t kAhead = 32;
+
+// A row, times 2^32, and a pixel of the image in it.
+using Place = int64_t;
+
 // A pixel beside ground that its label can grow on.
 struct Seed {
-  int32_t label, y, x;
+  int32_t label;
+  Place place;
 };
 
 // Sorts by label, least significant byte first; pixels of one label keep their order.
@@ -292,151 +321,108 @@ void sort(List<Seed>& seeds, List<Seed>& spare) {
 
 // Pixels as far from the seeds as each other, by label.
 struct Front {
-  struct Pixel {
-    int32_t y, x;
-  };
   struct Stretch {
     int32_t label;
     int64_t end;
   };
 
-  List<Pixel> pixels;
+  List<Place> places;
   List<Stretch> stretches;
 };
 
 // Labels the pixels of a front, and takes those one step on out of the open ones.
 template <int kSteps>
-void advance(int32_t* labels, uint64_t* open, int64_t width, const Front& front, Front& next) {
-  constexpr int kDirections[8][2] = {{-1, 0}, {0, -1}, {0, 1}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};
-  const int64_t words = width / 64 + 1;
-  next.pixels.reserve(kSteps * front.pixels.size + 1);
+void advance(const Ground& ground, const Front& front, Front& next) {
+  const int64_t width = ground.width, pitch = ground.pitch;
+  next.places.reserve(kSteps * front.places.size + 1);
   next.stretches.size = 0;
+  const auto pixel = [&](Place place) { return place & 0xffffffff; };
+  const auto byte = [&, open = ground.row(0)](Place place) { return open + pixel(place) + (place >> 32); };
+  Place* const places = next.places.data;
   int64_t taken = 0;
   for (int64_t stretch = 0, i = 0; stretch < front.stretches.size; ++stretch) {
-    const int32_t label = front.stretches.data[stretch].label;
-    for (; i < front.stretches.data[stretch].end; ++i) {
-      const Front::Pixel pixel = front.pixels.data[i];
-      labels[pixel.y * width + pixel.x] = label;
+    const auto [label, end] = front.stretches.data[stretch];
+    for (; i < end; ++i) {
+      const Place soon = front.places.data[smaller(i + kAhead, front.places.size - 1)];
+      __builtin_prefetch(ground.labels + pixel(soon), 1);
+      __builtin_prefetch(byte(soon) - pitch, 1);
+      __builtin_prefetch(byte(soon) + pitch, 1);
+
+      const Place place = front.places.data[i];
+      ground.labels[pixel(place)] = label;
       for (int step = 0; step < kSteps; ++step) {
-        const int32_t y = pixel.y + kDirections[step][0], x = pixel.x + kDirections[step][1];
-        uint64_t* const word = open + y * words + (x >> 6);
+        const int64_t dy = kDirections[step][0], dx = kDirections[step][1];
+        uint8_t* const open = byte(place) + dy * pitch + dx;
         // no branch on what is open, which nobody could predict
-        const uint64_t held = *word, bit = uint64_t{1} << (x & 63);
-        *word = held & ~bit;
-        next.pixels.data[taken] = {y, x};
-        taken += (held & bit) != 0;
+        places[taken] = place + dy * ((int64_t{1} << 32) + width) + dx;
+        taken += *open;
+        *open = 0;
       }
     }
     next.stretches.push({label, taken});
   }
-  next.pixels.size = taken;
+  next.places.size = taken;
 }
 
-// Grows the labels above 0 over the open pixels, which hold 0; open (height, words) lies between two rows of zeros.
+// Grows the labels above 0 over the open pixels, which hold 0.
 // Breadth first, from pixels in the order of their labels: then those of every later distance are in this order too,
 // and the first label to reach a pixel is the lowest.
-void grow(int32_t* labels, uint64_t* open, int64_t height, int64_t width, bool diagonal) {
-  const int64_t words = width / 64 + 1;
+void grow(const Ground& ground, bool diagonal) {
   List<Seed> seeds, spare;
-  for (int64_t y = 0; y < height; ++y)
-    for (int64_t w = 0; w < words; ++w) {
-      const auto around = [&](const uint64_t* word) {
-        return *word << 1 | word[-1] >> 63 | *word >> 1 | word[1] << 63;
-      };
-      const uint64_t *const here = open + y * words + w, *const above = here - words, *const below = here + words;
-      uint64_t beside = around(here) | *above | *below;
-      if (diagonal) beside |= around(above) | around(below);
+  for (int64_t y = 0; y < ground.height; ++y)
+    for (int64_t x = 0; x < ground.width; x += 64) {
+      const int64_t inside = ground.width - x;
+      uint64_t beside = 0;
+      for (int step = 0; step < (diagonal ? 8 : 4); ++step)
+        beside |= nonzero(ground.row(y + kDirections[step][0]) + x + kDirections[step][1], inside);
       if (beside == 0) continue;
-      const int32_t* const from = labels + y * width + 64 * w;
-      for (uint64_t bits = beside & positive(from, width - 64 * w); bits != 0; bits &= bits - 1) {
-        const int bit = __builtin_ctzll(bits);
-        seeds.push({from[bit], static_cast<int32_t>(y), static_cast<int32_t>(64 * w + bit)});
+      const int64_t first = y * ground.width + x;
+      for (uint64_t bits = beside & positive(ground.labels + first, inside); bits != 0; bits &= bits - 1) {
+        const int64_t pixel = first + __builtin_ctzll(bits);
+        seeds.push({ground.labels[pixel], y << 32 | pixel});
       }
     }
   sort(seeds, spare);
 
   Front front, next;
   for (int64_t i = 0; i < seeds.size; ++i) {
-    const Seed& seed = seeds.data[i];
-    front.pixels.push({seed.y, seed.x});
-    if (i + 1 == seeds.size || seeds.data[i + 1].label != seed.label) front.stretches.push({seed.label, i + 1});
+    const auto [label, place] = seeds.data[i];
+    front.places.push(place);
+    if (i + 1 == seeds.size || seeds.data[i + 1].label != label) front.stretches.push({label, i + 1});
   }
-  while (front.pixels.size > 0) {
-    (diagonal ? advance<8> : advance<4>)(labels, open, width, front, next);
-    front.pixels.swap(next.pixels);
+  while (front.places.size > 0) {
+    (diagonal ? advance<8> : advance<4>)(ground, front, next);
+    front.places.swap(next.places);
     front.stretches.swap(next.stretches);
   }
+}
+
+// Labels the seeds of a row that are off the barrier, and opens the rest of what is.
+void start_row(const int32_t* seeds, const uint8_t* barrier, int64_t width, int32_t* labels, uint8_t* open) {
+  for (int64_t x = 0; x < width; ++x) {
+    const bool free = barrier[x] == 0, seed = seeds[x] > 0;
+    labels[x] = free & seed ? seeds[x] : 0;
+    open[x] = free & !seed;
+  }
+}
+
+// Opens the barrier of a row, and nothing else.
+void open_barrier(const uint8_t* barrier, int64_t width, uint8_t* open) {
+  for (int64_t x = 0; x < width; ++x) open[x] = barrier[x] != 0;
 }
 
 // The labels of one image, as flood_fill writes them.
 void fill(const int32_t* seeds, const uint8_t* barrier, int64_t height, int64_t width, bool diagonal,
           bool claim_barrier, int32_t* labels, int num_threads) {
-  const Regions regions(barrier, height, width, diagonal, num_threads);
-  const int64_t words = regions.words;
-  // calls body(x, run) for the seeds of a row that are off the barrier
-  const auto for_seeds = [&](int64_t y, const auto& body) {
-    int32_t run = regions.first[y] - 1;
-    Shift shift;
-    for (int64_t w = 0; w < words; ++w) {
-      const uint64_t free = regions.free[y * words + w], starts = free & ~shift.to_the_right(free);
-      uint64_t bits = free == 0 ? 0 : free & positive(seeds + y * width + 64 * w, width - 64 * w);
-      for (; bits != 0; bits &= bits - 1)
-        body(64 * w + __builtin_ctzll(bits), run + __builtin_popcountll(starts & (bits ^ (bits - 1))));
-      run += __builtin_popcountll(starts);
-    }
-  };
-
-  // most regions have seeds of one label at most, which is then that of all their pixels
-  constexpr int32_t kNone = 0, kSeveral = -1;
-  const Array<int32_t> owners(regions.count + 1);
-  for (int32_t region = 0; region <= regions.count; ++region) owners[region] = kNone;
+  const Ground ground(labels, height, width);
   for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
     for (int64_t y = top; y < end; ++y)
-      for_seeds(y, [&](int64_t x, int32_t run) {
-        const int32_t seed = seeds[y * width + x];
-        int32_t* const owner = &owners[regions.region[run]];
-        int32_t held = __atomic_load_n(owner, __ATOMIC_RELAXED);
-        if (held == seed || held == kSeveral) return;
-        const bool claimed = held == kNone && __atomic_compare_exchange_n(owner, &held, seed, false, __ATOMIC_RELAXED,
-                                                                          __ATOMIC_RELAXED);
-        if (!claimed && held != seed) __atomic_store_n(owner, kSeveral, __ATOMIC_RELAXED);
-      });
+      start_row(seeds + y * width, barrier + y * width, width, labels + y * width, ground.row(y));
   });
-  bool contested = false;
-  for (int32_t region = 1; region <= regions.count; ++region) contested |= owners[region] == kSeveral;
-
-  const Array<uint64_t> ground(contested || claim_barrier ? (height + 2) * words + 2 : 0);
-  uint64_t* const open = ground.data + 1 + words;
-  const auto close = [&](int64_t from, int64_t count) {
-    for (int64_t w = 0; w < count; ++w) open[from + w] = 0;
-  };
-  if (contested || claim_barrier) {
-    // one word more on each side, for a row that is read from the word before it to the one after it
-    close(-words - 1, words + 1);
-    close(height * words, words + 1);
-  }
-
-  for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
-    for (int32_t run = regions.first[top]; run < regions.first[end]; ++run)
-      regions.region[run] = larger(owners[regions.region[run]], kNone);
-    for (int64_t y = top; y < end; ++y) {
-      int32_t* const row = labels + y * width;
-      write_row(&regions.free[y * words], width, regions.region + regions.first[y], row);
-      if (!contested) continue;
-      for_seeds(y, [&](int64_t x, int32_t) {
-        if (row[x] == 0) row[x] = seeds[y * width + x];
-      });
-      for (int64_t w = 0; w < words; ++w)
-        open[y * words + w] = regions.free[y * words + w] & ~positive(row + 64 * w, width - 64 * w);
-    }
-  });
-  if (contested) grow(labels, open, height, width, diagonal);
-  if (claim_barrier) {
-    for (int64_t y = 0; y < height; ++y)
-      for (int64_t w = 0; w < words; ++w)
-        open[y * words + w] = ~regions.free[y * words + w] & ones(width - 64 * w);
-    grow(labels, open, height, width, diagonal);
-  }
+  grow(ground, diagonal);
+  if (!claim_barrier) return;
+  for (int64_t y = 0; y < height; ++y) open_barrier(barrier + y * width, width, ground.row(y));
+  grow(ground, diagonal);
 }
 
 // masks that walk together share what they read of the affinities; with two rows each they fit sixteen registers

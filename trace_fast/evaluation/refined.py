@@ -15,7 +15,7 @@ import torch
 from trace_fast._files import whole_file
 from trace_fast.evaluation import coco
 from trace_fast.evaluation.methods import Method
-from trace_fast.evaluation.run import over_photos, place_of, stamp_of
+from trace_fast.evaluation.run import over_photos, place_of, read_kept, stamp_of
 from trace_fast.evaluation.truth import Photo
 from trace_fast.formats import MaskSet
 from trace_fast.propagation import propagate
@@ -59,14 +59,17 @@ def refine_all(
         file = place / f"{photo.name}.json"
         masks = hashlib.sha256(b"".join(b"%s %r" % (each.counts, each.score) for each in given.instances)).hexdigest()
         stamp = stamp_of(photo.truth, method.source(photo), *photo.more, masks)
-        if file.is_file():
+
+        def read(file: Path) -> list[coco.Instance] | None:
             kept = json.loads(file.read_bytes())
-            if kept["stamp"] == stamp:
-                found = [
-                    coco.Instance(each["counts"].encode(), 1, each["area"], False, each["score"])
-                    for each in kept["masks"]
-                ]
-                return coco.ImageInstances(number, given.height, given.width, photo.name, found)
+            if kept["stamp"] != stamp:
+                return None
+            return [
+                coco.Instance(each["counts"].encode(), 1, each["area"], False, each["score"]) for each in kept["masks"]
+            ]
+
+        if (found := read_kept(file, read)) is not None:
+            return coco.ImageInstances(number, given.height, given.width, photo.name, found)
         with one_at_a_time:
             edges = method.edges(photo)
         scores = torch.tensor([each.score for each in given.instances], dtype=torch.float32)

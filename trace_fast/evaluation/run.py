@@ -31,6 +31,7 @@ __all__ = [
     "is_panoptic",
     "over_photos",
     "place_of",
+    "read_kept",
     "read_masks",
     "read_truth",
     "score_panoptic",
@@ -110,7 +111,13 @@ def count_all(
     def run(photo: Photo) -> Counts:
         file = place / f"{photo.name}.npz"
         stamp = stamp_of(photo.truth, method.source(photo), *photo.more)
-        if (kept := _read(file, stamp)) is not None:
+
+        def read(file: Path) -> Counts | None:
+            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
+                same = str(kept["stamp"]) == stamp
+                return Counts(kept["matches"], kept["by_group"], kept["drawn"]) if same else None
+
+        if (kept := read_kept(file, read)) is not None:
             return kept
         with one_at_a_time:
             edges = method.edges(photo)
@@ -181,16 +188,14 @@ def over_photos(work: Callable[[Photo], Result], photos: Sequence[Photo], title:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read(file: Path, stamp: str) -> Counts | None:
-    """Counts of a file, unless it is not there, damaged, or of files that have changed since."""
+def read_kept(file: Path, read: Callable[[Path], Result | None]) -> Result | None:
+    """What `read` finds in a file of an earlier run; None where there is none, or a damaged one, which is told."""
     try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
-            if str(kept["stamp"]) == stamp:
-                return Counts(kept["matches"], kept["by_group"], kept["drawn"])
+        return read(file)
     except FileNotFoundError:
         pass
     except Exception as error:  # damaged bytes fail in many ways
-        tqdm.write(f"trace-fast: {file} is damaged and made again: {error}", file=sys.stderr)
+        tqdm.write(f"trace-fast: {file} is damaged and made again: {error!r}", file=sys.stderr)
     return None
 
 

@@ -37,7 +37,10 @@ def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tenso
     _checks.tensor(op, "barrier", barrier, "B H W", {}, torch.bool)
     _checks.image(op, "barrier", barrier)
     _checks.one_of(op, "connectivity", connectivity, 4, 8)
-    _checks.memory(op, "barrier", barrier, _labelling(*barrier.shape))
+    _, height, width = barrier.shape
+    # the labels, and words and runs of one image, as many as a row can have
+    runs = height * (width + 1) // 2
+    _checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 8 * height * (width // 64 + 1) + 4 * runs)
     if _backend.choose(op, barrier.device.type) == "reference":
         return reference.label_regions(barrier, connectivity)
     return _label_regions(barrier, connectivity)
@@ -77,7 +80,8 @@ def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barr
     _checks.image(op, "seeds", seeds)
     _checks.one_of(op, "connectivity", connectivity, 4, 8)
     _checks.one_of(op, "claim_barrier", claim_barrier, False, True)
-    _checks.memory(op, "seeds", seeds, _labelling(*seeds.shape))
+    # the labels, and a byte for each pixel of one image
+    _checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
     if _backend.choose(op, seeds.device.type) == "reference":
         return reference.flood_fill(seeds, barrier, connectivity, claim_barrier)
     return _flood_fill(seeds, barrier, connectivity, bool(claim_barrier))
@@ -170,11 +174,6 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
     unions = int(groups.max()) + 1 if len(groups) else 0
     merged = _unite_masks(masks, groups, unions)
     return merged, groups, None if scores is None else reference.highest(scores, groups, unions)
-
-
-def _labelling(batch: int, height: int, width: int) -> int:
-    """Bytes of the labels of a batch, and of the words and runs of one image, as many as a row can have."""
-    return batch * height * width * 4 + height * (width // 64 + 1) * 8 + height * (width + 1) // 2 * 4
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
