@@ -20,13 +20,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import SIZE, dinov2, pipeline
+from tiny import SIZE, dinov2, embedded, pipeline
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from trace_fast import Detector, Tracer, _files, cli
 from trace_fast import distill as program
-from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import Taps
 from trace_fast.detector import listen, reading
@@ -73,16 +72,7 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The folder of a small embedded network with random weights, 32 x 48 pixels and 8 x 12 tokens."""
-    torch.manual_seed(0)
-    network = Mini(MiniConfig(dim=16, depth=2, heads=2))
-    for parameter in network.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("model")
-    save_file(network.state_dict(), folder / "model.safetensors")
-    config = {"family": "mini", "architecture": network.config.to_dict(), "tracing": {"size": [32, 48], "timestep": 0}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return embedded(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -549,6 +539,22 @@ class TestAfterAKill:
         self.ends_as(config, unbroken)
 
 
+def test_a_run_that_is_done_goes_on_with_more_epochs(config):
+    distill(config)
+    before = weights(config)
+    student = distill(replace(config, epochs=3))
+    assert progress(config)["step"] == 6 and "6 steps of 2" in (student / "README.md").read_text()
+    assert not torch.equal(weights(config)["model.decoder.values"], before["model.decoder.values"])
+
+
+def test_without_a_rate_the_network_stays_as_it_is(config, model):
+    student = distill(replace(config, rate=0.0))
+    detector = Detector.from_pretrained(student, device="cpu")
+    assert detector.adapter == {} and set(weights(config)) == {"model.decoder.values", "model.decoder.bias"}
+    plain = Tracer.from_pretrained(model, device="cpu").backbone.network.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in detector.backbone.network.state_dict().items())
+
+
 class TestShards:
     def test_a_damaged_one_is_told_and_made_again(self, config, call):
         distill(config)
@@ -610,7 +616,7 @@ class TestFaults:
         assert call().exit_code == 0  # with room again
         assert {file: time for file, time in shards(config).items() if file in before} == before
 
-    @pytest.mark.parametrize("change", [{"rank": 3}, {"epochs": 3}, {"batch": 1}, {"rate": 0.02}], ids=str)
+    @pytest.mark.parametrize("change", [{"rank": 3}, {"batch": 1}, {"rate": 0.02}], ids=str)
     def test_another_configuration_in_the_same_folder(self, config, call, change):
         assert call().exit_code == 0
         before = {path: path.read_bytes() for path in (config.output / "student").iterdir()}

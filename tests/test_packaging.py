@@ -82,6 +82,24 @@ def test_import_is_lean():
     assert sorted({name.split(".")[0] for name in new.split()} & set(HEAVY)) == []
 
 
+def test_a_student_of_the_embedded_network_runs_on_torch_alone(tmp_path):
+    from tiny import embedded, student
+
+    embedded(tmp_path)
+    student(tmp_path / "student", tmp_path, (32, 48), "pixels", channels=4)
+    code = f"""
+import sys, torch
+old = set(sys.modules)
+import trace_fast
+image = torch.rand(3, 20, 30)
+for stage in (1, 2):
+    assert trace_fast.edges(image, model={str(tmp_path)!r}, stage=stage, device="cpu").shape == (1, 1, 20, 30)
+print(*set(sys.modules) - old)
+"""
+    new = {name.split(".")[0] for name in python("-c", code).split()}
+    assert sorted(new & set(HEAVY) - {"triton"}) == []  # torch itself imports it with the first registered op
+
+
 def test_cuda_without_nvcc_stops_with_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],

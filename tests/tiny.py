@@ -11,6 +11,12 @@ from unittest.mock import MagicMock
 import diffusers
 import torch
 import transformers
+from safetensors.torch import save_file
+
+from trace_fast.backbones import load_backbone
+from trace_fast.backbones.mini import Mini, MiniConfig
+from trace_fast.decoder import make_decoder
+from trace_fast.detector import finest, save_student
 
 SIZE = (16, 24)  # pixels; latents are half of it in the tiny autoencoder
 TEXT = 5  # tokens of the empty prompt
@@ -208,6 +214,36 @@ def pipeline(family, folder):
         tokenizer=clip_tokenizer(folder / "clip"),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+def embedded(folder):
+    """The folder of a network of ours with random weights: 32 x 48 pixels, 8 x 12 tokens, two blocks."""
+    torch.manual_seed(0)
+    network = Mini(MiniConfig(dim=16, depth=2, heads=2))
+    for parameter in network.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {"family": "mini", "architecture": network.config.to_dict(), "tracing": {"size": [32, 48], "timestep": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def student(folder, base, size, decoder="conv", level=0, **options):
+    """The folder of a student with random adapters and decoder."""
+    backbone = load_backbone(base, device=torch.device("cpu"), size=size)
+    random = torch.Generator().manual_seed(5)
+    names = {module: name for name, module in backbone.network.named_modules()}
+    adapter = {}
+    for name in (f"{names[module]}.{part}" for module in backbone.attentions() for part in ("to_q", "to_k", "to_v")):
+        rows, columns = backbone.network.get_submodule(name).weight.shape
+        adapter[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=random) / 4
+        adapter[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=random) / 4
+    torch.manual_seed(6)
+    made = make_decoder(decoder, finest(backbone), **options)
+    config = {"base": {"model": str(base)}, "size": list(size), "level": level, "decoder": made.options(), "scale": 0.5}
+    save_student(folder, config, made, adapter, getattr(backbone, "null_text", None))
+    return folder
 
 
 def dinov2(registers=0):

@@ -18,7 +18,7 @@ from torch.nn import functional
 from trace_fast import _checks
 from trace_fast import image as door
 from trace_fast._files import whole_file
-from trace_fast.backbones import Backbone, load_backbone, student_folder
+from trace_fast.backbones import REPOSITORY, Backbone, load_backbone, student_folder
 from trace_fast.backbones.base import constant, device_of, load_weights
 from trace_fast.decoder import Decoder, Taps, make_decoder
 
@@ -96,19 +96,19 @@ class Detector:
         folder = student_folder(model) or _fetch(str(model), revision, local_files_only)
         try:
             config = json.loads((folder / CONFIG).read_text())
-            base, level, size = config["base"], int(config["level"]), tuple(config["size"])
-            options = config["decoder"]
-            adapter = load_weights(folder / ADAPTER) if (folder / ADAPTER).is_file() else {}
+            source, revision = config["base"]["model"], config["base"].get("revision")
+            level, size, options = int(config["level"]), tuple(config["size"]), config["decoder"]
+            adapter = load_weights(folder / ADAPTER)
             weights = load_weights(folder / DECODER)
             null_text = load_weights(folder / NULL_TEXT) if (folder / NULL_TEXT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
         backbone = load_backbone(
-            base["model"],
+            source,
             device=device,
             dtype=dtype,
             size=size,
-            revision=base.get("revision"),
+            revision=revision,
             local_files_only=local_files_only,
             null_text=null_text,
         )
@@ -116,7 +116,7 @@ class Detector:
             decoder = make_decoder(grid=finest(backbone), **options)
             decoder.load_state_dict(weights)
             merge(backbone.network, adapter, config.get("scale", 1.0))
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
         if hasattr(backbone, "vae"):  # its convolutions are faster so
             backbone.vae.to(memory_format=torch.channels_last)
@@ -175,7 +175,7 @@ class Detector:
         backbone, decoder = self.backbone, self.decoder
         now: dict[str, Taps] = {}  # empty between calls, or each call would be compiled anew
         # these hooks stay, since setting hooks would break the graph; the network is the detector's own
-        listen(backbone, lambda index, query, key: now["taps"].hear(index, query, key)).__enter__()
+        listen(backbone, lambda *heard: now["taps"].hear(*heard) if now else None).__enter__()
         timestep = constant((self.level,), self.device)
 
         def run(images: Tensor, photograph: Tensor | None) -> Tensor:
@@ -288,7 +288,9 @@ class Detector:
         values = self.decoder.values.mT.unflatten(1, self.decoder.grid)[None]
         resampled = functional.interpolate(values, decoder.grid, mode="bilinear", align_corners=False)
         decoder.values = nn.Parameter(resampled[0].flatten(1).mT.contiguous())
-        return Detector(backbone, decoder, level=self.level, name=self.name, config=self.config, adapter=self.adapter)
+        found = Detector(backbone, decoder, level=self.level, name=self.name, config=self.config, adapter=self.adapter)
+        found._lock = self._lock  # the network is the same
+        return found
 
 
 def reading(backbone: Backbone) -> list[tuple[int, int]]:
@@ -342,10 +344,8 @@ def save_student(
 ) -> None:
     """Write the files of a student; see `Detector.from_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {DECODER: decoder.state_dict(), ADAPTER: adapter, NULL_TEXT: null_text or {}}
-    contents = {
-        name: save({key: x.contiguous().cpu() for key, x in file.items()}) for name, file in files.items() if file
-    }
+    files = {DECODER: decoder.state_dict(), ADAPTER: adapter} | ({NULL_TEXT: null_text} if null_text else {})
+    contents = {name: save({key: x.contiguous().cpu() for key, x in file.items()}) for name, file in files.items()}
     if card is not None:
         contents["README.md"] = card.encode()
     contents[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
@@ -356,6 +356,11 @@ def save_student(
 
 def _fetch(repository: str, revision: str | None, local_files_only: bool) -> Path:
     """The files of a student on the hub."""
+    if Path(repository).is_dir() or not REPOSITORY.fullmatch(repository):
+        raise ValueError(
+            "load: model must be a name, a folder or a repository of the hub (owner/name) that has a student, got "
+            f"{repository!r} without {DECODER}"
+        )
     from trace_fast.backbones.loading import explained
 
     with explained(repository, repository):
