@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,9 @@ class Process:
             _checks.device("distill", device)
         from accelerate import PartialState
 
-        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
+        # all wait for the last one's shards, longer than the ten minutes that NCCL would
+        patience = timedelta(days=1)
+        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu", timeout=patience)
         alone = state.num_processes == 1
         return cls(state.process_index, state.num_processes, torch.device(device) if device and alone else state.device)
 
