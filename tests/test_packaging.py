@@ -72,7 +72,7 @@ def test_wheel_installs_one_package(wheel):
         assert name in wheel
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "trace_fast").rglob("*.py")}
     assert sources <= set(wheel)
-    for name in ("model.safetensors", "config.json", "README.md"):
+    for name in ("model.safetensors", "config.json", "README.md", "student/decoder.safetensors", "student/config.json"):
         assert f"trace_fast/weights/mini/{name}" in wheel
 
 

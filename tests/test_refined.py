@@ -145,7 +145,7 @@ def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
     words = ["evaluate", "--data", data, "--table", "components", "--baseline", baseline, "-o", "out", "--limit", "2"]
     result = call(*words, "--method", "mini")
     assert result.exit_code == 0, result.output
-    assert list(read(tmp_path / "out")) == ["merged", "merged + mini@0", "merged + mini@iep"]
+    assert list(read(tmp_path / "out")) == ["merged", "merged + mini@0", "merged + mini@iep", "merged + mini"]
     assert "2.1 M" in (tmp_path / "out" / "masks.md").read_text()
 
 

@@ -338,7 +338,7 @@ def evaluate(
         Literal["backbones", "components"] | None,
         typer.Option(
             help="What edges do for the masks of --baseline: of each --method, or of the steps of one MODEL (a fixed "
-            "level, t*)."
+            "level, t*, its student where it has one)."
         ),
     ] = None,
     baseline: Annotated[
@@ -374,6 +374,7 @@ def evaluate(
     """
     import shlex
 
+    from trace_fast.backbones import student_folder
     from trace_fast.evaluation import edges, masks, refined, report, run
     from trace_fast.evaluation.methods import parse_method
     from trace_fast.evaluation.truth import open_photos
@@ -389,7 +390,7 @@ def evaluate(
     if table == "components":
         if len(method) > 1 or "@" in method[0]:
             _refuse("--table components must have one --method, a model without a level")
-        method = [f"{method[0]}@0", f"{method[0]}@iep"]
+        method = [f"{method[0]}@0", f"{method[0]}@iep", *method[:1] * (student_folder(method[0]) is not None)]
     if len(threshold) not in (1, len(method) or 1):
         _refuse(f"--threshold must be given once or {len(method)} times, for each --method")
     if len(files) < len(results):
