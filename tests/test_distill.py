@@ -1,6 +1,7 @@
 """Distillation of the one-step student: labels and losses by hand, every family, resuming, and faults told."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -454,6 +455,22 @@ class TestOrder:
                 assert torch.equal(image, plain[0].flip(-1) if turned else plain[0])
                 assert torch.equal(strength, expected[0].flip(-1) if turned else expected[0])
         assert 4 <= mirrored <= 16
+
+    def test_colours_are_exchanged_and_nothing_else(self, run):
+        run.shards.make(Tracer.from_pretrained(run.config.model, device="cpu"), range(3))
+        run.config, run.steps = replace(run.config, recolour=1.0), 10
+        exchanged = 0
+        for step, (images, _, abdiv) in enumerate(run.batches()):
+            for image, strength, index in zip(images, abdiv, run.indices(step), strict=True):
+                plain, _, expected = run.load([index])
+                if not torch.equal(strength, expected[0]):
+                    plain = plain.flip(-1)
+                orders = [
+                    order for order in itertools.permutations(range(3)) if torch.equal(image, plain[0, list(order)])
+                ]
+                assert len(orders) == 1
+                exchanged += orders[0] != (0, 1, 2)
+        assert 8 <= exchanged <= 20
 
 
 # writes files as the library does, and dies by SIGKILL inside the n-th of a name, before it is there

@@ -26,11 +26,13 @@ def test_array_gives_an_array_at_its_size(expected):
     assert 0 <= expected.min() < expected.max() <= 1
 
 
-def test_edges_are_on_the_outline_of_a_plain_object(expected):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_edges_are_on_the_outline_of_a_plain_object(photograph, stage):
+    found = trace_fast.edges(photograph, stage=stage)
     outline = np.zeros((50, 70), bool)
     outline[13:42, 18:47] = True
     outline[17:38, 22:43] = False
-    assert expected[outline].mean() > 2 * expected[~outline].mean()
+    assert found[outline].mean() > 2 * found[~outline].mean()
 
 
 @pytest.mark.parametrize("kind", ["path", "pil", "rgba", "chw", "bchw", "float", "uint16"])

@@ -215,6 +215,9 @@ def distill(
         typer.Option(min=0, max=999, help="Noise level of the student's pass; else 0, and 20 for rectified flow."),
     ] = None,
     reconstruction: Annotated[float, typer.Option(min=0, help="Weight of the reconstruction loss.")] = 1.0,
+    recolour: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the pictures whose colours are exchanged.")
+    ] = 0.0,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 64,
     rate: Annotated[float, typer.Option(min=0, help="Learning rate of the adapters.")] = 1e-4,
     decoder_rate: Annotated[float, typer.Option(min=0, help="Learning rate of the decoder.")] = 3e-3,

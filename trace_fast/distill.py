@@ -32,7 +32,7 @@ from tqdm import tqdm
 from trace_fast import _checks, annotate
 from trace_fast._files import whole_file
 from trace_fast._training import State, trapezoid
-from trace_fast.backbones.base import constant
+from trace_fast.backbones.base import check_timestep, constant
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder
 from trace_fast.detector import finest, listen, reading, save_student
@@ -72,6 +72,8 @@ class DistillConfig:
         decoder_options: of the decoder.
         level: noise level of the student's pass; None is 0, and 20 for rectified flow.
         reconstruction: weight of the reconstruction loss; 0 turns it off.
+        recolour: share of the pictures whose colours are exchanged (red, green and blue shuffled), against a taste for
+            the colours of few photographs.
         rank: of the adapters.
         rate: peak learning rate of the adapters, AdamW; 0 leaves them out, and the network as it is.
         decoder_rate: of the decoder.
@@ -105,6 +107,7 @@ class DistillConfig:
     decoder_options: dict[str, int] = field(default_factory=dict)
     level: int | None = None
     reconstruction: float = 1.0
+    recolour: float = 0.0
     rank: int = 64
     rate: float = 1e-4
     decoder_rate: float = 3e-3
@@ -131,6 +134,10 @@ class DistillConfig:
         for name in ("reconstruction", "rate", "decoder_rate", "epochs"):
             _checks.number("distill", name, getattr(self, name), 0)
         _checks.number("distill", "interior", self.interior, 0, 1)
+        _checks.number("distill", "recolour", self.recolour, 0, 1)
+        _checks.number("distill", "decay", self.decay, 0.01, 1)
+        if self.level is not None:
+            check_timestep(self.level)
         if self.limit is not None:
             _checks.integer("distill", "limit", self.limit, PREVIEW + 1)
 
@@ -379,18 +386,21 @@ class Distillation:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """What this process sees of every step that is left, read ahead; half of the pictures are mirrored."""
+        share = self.process.share
 
         def prepare(step: int) -> tuple[Tensor, Tensor | None, Tensor]:
-            chosen = self.indices(step)
-            flip = np.random.default_rng([self.config.seed, step, 1]).random(len(chosen)) < 0.5
-            mine = self.process.share
-            mirrored = torch.from_numpy(flip[mine])
-            images, details, abdiv = self.load(chosen[mine])
+            chosen, random = self.indices(step), np.random.default_rng([self.config.seed, step, 1])
+            mirrored = torch.from_numpy(random.random(len(chosen)) < 0.5)[share]
+            # red, green and blue, or their places after a shuffle
+            orders = [random.permutation(3) if random.random() < self.config.recolour else range(3) for _ in chosen]
+            channels = torch.tensor(np.array(orders))[share, :, None, None]
+            images, details, abdiv = self.load(chosen[share])
 
-            def mirror(x: Tensor) -> Tensor:
-                return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+            def change(x: Tensor) -> Tensor:
+                x = torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+                return x.gather(1, channels.expand_as(x)) if x.ndim == 4 else x
 
-            return mirror(images), None if details is None else mirror(details), mirror(abdiv)
+            return change(images), None if details is None else change(details), change(abdiv)
 
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(prepare, step) for step in range(self.step, min(self.step + 3, self.steps))]
@@ -499,7 +509,7 @@ class Distillation:
             "decoder": self.decoder.options(),
             "scale": 1.0,  # of the adapter's products: alpha is the rank
         }
-        adapter = {name: value.detach().half() for name, value in self.adapters.items()}
+        adapter = {name: value.detach() for name, value in self.adapters.items()}
         null_text = getattr(self.backbone, "null_text", None)
         save_student(folder, description, self.decoder, adapter, null_text, self.card())
         return folder
