@@ -538,7 +538,7 @@ class TestKeptCounts:
         seen = 0
         for data in damaged:
             path.write_bytes(data)
-            found = run._read(path, "x")
+            found = run.read_counts(path, "x")
             seen += found is None
             if found is not None:
                 for name, value in vars(counts).items():
@@ -547,6 +547,6 @@ class TestKeptCounts:
         error = capsys.readouterr().err
         assert f"trace-fast: {path} is damaged and made again: " in error
         path.write_bytes(whole)
-        assert run._read(path, "x") is not None and run._read(path, "y") is None
-        assert run._read(tmp_path / "none.npz", "x") is None
+        assert run.read_counts(path, "x") is not None and run.read_counts(path, "y") is None
+        assert run.read_counts(tmp_path / "none.npz", "x") is None
         assert capsys.readouterr().err == ""

@@ -31,6 +31,7 @@ __all__ = [
     "is_panoptic",
     "over_photos",
     "place_of",
+    "read_counts",
     "read_kept",
     "read_masks",
     "read_truth",
@@ -111,13 +112,7 @@ def count_all(
     def run(photo: Photo) -> Counts:
         file = place / f"{photo.name}.npz"
         stamp = stamp_of(photo.truth, method.source(photo), *photo.more)
-
-        def read(file: Path) -> Counts | None:
-            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
-                same = str(kept["stamp"]) == stamp
-                return Counts(kept["matches"], kept["by_group"], kept["drawn"]) if same else None
-
-        if (kept := read_kept(file, read)) is not None:
+        if (kept := read_counts(file, stamp)) is not None:
             return kept
         with one_at_a_time:
             edges = method.edges(photo)
@@ -197,6 +192,17 @@ def read_kept(file: Path, read: Callable[[Path], Result | None]) -> Result | Non
     except Exception as error:  # damaged bytes fail in many ways
         tqdm.write(f"trace-fast: {file} is damaged and made again: {error!r}", file=sys.stderr)
     return None
+
+
+def read_counts(file: Path, stamp: str) -> Counts | None:
+    """Counts of a file of an earlier run; None unless it is there, whole, and of files that have not changed since."""
+
+    def read(file: Path) -> Counts | None:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
+            same = str(kept["stamp"]) == stamp
+            return Counts(kept["matches"], kept["by_group"], kept["drawn"]) if same else None
+
+    return read_kept(file, read)
 
 
 def place_of(folder: Path, method: Method, *settings: Any) -> Path:
