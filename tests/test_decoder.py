@@ -213,16 +213,23 @@ class TestPixelDecoder:
         torch.manual_seed(0)
         return PixelDecoder((3, 5), columns=6, channels=4)
 
-    def test_logits_are_of_the_processing_size(self, decoder):
-        taps, photograph = torch.randn(2, 15, 6), torch.rand(2, 3, 48, 80)
-        assert decoder(taps, photograph).shape == (2, 1, 24, 40)
+    @pytest.mark.parametrize("detail", [1, 2, 3])
+    def test_logits_are_as_fine_as_the_photograph(self, detail):
+        decoder = PixelDecoder((3, 5), columns=6, channels=4, detail=detail)
+        taps, photograph = torch.randn(2, 15, 6), torch.rand(2, 3, 24 * detail, 40 * detail)
+        assert decoder(taps, photograph).shape == (2, 1, 24 * detail, 40 * detail)
 
     def test_it_sees_both_the_map_and_the_photograph(self, decoder):
         taps, photograph = torch.randn(1, 15, 6), torch.rand(1, 3, 48, 80)
         base = decoder(taps, photograph)
         assert not torch.equal(base, decoder(taps + 1, photograph))
         changed = decoder(taps, photograph.index_fill(3, torch.tensor([0]), 0.5)) - base
-        assert changed[..., :5].abs().max() > 0 and not changed[..., 20:].any()  # where a pixel was changed
+        assert changed[..., :5].abs().max() > 0 and not changed[..., 40:].any()  # where a pixel was changed
+
+    def test_a_plain_picture_has_no_edge_at_its_border(self, decoder):
+        taps, photograph = torch.randn(1, 1, 6).expand(1, 15, 6), torch.full((1, 3, 48, 80), 0.7)
+        found = decoder(taps, photograph)
+        assert_close(found, found[..., 24:25, 40:41].expand_as(found))
 
 
 class TestMakeDecoder:

@@ -30,7 +30,8 @@ from trace_fast import distill as program
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import Taps
 from trace_fast.detector import listen, reading
-from trace_fast.distill import Distillation, DistillConfig, dice, distill, inject, pseudo_labels
+from trace_fast.distill import Distillation, DistillConfig, crests, dice, distill, inject, pseudo_labels
+from trace_fast.image import resize
 from trace_fast.photographs import Photograph, list_photographs
 
 # of diffusers' own call of the hub
@@ -166,9 +167,9 @@ class TestPseudoLabels:
         np.testing.assert_allclose(label.numpy(), expected, atol=1e-6)
         assert counts.all()
 
-    def targets(self, abdiv, size, **config):
+    def targets(self, abdiv, size, photographs=None, **config):
         given = SimpleNamespace(config=DistillConfig("mini", Path(), Path(), **config), scale=0.1)
-        return Distillation.targets(given, abdiv, size)
+        return Distillation.targets(given, abdiv, size, photographs)
 
     def test_on_a_finer_grid_thresholds_stay_and_what_is_left_out_stays_so(self):
         # columns of edge, neither, interior
@@ -182,6 +183,50 @@ class TestPseudoLabels:
     def test_on_its_own_grid_targets_are_the_labels(self, labels):
         abdiv = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
         assert torch.equal(self.targets(abdiv, (3, 5), labels=labels)[:, :, 0], pseudo_labels(abdiv, labels))
+
+    def test_sharp_is_soft_times_the_root_of_the_crests(self):
+        generator = torch.Generator().manual_seed(0)
+        abdiv, photographs = torch.rand(2, 3, 5, generator=generator), torch.rand(2, 3, 12, 20, generator=generator)
+        soft = self.targets(abdiv, (6, 10), labels="soft")
+        label, counts = self.targets(abdiv, (6, 10), photographs, labels="sharp")
+        assert_close(label, soft[0] * crests(resize(photographs, (6, 10))).sqrt())
+        assert (label <= soft[0]).all() and counts.all()
+
+
+class TestCrests:
+    def test_an_outline_is_found_at_its_pixel_whatever_its_strength(self):
+        picture = torch.zeros(2, 3, 20, 24)
+        picture[0, :, :, 12:], picture[1, :, :, 12:] = 1.0, 0.1
+        found = crests(picture)
+        assert found.shape == (2, 1, 20, 24)
+        assert (found[..., 11:13] > 0.95).all() and not found[..., :8].any() and not found[..., 16:].any()
+        assert_close(found[0], found[1], rtol=0, atol=0.05)
+
+    def test_of_two_close_outlines_the_weaker_one_is_weaker(self):
+        picture = torch.zeros(1, 3, 20, 24)
+        picture[..., 10:], picture[..., 13:] = 0.2, 1.0
+        found = crests(picture)[0, 0, 10]
+        assert found[12:14].min() > 0.9 and 0.1 < found[9] < 0.6
+
+    def test_by_hand(self):
+        picture = torch.rand(1, 2, 9, 11, generator=torch.Generator().manual_seed(0)).double()
+        padded = np.pad(picture[0].numpy(), ((0, 0), (2, 2), (2, 2)), mode="edge")
+        weights = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+        soft = np.array(
+            [[[(x[i : i + 5, j : j + 5] * weights).sum() for j in range(11)] for i in range(9)] for x in padded]
+        )
+        ends = np.pad(soft, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        slopes = (ends[:, 1:-1, 2:] - ends[:, 1:-1, :-2]) / 2, (ends[:, 2:, 1:-1] - ends[:, :-2, 1:-1]) / 2
+        steep = np.sqrt((slopes[0] ** 2 + slopes[1] ** 2).sum(0))
+        around = np.pad(steep, 2, mode="constant")
+        highest = np.array([[around[i : i + 5, j : j + 5].max() for j in range(11)] for i in range(9)])
+        around = np.pad(highest, 2, mode="edge")
+        mean = np.array([[around[i : i + 5, j : j + 5].mean() for j in range(11)] for i in range(9)])
+        expected = np.minimum(steep / (mean + 1e-3), 1)
+        np.testing.assert_allclose(crests(picture, radius=2)[0, 0].numpy(), expected, atol=1e-12)
+
+    def test_a_plain_picture_has_none(self):
+        assert not crests(torch.full((1, 3, 9, 9), 0.3)).any()
 
 
 class TestDice:
@@ -373,7 +418,7 @@ def alone():
     return program.Process(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("labels", ["binary", "soft"])
+@pytest.mark.parametrize("labels", ["binary", "soft", "sharp"])
 def test_other_labels_teach_another_student(config, labels):
     other = replace(config, output=config.output.with_name("other"), edges=config.output / "edges", labels=labels)
     distill(config), distill(other)

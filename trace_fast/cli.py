@@ -202,7 +202,7 @@ def distill(
         Literal["inversion", "gaussian"] | None, typer.Option(help="Of the search; else what the model prefers.")
     ] = None,
     labels: Annotated[
-        Literal["ternary", "binary", "soft"], typer.Option(help="What is made of the search's divergences.")
+        Literal["ternary", "binary", "soft", "sharp"], typer.Option(help="What is made of the search's divergences.")
     ] = "ternary",
     interior: Annotated[
         float, typer.Option(min=0, max=1, help="Share of cells that ternary labels call interior at least.")

@@ -160,14 +160,15 @@ class ConvDecoder(Decoder):
 class PixelDecoder(Decoder):
     """A small network over what the map says of each token and the photograph's own pixels.
 
-    Attention tells which of the contrasts are boundaries, pixels tell where they are. Logits come at the processing
-    size; the photograph is looked at with `detail` times as many pixels a side.
+    Attention tells which of the contrasts are boundaries, pixels tell where they are. Both meet at the processing size,
+    and what is found there is drawn out with the photograph's pixels, of which there are `detail` times as many a side.
 
     Args:
         grid: (h, w), the tokens that the map has; fixed, since every key has values of its own.
         columns: numbers read from each row of the map, at most 64 and fewer than tokens.
-        channels: of its convolutions.
-        detail: the photograph's side as it is looked at, as a multiple of the processing size's.
+        channels: of its convolutions; half as many at full detail.
+        detail: the photograph's side as it is looked at, and that of the logits, as a multiple of the processing
+            size's.
     """
 
     name = "pixels"
@@ -179,30 +180,36 @@ class PixelDecoder(Decoder):
             raise ValueError(f"decoder pixels: columns must be from 1 to {most}, got {columns}")
         self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
         self.values = nn.Parameter(waves(grid, columns))
-        self.tokens = nn.Sequential(
-            nn.Conv2d(columns, 2 * channels, 3, padding=1), nn.GELU(), nn.Conv2d(2 * channels, channels, 3, padding=1)
-        )
-        self.pixels = nn.Conv2d(3, channels, 2 * detail + 1, stride=detail, padding=detail)
+        few = max(1, channels // 2)
+        self.tokens = nn.Sequential(around(columns, 2 * channels), nn.GELU(), around(2 * channels, channels))
+        self.fine = around(3, few, 5)
+        self.coarse = around(few, channels, 2 * detail + 1, stride=detail)
         self.join = nn.Sequential(
-            nn.GELU(),
-            nn.Conv2d(2 * channels, channels, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(channels, 1, 3, padding=1),
+            nn.GELU(), around(2 * channels, channels), nn.GELU(), around(channels, channels), nn.GELU()
         )
+        self.draw = nn.Sequential(nn.GELU(), around(channels + few, few), nn.GELU(), around(few, 1))
 
     def options(self) -> dict[str, Any]:
         """What `make_decoder` needs beside the grid."""
         return {"name": self.name, "columns": self.columns, "channels": self.channels, "detail": self.detail}
 
     def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
-        """(B, N, columns) and (B, 3, detail * H, detail * W) in [0, 1] to logits (B, 1, H, W)."""
+        """(B, N, columns) and (B, 3, detail * H, detail * W) in [0, 1] to logits (B, 1, detail * H, detail * W)."""
         assert photograph is not None  # detail is not 0
-        fine = self.pixels(photograph * 2 - 1)
-        coarse = self.tokens(taps.mT.unflatten(2, self.grid))
-        coarse = functional.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
-        return self.join(torch.cat([coarse, fine], 1))
+        fine = self.fine(photograph * 2 - 1)
+        pixels = self.coarse(functional.gelu(fine))
+        found = self.join(torch.cat([stretch(self.tokens(taps.mT.unflatten(2, self.grid)), pixels), pixels], 1))
+        return self.draw(torch.cat([stretch(found, fine), fine], 1))
+
+
+def around(channels: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size, the picture going on beyond its border as it ends there: zeros are edges."""
+    return nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, padding_mode="replicate")
+
+
+def stretch(x: Tensor, like: Tensor) -> Tensor:
+    """Interpolate to the size of another."""
+    return functional.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def waves(grid: Grid, count: int) -> Tensor:

@@ -40,9 +40,9 @@ from trace_fast.image import resize
 from trace_fast.photographs import Photograph, list_photographs
 from trace_fast.tracer import Tracer
 
-__all__ = ["LABELS", "DistillConfig", "dice", "distill", "pseudo_labels"]
+__all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "pseudo_labels"]
 
-LABELS = ("ternary", "binary", "soft")
+LABELS = ("ternary", "binary", "soft", "sharp")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every self-attention that is read
 PREVIEW = 6  # photographs of the live picture, which are not trained on
 FLOW_LEVEL = 20  # of rectified flow, where the reconstruction has no gradient at 0
@@ -66,7 +66,7 @@ class DistillConfig:
         timestep: level that the search reads: "iep", an integer, or None for what the model prefers.
         noising: of the search; None for what the model prefers.
         labels: "ternary" leaves out what is neither (the paper's), "binary" calls it interior, "soft" takes the
-            probability 1 - exp(-ABDiv / s).
+            probability 1 - exp(-ABDiv / s), "sharp" that probability drawn to the crests of the photograph's contrast.
         interior: share of the cells that are interior at least, the lowest, where fewer lie below mean minus deviation.
         decoder: "conv" or "pixels", see `trace_fast.decoder`.
         decoder_options: of the decoder.
@@ -164,7 +164,7 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
 
     Args:
         abdiv: (B, h, w) float, nats.
-        kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale).
+        kind: "ternary"; "binary", where the rest is interior, too; or "soft" and "sharp", 1 - exp(-abdiv / scale).
         interior: share of the cells, from 0 to 1.
         scale: s, in nats.
 
@@ -175,7 +175,7 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
         >>> label, counts = pseudo_labels(torch.rand(2, 3, 4))
     """
     abdiv = abdiv.float()
-    if kind == "soft":
+    if kind in ("soft", "sharp"):
         label = 1 - torch.exp(-abdiv.clamp(min=0) / scale)
         return torch.stack([label, torch.ones_like(label)])
     cells = abdiv.flatten(1)
@@ -186,6 +186,39 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
     low = torch.maximum(mean - deviation, torch.quantile(cells, interior, dim=1)[:, None, None])
     inside = (abdiv <= low).float() * (1 - edge)
     return torch.stack([edge, edge + inside])
+
+
+def crests(photograph: Tensor, radius: int = 3) -> Tensor:
+    """Where the contrast of a picture peaks among its surroundings, whatever its strength: about 1 on an outline.
+
+    The gradient's length over its average maximum, of the picture smoothed by one pixel. Attention tells what is a
+    boundary in tokens of several pixels; this tells in which of the pixels it lies.
+
+    Args:
+        photograph: (B, C, H, W) float in [0, 1].
+        radius: of the surroundings, in pixels.
+
+    Returns:
+        (B, 1, H, W) of the same dtype, in [0, 1]; 0 where nothing changes.
+
+    Example:
+        >>> crests(torch.rand(2, 3, 24, 32)).shape
+        torch.Size([2, 1, 24, 32])
+    """
+
+    def average(x: Tensor, kernel: Tensor) -> Tensor:
+        rows, columns = kernel.shape
+        padded = functional.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2), mode="replicate")
+        return functional.conv2d(padded, kernel.expand(x.shape[1], 1, rows, columns), groups=x.shape[1])
+
+    smooth = photograph.new_tensor([[1, 4, 6, 4, 1]]) / 16  # sigma = 1
+    slope = photograph.new_tensor([[-1, 0, 1]]) / 2
+    softened = average(average(photograph, smooth), smooth.T)
+    steepness = (average(softened, slope) ** 2 + average(softened, slope.T) ** 2).sum(1, keepdim=True).sqrt()
+    side = 2 * radius + 1
+    highest = functional.max_pool2d(steepness, side, 1, radius)
+    box = photograph.new_full((1, side), 1 / side)
+    return (steepness / (average(average(highest, box), box.T) + 1e-3)).clamp(max=1)
 
 
 def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
@@ -434,7 +467,7 @@ class Distillation:
                 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
                 prediction = backbone.predict(noisy, timestep)
                 found = self.decoder(taps.total(), details).float().sigmoid()
-            label, counts = self.targets(abdiv, found.shape[-2:])
+            label, counts = self.targets(abdiv, found.shape[-2:], images if details is None else details)
             edges = dice(found, label, counts)
             rebuilt = schedule.denoise(noisy, prediction.float(), timestep)
             reconstruction = functional.mse_loss(rebuilt, latent)
@@ -453,18 +486,24 @@ class Distillation:
         figures = self.process.sum(torch.stack([edges.detach(), reconstruction.detach()]) * weight)
         self.recent.append(figures.tolist())
 
-    def targets(self, abdiv: Tensor, size: Sequence[int]) -> Tensor:
+    def targets(self, abdiv: Tensor, size: Sequence[int], photographs: Tensor) -> Tensor:
         """Labels and where they count, (2, B, 1, *size): thresholds are those of the grid."""
         label, counts = pseudo_labels(abdiv, self.config.labels, self.config.interior, self.scale)
-        if tuple(size) == tuple(abdiv.shape[1:]):
+        size = (size[0], size[1])
+
+        def carry(x: Tensor) -> Tensor:
+            return functional.interpolate(x, size, mode="bilinear", align_corners=False)
+
+        if self.config.labels in ("soft", "sharp"):
+            label = carry(label[:, None])
+            if self.config.labels == "sharp":
+                label = label * crests(resize(photographs, size)).sqrt()
+            return torch.stack([label, torch.ones_like(label)])
+        if size == tuple(abdiv.shape[1:]):
             return torch.stack([label, counts])[:, :, None]
-        stretched = functional.interpolate(
-            torch.stack([label * counts, (1 - label) * counts], 1), tuple(size), mode="bilinear", align_corners=False
-        )
-        edge, inside = stretched[:, :1], stretched[:, 1:]
-        if self.config.labels == "soft":
-            return torch.stack([edge, torch.ones_like(edge)])
-        return torch.stack([(edge > 0.5).float(), ((edge > 0.5) | (inside > 0.5)).float()])
+        stretched = carry(torch.stack([label * counts, (1 - label) * counts], 1))
+        edge, inside = stretched[:, :1] > 0.5, stretched[:, 1:] > 0.5
+        return torch.stack([edge.float(), (edge | inside).float()])
 
     @torch.no_grad()
     def preview(self) -> None:
@@ -477,7 +516,8 @@ class Distillation:
             self.backbone.predict(self.backbone.encode(images), timestep)
         found = self.decoder(taps.total(), None if details is None else details.to(self.device)).float().sigmoid()
         size, rows = self.backbone.settings.size, []
-        (label, counts), found = self.targets(abdiv, size), resize(found, size).clamp(0, 1).cpu()
+        label, counts = self.targets(abdiv, size, images.cpu())
+        found = resize(found, size).clamp(0, 1).cpu()
         soft = 1 - torch.exp(-resize(abdiv[:, None], size).clamp(min=0) / self.scale)
         for index, photograph in enumerate(images.cpu()):
             # left out is grey
