@@ -134,6 +134,21 @@ def test_edges_everywhere_or_nowhere(mode):
         assert all(any((given & ~other).sum() == 0 for other in out) for given in mask)
 
 
+@pytest.mark.parametrize("mode", ["flood", "walk"])
+def test_classes_that_no_edge_divides_keep_to_themselves(mode):
+    mask = np.zeros((2, 40, 60), bool)
+    mask[0, :, :22], mask[1, :, 38:] = True, True
+    edges = np.zeros((40, 60), np.float32)
+    out = trace_fast.propagate(mask, edges, threshold=0.5, mode=mode, classes=[3, 8])
+    assert len(out) == 2 and not (out[0] & out[1]).any()
+    assert (out[0, :, :22]).all() and (out[1, :, 38:]).all()
+    if mode == "walk":  # what lay between them is shared out
+        assert out[:, :, 22:38].any(0).mean() > 0.6
+        assert np.array_equal(out[0], out[1, :, ::-1])
+        alone = trace_fast.propagate(mask, edges, threshold=0.5, mode=mode)
+        assert (alone.sum((1, 2)) > out.sum((1, 2)).max()).all()  # of one class, they go as far as they will
+
+
 def test_instances_are_the_regions():
     edges, labels = cross()
     edges *= 0.8

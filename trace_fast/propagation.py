@@ -66,7 +66,8 @@ def propagate(
         threshold: strength from which an edge separates, such as the one of ODS that `trace-fast evaluate` reports.
         mode: "flood" fills the region that the edges enclose, if parts together cover `cover` of it; "walk" spreads a
             part by IRNet's random walk (radius 5, beta 10, 256 steps, on at most 128 pixels a side), which goes round
-            gaps in edges but no farther than the walk does.
+            gaps in edges but no farther than the walk does. Where no edge divides two classes, a pixel that neither mask
+            had goes to the class whose walk brings more there.
         iou: above which masks are united, in (0, 1].
         classes: (M,) integers; masks are completed and united within a class alone. None takes those that the masks
             have, if they have any.
@@ -109,13 +110,13 @@ def propagate(
     if found.scores is not None:
         scores = scores * found.scores[sources]
     labels = torch.zeros_like(sources) if kinds is None else kinds[sources]
+    walked = complete_walk(fragments.masks, edges, labels) if mode == "walk" else None
     merged: list[Tensor] = []
     kept: list[Tensor] = []
     groups: list[Tensor] = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
-        parts = fragments.masks[members]
-        parts = complete_flood(parts, barrier, cover) if mode == "flood" else complete_walk(parts, edges)
+        parts = complete_flood(fragments.masks[members], barrier, cover) if walked is None else walked[members]
         united, group, best = ops.merge_masks(parts, iou, scores[members].float())
         assert best is not None
         merged.append(united)
@@ -308,12 +309,13 @@ def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
     return torch.where(filled, (fragments & ~barrier) | (whole == home[:, None, None]), fragments)
 
 
-def complete_walk(fragments: Tensor, edges: Tensor, size: int = WALK_SIZE) -> Tensor:
+def complete_walk(fragments: Tensor, edges: Tensor, classes: Tensor, size: int = WALK_SIZE) -> Tensor:
     """Let fragments spread by the random walk that edges hold back, as far as half of their greatest density.
 
     Args:
         fragments: (F, H, W) bool.
         edges: (H, W) float32 in [0, 1].
+        classes: (F,) integers; a fragment does not spread to where another class is denser.
         size: of the longer side, in pixels, at which the walk takes place; larger images are reduced to it.
 
     Returns:
@@ -326,7 +328,12 @@ def complete_walk(fragments: Tensor, edges: Tensor, size: int = WALK_SIZE) -> Te
     reduced = functional.adaptive_max_pool2d(edges[None], small)[0]
     density = ops.random_walk(functional.adaptive_avg_pool2d(fragments.float(), small), reduced, RADIUS, BETA, STEPS)
     density = functional.interpolate(density[None], (height, width), mode="bilinear")[0]
-    return fragments | (density > density.amax((1, 2), keepdim=True) / 2)
+    reached = density > density.amax((1, 2), keepdim=True) / 2
+    for label in classes.unique().tolist():
+        ours = classes == label
+        if not ours.all():
+            reached[ours] &= density[ours].amax(0) > density[~ours].amax(0)
+    return fragments | reached
 
 
 def partition(barrier: Tensor) -> tuple[Tensor, int, Tensor]:
