@@ -3,9 +3,9 @@
     python benchmarks/ablations.py --images PHOTOGRAPHS --data ../shared/data/dev_coco -o build/ablations
 
 Every student sees as many photographs for as many steps. They are scored by `trace-fast evaluate`'s functions, beside
-their teachers. Two rows are controls: a student whose decoder sees the photograph and no attention, and labels from the
-squared distance of attention rows instead of their divergence (as the paper's comparison of KL and L2). Interrupt it at
-will: shards, students and counts that are there are kept.
+their teachers. A control is a student whose decoder sees the photograph and no attention. In rows "L2" the squared
+distance of attention rows takes the place of their divergence, scaled to the same mean (as in the paper's comparison of
+KL and L2). Interrupt it at will: shards, students and counts that are there are kept.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from quality import provenance
 from torch import Tensor
 
 from trace_fast import Detector, Tracer, decoder, ops
-from trace_fast.distill import DistillConfig, distill
+from trace_fast.distill import DistillConfig, crests, distill
 from trace_fast.evaluation import edges, report, run
 from trace_fast.evaluation.methods import Method, parse_method
 from trace_fast.evaluation.truth import open_photos
-from trace_fast.image import to_tensor
+from trace_fast.image import resize, to_tensor
 
 SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
+DRAWN = (256, 256)  # pixels that labels are drawn at: as the decoder's logits
 BASE: dict[str, Any] = {
     "teacher_size": LARGE,
     "timestep": 0,
     "decoder": "pixels",
-    "labels": "soft",
+    "labels": "sharp",
     "rate": 3e-4,
     "decoder_rate": 4e-3,
     "batch": 4,
@@ -44,33 +45,35 @@ BASE: dict[str, Any] = {
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "reference": {},
+    "soft labels, not sharpened": {"labels": "soft"},
     "ternary labels": {"labels": "ternary"},
-    "ternary labels, 60 % interior": {"labels": "ternary", "interior": 0.6},
     "binary labels": {"labels": "binary"},
     "no reconstruction": {"reconstruction": 0.0},
-    "the paper's decoder": {"decoder": "conv", "decoder_rate": 1e-2},
+    "the paper's decoder, soft labels": {"decoder": "conv", "decoder_rate": 1e-2, "labels": "soft"},
     "no adapters": {"rate": 0.0},
     "no attention (control)": {"rate": 0.0, "blind": True},
     "teacher at 128 pixels": {"teacher_size": SMALL},
     "teacher at 128 pixels, t*": {"teacher_size": SMALL, "timestep": "iep"},
     "teacher at 128 pixels, L2": {"teacher_size": SMALL, "distance": True},
 }
+divergence = ops.abdiv
 
 
 def squared_distance(attention: Tensor, height: int, width: int) -> Tensor:
-    """ABDiv with the squared distance of rows in place of their divergence: (B, N, N) to (B, height, width)."""
+    """ABDiv with the squared distance of rows in place of their divergence, and its mean: (B, N, N) to (B, h, w)."""
     maps = attention.unflatten(1, (height, width))
     rows, columns = torch.arange(height), torch.arange(width)
     down = maps[:, (rows + 1).clamp(max=height - 1)] - maps[:, (rows - 1).clamp(min=0)]
     across = maps[:, :, (columns + 1).clamp(max=width - 1)] - maps[:, :, (columns - 1).clamp(min=0)]
-    return (down**2).sum(-1) + (across**2).sum(-1)
+    found = (down**2).sum(-1) + (across**2).sum(-1)
+    return found * (divergence(attention, height, width).mean((1, 2)) / found.mean((1, 2)))[:, None, None]
 
 
 def train(config: DistillConfig, *, blind: bool, distance: bool) -> Path:
     """A student; its folder. Blind ones read zeros for attention; `distance` changes what the search measures."""
     if (config.output / "student" / "config.json").is_file():
         return config.output / "student"
-    with mock.patch.object(ops, "abdiv", squared_distance if distance else ops.abdiv):
+    with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
         if not blind:
             return distill(config)
         with mock.patch.object(decoder.Taps, "total", total_of_nothing):
@@ -99,13 +102,20 @@ def method_of(name: str, folder: Path, *, blind: bool) -> Method:
     return replace(found, edges=find, identity=f"{found.identity} blind")
 
 
-def teacher(size: tuple[int, int], timestep: str | int) -> Method:
-    """The embedded model's search at a size."""
+def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = False, sharp: bool = False) -> Method:
+    """The embedded model's search at a size; sharp: as labels of that name are made of it."""
     tracer = Tracer.from_pretrained("mini", device="cpu", size=size)
     name = f"teacher at {size[0]} pixels, {'t*' if timestep == 'iep' else f'level {timestep}'}"
+    name += ", L2" * distance + ", sharpened" * sharp
 
     def find(photo: Any) -> Any:
-        return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
+        with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
+            if not sharp:
+                return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
+            whole = to_tensor(photo.image)
+            small = resize(whole, DRAWN)
+            found = tracer(small, timestep=timestep).edges * crests(small).sqrt()
+            return resize(found, tuple(whole.shape[-2:]))[0, 0].numpy()
 
     return Method(name, f"{name} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
 
@@ -126,7 +136,13 @@ def main() -> None:
     origin = provenance() | {"command": shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])}
 
     students = {name: STUDENTS[name] for name in options.only or STUDENTS}
-    methods = [teacher(LARGE, 0), teacher(SMALL, 0)]
+    methods = [
+        teacher(LARGE, 0),
+        teacher(LARGE, 0, sharp=True),
+        teacher(SMALL, 0),
+        teacher(SMALL, "iep"),
+        teacher(SMALL, 0, distance=True),
+    ]
     for name, changes in students.items():
         values = {**BASE, "blind": False, "distance": False, **changes}
         blind, distance = values.pop("blind"), values.pop("distance")
