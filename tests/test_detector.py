@@ -114,6 +114,12 @@ class TestRoundTrip:
             for name, value in load_file(path).items():
                 assert torch.equal(load_file(tmp_path / path.name)[name], value.float()), name
 
+    def test_one_put_together_by_hand_says_what_it_lacks(self, detector, tmp_path):
+        made = Detector(detector.backbone, detector.decoder)
+        with pytest.raises(ValueError, match=r"save_pretrained: config must name the base model, got \{\}"):
+            made.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
     def test_the_adapter_is_added_to_the_bases_weights(self, students):
         detector = Detector.from_pretrained(students / "conv", device="cpu")
         base = load_file(students / "conv" / "model.safetensors")

@@ -769,6 +769,10 @@ class TestFaults:
             ({"interior": 1.1}, ValueError, "distill: interior must be .* got 1.1"),
             ({"limit": 6}, ValueError, "distill: limit must be .* got 6"),
             ({"rate": float("nan")}, ValueError, "distill: rate must be .* got nan"),
+            ({"level": "iep"}, TypeError, "distill: level must be an int, got str"),
+            ({"level": 1000}, ValueError, "distill: level must be from 0 to 999, got 1000"),
+            ({"decoder_options": {"channels": 4}}, ValueError, "decoder conv does not know these options: .*channels"),
+            ({"decoder": "pixels", "decoder_options": {"columns": 65}}, ValueError, "columns must be from 1 to 64"),
         ],
         ids=str,
     )

@@ -127,7 +127,13 @@ class Detector:
 
         Args:
             folder: made where it is missing; files of the same names are replaced.
+
+        Raises:
+            ValueError: nothing says what the base model is, of a detector that was not read or distilled but put
+                together.
         """
+        if "base" not in self.config:
+            raise ValueError(f"save_pretrained: config must name the base model, got {self.config}")
         save_student(Path(folder), self.config, self.decoder, self.adapter, getattr(self.backbone, "null_text", None))
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:

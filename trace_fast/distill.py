@@ -32,7 +32,7 @@ from tqdm import tqdm
 from trace_fast import _checks, annotate
 from trace_fast._files import whole_file
 from trace_fast._training import State, trapezoid
-from trace_fast.backbones.base import check_timestep, constant
+from trace_fast.backbones.base import STEPS, constant
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder
 from trace_fast.detector import finest, listen, reading, save_student
@@ -137,7 +137,10 @@ class DistillConfig:
         _checks.number("distill", "recolour", self.recolour, 0, 1)
         _checks.number("distill", "decay", self.decay, 0.01, 1)
         if self.level is not None:
-            check_timestep(self.level)
+            _checks.integer("distill", "level", self.level, 0)
+            _checks.number("distill", "level", self.level, 0, STEPS - 1)
+        with torch.random.fork_rng(devices=[]):  # told now, not after the search
+            make_decoder(self.decoder, (64, 64), **self.decoder_options)
         if self.limit is not None:
             _checks.integer("distill", "limit", self.limit, PREVIEW + 1)
 

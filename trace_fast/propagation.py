@@ -66,8 +66,8 @@ def propagate(
         threshold: strength from which an edge separates, such as the one of ODS that `trace-fast evaluate` reports.
         mode: "flood" fills the region that the edges enclose, if parts together cover `cover` of it; "walk" spreads a
             part by IRNet's random walk (radius 5, beta 10, 256 steps, on at most 128 pixels a side), which goes round
-            gaps in edges but no farther than the walk does. Where no edge divides two classes, a pixel that neither mask
-            had goes to the class whose walk brings more there.
+            gaps in edges but no farther than the walk does. Where no edge divides two classes, pixels that neither mask
+            had go to the class whose walk brings more there.
         iou: above which masks are united, in (0, 1].
         classes: (M,) integers; masks are completed and united within a class alone. None takes those that the masks
             have, if they have any.
