@@ -22,9 +22,10 @@ from unittest import mock
 import torch
 from quality import provenance
 from torch import Tensor
+from torch.nn import functional
 
 from trace_fast import Detector, Tracer, decoder, ops
-from trace_fast.distill import DistillConfig, crests, distill
+from trace_fast.distill import DistillConfig, crests, distill, pseudo_labels
 from trace_fast.evaluation import edges, report, run
 from trace_fast.evaluation.methods import Method, parse_method
 from trace_fast.evaluation.truth import open_photos
@@ -71,8 +72,6 @@ def squared_distance(attention: Tensor, height: int, width: int) -> Tensor:
 
 def train(config: DistillConfig, *, blind: bool, distance: bool) -> Path:
     """A student; its folder. Blind ones read zeros for attention; `distance` changes what the search measures."""
-    if (config.output / "student" / "config.json").is_file():
-        return config.output / "student"
     with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
         if not blind:
             return distill(config)
@@ -114,10 +113,12 @@ def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = Fals
                 return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
             whole = to_tensor(photo.image)
             small = resize(whole, DRAWN)
-            found = tracer(small, timestep=timestep).edges * crests(small).sqrt()
-            return resize(found, tuple(whole.shape[-2:]))[0, 0].numpy()
+            abdiv = tracer(small, timestep=timestep, return_abdiv=True).abdiv
+            label = pseudo_labels(abdiv, "sharp", scale=tracer.backbone.settings.edge_scale)[0][:, None]
+            label = functional.interpolate(label, DRAWN, mode="bilinear", align_corners=False)
+            return resize(label * crests(small).sqrt(), tuple(whole.shape[-2:]))[0, 0].numpy()
 
-    return Method(name, f"{name} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
+    return Method(name, f"{name} {DRAWN} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
 
 
 def main() -> None:
@@ -147,7 +148,7 @@ def main() -> None:
         values = {**BASE, "blind": False, "distance": False, **changes}
         blind, distance = values.pop("blind"), values.pop("distance")
         slug = "".join(letter if letter.isalnum() else "_" for letter in name)
-        search = f"{values['teacher_size'][0]}-{values['timestep']}{'-distance' if distance else ''}"
+        search = f"{values['teacher_size'][0]}-{values['timestep']}{'-L2' if distance else ''}"
         config = DistillConfig(
             "mini",
             options.images,

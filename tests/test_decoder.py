@@ -250,7 +250,7 @@ class TestMakeDecoder:
         with pytest.raises(ValueError, match=r"decoder conv does not know these options: .*'columns'"):
             make_decoder("conv", (4, 6), columns=4)
 
-    @pytest.mark.parametrize(("grid", "columns", "most"), [((4, 6), 0, 23), ((4, 6), 24, 23), ((16, 16), 65, 64)])
+    @pytest.mark.parametrize(("grid", "columns", "most"), [((4, 6), 24, 23), ((16, 16), 65, 64)])
     def test_columns_that_cannot_be_read(self, grid, columns, most):
         make_decoder("pixels", grid, columns=most)
         with pytest.raises(ValueError, match=f"decoder pixels: columns must be from 1 to {most}, got {columns}"):

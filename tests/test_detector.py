@@ -114,8 +114,20 @@ class TestRoundTrip:
             for name, value in load_file(path).items():
                 assert torch.equal(load_file(tmp_path / path.name)[name], value.float()), name
 
-    def test_one_put_together_by_hand_says_what_it_lacks(self, detector, tmp_path):
+    def test_at_another_size_it_is_saved_with_that_size(self, students, tmp_path):
+        larger = Detector.from_pretrained(students / "pixels", device="cpu").resized((64, 64))
+        larger.save_pretrained(tmp_path)
+        again = Detector.from_pretrained(tmp_path, device="cpu")
+        assert again.backbone.settings.size == (64, 64)
+        assert torch.equal(again.edges(photograph()), larger.edges(photograph()))
+
+    def test_one_put_together_by_hand_says_what_it_lacks(self, detector, tmp_path, monkeypatch):
+        import huggingface_hub
+
         made = Detector(detector.backbone, detector.decoder)
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: pytest.fail("made a repository"))
+        with pytest.raises(ValueError, match="save_pretrained: config must name the base model"):
+            made.push_to_hub("someone/student")
         with pytest.raises(ValueError, match=r"save_pretrained: config must name the base model, got \{\}"):
             made.save_pretrained(tmp_path / "new")
         assert not (tmp_path / "new").exists()
@@ -231,8 +243,18 @@ class TestCall:
         small = torch.nn.functional.interpolate(images, scale_factor=detail, mode="bilinear") if detail else None
         with torch.no_grad():
             logits = detector.predict(images, small)
-        stretched = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+        options = {"mode": "bilinear", "align_corners": False, "antialias": logits.shape[-1] > size[1]}
+        stretched = torch.nn.functional.interpolate(logits, size, **options)
         assert_close(detector.edges(images), stretched.sigmoid(), rtol=0, atol=1e-6)
+
+    def test_a_line_is_found_wherever_it_falls_in_a_smaller_photograph(self, students, monkeypatch):
+        detector = Detector.from_pretrained(students / "pixels", device="cpu")
+        logits = torch.full((1, 1, 64, 96), -6.0)
+        logits[..., 5::11] = 6.0  # lines of a pixel, at every place in turn against the photograph's pixels
+        monkeypatch.setattr(detector, "_run", lambda *_: logits)
+        row = detector.edges(photograph(21, 32))[0, 0, 10]
+        strengths = row[1:-1][(row[1:-1] > row[:-2]) & (row[1:-1] >= row[2:])]
+        assert len(strengths) == 8 and strengths.max() < 8 * strengths.min()
 
 
 class TestDetectResolution:

@@ -30,7 +30,7 @@ from trace_fast import distill as program
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import Taps
 from trace_fast.detector import listen, reading
-from trace_fast.distill import Distillation, DistillConfig, crests, dice, distill, inject, pseudo_labels
+from trace_fast.distill import LABELS, Distillation, DistillConfig, crests, dice, distill, inject, pseudo_labels
 from trace_fast.image import resize
 from trace_fast.photographs import Photograph, list_photographs
 
@@ -418,11 +418,27 @@ def alone():
     return program.Process(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("labels", ["binary", "soft", "sharp"])
-def test_other_labels_teach_another_student(config, labels):
-    other = replace(config, output=config.output.with_name("other"), edges=config.output / "edges", labels=labels)
-    distill(config), distill(other)
-    assert not torch.equal(weights(config)["model.decoder.values"], weights(other)["model.decoder.values"])
+@pytest.mark.parametrize("kinds", list(itertools.combinations(LABELS, 2)), ids=" and ".join)
+def test_other_labels_teach_another_student(config, kinds):
+    one, other = (replace(config, output=config.output / kind, edges=config.output, labels=kind) for kind in kinds)
+    distill(one), distill(other)
+    assert not torch.equal(weights(one)["model.decoder.values"], weights(other)["model.decoder.values"])
+
+
+def test_sharp_labels_are_drawn_with_the_photographs_that_the_decoder_sees(config, monkeypatch):
+    config = replace(config, labels="sharp", decoder="pixels", decoder_options={"channels": 4, "columns": 8})
+    seen = []
+    real = Distillation.targets
+    monkeypatch.setattr(
+        Distillation,
+        "targets",
+        lambda run, *given: (seen.append([x.clone() for x in given[::2]]), real(run, *given))[1],
+    )
+    distill(config)
+    run = Distillation(config, Tracer.from_pretrained(config.model, device="cpu"), order(config), alone())
+    for (abdiv, photographs), (_, details, expected) in zip(seen, run.batches(), strict=False):
+        assert torch.equal(abdiv, expected) and torch.equal(photographs, details)
+        assert details.shape[-2:] == (64, 96)  # twice the network's
 
 
 def test_without_reconstruction_the_output_of_the_last_attention_learns_nothing(config):
@@ -548,14 +564,31 @@ def start(code, **environment):
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def unbroken(base, tmp_path_factory):
-    config = replace(base, output=tmp_path_factory.mktemp("unbroken"))
+# the paper's, and that of the embedded student
+RECIPES = {
+    "paper": {},
+    "sharp": {
+        "decoder": "pixels",
+        "decoder_options": {"channels": 4, "columns": 8},
+        "labels": "sharp",
+        "recolour": 0.5,
+        "dtype": "bfloat16",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+def unbroken(request, base, tmp_path_factory):
+    config = replace(base, output=tmp_path_factory.mktemp("unbroken"), **request.param)
     distill(config)
     return config
 
 
 class TestAfterAKill:
+    @pytest.fixture
+    def config(self, unbroken, tmp_path):
+        return replace(unbroken, output=tmp_path / "run")
+
     def die(self, config, name, count):
         """Distil in a process that is killed while it writes the so-manyth file of a name."""
         process = start(DEADLY.format(name=name, count=count, config=config))
@@ -593,6 +626,17 @@ class TestAfterAKill:
         distill(config)
         assert steps == [2, 3]
         self.ends_as(config, unbroken)
+
+    def test_a_state_of_other_weights_is_refused(self, config, unbroken):
+        shutil.copytree(unbroken.output, config.output)
+        path = config.output / "state.safetensors"
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata()
+        values = load_file(path)
+        values["model.decoder.old"] = values.pop("model.decoder.values")
+        save_file(values, path, metadata)
+        with pytest.raises(ValueError, match="distill: output must be empty or hold a run of this version, got "):
+            distill(config)
 
     def test_a_run_that_is_done_is_left_as_it_is(self, config, unbroken, monkeypatch):
         shutil.copytree(unbroken.output, config.output)
@@ -750,10 +794,12 @@ class TestFaults:
             (("--size", "48"), "--size must be height and width in pixels, such as 512x768, got '48'"),
             (("--teacher-size", "48"), "--teacher-size must be height and width in pixels, such as 512x768, got '48'"),
             (("--timestep", "1000"), "--timestep must be iep or an integer from 0 to 999, got '1000'"),
+            (("--size", "30x48", "--teacher-size", "32x48"), "mini: size must be positive multiples of 4 pixels, got "),
             (("--checkpointing",), "distill: checkpointing must be of a network of diffusers, got "),
         ],
     )
-    def test_options_that_do_not_fit(self, call, options, message):
+    def test_options_that_do_not_fit(self, call, options, message, monkeypatch):
+        monkeypatch.setattr(program.Shards, "make", lambda *_: pytest.fail("searched before"))
         result = call(*options)
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith(f"trace-fast: {message}")
@@ -773,6 +819,13 @@ class TestFaults:
             ({"level": 1000}, ValueError, "distill: level must be from 0 to 999, got 1000"),
             ({"decoder_options": {"channels": 4}}, ValueError, "decoder conv does not know these options: .*channels"),
             ({"decoder": "pixels", "decoder_options": {"columns": 65}}, ValueError, "columns must be from 1 to 64"),
+            ({"decoder": "pixels", "decoder_options": {"columns": "6"}}, TypeError, "columns must be an int, got str"),
+            (
+                {"decoder": "pixels", "decoder_options": {"channels": 0}},
+                ValueError,
+                "channels must be at least 1, got 0",
+            ),
+            ({"decoder": "pixels", "decoder_options": {"detail": -1}}, ValueError, "detail must be at least 1, got -1"),
         ],
         ids=str,
     )

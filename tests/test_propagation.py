@@ -118,9 +118,10 @@ def test_kinds_come_back():
     assert first["area"] == first["segmentation"].sum() > 500
 
 
+@pytest.mark.parametrize("mode", ["flood", "walk"])
 @pytest.mark.parametrize("masks", [np.zeros((0, 40, 60), bool), [], np.zeros((40, 60), np.int32)], ids=str)
-def test_no_masks_stay_none(masks):
-    out = trace_fast.propagate(masks, cross()[0], threshold=0.5)
+def test_no_masks_stay_none(masks, mode):
+    out = trace_fast.propagate(masks, cross()[0], threshold=0.5, mode=mode)
     assert type(out) is type(masks)
     assert np.array_equal(np.asarray(out), np.asarray(masks))
 
@@ -147,6 +148,14 @@ def test_classes_that_no_edge_divides_keep_to_themselves(mode):
         assert np.array_equal(out[0], out[1, :, ::-1])
         alone = trace_fast.propagate(mask, edges, threshold=0.5, mode=mode)
         assert (alone.sum((1, 2)) > out.sum((1, 2)).max()).all()  # of one class, they go as far as they will
+
+
+def test_a_walk_leaves_to_another_class_what_it_had():
+    mask = np.zeros((3, 40, 60), bool)
+    mask[0, :, 8:30], mask[1, :, 30:34], mask[2, :, 34:58] = True, True, True  # one between two of another class
+    out = trace_fast.propagate(mask, np.zeros((40, 60), np.float32), threshold=0.5, mode="walk", classes=[2, 1, 2])
+    assert len(out) == 2 and np.array_equal(out[1], mask[1])
+    assert not (out[0] & mask[1]).any() and out[0].sum() > mask[[0, 2]].sum()
 
 
 def test_instances_are_the_regions():

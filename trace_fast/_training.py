@@ -88,7 +88,13 @@ class State:
                 f"where this run is {self.identity}"
             )
         progress: dict[str, Any] = json.loads(metadata["progress"])
-        for name, value in self.tensors().items():
+        tensors = self.tensors()
+        if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in values.items()}:
+            raise ValueError(
+                f"{self.op}: output must be empty or hold a run of this version, got the weights of another in "
+                f"{str(self.path)!r}"
+            )
+        for name, value in tensors.items():
             value.copy_(values[name])
         for state in self.optimiser.state.values():
             state["step"].fill_(progress["step"])

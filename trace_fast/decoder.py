@@ -7,6 +7,7 @@ the paper's decoder, is nine columns that attention takes for its values (`trace
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast import ops, reference
+from trace_fast import _checks, ops, reference
 
 __all__ = ["DECODERS", "ConvDecoder", "Decoder", "PixelDecoder", "Taps", "fold_taps", "make_decoder", "spread_values"]
 
@@ -175,8 +176,10 @@ class PixelDecoder(Decoder):
 
     def __init__(self, grid: Grid, columns: int = 16, channels: int = 16, detail: int = 2):
         super().__init__()
+        for name, value in {"columns": columns, "channels": channels, "detail": detail}.items():
+            _checks.integer("decoder pixels", name, value, 1)
         most = min(64, math.prod(grid) - 1)  # of the read-out, and of the waves
-        if not 1 <= columns <= most:
+        if columns > most:
             raise ValueError(f"decoder pixels: columns must be from 1 to {most}, got {columns}")
         self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
         self.values = nn.Parameter(waves(grid, columns))
@@ -187,6 +190,7 @@ class PixelDecoder(Decoder):
         self.join = nn.Sequential(
             nn.GELU(), around(2 * channels, channels), nn.GELU(), around(channels, channels), nn.GELU()
         )
+        # activates once more what `join` found: so the embedded student was trained
         self.draw = nn.Sequential(nn.GELU(), around(channels + few, few), nn.GELU(), around(few, 1))
 
     def options(self) -> dict[str, Any]:
@@ -227,10 +231,11 @@ DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecode
 
 
 def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
-    """A decoder by name; ValueError where the name or an option is unknown."""
+    """A decoder by name; ValueError or TypeError where the name is unknown, or an option is or does not fit."""
     if name not in DECODERS:
         raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {name!r}")
     try:
-        return DECODERS[name](grid, **options)
+        inspect.signature(DECODERS[name]).bind(grid, **options)
     except TypeError as error:
         raise ValueError(f"decoder {name} does not know these options: {error}") from error
+    return DECODERS[name](grid, **options)

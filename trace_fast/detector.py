@@ -145,15 +145,18 @@ class Detector:
 
         Returns:
             The address of the commit.
+
+        Raises:
+            ValueError: as `save_pretrained`.
         """
         import tempfile
 
         from huggingface_hub import HfApi
 
         hub = HfApi()
-        hub.create_repo(repository, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            hub.create_repo(repository, private=private, exist_ok=True)
             return str(hub.upload_folder(repo_id=repository, folder_path=folder))
 
     @property
@@ -255,8 +258,8 @@ class Detector:
         found = []
         for part, pixels in zip(logits.split([len(pixels) for pixels in pictures]), pictures, strict=True):
             # logits, not probabilities: edges stay sharp where they are stretched
-            stretched = functional.interpolate(part, pixels.shape[-2:], mode="bilinear", align_corners=False)
-            found.append(stretched.sigmoid().to(pixels.device))
+            height, width = pixels.shape[-2:]
+            found.append(door.resize(part, (height, width)).sigmoid().to(pixels.device))
         return found
 
     def predict(self, images: Tensor, photograph: Tensor | None) -> Tensor:
@@ -294,7 +297,8 @@ class Detector:
         values = self.decoder.values.mT.unflatten(1, self.decoder.grid)[None]
         resampled = functional.interpolate(values, decoder.grid, mode="bilinear", align_corners=False)
         decoder.values = nn.Parameter(resampled[0].flatten(1).mT.contiguous())
-        found = Detector(backbone, decoder, level=self.level, name=self.name, config=self.config, adapter=self.adapter)
+        config = {**self.config, "size": list(size)} if self.config else None
+        found = Detector(backbone, decoder, level=self.level, name=self.name, config=config, adapter=self.adapter)
         found._lock = self._lock  # the network is the same
         return found
 

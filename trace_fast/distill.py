@@ -32,7 +32,7 @@ from tqdm import tqdm
 from trace_fast import _checks, annotate
 from trace_fast._files import whole_file
 from trace_fast._training import State, trapezoid
-from trace_fast.backbones.base import STEPS, constant
+from trace_fast.backbones.base import STEPS, Backbone, constant
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder
 from trace_fast.detector import finest, listen, reading, save_student
@@ -53,8 +53,8 @@ PROGRESS = ("step", "seconds", "recent", "losses")
 class DistillConfig:
     """What a distillation is made of.
 
-    Every random number follows from `seed` and the step, so that a resumed run goes on exactly where it stopped.
-    `epochs` may be another number then: the rate follows it.
+    Every random number follows from `seed` and the step, so that a resumed run goes on exactly where it stopped, but
+    for what the kernels of a GPU add up in any order. `epochs` may be another number then: the rate follows it.
 
     Attributes:
         model: the teacher and the student's base: a name, a repository of the hub, or a folder.
@@ -167,7 +167,8 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
 
     Args:
         abdiv: (B, h, w) float, nats.
-        kind: "ternary"; "binary", where the rest is interior, too; or "soft" and "sharp", 1 - exp(-abdiv / scale).
+        kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale). "sharp" is soft
+            here: `Distillation.targets` draws it to the crests.
         interior: share of the cells, from 0 to 1.
         scale: s, in nats.
 
@@ -382,10 +383,9 @@ class Distillation:
             {"params": list(self.decoder.parameters()), "peak": config.decoder_rate},
         ][not self.adapters :]
         self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        check_student(config, self.backbone)
         if config.checkpointing:
             network: Any = self.backbone.network
-            if not hasattr(network, "enable_gradient_checkpointing"):
-                raise ValueError(f"distill: checkpointing must be of a network of diffusers, got {config.model!r}")
             network.enable_gradient_checkpointing()
             network.train()
         self.step, self.seconds = 0, 0.0
@@ -490,7 +490,10 @@ class Distillation:
         self.recent.append(figures.tolist())
 
     def targets(self, abdiv: Tensor, size: Sequence[int], photographs: Tensor) -> Tensor:
-        """Labels and where they count, (2, B, 1, *size): thresholds are those of the grid."""
+        """Labels and where they count, (2, B, 1, *size): thresholds are those of the grid.
+
+        Sharp ones are drawn to the crests of the photographs, (B, 3, H, W), at that size.
+        """
         label, counts = pseudo_labels(abdiv, self.config.labels, self.config.interior, self.scale)
         size = (size[0], size[1])
 
@@ -519,13 +522,14 @@ class Distillation:
             self.backbone.predict(self.backbone.encode(images), timestep)
         found = self.decoder(taps.total(), None if details is None else details.to(self.device)).float().sigmoid()
         size, rows = self.backbone.settings.size, []
-        label, counts = self.targets(abdiv, size, images.cpu())
+        label, counts = self.targets(abdiv, found.shape[-2:], images.cpu() if details is None else details)
+        label, counts = (functional.interpolate(x, size) for x in (label, counts))
         found = resize(found, size).clamp(0, 1).cpu()
         soft = 1 - torch.exp(-resize(abdiv[:, None], size).clamp(min=0) / self.scale)
         for index, photograph in enumerate(images.cpu()):
             # left out is grey
-            ternary = torch.where(counts[index, 0] > 0, label[index, 0], torch.tensor(0.5))
-            columns = [photograph, soft[index, 0], ternary, found[index, 0]]
+            target = torch.where(counts[index, 0] > 0, label[index, 0], torch.tensor(0.5))
+            columns = [photograph, soft[index, 0], target, found[index, 0]]
             titles = ["photograph", "ABDiv", "pseudo edges", "student"] if index == 0 else [""] * 4
             rows.append(annotate.panel(columns, titles, height=192))
         from PIL import Image
@@ -636,6 +640,14 @@ def inject(network: nn.Module, attentions: Sequence[nn.Module], config: DistillC
     return found
 
 
+def check_student(config: DistillConfig, backbone: Backbone) -> None:
+    """Refuse what the network does not allow a student, before the hours of the search."""
+    if config.size is not None:
+        backbone.grids(config.size)
+    if config.checkpointing and not hasattr(backbone.network, "enable_gradient_checkpointing"):
+        raise ValueError(f"distill: checkpointing must be of a network of diffusers, got {config.model!r}")
+
+
 def distill(config: DistillConfig) -> Path:
     """Distil a student; resume a run found in `config.output`. Returns the student's folder.
 
@@ -668,6 +680,8 @@ def distill(config: DistillConfig) -> Path:
     shards = Shards(config, photographs)
     mine = range(process.index, len(shards.parts), process.count)
     if missing := [number for number in mine if not shards.is_done(number)]:
-        shards.make(tracer(config.teacher_size or config.size), missing)
+        teacher = tracer(config.teacher_size or config.size)
+        check_student(config, teacher.backbone)
+        shards.make(teacher, missing)
     process.wait()
     return Distillation(config, tracer(config.size), photographs, process).run()

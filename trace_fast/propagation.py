@@ -315,12 +315,14 @@ def complete_walk(fragments: Tensor, edges: Tensor, classes: Tensor, size: int =
     Args:
         fragments: (F, H, W) bool.
         edges: (H, W) float32 in [0, 1].
-        classes: (F,) integers; a fragment does not spread to where another class is denser.
+        classes: (F,) integers; a fragment does not spread to where another class was, or is denser.
         size: of the longer side, in pixels, at which the walk takes place; larger images are reduced to it.
 
     Returns:
         (F, H, W) bool; a fragment keeps all that it had.
     """
+    if not len(fragments):
+        return fragments
     height, width = edges.shape
     scale = min(1.0, size / max(height, width))
     small = max(1, round(height * scale)), max(1, round(width * scale))
@@ -329,11 +331,12 @@ def complete_walk(fragments: Tensor, edges: Tensor, classes: Tensor, size: int =
     density = ops.random_walk(functional.adaptive_avg_pool2d(fragments.float(), small), reduced, RADIUS, BETA, STEPS)
     density = functional.interpolate(density[None], (height, width), mode="bilinear")[0]
     reached = density > density.amax((1, 2), keepdim=True) / 2
-    for label in classes.unique().tolist():
-        ours = classes == label
-        if not ours.all():
-            reached[ours] &= density[ours].amax(0) > density[~ours].amax(0)
-    return fragments | reached
+    kinds, index = classes.unique(return_inverse=True)
+    # what a class had is its own
+    claims = [
+        density[index == k].amax(0).masked_fill(fragments[index == k].any(0), torch.inf) for k in range(len(kinds))
+    ]
+    return fragments | (reached & (torch.stack(claims).argmax(0) == index[:, None, None]))
 
 
 def partition(barrier: Tensor) -> tuple[Tensor, int, Tensor]:
