@@ -645,6 +645,70 @@ class TestAfterAKill:
         self.ends_as(config, unbroken)
 
 
+class TestStart:
+    """A run that sets out from a student."""
+
+    @pytest.fixture
+    def begun(self, config, unbroken):
+        """Its configuration, and that of the run before."""
+        return replace(unbroken, output=config.output, edges=config.output / "edges", start=unbroken.output / "student")
+
+    def test_before_the_first_step_it_is_that_student(self, begun, unbroken):
+        run = Distillation(begun, Tracer.from_pretrained(begun.model, device="cpu"), order(begun), alone())
+        before = load_file(unbroken.output / "student" / "decoder.safetensors")
+        assert all(torch.equal(x, before[name]) for name, x in run.decoder.state_dict().items())
+        adapter = load_file(unbroken.output / "student" / "lora.safetensors")
+        assert adapter and all(torch.equal(x.half(), adapter[name]) for name, x in run.adapters.items())
+
+    def test_it_learns_on(self, begun, unbroken):
+        distill(begun)
+        before, after = weights(unbroken), weights(begun)
+        assert {name for name in after if not torch.equal(after[name], before[name])} == set(after)
+        assert "Set out from the student in 'student'" in (begun.output / "student" / "README.md").read_text()
+
+    def test_at_another_size_values_are_interpolated(self, begun, unbroken):
+        begun = replace(begun, size=(48, 64))
+        tracer = Tracer.from_pretrained(begun.model, device="cpu", size=begun.size)
+        run = Distillation(begun, tracer, order(begun), alone())
+        resized = Detector.from_pretrained(unbroken.output / "student", device="cpu").resized(begun.size)
+        assert torch.equal(run.decoder.values, resized.decoder.values)
+        assert Detector.from_pretrained(distill(begun), device="cpu").backbone.settings.size == (48, 64)
+
+    def test_another_student_is_another_run(self, begun):
+        distill(begun)
+        other = shutil.copytree(begun.start, begun.output.with_name("other") / "student")
+        stored = load_file(other / "lora.safetensors")
+        save_file({name: x + 1 for name, x in stored.items()}, other / "lora.safetensors")
+        with pytest.raises(ValueError, match="output must be empty or hold a run of the same configuration"):
+            distill(replace(begun, start=other))
+        moved = begun.start.rename(begun.output.with_name("moved"))
+        try:
+            assert distill(replace(begun, start=moved)) == begun.output / "student"
+        finally:
+            moved.rename(begun.start)
+
+    def test_what_cannot_be_gone_on_from(self, begun, tmp_path):
+        with pytest.raises(ValueError, match=r"start must be the folder of a student, got '.*nowhere'"):
+            replace(begun, start=tmp_path / "nowhere")
+        with pytest.raises(
+            ValueError, match=r"start must be a student with decoder .* and adapters of rank \[3\], got"
+        ):
+            replace(begun, rank=3)
+        with pytest.raises(ValueError, match=r"start must be a student with decoder .* and adapters of rank \[\], got"):
+            replace(begun, rate=0.0)
+        other = {"decoder": "pixels", "decoder_options": {"channels": 2, "columns": 8}}
+        with pytest.raises(ValueError, match=r"start must be a student with decoder .*'channels': 2"):
+            replace(begun, **other)
+
+    def test_a_student_of_another_network(self, begun, tmp_path):
+        other = shutil.copytree(begun.start, tmp_path / "student")
+        stored = load_file(other / "lora.safetensors")
+        save_file({name.replace("blocks.0", "blocks.7"): x for name, x in stored.items()}, other / "lora.safetensors")
+        begun = replace(begun, start=other)
+        with pytest.raises(ValueError, match=r"start must be a student of the same model, got .*other layers"):
+            Distillation(begun, Tracer.from_pretrained(begun.model, device="cpu"), order(begun), alone())
+
+
 def test_a_run_that_is_done_goes_on_with_more_epochs(config):
     distill(config)
     before = weights(config)

@@ -201,6 +201,10 @@ def distill(
     noising: Annotated[
         Literal["inversion", "gaussian"] | None, typer.Option(help="Of the search; else what the model prefers.")
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Student to go on from, of the same model, rank and decoder; any size."),
+    ] = None,
     labels: Annotated[
         Literal["ternary", "binary", "soft", "sharp"], typer.Option(help="What is made of the search's divergences.")
     ] = "ternary",

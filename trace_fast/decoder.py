@@ -230,6 +230,14 @@ def waves(grid: Grid, count: int) -> Tensor:
 DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecoder}
 
 
+def resample_values(values: Tensor, grid: Grid, target: Grid) -> Tensor:
+    """Values of the keys of one grid, as those of another: (N, C) to (M, C), interpolated."""
+    if grid == target:
+        return values
+    picture = functional.interpolate(values.mT.unflatten(1, grid)[None], target, mode="bilinear", align_corners=False)
+    return picture[0].flatten(1).mT.contiguous()
+
+
 def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
     """A decoder by name; ValueError or TypeError where the name is unknown, or an option is or does not fit."""
     if name not in DECODERS:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trace_fast import _checks
 from trace_fast import image as door
 from trace_fast._files import whole_file
 from trace_fast.backbones import REPOSITORY, Backbone, load_backbone, student_folder
 from trace_fast.backbones.base import constant, device_of, load_weights
-from trace_fast.decoder import Decoder, Taps, make_decoder
+from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
 
 __all__ = ["Detector"]
 
@@ -294,25 +293,23 @@ class Detector:
         decoder = copy.copy(self.decoder)
         decoder._parameters = dict(self.decoder._parameters)
         decoder.grid = finest(backbone)
-        values = self.decoder.values.mT.unflatten(1, self.decoder.grid)[None]
-        resampled = functional.interpolate(values, decoder.grid, mode="bilinear", align_corners=False)
-        decoder.values = nn.Parameter(resampled[0].flatten(1).mT.contiguous())
+        decoder.values = nn.Parameter(resample_values(self.decoder.values, self.decoder.grid, decoder.grid))
         config = {**self.config, "size": list(size)} if self.config else None
         found = Detector(backbone, decoder, level=self.level, name=self.name, config=config, adapter=self.adapter)
         found._lock = self._lock  # the network is the same
         return found
 
 
-def reading(backbone: Backbone) -> list[tuple[int, int]]:
-    """Grids of the blocks that are read, in order."""
-    grids = backbone.grids(backbone.settings.size)
+def reading(backbone: Backbone, size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+    """Grids of the blocks that are read, in order; of the backbone's own size in pixels, or another."""
+    grids = backbone.grids(size or backbone.settings.size)
     blocks = backbone.settings.blocks
     return grids if blocks is None else [grids[index] for index in blocks]
 
 
-def finest(backbone: Backbone) -> tuple[int, int]:
+def finest(backbone: Backbone, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """The grid of the aggregated map."""
-    return max(reading(backbone), key=lambda grid: grid[0] * grid[1])
+    return max(reading(backbone, size), key=lambda grid: grid[0] * grid[1])
 
 
 def listen(backbone: Backbone, hear: Any) -> Any:

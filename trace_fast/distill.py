@@ -32,10 +32,10 @@ from tqdm import tqdm
 from trace_fast import _checks, annotate
 from trace_fast._files import whole_file
 from trace_fast._training import State, trapezoid
-from trace_fast.backbones.base import STEPS, Backbone, constant
+from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.schedule import RectifiedFlow
-from trace_fast.decoder import DECODERS, Taps, make_decoder
-from trace_fast.detector import finest, listen, reading, save_student
+from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
+from trace_fast.detector import ADAPTER, CONFIG, DECODER, finest, listen, reading, save_student
 from trace_fast.image import resize
 from trace_fast.photographs import Photograph, list_photographs
 from trace_fast.tracer import Tracer
@@ -65,6 +65,8 @@ class DistillConfig:
         teacher_size: that the search works at; None is the student's.
         timestep: level that the search reads: "iep", an integer, or None for what the model prefers.
         noising: of the search; None for what the model prefers.
+        start: folder of a student of the same model, rank and decoder to go on from, None for none: one for photographs
+            of another kind, or at another size, where its values are interpolated.
         labels: "ternary" leaves out what is neither (the paper's), "binary" calls it interior, "soft" takes the
             probability 1 - exp(-ABDiv / s), "sharp" that probability drawn to the crests of the photograph's contrast.
         interior: share of the cells that are interior at least, the lowest, where fewer lie below mean minus deviation.
@@ -101,6 +103,7 @@ class DistillConfig:
     teacher_size: tuple[int, int] | None = None
     timestep: str | int | None = None
     noising: str | None = None
+    start: Path | None = None
     labels: str = "ternary"
     interior: float = 0.16
     decoder: str = "conv"
@@ -140,9 +143,26 @@ class DistillConfig:
             _checks.integer("distill", "level", self.level, 0)
             _checks.number("distill", "level", self.level, 0, STEPS - 1)
         with torch.random.fork_rng(devices=[]):  # told now, not after the search
-            make_decoder(self.decoder, (64, 64), **self.decoder_options)
+            decoder = make_decoder(self.decoder, (64, 64), **self.decoder_options)
+        if self.start is not None:
+            self.check_start(decoder.options())
         if self.limit is not None:
             _checks.integer("distill", "limit", self.limit, PREVIEW + 1)
+
+    def check_start(self, decoder: dict[str, Any]) -> None:
+        """Refuse a student that this run cannot go on from, as far as its folder tells."""
+        assert self.start is not None
+        try:
+            found = json.loads((self.start / CONFIG).read_text())["decoder"]
+            ranks = {x.shape[0] for name, x in load_weights(self.start / ADAPTER).items() if ".lora_A." in name}
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"distill: start must be the folder of a student, got '{self.start}': {error}") from error
+        wanted = {self.rank} if self.rate else set()
+        if found != decoder or ranks != wanted:
+            raise ValueError(
+                f"distill: start must be a student with decoder {decoder} and adapters of rank {sorted(wanted)}, got "
+                f"{found} and {sorted(ranks)}"
+            )
 
     def teacher(self) -> str:
         """What shards of pseudo edges depend on beside their photographs."""
@@ -153,9 +173,16 @@ class DistillConfig:
         return json.dumps(values)
 
     def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs, how far, and how often it saves."""
-        free = ("images", "output", "edges", "epochs", "device", "save_minutes", "licence")
-        return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
+        """What a resumed run must share with the run before: all but where it runs, how far, and how often it saves.
+
+        Of a student to start from, the bytes.
+        """
+        free = ("images", "output", "edges", "start", "epochs", "device", "save_minutes", "licence")
+        values = {name: value for name, value in asdict(self).items() if name not in free}
+        if self.start is not None:
+            files = [(self.start / name).read_bytes() for name in (DECODER, ADAPTER)]
+            values["start"] = hashlib.sha256(b"".join(files)).hexdigest()
+        return json.dumps(values)
 
 
 def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, scale: float = 0.1) -> Tensor:
@@ -378,6 +405,8 @@ class Distillation:
         torch.manual_seed(config.seed)
         self.decoder = make_decoder(config.decoder, finest(self.backbone), **config.decoder_options).to(self.device)
         self.adapters = inject(self.backbone.network, self.backbone.attentions(), config) if config.rate else {}
+        if config.start is not None:
+            self.begin_as(config.start)
         groups = [
             {"params": list(self.adapters.values()), "peak": config.rate},
             {"params": list(self.decoder.parameters()), "peak": config.decoder_rate},
@@ -395,6 +424,22 @@ class Distillation:
         trained = self.adapters | {f"decoder.{name}": value for name, value in self.decoder.named_parameters()}
         path = config.output / "state.safetensors"
         self.state = State(path, trained, self.optimiser, config.identity(), "distill")
+
+    @torch.no_grad()
+    def begin_as(self, folder: Path) -> None:
+        """Take over adapters and decoder of a student; ValueError where they are of another network."""
+        try:
+            size = json.loads((folder / CONFIG).read_text())["size"]
+            weights, adapter = load_weights(folder / DECODER), load_weights(folder / ADAPTER)
+            grid = finest(self.backbone, (size[0], size[1]))
+            weights["values"] = resample_values(weights["values"], grid, self.decoder.grid)
+            self.decoder.load_state_dict(weights)
+            if {name: x.shape for name, x in adapter.items()} != {name: x.shape for name, x in self.adapters.items()}:
+                raise ValueError("its adapters are of other layers")
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"distill: start must be a student of the same model, got '{folder}': {error}") from error
+        for name, parameter in self.adapters.items():
+            parameter.copy_(adapter[name])
 
     def indices(self, step: int) -> list[int]:
         """Photographs of a step, by their place in the list: one permutation of all but the first few after another."""
@@ -580,6 +625,7 @@ class Distillation:
                 f"{'as the model prefers' if config.timestep is None else config.timestep}; {config.labels} labels",
                 f"- Data: {len(self.photographs) - PREVIEW:,} photographs of {config.images.name!r}, licence "
                 f"{config.licence}",
+                *([f"- Set out from the student in {config.start.name!r}"] if config.start else []),
                 f"- Training: {self.step:,} steps of {config.batch}, AdamW, rates {config.rate:g} (adapters) and "
                 f"{config.decoder_rate:g} (decoder), reconstruction weight {config.reconstruction:g}, "
                 f"seed {config.seed}",
