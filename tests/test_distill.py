@@ -192,6 +192,14 @@ class TestPseudoLabels:
         assert_close(label, soft[0] * crests(resize(photographs, (6, 10))).sqrt())
         assert (label <= soft[0]).all() and counts.all()
 
+    def test_crisp_is_sharp_pushed_apart(self):
+        generator = torch.Generator().manual_seed(0)
+        abdiv, photographs = torch.rand(2, 3, 5, generator=generator), torch.rand(2, 3, 12, 20, generator=generator)
+        sharp = self.targets(abdiv, (6, 10), photographs, labels="sharp")[0]
+        label, counts = self.targets(abdiv, (6, 10), photographs, labels="crisp")
+        assert_close(torch.logit(label.double()) / 12, sharp.double() - 0.42, rtol=0, atol=1e-4)
+        assert counts.all()
+
 
 class TestCrests:
     def test_an_outline_is_found_at_its_pixel_whatever_its_strength(self):

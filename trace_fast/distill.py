@@ -42,7 +42,8 @@ from trace_fast.tracer import Tracer
 
 __all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "pseudo_labels"]
 
-LABELS = ("ternary", "binary", "soft", "sharp")
+LABELS = ("ternary", "binary", "soft", "sharp", "crisp")
+CRISP = (0.42, 12.0)  # the sharp probability that crisp labels make 0.5, and how steeply they rise there
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every self-attention that is read
 PREVIEW = 6  # photographs of the live picture, which are not trained on
 FLOW_LEVEL = 20  # of rectified flow, where the reconstruction has no gradient at 0
@@ -68,7 +69,8 @@ class DistillConfig:
         start: folder of a student of the same model, rank and decoder to go on from, None for none: one for photographs
             of another kind, or at another size, where its values are interpolated.
         labels: "ternary" leaves out what is neither (the paper's), "binary" calls it interior, "soft" takes the
-            probability 1 - exp(-ABDiv / s), "sharp" that probability drawn to the crests of the photograph's contrast.
+            probability 1 - exp(-ABDiv / s), "sharp" that probability drawn to the crests of the photograph's contrast,
+            "crisp" that again, pushed towards 0 and 1.
         interior: share of the cells that are interior at least, the lowest, where fewer lie below mean minus deviation.
         decoder: "conv" or "pixels", see `trace_fast.decoder`.
         decoder_options: of the decoder.
@@ -194,8 +196,8 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
 
     Args:
         abdiv: (B, h, w) float, nats.
-        kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale). "sharp" is soft
-            here: `Distillation.targets` draws it to the crests.
+        kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale). "sharp" and
+            "crisp" are soft here: `Distillation.targets` draws them to the crests.
         interior: share of the cells, from 0 to 1.
         scale: s, in nats.
 
@@ -206,7 +208,7 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
         >>> label, counts = pseudo_labels(torch.rand(2, 3, 4))
     """
     abdiv = abdiv.float()
-    if kind in ("soft", "sharp"):
+    if kind not in ("ternary", "binary"):
         label = 1 - torch.exp(-abdiv.clamp(min=0) / scale)
         return torch.stack([label, torch.ones_like(label)])
     cells = abdiv.flatten(1)
@@ -537,7 +539,7 @@ class Distillation:
     def targets(self, abdiv: Tensor, size: Sequence[int], photographs: Tensor) -> Tensor:
         """Labels and where they count, (2, B, 1, *size): thresholds are those of the grid.
 
-        Sharp ones are drawn to the crests of the photographs, (B, 3, H, W), at that size.
+        Sharp and crisp ones are drawn to the crests of the photographs, (B, 3, H, W), at that size.
         """
         label, counts = pseudo_labels(abdiv, self.config.labels, self.config.interior, self.scale)
         size = (size[0], size[1])
@@ -545,10 +547,13 @@ class Distillation:
         def carry(x: Tensor) -> Tensor:
             return functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
-        if self.config.labels in ("soft", "sharp"):
+        if self.config.labels not in ("ternary", "binary"):
             label = carry(label[:, None])
-            if self.config.labels == "sharp":
+            if self.config.labels != "soft":
                 label = label * crests(resize(photographs, size)).sqrt()
+            if self.config.labels == "crisp":
+                middle, steepness = CRISP
+                label = torch.sigmoid(steepness * (label - middle))
             return torch.stack([label, torch.ones_like(label)])
         if size == tuple(abdiv.shape[1:]):
             return torch.stack([label, counts])[:, :, None]
