@@ -206,7 +206,8 @@ def distill(
         typer.Option(metavar="DIR", help="Student to go on from, of the same model, rank and decoder; any size."),
     ] = None,
     labels: Annotated[
-        Literal["ternary", "binary", "soft", "sharp", "crisp"], typer.Option(help="What is made of the search's divergences.")
+        Literal["ternary", "binary", "soft", "sharp", "crisp"],
+        typer.Option(help="What is made of the search's divergences."),
     ] = "ternary",
     interior: Annotated[
         float, typer.Option(min=0, max=1, help="Share of cells that ternary labels call interior at least.")
