@@ -46,6 +46,7 @@ BASE: dict[str, Any] = {
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "reference": {},
+    "crisp labels": {"labels": "crisp"},
     "soft labels, not sharpened": {"labels": "soft"},
     "ternary labels": {"labels": "ternary"},
     "binary labels": {"labels": "binary"},
