@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,14 @@ class TestPixelDecoder:
         taps, photograph = torch.randn(1, 1, 6).expand(1, 15, 6), torch.full((1, 3, 48, 80), 0.7)
         found = decoder(taps, photograph)
         assert_close(found, found[..., 24:25, 40:41].expand_as(found))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_picture_goes_on_beyond_its_border(kernel):
+    convolution = module.Around(3, 4, kernel).double()
+    picture = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0)).double()
+    padded = torch.from_numpy(np.pad(picture.numpy(), [(0, 0), (0, 0), *[(kernel // 2,) * 2] * 2], mode="edge"))
+    assert_close(convolution(picture), F.conv2d(padded, convolution.weight, convolution.bias))
 
 
 class TestMakeDecoder:

@@ -389,6 +389,13 @@ def test_threads_take_turns_whatever_their_sizes(detector):
     assert is_quiet(detector.backbone.network)
 
 
+def test_the_embedded_student_compiles():
+    image = photograph(96, 128)
+    detector = Detector.from_pretrained("mini", device="cpu")
+    expected = detector.edges(image)
+    assert_close(detector.compile().edges(image), expected, rtol=0, atol=1e-4)
+
+
 def test_compiled_it_gives_the_same(students):
     detector = Detector.from_pretrained(students / "conv", device="cpu")
     images = photograph(batch=2)

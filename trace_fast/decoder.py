@@ -184,14 +184,14 @@ class PixelDecoder(Decoder):
         self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
         self.values = nn.Parameter(waves(grid, columns))
         few = max(1, channels // 2)
-        self.tokens = nn.Sequential(around(columns, 2 * channels), nn.GELU(), around(2 * channels, channels))
-        self.fine = around(3, few, 5)
-        self.coarse = around(few, channels, 2 * detail + 1, stride=detail)
+        self.tokens = nn.Sequential(Around(columns, 2 * channels), nn.GELU(), Around(2 * channels, channels))
+        self.fine = Around(3, few, 5)
+        self.coarse = Around(few, channels, 2 * detail + 1, stride=detail)
         self.join = nn.Sequential(
-            nn.GELU(), around(2 * channels, channels), nn.GELU(), around(channels, channels), nn.GELU()
+            nn.GELU(), Around(2 * channels, channels), nn.GELU(), Around(channels, channels), nn.GELU()
         )
         # activates once more what `join` found: so the embedded student was trained
-        self.draw = nn.Sequential(nn.GELU(), around(channels + few, few), nn.GELU(), around(few, 1))
+        self.draw = nn.Sequential(nn.GELU(), Around(channels + few, few), nn.GELU(), Around(few, 1))
 
     def options(self) -> dict[str, Any]:
         """What `make_decoder` needs beside the grid."""
@@ -206,9 +206,19 @@ class PixelDecoder(Decoder):
         return self.draw(torch.cat([stretch(found, fine), fine], 1))
 
 
-def around(channels: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+class Around(nn.Conv2d):
     """A convolution that keeps the size, the picture going on beyond its border as it ends there: zeros are edges."""
-    return nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, padding_mode="replicate")
+
+    def __init__(self, channels: int, outputs: int, kernel: int = 3, stride: int = 1):
+        super().__init__(channels, outputs, kernel, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, outputs, H / stride, W / stride)."""
+        count = self.kernel_size[0] // 2
+        for axis in (2, 3):  # padding_mode="replicate" cannot be compiled with a whole student by torch 2.13
+            first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([*[first] * count, x, *[last] * count], axis)
+        return super().forward(x)
 
 
 def stretch(x: Tensor, like: Tensor) -> Tensor:
