@@ -3,9 +3,10 @@
     python benchmarks/ablations.py --images PHOTOGRAPHS --data ../shared/data/dev_coco -o build/ablations
 
 Every student sees as many photographs for as many steps. They are scored by `trace-fast evaluate`'s functions, beside
-their teachers. A control is a student whose decoder sees the photograph and no attention. In rows "L2" the squared
-distance of attention rows takes the place of their divergence, scaled to the same mean (as in the paper's comparison of
-KL and L2). Interrupt it at will: shards, students and counts that are there are kept.
+their teachers. A control is a student whose decoder sees the photograph and no attention; the embedded student stands
+there as it is, and with attention blanked. In rows "L2" the squared distance of attention rows takes the place of their
+divergence, scaled to the same mean (as in the paper's comparison of KL and L2). Interrupt it at will: shards, students
+and counts that are there are kept.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from unittest import mock
 import torch
 from quality import provenance
 from torch import Tensor
-from torch.nn import functional
 
 from trace_fast import Detector, Tracer, decoder, ops
-from trace_fast.distill import DistillConfig, crests, distill, pseudo_labels
+from trace_fast.distill import DistillConfig, distill, draw_labels
 from trace_fast.evaluation import edges, report, run
 from trace_fast.evaluation.methods import Method, parse_method
 from trace_fast.evaluation.truth import open_photos
@@ -88,7 +88,7 @@ def total_of_nothing(taps: decoder.Taps) -> Tensor:
 read_total = decoder.Taps.total
 
 
-def method_of(name: str, folder: Path, *, blind: bool) -> Method:
+def method_of(name: str, folder: Path | str, *, blind: bool) -> Method:
     """A student as something that makes edge maps."""
     found = parse_method(f"{name}={folder}", device="cpu")
     if not blind:
@@ -115,9 +115,8 @@ def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = Fals
             whole = to_tensor(photo.image)
             small = resize(whole, DRAWN)
             abdiv = tracer(small, timestep=timestep, return_abdiv=True).abdiv
-            label = pseudo_labels(abdiv, "sharp", scale=tracer.backbone.settings.edge_scale)[0][:, None]
-            label = functional.interpolate(label, DRAWN, mode="bilinear", align_corners=False)
-            return resize(label * crests(small).sqrt(), tuple(whole.shape[-2:]))[0, 0].numpy()
+            label = draw_labels(abdiv, DRAWN, small, "sharp", 0.0, tracer.backbone.settings.edge_scale)[0]
+            return resize(label, tuple(whole.shape[-2:]))[0, 0].numpy()
 
     return Method(name, f"{name} {DRAWN} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
 
@@ -144,6 +143,8 @@ def main() -> None:
         teacher(SMALL, 0),
         teacher(SMALL, "iep"),
         teacher(SMALL, 0, distance=True),
+        method_of("embedded student", "mini", blind=False),
+        method_of("embedded student, attention blanked", "mini", blind=True),
     ]
     for name, changes in students.items():
         values = {**BASE, "blind": False, "distance": False, **changes}

@@ -444,6 +444,7 @@ def test_sharp_labels_are_drawn_with_the_photographs_that_the_decoder_sees(confi
     )
     distill(config)
     run = Distillation(config, Tracer.from_pretrained(config.model, device="cpu"), order(config), alone())
+    assert len(seen) > run.steps  # and once for the picture
     for (abdiv, photographs), (_, details, expected) in zip(seen, run.batches(), strict=False):
         assert torch.equal(abdiv, expected) and torch.equal(photographs, details)
         assert details.shape[-2:] == (64, 96)  # twice the network's
@@ -891,6 +892,7 @@ class TestFaults:
             ({"level": 1000}, ValueError, "distill: level must be from 0 to 999, got 1000"),
             ({"decoder_options": {"channels": 4}}, ValueError, "decoder conv does not know these options: .*channels"),
             ({"decoder": "pixels", "decoder_options": {"columns": 65}}, ValueError, "columns must be from 1 to 64"),
+            ({"decoder": "pixels", "decoder_options": {"columns": 0}}, ValueError, "columns must be at least 1, got 0"),
             ({"decoder": "pixels", "decoder_options": {"columns": "6"}}, TypeError, "columns must be an int, got str"),
             (
                 {"decoder": "pixels", "decoder_options": {"channels": 0}},

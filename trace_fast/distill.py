@@ -40,7 +40,7 @@ from trace_fast.image import resize
 from trace_fast.photographs import Photograph, list_photographs
 from trace_fast.tracer import Tracer
 
-__all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "pseudo_labels"]
+__all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "draw_labels", "pseudo_labels"]
 
 LABELS = ("ternary", "binary", "soft", "sharp", "crisp")
 CRISP = (0.42, 12.0)  # the sharp probability that crisp labels make 0.5, and how steeply they rise there
@@ -197,7 +197,7 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
     Args:
         abdiv: (B, h, w) float, nats.
         kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale). "sharp" and
-            "crisp" are soft here: `Distillation.targets` draws them to the crests.
+            "crisp" are soft here: `draw_labels` draws them to the crests.
         interior: share of the cells, from 0 to 1.
         scale: s, in nats.
 
@@ -219,6 +219,43 @@ def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, 
     low = torch.maximum(mean - deviation, torch.quantile(cells, interior, dim=1)[:, None, None])
     inside = (abdiv <= low).float() * (1 - edge)
     return torch.stack([edge, edge + inside])
+
+
+def draw_labels(
+    abdiv: Tensor, size: Sequence[int], photographs: Tensor, kind: str, interior: float, scale: float
+) -> Tensor:
+    """Pseudo labels at another size; thresholds are those of the grid.
+
+    Args:
+        abdiv: (B, h, w) float, nats.
+        size: (height, width).
+        photographs: (B, 3, H, W) in [0, 1], to whose crests at that size sharp and crisp labels are drawn.
+        kind: one of LABELS.
+        interior: see `pseudo_labels`.
+        scale: likewise.
+
+    Returns:
+        (2, B, 1, *size) float32: the label in [0, 1], and 1 where it counts, else 0.
+    """
+    label, counts = pseudo_labels(abdiv, kind, interior, scale)
+    size = (size[0], size[1])
+
+    def carry(x: Tensor) -> Tensor:
+        return functional.interpolate(x, size, mode="bilinear", align_corners=False)
+
+    if kind not in ("ternary", "binary"):
+        label = carry(label[:, None])
+        if kind != "soft":
+            label = label * crests(resize(photographs, size)).sqrt()
+        if kind == "crisp":
+            middle, steepness = CRISP
+            label = torch.sigmoid(steepness * (label - middle))
+        return torch.stack([label, torch.ones_like(label)])
+    if size == tuple(abdiv.shape[1:]):
+        return torch.stack([label, counts])[:, :, None]
+    stretched = carry(torch.stack([label * counts, (1 - label) * counts], 1))
+    edge, inside = stretched[:, :1] > 0.5, stretched[:, 1:] > 0.5
+    return torch.stack([edge.float(), (edge | inside).float()])
 
 
 def crests(photograph: Tensor, radius: int = 3) -> Tensor:
@@ -537,29 +574,9 @@ class Distillation:
         self.recent.append(figures.tolist())
 
     def targets(self, abdiv: Tensor, size: Sequence[int], photographs: Tensor) -> Tensor:
-        """Labels and where they count, (2, B, 1, *size): thresholds are those of the grid.
-
-        Sharp and crisp ones are drawn to the crests of the photographs, (B, 3, H, W), at that size.
-        """
-        label, counts = pseudo_labels(abdiv, self.config.labels, self.config.interior, self.scale)
-        size = (size[0], size[1])
-
-        def carry(x: Tensor) -> Tensor:
-            return functional.interpolate(x, size, mode="bilinear", align_corners=False)
-
-        if self.config.labels not in ("ternary", "binary"):
-            label = carry(label[:, None])
-            if self.config.labels != "soft":
-                label = label * crests(resize(photographs, size)).sqrt()
-            if self.config.labels == "crisp":
-                middle, steepness = CRISP
-                label = torch.sigmoid(steepness * (label - middle))
-            return torch.stack([label, torch.ones_like(label)])
-        if size == tuple(abdiv.shape[1:]):
-            return torch.stack([label, counts])[:, :, None]
-        stretched = carry(torch.stack([label * counts, (1 - label) * counts], 1))
-        edge, inside = stretched[:, :1] > 0.5, stretched[:, 1:] > 0.5
-        return torch.stack([edge.float(), (edge | inside).float()])
+        """Labels and where they count, as this run's configuration says; see `draw_labels`."""
+        config = self.config
+        return draw_labels(abdiv, size, photographs, config.labels, config.interior, self.scale)
 
     @torch.no_grad()
     def preview(self) -> None:
