@@ -856,7 +856,7 @@ class TestFaults:
         assert not shards(config)
 
     def test_a_batch_that_leaves_a_process_without_work(self, config, monkeypatch):
-        monkeypatch.setattr(program.Process, "join", lambda device: replace(alone(), count=4))
+        monkeypatch.setattr(program.Process, "join", lambda device, op: replace(alone(), count=4))
         with pytest.raises(ValueError, match="distill: batch must be at least the 4 processes, got 2"):
             distill(config)
 

@@ -1,6 +1,11 @@
 """Training of the embedded model: data, resuming, and that the result can be traced."""
 
+import functools
 import json
+import os
+import socket
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -11,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trace_fast import Tracer
-from trace_fast.backbones.mini import MiniConfig
-from trace_fast.pretrain import PretrainConfig, collages, crops, load_photographs, pretrain
+from trace_fast.backbones.mini import Mini, MiniConfig
+from trace_fast.pretrain import PretrainConfig, Pretraining, Process, collages, crops, load_photographs, pretrain
 
 
 @pytest.fixture
@@ -83,10 +88,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
     class StopError(Exception):
         pass
 
-    from trace_fast import pretrain as program
-
     broken = replace(config, output=config.output.with_name("broken"))
-    run = program.Pretraining(broken)
+    run = Pretraining(broken, Process.join("cpu", "pretrain"))
     step, steps = run.train_step, []
 
     def stop_after_five(photographs):
@@ -105,6 +108,93 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
         for name, value in load_file(broken.output / "state.safetensors").items()
     ].count(False) == 0
     assert (resumed / "config.json").read_text() == (unbroken / "config.json").read_text()
+
+
+def test_a_run_goes_on_from_weights(config, tmp_path):
+    start = pretrain(config)
+    config = replace(config, output=tmp_path / "second", start=start, rate=0.0)
+    second = pretrain(config)
+    assert load_file(second / "model.safetensors").keys() == load_file(start / "model.safetensors").keys()
+    for name, value in load_file(second / "model.safetensors").items():  # nothing is learned at rate 0
+        assert value.equal(load_file(start / "model.safetensors")[name]), name
+    assert f"Set out from the weights in '{start.name}'" in (second / "README.md").read_text()
+    assert pretrain(replace(config, start=start.rename(tmp_path / "moved"))) == second  # of the same bytes
+    other = pretrain(replace(config, output=tmp_path / "third", start=None, seed=1))
+    with pytest.raises(ValueError, match="output must be empty or hold a run of the same configuration"):
+        pretrain(replace(config, start=other))
+
+
+def test_weights_to_start_from_must_fit(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"start must be a folder with model\.safetensors"):
+        pretrain(replace(config, start=tmp_path))
+    start = pretrain(replace(config, images=4, output=tmp_path / "wide", model=MiniConfig(dim=32, depth=2, heads=2)))
+    with pytest.raises(ValueError, match=r"start must be a folder with weights of MiniConfig\(dim=16, .* got .*size"):
+        pretrain(replace(config, start=start))
+
+
+def test_levels_are_drawn_as_asked(config, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "trace_fast.backbones.schedule.VariancePreserving.noise", lambda self, x, noise, level: see(level, x)
+    )
+
+    def see(level, x):
+        drawn.append(level)
+        return x
+
+    for exponent in (1.0, 4.0):
+        pretrain(replace(config, images=600, levels=exponent, output=config.output / str(exponent)))
+        found = torch.cat(drawn)
+        drawn.clear()
+        assert found.min() >= 0 and found.max() < 1000
+        # P(level < 100) = 0.1^(1 / exponent)
+        assert abs((found < 100).float().mean() - 0.1 ** (1 / exponent)) < 0.08
+
+
+def test_two_processes_learn_what_one_does(config, tmp_path):
+    one, two = (replace(config, output=tmp_path / name) for name in ("one", "two"))
+    code = f"from pathlib import PosixPath; from trace_fast.pretrain import *; pretrain({two!r})"
+    code = f"from trace_fast.backbones.mini import MiniConfig; {code}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stderr=subprocess.PIPE,
+            env=os.environ | job | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    pretrain(one)
+    for process in processes:
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told.decode()
+    first, second = (load_file(each.output / "state.safetensors") for each in (one, two))
+    torch.manual_seed(config.seed)
+    before = dict(Mini(config.model).named_parameters())
+    for name, parameter in before.items():
+        learned = (first[f"model.{name}"] - parameter.detach()).norm()
+        apart = (first[f"model.{name}"] - second[f"model.{name}"]).norm()
+        assert learned > 0 and apart < 0.1 * learned, name
+
+
+def test_more_processes_than_images_are_refused(config, monkeypatch):
+    monkeypatch.setattr(Process, "join", lambda device, op: Process(0, 4, torch.device("cpu")))
+    with pytest.raises(ValueError, match="batches must be at least the 4 processes, got 2"):
+        pretrain(config)
+
+
+def test_a_compiled_run_learns_what_an_eager_one_does(config, tmp_path, monkeypatch):
+    # one whole graph, without the minutes of the code generator
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    eager, compiled = config, replace(config, output=tmp_path / "compiled", compile=True)
+    pretrain(eager)
+    pretrain(compiled)
+    first, second = (
+        json.loads(safetensors_metadata(each.output / "state.safetensors")["progress"]) for each in (eager, compiled)
+    )
+    np.testing.assert_allclose(first["recent"], second["recent"], rtol=0.02)
 
 
 def test_a_run_of_another_configuration_is_not_resumed(config):

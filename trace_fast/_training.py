@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from trace_fast import _checks
 from trace_fast._files import whole_file
 
-__all__ = ["State", "trapezoid"]
+__all__ = ["Process", "State", "trapezoid"]
 
 
 def trapezoid(step: int, done: float, warmup: int, decay: float) -> float:
@@ -23,6 +26,52 @@ def trapezoid(step: int, done: float, warmup: int, decay: float) -> float:
     `done` is the share of the run that lies behind, from 0 to 1.
     """
     return min(1.0, (step + 1) / warmup, max(0.0, 1 - done) / decay)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of several that work together, as `accelerate launch` or `torchrun` starts them; alone without these."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str | None, op: str) -> Process:
+        """The process that this is; `op` is named in the error of a device that is not there."""
+        if device is not None:
+            _checks.device(op, device)
+        from accelerate import PartialState
+
+        # all wait for the last one's shards, longer than the ten minutes that NCCL would
+        patience = timedelta(days=1)
+        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu", timeout=patience)
+        alone = state.num_processes == 1
+        return cls(state.process_index, state.num_processes, torch.device(device) if device and alone else state.device)
+
+    @property
+    def share(self) -> slice:
+        """Which of the photographs of a batch are this process's."""
+        return slice(self.index, None, self.count)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """The same for the gradients of parameters; one that a process has none of counts as zeros."""
+        if self.count > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.sum(parameter.grad)
 
 
 class State:

@@ -158,7 +158,17 @@ def demo(
 def pretrain(
     photographs: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of image files, or of tar files of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Checkpoints; a run there is resumed.")],
+    start: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Weights of the same architecture to go on from.")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images to see before stopping.")] = 300_000,
+    batch: Annotated[int, typer.Option(min=4, help="Images of 64 pixels in a step; a quarter as many of 128.")] = 32,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    collages: Annotated[float, typer.Option(min=0, max=1, help="Share of a batch made of fragments of others.")] = 0.5,
+    levels: Annotated[float, typer.Option(min=0, help="Exponent of the noise levels drawn, 1000 u^levels.")] = 1.5,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the network: a minute first, then faster.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     licence: Annotated[str, typer.Option(help="Of the photographs, for the model card.")] = "not stated",
@@ -168,7 +178,20 @@ def pretrain(
 
     _open_folder(output)
     try:
-        config = PretrainConfig(photographs, output, images=images, device=device, seed=seed, licence=licence)
+        config = PretrainConfig(
+            photographs,
+            output,
+            start=start,
+            images=images,
+            batches=(batch, batch // 4),
+            rate=rate,
+            collages=collages,
+            levels=levels,
+            compile=compile,
+            device=device,
+            seed=seed,
+            licence=licence,
+        )
         typer.echo(pretrain(config))
     except _FAILURES as error:
         _refuse(str(error))

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from trace_fast import _checks, annotate
 from trace_fast._files import whole_file
-from trace_fast._training import State, trapezoid
+from trace_fast._training import Process, State, trapezoid
 from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
@@ -308,44 +307,6 @@ def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
     return (1 - (2 * (found * label).sum(1) + 1) / ((found**2).sum(1) + (label**2).sum(1) + 1)).mean()
 
 
-@dataclass(frozen=True)
-class Process:
-    """One of several that work together, as `accelerate launch` or `torchrun` starts them; alone without these."""
-
-    index: int
-    count: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: str | None) -> Process:
-        """The process that this is."""
-        if device is not None:
-            _checks.device("distill", device)
-        from accelerate import PartialState
-
-        # all wait for the last one's shards, longer than the ten minutes that NCCL would
-        patience = timedelta(days=1)
-        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu", timeout=patience)
-        alone = state.num_processes == 1
-        return cls(state.process_index, state.num_processes, torch.device(device) if device and alone else state.device)
-
-    @property
-    def share(self) -> slice:
-        """Which of the photographs of a batch are this process's."""
-        return slice(self.index, None, self.count)
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            torch.distributed.barrier()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all, in place."""
-        if self.count > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
-
 class Shards:
     """The pseudo edges of a list of photographs: files of `config.shard` each, whole or not there.
 
@@ -562,11 +523,7 @@ class Distillation:
             weight = len(images) / config.batch
             (loss * weight).backward()
         trained = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        if self.process.count > 1:
-            for parameter in trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                self.process.sum(parameter.grad)
+        self.process.sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimiser.step()
         self.step += 1
@@ -731,7 +688,7 @@ def distill(config: DistillConfig) -> Path:
         raise ValueError(f"distill: images must be more than {PREVIEW} photographs, got {len(photographs)}")
     order = np.random.default_rng(config.seed).permutation(len(photographs))[: config.limit]
     photographs = [photographs[index] for index in order]
-    process = Process.join(config.device)
+    process = Process.join(config.device, "distill")
     if config.batch < process.count:
         raise ValueError(f"distill: batch must be at least the {process.count} processes, got {config.batch}")
     dtype = torch.float32 if config.dtype == "float32" else None

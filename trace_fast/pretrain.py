@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from trace_fast import _checks
 from trace_fast._files import whole_file
-from trace_fast._training import State, trapezoid
+from trace_fast._training import Process, State, trapezoid
+from trace_fast.backbones.base import load_weights
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.image import resize
@@ -27,6 +28,7 @@ from trace_fast.photographs import list_photographs
 
 __all__ = ["PretrainConfig", "collages", "crops", "load_photographs", "pretrain"]
 
+WEIGHTS = "model.safetensors"
 PROGRESS = ("step", "seen", "seconds", "recent", "losses")
 MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)  # images seen, for the scaling curve
 
@@ -41,14 +43,17 @@ class PretrainConfig:
     Attributes:
         photographs: folder of image files, or of tar files of them.
         output: folder for the checkpoints; a run found there is resumed.
+        start: folder of weights of the same architecture to go on from, None for none.
         images: number of images to see before stopping.
         sizes: side of the training images, in pixels, small and large.
-        batches: images in a step of either size.
+        batches: images in a step of either size, over all processes.
         large_every: every so many steps, one is at the large size.
         collages: share of every batch made of fragments of several photographs.
+        levels: exponent of the noise levels drawn, 1000 u^levels with u uniform: 1 for all alike, more for lower ones.
         rate: peak learning rate of AdamW; warmed up over `warmup` steps, linear to zero over the last `decay` share.
         ema: decay of the moving average of the weights; the average is what is kept.
         seed: of everything random.
+        compile: whether the network is compiled, which takes a minute and then half as much time again off each step.
         device: where to train.
         save_minutes: time between two states to resume from.
         licence: of the photographs, for the model card.
@@ -56,25 +61,38 @@ class PretrainConfig:
 
     photographs: Path
     output: Path
+    start: Path | None = None
     images: int = 300_000
     sizes: tuple[int, int] = (64, 128)
     batches: tuple[int, int] = (32, 8)
     large_every: int = 6
     collages: float = 0.5
+    levels: float = 1.5
     rate: float = 1.5e-3
     warmup: int = 200
     decay: float = 0.25
     ema: float = 0.999
     seed: int = 0
+    compile: bool = False
     device: str = "cpu"
     save_minutes: float = 5.0
     licence: str = "not stated"
     model: MiniConfig = field(default_factory=MiniConfig)
 
+    def __post_init__(self) -> None:
+        if self.start is not None and not (self.start / WEIGHTS).is_file():
+            raise FileNotFoundError(f"pretrain: start must be a folder with {WEIGHTS}, got '{self.start}'")
+
     def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs, and how far."""
-        free = ("photographs", "output", "images", "device", "save_minutes", "licence")
-        return json.dumps({name: value for name, value in asdict(self).items() if name not in free})
+        """What a resumed run must share with the run before: all but where it runs, and how far.
+
+        Of weights to start from, the bytes.
+        """
+        free = ("photographs", "output", "start", "images", "device", "save_minutes", "licence")
+        values = {name: value for name, value in asdict(self).items() if name not in free}
+        if self.start is not None:
+            values["start"] = hashlib.sha256((self.start / WEIGHTS).read_bytes()).hexdigest()
+        return json.dumps(values)
 
     def batch(self, step: int) -> tuple[int, int]:
         """(size, number of images) of a step."""
@@ -160,10 +178,14 @@ def collages(images: Tensor, count: int, random: torch.Generator, fragments: int
 class Pretraining:
     """The state of a run: weights, their moving average, optimiser, images seen."""
 
-    def __init__(self, config: PretrainConfig):
-        self.config = config
+    def __init__(self, config: PretrainConfig, process: Process):
+        self.config, self.process = config, process
         torch.manual_seed(config.seed)
-        self.model = Mini(config.model).to(config.device)
+        self.model = Mini(config.model)
+        if config.start is not None:
+            begin_as(self.model, config.start)
+        self.model.to(process.device)
+        self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.optimiser = torch.optim.AdamW(self.model.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = self.seen = 0
@@ -182,10 +204,13 @@ class Pretraining:
 
     def save(self) -> None:
         """Write what a later run resumes from."""
-        self.state.save({name: getattr(self, name) for name in PROGRESS})
+        if self.process.index == 0:
+            self.state.save({name: getattr(self, name) for name in PROGRESS})
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in half precision, as `Tracer.from_pretrained` reads them, with a model card."""
+        if self.process.index:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.half().contiguous().cpu() for name, value in self.average.items()}
         description = {
@@ -194,7 +219,7 @@ class Pretraining:
             "images": self.seen,
             "tracing": {"size": [self.config.sizes[1]] * 2},
         }
-        write(folder / "model.safetensors", save(weights))
+        write(folder / WEIGHTS, save(weights))
         write(folder / "README.md", self.card().encode())
         write(folder / "config.json", (json.dumps(description, indent=2) + "\n").encode())
 
@@ -210,37 +235,41 @@ class Pretraining:
                 f"- Parameters: {count:,} ({config.model})",
                 f"- Data: photographs of {config.photographs.name!r}, licence {config.licence}, without labels; "
                 f"{config.collages:.0%} of every batch collages of their fragments",
-                f"- Objective: v-prediction, mean squared error, {self.schedule}",
+                *([f"- Set out from the weights in {config.start.name!r}"] if config.start else []),
+                f"- Objective: v-prediction, mean squared error, {self.schedule}, levels 1000 u^{config.levels:g}",
                 f"- Steps: {self.step:,}; images seen: {self.seen:,}",
                 f"- Sizes: {config.sizes} px, in batches of {config.batches}, large every {config.large_every} steps",
                 f"- Mean squared error of v in the last 60 steps logged: {loss}",
-                f"- Machine: {platform.processor() or platform.machine()}, {config.device}, "
-                f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
+                f"- Machine: {platform.processor() or platform.machine()}, {self.process.device}, "
+                f"{self.process.count} process(es) of {torch.get_num_threads()} thread(s), "
+                f"{self.seconds / 3600:.2f} hours; torch {torch.__version__}",
                 "",
             ]
         )
 
     def train_step(self, photographs: np.ndarray) -> float:
-        config, device = self.config, self.config.device
+        config, device = self.config, self.process.device
         size, count = config.batch(self.step)
         random = np.random.default_rng([config.seed, self.step])
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
         images = crops(photographs, count, size, random)
         made = round(config.collages * count)
         images = torch.cat([images[: count - made], collages(images, made, generator)])
-        level = (self.schedule.steps * torch.rand(count, generator=generator) ** 1.5).long()
+        level = (self.schedule.steps * torch.rand(count, generator=generator) ** config.levels).long()
         noise = torch.randn(images.shape, generator=generator)
-        target = self.schedule.velocity(images, noise, level).to(device)
-        noisy = self.schedule.noise(images, noise, level).to(device)
+        # every process draws the whole batch, so that their number changes nothing
+        images, noise, level = (x[self.process.share].to(device) for x in (images, noise, level))
+        target, noisy = self.schedule.velocity(images, noise, level), self.schedule.noise(images, noise, level)
         rate = config.step_rate(self.step, self.seen)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
-        with warnings.catch_warnings(), torch.autocast(torch.device(device).type, torch.bfloat16):
+        with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16):
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
-            prediction = self.model(noisy, level.to(device))
-        loss = functional.mse_loss(prediction.float(), target)
+            prediction = self.network(noisy, level)
+        loss = functional.mse_loss(prediction.float(), target) * (len(images) / count)
         loss.backward()
+        self.process.sum_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
@@ -249,7 +278,7 @@ class Pretraining:
                 self.average[name].lerp_(parameter, 1 - decay)
         self.step += 1
         self.seen += count
-        return loss.item()
+        return self.process.sum(loss.detach()).item()
 
     def run(self) -> None:
         config = self.config
@@ -258,7 +287,8 @@ class Pretraining:
             setattr(self, name, value)
         photographs = load_photographs(config.photographs)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain") as bar:
+        hidden = None if self.process.index == 0 else True
+        with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain", disable=hidden) as bar:
             while self.seen < config.images:
                 before = self.seen
                 self.recent.append(self.train_step(photographs))
@@ -278,6 +308,16 @@ class Pretraining:
         self.export(config.output / "final")
 
 
+def begin_as(model: Mini, folder: Path) -> None:
+    """Take over weights; ValueError where they are of another architecture, or none are there."""
+    try:
+        model.load_state_dict(load_weights(folder / WEIGHTS))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"pretrain: start must be a folder with weights of {model.config}, got '{folder}': {error}"
+        ) from error
+
+
 def write(path: Path, content: bytes) -> None:
     """Replace a file in one step."""
     with whole_file(path, "pretrain") as file:
@@ -287,11 +327,15 @@ def write(path: Path, content: bytes) -> None:
 def pretrain(config: PretrainConfig) -> Path:
     """Train `mini`; resume a run found in `config.output`. Returns the folder of the finished weights.
 
+    Started by `accelerate launch` or `torchrun`, several processes share batches.
+
     Raises:
-        FileNotFoundError, ValueError: the photographs cannot be read, or the run found is of another configuration.
+        FileNotFoundError, ValueError: the photographs cannot be read, the run found is of another configuration, or
+            the weights to start from do not fit.
         RuntimeError: the device is not there.
     """
-    _checks.device("pretrain", config.device)
-    run = Pretraining(config)
-    run.run()
+    process = Process.join(config.device, "pretrain")
+    if (least := min(config.batches)) < process.count:
+        raise ValueError(f"pretrain: batches must be at least the {process.count} processes, got {least}")
+    Pretraining(config, process).run()
     return config.output / "final"
