@@ -4,7 +4,8 @@
 
 Every student sees as many photographs for as many steps. They are scored by `trace-fast evaluate`'s functions, beside
 their teachers. A control is a student whose decoder sees the photograph and no attention; the embedded student stands
-there as it is, and with attention blanked. In rows "L2" the squared distance of attention rows takes the place of their
+there as it is, and with attention blanked, and so does a control without a model, the colour gradient of the photograph
+at the size that students draw at. In rows "L2" the squared distance of attention rows takes the place of their
 divergence, scaled to the same mean (as in the paper's comparison of KL and L2). Interrupt it at will: shards, students
 and counts that are there are kept.
 """
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from quality import provenance
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from trace_fast import Detector, Tracer, decoder, ops
@@ -121,6 +124,19 @@ def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = Fals
     return Method(name, f"{name} {DRAWN} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
 
 
+def gradient() -> Method:
+    """The control without a model: length of the colour gradient, smoothed by one pixel, at the labels' size."""
+
+    def find(photo: Any) -> Any:
+        whole = to_tensor(photo.image)
+        smooth = gaussian_filter(resize(whole, DRAWN)[0].numpy(), (0, 1, 1))
+        length = np.square(np.gradient(smooth, axis=(1, 2))).sum((0, 1)) ** 0.25  # a square root spreads it
+        return resize(torch.from_numpy(length)[None, None], tuple(whole.shape[-2:]))[0, 0].clamp(0, 1).numpy()
+
+    name = f"colour gradient at {DRAWN[0]} pixels (control)"
+    return Method(name, name, find, lambda photo: photo.image, threads=False)
+
+
 def main() -> None:
     """Train, score, and write ablations.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +154,7 @@ def main() -> None:
 
     students = {name: STUDENTS[name] for name in options.only or STUDENTS}
     methods = [
+        gradient(),
         teacher(LARGE, 0),
         teacher(LARGE, 0, sharp=True),
         teacher(SMALL, 0),
