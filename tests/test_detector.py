@@ -206,8 +206,16 @@ class TestCall:
         monkeypatch.setattr(
             detector, "_run", lambda images, detail: (passes.append(len(images)), real(images, detail))[1]
         )
-        detector([photograph(20 + index)[0] for index in range(10)])
+        images = [photograph(20 + index)[0] for index in range(10)]
+        detector(images)
         assert passes == [8, 2]
+        passes.clear()
+        height, width = (side * max(1, detector.decoder.detail) for side in detector.backbone.settings.size)
+        for pixels, expected in ((4 * height * width, [4, 4, 2]), (1, [1] * 10)):  # large pictures share less
+            monkeypatch.setattr("trace_fast.detector.PIXELS", pixels)
+            detector(images)
+            assert passes == expected
+            passes.clear()
 
     def test_output_kinds(self, detector):
         image = photograph()[0]

@@ -23,7 +23,8 @@ from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
 
 __all__ = ["Detector"]
 
-BATCH = 8  # images of a list that share a pass
+BATCH = 8  # images of a list that share a pass, at most
+PIXELS = BATCH * 512**2  # and of how many pixels in all, as the network or its decoder sees them
 CONFIG, DECODER, ADAPTER, NULL_TEXT = "config.json", "decoder.safetensors", "lora.safetensors", "null_text.safetensors"
 
 
@@ -209,7 +210,9 @@ class Detector:
         """Edge probability of one image, of a batch, or of a list; called as ControlNet's annotators are.
 
         Args:
-            image: as in `trace_fast.edges`; images of a list share passes, whatever their sizes.
+            image: as in `trace_fast.edges`; images of a list share passes, whatever their sizes, as far as memory
+                allows: eight of a network at 512 pixels and the paper's decoder, one at a time where a decoder sees
+                2048 pixels. A batch is one pass.
             detect_resolution: side in pixels that the image is squashed to, a multiple of what the network allows;
                 None is what the student was trained with. For another one the decoder's values, which belong to the
                 grid they were trained on, are interpolated.
@@ -229,8 +232,10 @@ class Detector:
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
         found = []
-        for start in range(0, len(image), BATCH):
-            some = image[start : start + BATCH]
+        height, width = (side * max(1, self.decoder.detail) for side in self.backbone.settings.size)
+        batch = max(1, min(BATCH, PIXELS // (height * width)))
+        for start in range(0, len(image), batch):
+            some = image[start : start + batch]
             parts = self.edges_of([door.to_tensor(item) for item in some])
             found += [door.from_tensor(part, item, output_type) for part, item in zip(parts, some, strict=True)]
         return found
