@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from trace_fast import Tracer
 from trace_fast.backbones.mini import Mini, MiniConfig
+from trace_fast.cli import app
 from trace_fast.pretrain import PretrainConfig, Pretraining, Process, collages, crops, load_photographs, pretrain
 
 
@@ -195,6 +197,31 @@ def test_a_compiled_run_learns_what_an_eager_one_does(config, tmp_path, monkeypa
         json.loads(safetensors_metadata(each.output / "state.safetensors")["progress"]) for each in (eager, compiled)
     )
     np.testing.assert_allclose(first["recent"], second["recent"], rtol=0.02)
+
+
+def test_the_command_line(photographs, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("trace_fast.pretrain.pretrain", lambda config: told.append(config) or config.output / "final")
+    options = "--images 9 --batch 16 --rate 0.01 --collages 0.25 --levels 4 --seed 3 --compile --licence CC0".split()
+    found = CliRunner().invoke(app, ["pretrain", str(photographs), "-o", str(tmp_path / "run"), *options])
+    assert found.exit_code == 0, found.output
+    assert found.stdout.strip() == str(tmp_path / "run/final")
+    assert told == [
+        PretrainConfig(
+            photographs,
+            tmp_path / "run",
+            images=9,
+            batches=(16, 4),
+            rate=0.01,
+            collages=0.25,
+            levels=4.0,
+            seed=3,
+            compile=True,
+            licence="CC0",
+        )
+    ]
+    found = CliRunner().invoke(app, ["pretrain", str(photographs), "-o", str(tmp_path), "--start", str(photographs)])
+    assert found.exit_code == 2 and "start must be a folder with model.safetensors" in found.stderr
 
 
 def test_a_run_of_another_configuration_is_not_resumed(config):
