@@ -130,7 +130,11 @@ def test_weights_to_start_from_must_fit(config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"start must be a folder with model\.safetensors"):
         pretrain(replace(config, start=tmp_path))
     start = pretrain(replace(config, images=4, output=tmp_path / "wide", model=MiniConfig(dim=32, depth=2, heads=2)))
-    with pytest.raises(ValueError, match=r"start must be a folder with weights of MiniConfig\(dim=16, .* got .*size"):
+    refusal = r"start must be a folder with weights of MiniConfig\(dim=16, .* got .*final': "
+    with pytest.raises(ValueError, match=refusal + r"blocks\.0\..* differs"):
+        pretrain(replace(config, start=start))
+    (start / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=refusal + r"model\.safetensors is damaged"):
         pretrain(replace(config, start=start))
 
 
@@ -202,8 +206,8 @@ def test_a_compiled_run_learns_what_an_eager_one_does(config, tmp_path, monkeypa
 def test_the_command_line(photographs, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr("trace_fast.pretrain.pretrain", lambda config: told.append(config) or config.output / "final")
-    options = "--images 9 --batch 16 --rate 0.01 --collages 0.25 --levels 4 --seed 3 --compile --licence CC0".split()
-    found = CliRunner().invoke(app, ["pretrain", str(photographs), "-o", str(tmp_path / "run"), *options])
+    words = "--images 9 --batch 16 --rate 0.01 --collages 0.25 --levels 4 --seed 3 --compile --licence CC0"
+    found = CliRunner().invoke(app, ["pretrain", str(photographs), "-o", str(tmp_path / "run"), *words.split()])
     assert found.exit_code == 0, found.output
     assert found.stdout.strip() == str(tmp_path / "run/final")
     assert told == [

@@ -309,13 +309,16 @@ class Pretraining:
 
 
 def begin_as(model: Mini, folder: Path) -> None:
-    """Take over weights; ValueError where they are of another architecture, or none are there."""
+    """Take over weights; ValueError where they are damaged, or of another architecture."""
+    refusal = f"pretrain: start must be a folder with weights of {model.config}, got '{folder}': "
     try:
-        model.load_state_dict(load_weights(folder / WEIGHTS))
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"pretrain: start must be a folder with weights of {model.config}, got '{folder}': {error}"
-        ) from error
+        weights = load_weights(folder / WEIGHTS)
+    except ValueError as error:
+        raise ValueError(f"{refusal}{error}") from error
+    shapes = [{name: tuple(x.shape) for name, x in each.items()} for each in (weights, model.state_dict())]
+    if wrong := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+        raise ValueError(f"{refusal}{wrong[0]} differs")
+    model.load_state_dict(weights)
 
 
 def write(path: Path, content: bytes) -> None:
