@@ -53,7 +53,7 @@ class PretrainConfig:
         rate: peak learning rate of AdamW; warmed up over `warmup` steps, linear to zero over the last `decay` share.
         ema: decay of the moving average of the weights; the average is what is kept.
         seed: of everything random.
-        compile: whether the network is compiled, which takes a minute and then half as much time again off each step.
+        compile: whether the network is compiled: two minutes at first, then a quarter less for each step on a CPU.
         device: where to train.
         save_minutes: time between two states to resume from.
         licence: of the photographs, for the model card.
