@@ -157,6 +157,14 @@ def test_levels_are_drawn_as_asked(config, monkeypatch):
         assert abs((found < 100).float().mean() - 0.1 ** (1 / exponent)) < 0.08
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("levels", 0.5), ("levels", float("nan")), ("collages", 1.5), ("rate", -1.0)]
+)
+def test_settings_out_of_range_are_told(config, name, value):
+    with pytest.raises(ValueError, match=f"pretrain: {name} must be .* got {value}"):
+        replace(config, **{name: value})
+
+
 def test_two_processes_learn_what_one_does(config, tmp_path):
     one, two = (replace(config, output=tmp_path / name) for name in ("one", "two"))
     code = f"from pathlib import PosixPath; from trace_fast.pretrain import *; pretrain({two!r})"

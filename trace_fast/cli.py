@@ -163,11 +163,11 @@ def pretrain(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images to see before stopping.")] = 300_000,
     batch: Annotated[int, typer.Option(min=4, help="Images of 64 pixels in a step; a quarter as many of 128.")] = 32,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1.5e-3,
     collages: Annotated[float, typer.Option(min=0, max=1, help="Share of a batch made of fragments of others.")] = 0.5,
-    levels: Annotated[float, typer.Option(min=0, help="Exponent of the noise levels drawn, 1000 u^levels.")] = 1.5,
+    levels: Annotated[float, typer.Option(min=1, help="Exponent of the noise levels drawn, 1000 u^levels.")] = 1.5,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the network: a minute first, then faster.")
+        bool, typer.Option("--compile", help="Compile the network: slow to start, then faster.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,

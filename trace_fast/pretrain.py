@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from trace_fast import _checks
 from trace_fast._files import whole_file
 from trace_fast._training import Process, State, trapezoid
 from trace_fast.backbones.base import load_weights
@@ -80,6 +81,9 @@ class PretrainConfig:
     model: MiniConfig = field(default_factory=MiniConfig)
 
     def __post_init__(self) -> None:
+        _checks.number("pretrain", "collages", self.collages, 0, 1)
+        _checks.number("pretrain", "levels", self.levels, 1)
+        _checks.number("pretrain", "rate", self.rate, 0)
         if self.start is not None and not (self.start / WEIGHTS).is_file():
             raise FileNotFoundError(f"pretrain: start must be a folder with {WEIGHTS}, got '{self.start}'")
 
@@ -287,8 +291,8 @@ class Pretraining:
             setattr(self, name, value)
         photographs = load_photographs(config.photographs)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        hidden = None if self.process.index == 0 else True
-        with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain", disable=hidden) as bar:
+        others = self.process.index > 0
+        with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain", disable=others) as bar:
             while self.seen < config.images:
                 before = self.seen
                 self.recent.append(self.train_step(photographs))

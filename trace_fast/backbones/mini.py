@@ -61,7 +61,7 @@ class Attention(nn.Module):
         key = apply_rotary(self.norm_k(key), image_rotary_emb)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
         if self.training and not query.is_cuda:
-            # written out: compiled, less than half the time that the backward pass of flash attention takes on a CPU
+            # written out: there and back in less than half the time of flash attention on a CPU, compiled, 256 tokens
             mixed = (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1) @ value
         else:
             mixed = functional.scaled_dot_product_attention(query, key, value)
