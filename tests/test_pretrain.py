@@ -1,6 +1,7 @@
 """Training of the embedded model: data, resuming, and that the result can be traced."""
 
 import functools
+import itertools
 import json
 import os
 import socket
@@ -94,12 +95,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
     run = Pretraining(broken, Process.join("cpu", "pretrain"))
     step, steps = run.train_step, []
 
-    def stop_after_five(photographs):
+    def stop_after_five(batch):
         if len(steps) == 5:
             run.save()
             raise StopError
         steps.append(1)
-        return step(photographs)
+        return step(batch)
 
     run.train_step = stop_after_five
     with pytest.raises(StopError):
@@ -110,6 +111,27 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
         for name, value in load_file(broken.output / "state.safetensors").items()
     ].count(False) == 0
     assert (resumed / "config.json").read_text() == (unbroken / "config.json").read_text()
+
+
+def test_workers_change_nothing(config, tmp_path):
+    alone, helped = config, replace(config, output=tmp_path / "helped", workers=2)
+    pretrain(alone), pretrain(helped)
+    first, second = (load_file(each.output / "state.safetensors") for each in (alone, helped))
+    assert all(first[name].equal(value) for name, value in second.items())
+
+
+def test_a_run_stops_after_its_minutes_and_goes_on(config, tmp_path, monkeypatch):
+    pretrain(config)
+    clock = itertools.count()
+    monkeypatch.setattr("trace_fast.pretrain.time.monotonic", lambda: float(next(clock)))
+    short = replace(config, output=tmp_path / "short", minutes=0.1)
+    seen = []
+    while not seen or seen[-1] < config.images:
+        folder = pretrain(short)
+        seen.append(json.loads((folder / "config.json").read_text())["images"])
+    assert len(seen) > 2 and seen == sorted(set(seen))
+    first, second = (load_file(each.output / "state.safetensors") for each in (config, short))
+    assert all(first[name].equal(value) for name, value in second.items())
 
 
 def test_a_run_goes_on_from_weights(config, tmp_path):
@@ -214,7 +236,10 @@ def test_a_compiled_run_learns_what_an_eager_one_does(config, tmp_path, monkeypa
 def test_the_command_line(photographs, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr("trace_fast.pretrain.pretrain", lambda config: told.append(config) or config.output / "final")
-    words = "--images 9 --batch 16 --rate 0.01 --collages 0.25 --levels 4 --seed 3 --compile --licence CC0"
+    words = (
+        "--images 9 --batch 16 --rate 0.01 --collages 0.25 --levels 4 --seed 3 --compile --licence CC0 --dim 32 "
+        "--depth 2 --workers 3 --minutes 1.5"
+    )
     found = CliRunner().invoke(app, ["pretrain", str(photographs), "-o", str(tmp_path / "run"), *words.split()])
     assert found.exit_code == 0, found.output
     assert found.stdout.strip() == str(tmp_path / "run/final")
@@ -230,6 +255,9 @@ def test_the_command_line(photographs, tmp_path, monkeypatch):
             seed=3,
             compile=True,
             licence="CC0",
+            model=MiniConfig(dim=32, depth=2),
+            workers=3,
+            minutes=1.5,
         )
     ]
     found = CliRunner().invoke(app, ["pretrain", str(photographs), "-o", str(tmp_path), "--start", str(photographs)])

@@ -169,11 +169,16 @@ def pretrain(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the network: slow to start, then faster.")
     ] = False,
+    dim: Annotated[int, typer.Option(min=16, help="Channels of the network.")] = 160,
+    depth: Annotated[int, typer.Option(min=1, help="Blocks of the network.")] = 6,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make batches ahead; a GPU needs some.")] = 0,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     licence: Annotated[str, typer.Option(help="Of the photographs, for the model card.")] = "not stated",
 ) -> None:
     """Train the embedded model from photographs, without labels. Interrupt it at will: the same command goes on."""
+    from trace_fast.backbones.mini import MiniConfig
     from trace_fast.pretrain import PretrainConfig, pretrain
 
     _open_folder(output)
@@ -189,8 +194,11 @@ def pretrain(
             levels=levels,
             compile=compile,
             device=device,
+            workers=workers,
+            minutes=minutes,
             seed=seed,
             licence=licence,
+            model=MiniConfig(dim=dim, depth=depth),
         )
         typer.echo(pretrain(config))
     except _FAILURES as error:

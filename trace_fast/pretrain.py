@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from trace_fast import _checks
@@ -56,7 +58,9 @@ class PretrainConfig:
         seed: of everything random.
         compile: whether the network is compiled: two minutes at first, then a quarter less for each step on a CPU.
         device: where to train.
+        workers: processes that make batches ahead of the training, 0 for none; a GPU takes more than one can make.
         save_minutes: time between two states to resume from.
+        minutes: time after which a call stops, to go on in another; None for no limit.
         licence: of the photographs, for the model card.
     """
 
@@ -76,7 +80,9 @@ class PretrainConfig:
     seed: int = 0
     compile: bool = False
     device: str = "cpu"
+    workers: int = 0
     save_minutes: float = 5.0
+    minutes: float | None = None
     licence: str = "not stated"
     model: MiniConfig = field(default_factory=MiniConfig)
 
@@ -84,15 +90,19 @@ class PretrainConfig:
         _checks.number("pretrain", "collages", self.collages, 0, 1)
         _checks.number("pretrain", "levels", self.levels, 1)
         _checks.number("pretrain", "rate", self.rate, 0)
+        _checks.integer("pretrain", "workers", self.workers, 0)
         if self.start is not None and not (self.start / WEIGHTS).is_file():
             raise FileNotFoundError(f"pretrain: start must be a folder with {WEIGHTS}, got '{self.start}'")
 
     def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs, and how far.
+        """What a resumed run must share with the run before: all but where it runs, how fast, and how far.
 
         Of weights to start from, the bytes.
         """
-        free = ("photographs", "output", "start", "images", "device", "save_minutes", "licence")
+        free = (
+            *("photographs", "output", "start", "images", "device", "workers"),
+            *("save_minutes", "minutes", "licence"),
+        )
         values = {name: value for name, value in asdict(self).items() if name not in free}
         if self.start is not None:
             values["start"] = hashlib.sha256((self.start / WEIGHTS).read_bytes()).hexdigest()
@@ -179,6 +189,24 @@ def collages(images: Tensor, count: int, random: torch.Generator, fragments: int
     return canvas.clamp(-1, 1)
 
 
+class Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """What a step learns from, by its number: images, noise and levels follow from the seed and the step alone."""
+
+    def __init__(self, config: PretrainConfig, photographs: np.ndarray, steps: int):
+        self.config, self.photographs, self.steps = config, photographs, steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        size, count = config.batch(step)
+        random = np.random.default_rng([config.seed, step])
+        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+        images = crops(self.photographs, count, size, random)
+        made = round(config.collages * count)
+        images = torch.cat([images[: count - made], collages(images, made, generator)])
+        level = (self.steps * torch.rand(count, generator=generator) ** config.levels).long()
+        return images, torch.randn(images.shape, generator=generator), level
+
+
 class Pretraining:
     """The state of a run: weights, their moving average, optimiser, images seen."""
 
@@ -194,7 +222,7 @@ class Pretraining:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = self.seen = 0
         self.seconds = 0.0
-        self.recent: list[float] = []  # losses since the last entry of `losses`
+        self.recent: list[Tensor | float] = []  # losses since the last entry of `losses`
         self.losses: list[tuple[int, float]] = []  # (images seen, mean loss of the 60 steps before)
         self.schedule = VariancePreserving()
         self.state = State(
@@ -209,6 +237,7 @@ class Pretraining:
     def save(self) -> None:
         """Write what a later run resumes from."""
         if self.process.index == 0:
+            self.recent = [float(loss) for loss in self.recent]
             self.state.save({name: getattr(self, name) for name in PROGRESS})
 
     def export(self, folder: Path) -> None:
@@ -251,18 +280,11 @@ class Pretraining:
             ]
         )
 
-    def train_step(self, photographs: np.ndarray) -> float:
-        config, device = self.config, self.process.device
-        size, count = config.batch(self.step)
-        random = np.random.default_rng([config.seed, self.step])
-        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        images = crops(photographs, count, size, random)
-        made = round(config.collages * count)
-        images = torch.cat([images[: count - made], collages(images, made, generator)])
-        level = (self.schedule.steps * torch.rand(count, generator=generator) ** config.levels).long()
-        noise = torch.randn(images.shape, generator=generator)
+    def train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Learn from a batch; returns its mean loss, (), for which nobody has waited yet."""
+        config, device, count = self.config, self.process.device, len(batch[0])
         # every process draws the whole batch, so that their number changes nothing
-        images, noise, level = (x[self.process.share].to(device) for x in (images, noise, level))
+        images, noise, level = (x[self.process.share].to(device, non_blocking=True) for x in batch)
         target, noisy = self.schedule.velocity(images, noise, level), self.schedule.noise(images, noise, level)
         rate = config.step_rate(self.step, self.seen)
         for group in self.optimiser.param_groups:
@@ -282,24 +304,33 @@ class Pretraining:
                 self.average[name].lerp_(parameter, 1 - decay)
         self.step += 1
         self.seen += count
-        return self.process.sum(loss.detach()).item()
+        return self.process.sum(loss.detach())
 
     def run(self) -> None:
         config = self.config
         config.output.mkdir(parents=True, exist_ok=True)
         for name, value in (self.state.resume() or {}).items():
             setattr(self, name, value)
-        photographs = load_photographs(config.photographs)
-        started, saved = time.monotonic() - self.seconds, time.monotonic()
-        others = self.process.index > 0
+        loader = DataLoader(
+            Batches(config, load_photographs(config.photographs), self.schedule.steps),
+            batch_size=None,
+            sampler=itertools.count(self.step),
+            num_workers=config.workers,
+            pin_memory=self.process.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        batches = iter(loader)
+        begun = saved = time.monotonic()
+        started, others = begun - self.seconds, self.process.index > 0
+        limit = math.inf if config.minutes is None else 60 * config.minutes
         with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain", disable=others) as bar:
-            while self.seen < config.images:
+            while self.seen < config.images and time.monotonic() - begun < limit:
                 before = self.seen
-                self.recent.append(self.train_step(photographs))
+                self.recent.append(self.train_step(next(batches)))
                 self.seconds = time.monotonic() - started
                 bar.update(self.seen - before)
                 if len(self.recent) == 60:
-                    self.losses.append((self.seen, sum(self.recent) / 60))
+                    self.losses.append((self.seen, float(sum(self.recent) / 60)))
                     bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
                     self.recent = []
                 for mark in MARKS:
