@@ -17,6 +17,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 diffusers = pytest.importorskip("diffusers")
+# what the compiler has to say about diffusers stops no measurement
+pytestmark = pytest.mark.filterwarnings("default")
 
 from memory import MODELS, SCHEDULER  # noqa: E402
 

@@ -1,31 +1,55 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within ten minutes: tests on the device, tile tuning, benchmarks of every kernel.
+# What needs a GPU, in stages of ten minutes at most, one a call:
+#
+#   benchmarks/gpu.sh kernels      tests on the device, tile tuning, benchmarks of every kernel
+#   benchmarks/gpu.sh backbones    full-size networks with random weights: latency and memory; needs diffusers
+#   benchmarks/gpu.sh mini DIR     trains the embedded model on the photographs of DIR; another call goes on
 #
 # Run it in an environment with torch, triton, pytest, pytest-benchmark and a C++ compiler; nothing is downloaded. Results
-# land in benchmarks/results/: tuning-<gpu>.json, speed-gpu.json and gpu.log, and in the tables of benchmarks/README.md.
-# A step that fails does not stop the next; the exit status says whether one did.
+# land in benchmarks/results/ (tuning-<gpu>.json, speed-gpu.json, backbones-gpu-<model>.json, gpu-<stage>.log), in the
+# tables of benchmarks/README.md, and weights in build/mini-gpu. A step that fails does not stop the next; the exit status
+# says whether one did.
 set -u
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET TRACE_FAST_BACKEND
+stage=${1:-} results=benchmarks/results failed=0
+case $stage in
+  kernels | backbones) ;;
+  mini) photographs=${2:?gpu.sh: mini needs a folder of photographs} ;;
+  *) echo "gpu.sh: stage must be kernels, backbones or mini, got '$stage'" >&2; exit 2 ;;
+esac
 python3 -c 'import sys, torch
 sys.exit(None if torch.cuda.is_available() else "gpu.sh: torch sees no GPU")' || exit 1
-results=benchmarks/results
-exec > >(tee "$results/gpu.log") 2>&1
-failed=0
+exec > >(tee "$results/gpu-$stage.log") 2>&1
 
 step() { # seconds it may take, command
   local limit=$1 start=$SECONDS
   shift
   echo "== $*"
-  timeout "$limit" "$@" || { failed=1; echo "== FAILED"; }
+  timeout -s INT -k 15 "$limit" "$@" || { failed=1; echo "== FAILED"; }
   echo "== $((SECONDS - start)) s"
 }
 
-step 60 python3 -m pip install -q --no-deps --no-build-isolation -e .
-step 200 python3 -m pytest -q --durations=5 -k 'triton or gpu or graph or synchronising' tests/test_attention.py \
-  tests/test_readout.py tests/test_divergence.py tests/test_backend.py tests/test_tracer.py
-step 130 python3 benchmarks/tune_kernels.py
-step 190 python3 -m pytest -q benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
-  --benchmark-only --benchmark-json=$results/speed-gpu.json
+if command -v nvcc > /dev/null; then export TRACE_FAST_CUDA=1; fi
+step 150 python3 -m pip install -q --no-deps --no-build-isolation -e .
+case $stage in
+  kernels)
+    step 160 python3 -m pytest -q -W default --durations=5 -k 'triton or gpu or graph or synchronising or cuda' tests/test_attention.py \
+      tests/test_readout.py tests/test_divergence.py tests/test_backend.py tests/test_tracer.py tests/test_regions.py
+    step 100 python3 benchmarks/tune_kernels.py
+    step 150 python3 -m pytest -q -W default benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
+      --benchmark-only --benchmark-json=$results/speed-gpu.json
+    ;;
+  backbones)
+    for model in SD1.5 SDXL PixArt SD3.5-M SD3.5-L FLUX.1; do
+      step 90 python3 -m pytest -q -W default benchmarks/bench_backbones.py -k "$model" --benchmark-only \
+        --benchmark-json="$results/backbones-gpu-${model,,}.json"
+    done
+    ;;
+  mini)
+    step 540 python3 -m trace_fast pretrain "$photographs" -o build/mini-gpu --device cuda --compile \
+      --workers "$(nproc)" --batch 512 --dim 192 --images 4000000 --minutes 8
+    ;;
+esac
 step 10 python3 benchmarks/tables.py
 exit $failed

@@ -4,13 +4,15 @@
 `regions-cpu.json`, `evaluation-cpu.json` and `student-cpu.json` likewise from `bench_regions.py`, `bench_evaluation.py`
 and the student's part of `bench_edges.py` alone, `quality-mini.json` by `benchmarks/quality.py` (it is that run's
 quality.json), `ablations.json` by `benchmarks/ablations.py`, `kernels.json` by `benchmarks/compile_kernels.py`,
-`memory.json` by `benchmarks/memory.py`, `speed-gpu.json` by `benchmarks/gpu.sh`; `edges-*.json` are the report.json of
-`trace-fast evaluate`, `propagation.json` and `propagation-walk.json` its masks.json, and `commit` was added to each.
+`memory.json` by `benchmarks/memory.py`, `speed-gpu.json` and a `backbones-gpu-<model>.json` each by
+`benchmarks/gpu.sh`; `edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and
+`propagation-walk.json` its masks.json, and `commit` was added to each.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 REGIONS = ("label_regions", "flood_fill", "random_walk", "merge_masks")
+PROVIDERS = ("encode", "forward", "capture", "search", "eager", "student", "student, compiled")  # of backbones
 SHOWN = {  # rows of the quality table, in this order
     "chance, random numbers": "chance",
     "colour difference (control)": "colour difference of the same grid, the control",
@@ -149,7 +152,7 @@ def gpu(results: dict[str, Any] | None) -> str:
     ]
     lines = []
     if results is None:
-        lines += ["No GPU has run these kernels yet: `benchmarks/gpu.sh` fills the table.", ""]
+        lines += ["No GPU has run these kernels yet: `benchmarks/gpu.sh kernels` fills the table.", ""]
     else:
         machine, versions = results["machine_info"], results["machine_info"]["versions"]
         rates = machine["ceilings"]
@@ -206,6 +209,45 @@ def over_sdpa(times: Times, _: str) -> float:
     )
 
 
+def backbones(results: list[dict[str, Any]]) -> str:
+    """Latency and memory of the full-size backbones on a GPU, in the order of `memory.json`."""
+    if not results:
+        return "No GPU has run the full-size backbones yet: `benchmarks/gpu.sh backbones` fills the table."
+    machine, commits = results[0]["machine_info"], {run["commit_info"]["id"][:7] for run in results}
+    lines = [
+        f"{machine['gpu']}, torch {machine['versions']['torch']}, bfloat16, one image, commit "
+        f"`{'`, `'.join(sorted(commits))}`, by `benchmarks/gpu.sh backbones`. Random weights prove latency and wiring, "
+        "never quality. Milliseconds: `capture` is a forward with every map added up, `share` what that adds to the "
+        "plain forward (aim: at most 25 %); `search` is ten levels by inversion, `eager` the same with maps in plain "
+        "torch (aim: 4 times as long). GiB: what a search adds to the weights at its peak.",
+        "",
+        "| model | encode | forward | capture | share | search | eager | eager / it | GiB | student | compiled |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    cases = [case for run in results for case in run["benchmarks"]]
+    for model in [row["model"] for row in json.loads((RESULTS / "memory.json").read_text())["models"]]:
+        found = {
+            case["extra_info"]["provider"]: case["extra_info"]
+            for case in cases
+            if case["group"] == f"{model}, random weights"
+        }
+        if not found:
+            continue
+        ms = {name: 1e3 * found[name]["seconds"] if name in found else math.nan for name in PROVIDERS}
+        memory = found["search"]["peak_memory"] / 2**30 if "search" in found else math.nan
+        numbers = [
+            *(f"{ms[name]:.1f}" for name in ("encode", "forward", "capture")),
+            f"{ms['capture'] / ms['forward'] - 1:.0%}",
+            *(f"{ms[name]:.0f}" for name in ("search", "eager")),
+            f"{ms['eager'] / ms['search']:.1f}",
+            f"{memory:.2f}",
+            *(f"{ms[name]:.1f}" for name in ("student", "student, compiled")),
+        ]
+        shown = ["" if number.startswith("nan") else number for number in numbers]  # a step that failed
+        lines.append(f"| {model} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def kernels(results: dict[str, Any]) -> str:
     """Registers, spilled bytes and shared memory of what is shipped for sm_90, half precision and mini's float32."""
     lines = [
@@ -256,6 +298,7 @@ TABLES = (
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
+    ("benchmarks/README.md", "backbones", "backbones-gpu-*.json", backbones),
     ("benchmarks/README.md", "memory", "memory.json", memory),
     ("benchmarks/README.md", "kernels", "kernels.json", kernels),
 )
@@ -264,8 +307,9 @@ TABLES = (
 def main() -> None:
     """Replace what stands between the markers."""
     for page, name, file, table in TABLES:
-        path, source = ROOT / page, RESULTS / file
-        content = table(json.loads(source.read_text()) if source.exists() else None)
+        path = ROOT / page
+        found = [json.loads(source.read_text()) for source in sorted(RESULTS.glob(file))]
+        content = table(found if "*" in file else found[0] if found else None)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         filled = re.sub(
             pattern,

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import trace_fast
 from trace_fast import Detector, Tracer, cli
-from trace_fast.backbones import loading
+from trace_fast.backbones import has_student, loading
 from trace_fast.decoder import Taps
 from trace_fast.detector import finest, listen, merge, reading
 
@@ -588,6 +588,18 @@ class TestStages:
         )
         with pytest.raises(ValueError, match=r"load: model must be .* that has a student, got '.*base'"):
             trace_fast.edges(image, model=model, stage=2)
+
+    @pytest.mark.parametrize("offline", [False, True])
+    def test_a_student_on_the_hub_is_known(self, folder, tmp_path, monkeypatch, offline):
+        def fetch(repository, name, **options):
+            if offline or repository != "someone/student":
+                raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+            return str(folder / name)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+        monkeypatch.chdir(tmp_path)
+        assert has_student("someone/student") is not offline
+        assert not has_student("someone/else") and not has_student("sdxl") and not has_student("no name")
 
     @pytest.mark.parametrize("stage", [0, 3, "2"])
     def test_a_stage_that_is_none(self, students, stage):

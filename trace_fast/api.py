@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trace_fast import image as door
-from trace_fast.backbones import models, student_folder
+from trace_fast.backbones import has_student, models
 from trace_fast.detector import Detector
 from trace_fast.tracer import Tracer
 
@@ -23,7 +23,7 @@ def edge_finder(model: str, stage: int | None = None, device: str | None = None)
     """What finds the edges of images, loaded: images (B, 3, H, W) in [0, 1] to (B, 1, H, W) float32; see `edges`."""
     if stage not in (None, 1, 2):
         raise ValueError(f"edges: stage must be 1, 2 or None, got {stage!r}")
-    if stage == 2 or (stage is None and student_folder(model) is not None):
+    if stage == 2 or (stage is None and has_student(model)):
         detector = Detector.from_pretrained(model, device=device)
         return lambda pixels, **_: detector.edges(pixels)
     tracer = Tracer.from_pretrained(model, device=device)
@@ -49,7 +49,7 @@ def edges(
             in [0, 1], a (C, H, W) or (B, C, H, W) tensor likewise, or a list of any of these, sizes mixed.
         model: a name of `trace_fast.models()`, a repository of the hub, or a local folder. With stage 2, those of a
             student, too. The last four used are kept loaded.
-        stage: 1, 2, or None for 2 where "mini" or a folder has a student, and 1 where there is none.
+        stage: 1, 2, or None for 2 where the model has or is a student, and 1 where there is none.
         device: where to run; default a tensor's own device, else the GPU where there is one, else the CPU.
         seed: of the noise, where the search uses any.
         output_type: "np", "pt" or "pil" instead of the kind that follows from the input.

@@ -109,12 +109,12 @@ def edges(
         _refuse("--curve needs matplotlib: pip install 'trace_fast[demo]'")
 
     from trace_fast import annotate
-    from trace_fast.backbones import student_folder
+    from trace_fast.backbones import has_student
     from trace_fast.detector import Detector
     from trace_fast.image import to_tensor
     from trace_fast.tracer import Tracer
 
-    one_step = stage == "2" or (stage is None and not given and student_folder(model) is not None)
+    one_step = stage == "2" or (stage is None and not given and has_student(model))
     try:
         if one_step:
             detector = Detector.from_pretrained(model, device=device)
@@ -413,7 +413,7 @@ def evaluate(
     """
     import shlex
 
-    from trace_fast.backbones import student_folder
+    from trace_fast.backbones import has_student
     from trace_fast.evaluation import edges, masks, refined, report, run
     from trace_fast.evaluation.methods import parse_method
     from trace_fast.evaluation.truth import open_photos
@@ -429,7 +429,7 @@ def evaluate(
     if table == "components":
         if len(method) > 1 or "@" in method[0]:
             _refuse("--table components must have one --method, a model without a level")
-        method = [f"{method[0]}@0", f"{method[0]}@iep", *method[:1] * (student_folder(method[0]) is not None)]
+        method = [f"{method[0]}@0", f"{method[0]}@iep", *method[:1] * has_student(method[0])]
     if len(threshold) not in (1, len(method) or 1):
         _refuse(f"--threshold must be given once or {len(method)} times, for each --method")
     if len(files) < len(results):

@@ -16,7 +16,7 @@ from trace_fast.backbones.base import Backbone, Settings
 from trace_fast.backbones.encoder import EncoderBackbone
 from trace_fast.backbones.flux import FluxBackbone
 from trace_fast.backbones.language import LlavaLanguageBackbone, QwenLanguageBackbone
-from trace_fast.backbones.loading import OFFLOADS, is_encoder, load_encoder, load_pipeline, place
+from trace_fast.backbones.loading import OFFLOADS, is_encoder, is_student, load_encoder, load_pipeline, place
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
 from trace_fast.backbones.registry import MODELS
@@ -25,7 +25,16 @@ from trace_fast.backbones.unet import UNetBackbone
 from trace_fast.backbones.vit import DINOv2Backbone, DINOv3Backbone, EvaBackbone
 from trace_fast.backbones.vlm import CLIPBackbone, QwenBackbone
 
-__all__ = ["Backbone", "Settings", "backbone_of", "encoder_of", "load_backbone", "models", "student_folder"]
+__all__ = [
+    "Backbone",
+    "Settings",
+    "backbone_of",
+    "encoder_of",
+    "has_student",
+    "load_backbone",
+    "models",
+    "student_folder",
+]
 
 FAMILIES = {"mini": MiniBackbone}
 PIPELINES: dict[str, Any] = {  # by the class of a pipeline's network
@@ -64,6 +73,15 @@ def student_folder(model: str | Path) -> Path | None:
     """Where the student of an embedded model lies, or of a folder: in itself or in its `student`; None without one."""
     folder = WEIGHTS / model if model in _embedded() else Path(model)
     return next((place for place in (folder, folder / "student") if (place / "decoder.safetensors").is_file()), None)
+
+
+def has_student(model: str | Path) -> bool:
+    """Whether a model has a student, or is one: an embedded model, a folder, or a repository of the hub."""
+    if student_folder(model) is not None:
+        return True
+    name = str(model)
+    known = name in models() or Path(model).exists() or REPOSITORY.fullmatch(name) is None
+    return not known and is_student(name)
 
 
 def load_backbone(

@@ -28,7 +28,7 @@ from trace_fast._files import whole_file
 from trace_fast.backbones.base import Backbone
 from trace_fast.backbones.registry import MODELS
 
-__all__ = ["OFFLOADS", "is_encoder", "load_encoder", "load_pipeline", "null_text_file", "place"]
+__all__ = ["OFFLOADS", "is_encoder", "is_student", "load_encoder", "load_pipeline", "null_text_file", "place"]
 
 NETWORKS = ("unet", "transformer")
 OFFLOADS = ("model", "sequential")
@@ -157,11 +157,21 @@ def is_encoder(model: str, *, revision: str | None = None, local_files_only: boo
         return MODELS[model].encoder
     if Path(model).is_dir():
         return Path(model, "config.json").is_file()
+    return not {"model_type", "architecture"}.isdisjoint(hub_config(model, revision, local_files_only))
+
+
+def is_student(repository: str) -> bool:
+    """Whether a repository of the hub holds a student; one that cannot be asked does not."""
+    return {"base", "decoder"} <= hub_config(repository, None, False).keys()
+
+
+def hub_config(repository: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
+    """The config.json of a repository; empty where there is none, or where it cannot be had: told when it is loaded."""
     try:
-        path = hub_file(model, "config.json", revision, local_files_only)
-    except OSError:  # told when it is loaded
-        return False
-    return path is not None and not {"model_type", "architecture"}.isdisjoint(json.loads(path.read_text()))
+        path = hub_file(repository, "config.json", revision, local_files_only)
+    except OSError:
+        return {}
+    return {} if path is None else json.loads(path.read_text())
 
 
 def load_encoder(

@@ -95,7 +95,7 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def _of_model(name: str, spec: str, device: str | None) -> Method:
-    from trace_fast.backbones import student_folder
+    from trace_fast.backbones import has_student
     from trace_fast.detector import Detector
     from trace_fast.image import to_tensor
     from trace_fast.tracer import Tracer
@@ -105,7 +105,7 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
     if timestep is None:
         raise ValueError(f"evaluate: level of method {name} must be iep or an integer, got {level!r}")
     found: Detector | Tracer
-    if timestep == "" and student_folder(model) is not None:
+    if timestep == "" and has_student(model):
         found = detector = Detector.from_pretrained(model, device=device)
         modules = [detector.backbone.network, detector.decoder]
 
