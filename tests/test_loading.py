@@ -58,6 +58,21 @@ def test_a_folder_gives_what_its_pipeline_gives(saved):
     torch.testing.assert_close(found.edges, expected.edges)
 
 
+def test_the_class_that_repositories_of_pixart_name(tmp_path):
+    # they were made before it had a class of its own
+    pipe, folder = pipeline("pixart", tmp_path), tmp_path / "model"
+    pipe.save_pretrained(folder)
+    index, config = folder / "model_index.json", folder / "transformer/config.json"
+    old = {"num_vector_embeds": None, "only_cross_attention": False, "double_self_attention": False}
+    values = {**json.loads(config.read_text()), **old, "_class_name": "Transformer2DModel"}
+    config.write_text(json.dumps({name: values[name] for name in values if name != "use_additional_conditions"}))
+    index.write_text(json.dumps({**json.loads(index.read_text()), "transformer": ["diffusers", "Transformer2DModel"]}))
+    images = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    expected = Tracer.from_pipeline(pipe, size=SIZE)(images, timesteps=(0, 99, 499)).edges
+    found = Tracer.from_pretrained(folder, device="cpu", size=SIZE)(images, timesteps=(0, 99, 499)).edges
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_empty_prompt_is_embedded_once(saved, tmp_path, monkeypatch):
     _, folder = saved
     first = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
