@@ -165,6 +165,37 @@ def test_a_pipeline_that_is_offloaded_runs_where_it_is_brought():
     assert Tracer(backbone).device == torch.device("meta")
 
 
+def test_a_pipeline_that_is_offloaded_in_groups_runs_where_it_is_brought():
+    pipe, backbone = make("sd15")
+    if not hasattr(pipe.unet, "enable_group_offload"):
+        pytest.skip("of a later diffusers")
+    images = torch.rand(1, 3, *SIZE)
+    expected = Tracer(backbone).scan(images, timesteps=(0, 499))
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    found = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text).scan(images, timesteps=(0, 499))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    registries = [module._diffusers_hook for module in pipe.unet.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for each in registries if (hook := each.get_hook("group_offloading")) is not None]
+    for hook in hooks:
+        hook.group.onload_device = torch.device("meta")
+    assert hooks and Tracer(backbone).device == torch.device("meta")
+
+
+def test_weights_kept_in_fewer_bits_than_are_computed_in(family):
+    _, backbone = make(family)
+    if not hasattr(backbone.network, "enable_layerwise_casting"):
+        pytest.skip("of a later diffusers")
+    backbone.network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {p.dtype for p in backbone.network.parameters()}
+    oracle = AttentionOracle()
+    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
+    image = FAMILIES[family][2]
+    calls = [(q, k) for q, k in oracle.calls if q.shape == k.shape]
+    for (_, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
+        assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
+        assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
+
+
 def test_hooks_are_gone_after_an_error():
     pipe, backbone = make("sd15")
     tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
@@ -197,6 +228,34 @@ def test_a_sliced_attention_processor_is_left_in_place():
     for (_, *expected), (_, *heard) in zip(found, sliced, strict=True):
         for one, other in zip(expected, heard, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_processor_that_folds_heads_into_the_batch(monkeypatch):
+    from diffusers.models import attention_processor
+
+    def attend(query, key, value, attn_bias=None, **_):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_bias)
+
+    xformers = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=attend))
+    monkeypatch.setattr(attention_processor, "xformers", xformers, raising=False)
+    if not hasattr(attention_processor, "XFormersJointAttnProcessor"):
+        pytest.skip("of a later diffusers")
+    _, backbone = make("sd3.5-medium")
+    _, found = captured(backbone)
+    backbone.network.set_attn_processor(attention_processor.XFormersJointAttnProcessor())
+    _, folded = captured(backbone)
+    for (_, *expected), (_, *heard) in zip(found, folded, strict=True):
+        for one, other in zip(expected, heard, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_tokens_are_told():
+    _, backbone = make("sd15")
+    attention = backbone.attentions()[0]
+    forward = attention.forward
+    attention.forward = lambda hidden_states, **options: forward(hidden_states[:, ::2], **options).repeat(1, 2, 1)
+    with pytest.raises(RuntimeError, match=r"must see all 96 tokens of the image, got 48; undo what merges tokens"):
+        captured(backbone)
 
 
 def test_lora_on_the_attention_is_part_of_what_is_read(family):
@@ -236,6 +295,30 @@ def test_compiled_with_capture_on(family):
     for (_, *expected), (_, *read) in zip(found, heard, strict=True):
         for one, other in zip(expected, read, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("family", ["sd15", "sd3.5-medium", "flux.1-dev"])
+def test_a_pipeline_that_was_compiled(family, wrapped, ran):
+    pipe, backbone = make(family)
+    images = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(3))
+    expected = Tracer(backbone).scan(images, timesteps=(0, 499))
+    torch._dynamo.reset()
+    part = "unet" if hasattr(pipe, "unet") else "transformer"
+    if wrapped:
+        setattr(pipe, part, torch.compile(backbone.network, backend="eager"))
+    else:
+        backbone.network.compile(backend="eager")
+    traced = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    if ran:  # as when the user has made a picture before: what was compiled then has no hooks
+        with torch.no_grad():
+            traced.backbone.predict(backbone.encode(images), torch.tensor([0]))
+    told = "compiled and has run without being traced, so it is traced uncompiled"
+    with pytest.warns(UserWarning, match=told) if ran else contextlib.nullcontext():
+        found = traced.scan(images, timesteps=(0, 499))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_the_search_never_waits_for_the_device(family):
@@ -297,10 +380,36 @@ class TestNoising:
         error = ((sample - start).norm() / start.norm()).item()
         assert error < 0.02
 
-    def test_an_unknown_schedule_is_refused(self):
+    def test_a_schedule_that_ends_in_pure_noise(self):
         pipe, backbone = make("sd15")
-        pipe.scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
-        with pytest.raises(ValueError, match=r"scheduler must have linear or scaled_linear betas .* squaredcos_cap_v2"):
+        options = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+        pipe.scheduler = diffusers.DDIMScheduler(**options)
+        schedule = backbone_of(pipe, backbone.null_text, SIZE).schedule
+        assert schedule.zero_terminal
+        signal, sigma = schedule.coefficients(torch.arange(1000))
+        # the scheduler's betas are float32
+        expected = pipe.scheduler.alphas_cumprod
+        torch.testing.assert_close(signal.flatten().square(), expected, rtol=0, atol=2e-5)
+        assert 0 < signal[-1] < 1e-3 and sigma[-1] == 1
+        sample = schedule.noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([999]))
+        assert schedule.denoise(sample, torch.ones(1, 1, 1, 1), torch.tensor([999])).isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("scheduler", "told"),
+        [
+            (
+                lambda: diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"),
+                r"linear or scaled_linear betas .* squaredcos_cap_v2",
+            ),
+            (diffusers.FlowMatchEulerDiscreteScheduler, r"beta_start and beta_end, got FlowMatchEulerDiscreteSch"),
+            (diffusers.EDMEulerScheduler, "beta_start and beta_end, got EDMEulerScheduler without, of another kind"),
+            (lambda: diffusers.DDIMScheduler(num_train_timesteps=500), "1000 levels, got 500"),
+        ],
+    )
+    def test_an_unknown_schedule_is_refused(self, scheduler, told):
+        pipe, backbone = make("sd15")
+        pipe.scheduler = scheduler()
+        with pytest.raises(ValueError, match=f"scheduler must have {told}"):
             backbone_of(pipe, backbone.null_text, SIZE)
 
 
@@ -311,6 +420,29 @@ def test_encoding_is_the_mode_shifted_and_scaled(family):
         mode = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
         expected = (mode - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
         assert torch.equal(backbone.encode(images), expected)
+
+
+def test_latents_of_an_autoencoder_that_knows_their_mean():
+    pipe, backbone = make("sdxl")
+    mean, std = [0.1, -0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 4.0]
+    images = torch.rand(1, 3, *SIZE)
+    pipe.vae.register_to_config(latents_mean=mean, latents_std=std)
+    with torch.no_grad():
+        mode = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
+    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+    expected = (mode - mean) * pipe.vae.config.scaling_factor / std
+    torch.testing.assert_close(backbone.encode(images), expected)
+
+
+def test_a_tiny_autoencoder_serves_too():
+    pipe, backbone = make("sd15")
+    widths = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
+    pipe.vae = diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+    backbone = backbone_of(pipe, backbone.null_text, SIZE)
+    images = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        assert torch.equal(backbone.encode(images), pipe.vae.encode(images * 2 - 1).latents)
+    assert Tracer(backbone)(images, timesteps=(0, 499)).edges.isfinite().all()
 
 
 def test_an_autoencoder_that_overflows_is_upcast_and_put_back():
@@ -366,6 +498,76 @@ def test_any_size_of_whole_steps(family, steps):
         output = Tracer(backbone)(torch.rand(shape), timesteps=(0, 499))
         assert output.edges.shape == (shape[0], 1, *shape[2:]) and output.edges.isfinite().all()
         assert output.size == size
+
+
+def test_consistency_models_are_told_of_no_guidance():
+    from diffusers import LatentConsistencyModelPipeline
+
+    pipe, backbone = make("sd15")
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=6).eval()
+    told = []
+    pipe.unet.time_embedding.register_forward_pre_hook(lambda _, args: told.append(args[1]))
+    run(backbone_of(pipe, backbone.null_text, SIZE))
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    torch.testing.assert_close(told[0], embed(None, torch.zeros(2), embedding_dim=6))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "told"),
+    [
+        ("sd15", {"in_channels": 9}, "network must take the 4 channels of a latent alone, got one of 9 "),
+        ("flux.1-dev", {"in_channels": 96}, "network must take the 64 channels of a latent alone, got one of 96 "),
+        ("sd15", {"encoder_hid_dim_type": "ip_image_proj"}, r"unet must take text alone, .* pipe\.unload_ip_adapter"),
+        (
+            "sd15",
+            {"num_class_embeds": 7},
+            "unet must be told level and prompt alone, got one with num_class_embeds = 7",
+        ),
+        ("sdxl", {"projection_class_embeddings_input_dim": 28}, r"unet must take 6 numbers for the size, got one of 5"),
+    ],
+)
+def test_a_network_of_another_task_is_refused(family, config, told):
+    pipe, backbone = make(family)
+    backbone.network.register_to_config(**config)
+    with pytest.raises(ValueError, match=f"from_pipeline: {told}"):
+        backbone_of(pipe, backbone.null_text, SIZE)
+
+
+def test_parts_that_are_missing_are_told(family):
+    pipe, backbone = make(family)
+    if family != "sdxl":  # which takes zeros
+        with pytest.raises(
+            ValueError, match=r"pipe must hold text_encoder.* to embed the empty prompt, got .* without"
+        ):
+            backbone_of(pipe, None, SIZE)
+    names = " and ".join(backbone.null_text)
+    for wrong in ({}, {name: x.expand(2, *x.shape[1:]) for name, x in backbone.null_text.items()}):
+        with pytest.raises(ValueError, match=f"null_text must be {names}, each with a batch of 1, got"):
+            backbone_of(pipe, wrong, SIZE)
+    pipe.vae = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match="vae must be one of AutoencoderKL, AutoencoderTiny, got Linear"):
+        backbone_of(pipe, backbone.null_text, SIZE)
+    pipe.vae = None
+    with pytest.raises(ValueError, match="pipe must hold a vae, got SimpleNamespace without"):
+        backbone_of(pipe, backbone.null_text, SIZE)
+
+
+def test_a_refiner_is_refused():
+    pipe, _ = make("sdxl")
+    pipe.config = {"requires_aesthetics_score": True}
+    with pytest.raises(ValueError, match="pipe must be of a base model, got a refiner"):
+        backbone_of(pipe, None, SIZE)
+
+
+def test_a_network_that_is_not_square(family):
+    if family.startswith("flux"):
+        pytest.skip("told nothing of its size")
+    pipe, backbone = make(family)
+    backbone.network.register_to_config(sample_size=[8, 12])
+    assert backbone_of(pipe, backbone.null_text).settings.size == (16, 24)
+    backbone.network.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="size must be given for a network that does not know its own"):
+        backbone_of(pipe, backbone.null_text)
 
 
 def test_another_pipeline_is_refused():

@@ -86,6 +86,73 @@ def test_the_empty_prompt_is_embedded_once(saved, tmp_path, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_empty_prompt_is_embedded_anew_for_other_encoders_and_dtypes(saved, family):
+    pipe, folder = saved
+    first = Tracer.from_pretrained(folder, device="cpu", size=SIZE, dtype=torch.bfloat16).backbone.null_text
+    exact = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    expected = backbone_of(pipe, size=SIZE).null_text
+    torch.testing.assert_close(exact, expected, rtol=1e-3, atol=1e-4)
+    if family == "sdxl":  # zeros
+        return
+    assert first["encoder_hidden_states"].dtype == torch.bfloat16
+    for parameter in pipe.text_encoder.parameters():
+        parameter.data += 0.5
+    pipe.text_encoder.save_pretrained(folder / "text_encoder")
+    again = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    torch.testing.assert_close(again, backbone_of(pipe, size=SIZE).null_text, rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(again[name], exact[name]) for name in exact)
+
+
+def test_text_encoders_that_are_not_asked_need_not_be_there(tmp_path):
+    pipe, folder = pipeline("sdxl", tmp_path), tmp_path / "model"
+    pipe.save_pretrained(folder)
+    for part in (*folder.glob("text_encoder*"), *folder.glob("tokenizer*")):
+        shutil.rmtree(part)
+    null_text = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    assert null_text["encoder_hidden_states"].shape == (1, 77, 8) and not null_text["encoder_hidden_states"].any()
+
+
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
+    # all that the repositories of PixArt have
+    import io
+
+    import sentencepiece
+
+    pipe, folder = pipeline("pixart", tmp_path), tmp_path / "model"
+    pipe.save_pretrained(folder)
+    model = io.BytesIO()
+    lines = iter(["a photograph of a cat", "two dogs in the snow", "an empty prompt"])
+    options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, vocab_size=26, **options)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    (folder / "tokenizer/spiece.model").write_bytes(model.getvalue())
+    words = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, **words}
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
+    null_text = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    assert null_text["encoder_hidden_states"].shape[:2] == (1, 120)
+    assert null_text["encoder_attention_mask"].sum() == 1  # the token that ends the prompt
+
+
+def test_what_cannot_be_loaded_is_told(saved, family, monkeypatch):
+    _, folder = saved
+    index = json.loads((folder / "model_index.json").read_text())
+    if family != "sdxl":
+        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["a", "b"]}))
+        with pytest.raises(ValueError, match=r"load: model must be of a pipeline of diffusers, got \['a', 'b'\]"):
+            Tracer.from_pretrained(folder, device="cpu", size=SIZE)
+        (folder / "model_index.json").write_text(json.dumps(index))
+
+    def missing(*_, **__):
+        raise ImportError("No package metadata was found for bitsandbytes\nand more")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", missing)
+    told = "needs a package that is not there: No package metadata was found for bitsandbytes$"
+    with pytest.raises(RuntimeError, match=told):
+        Tracer.from_pretrained(folder, device="cpu", size=SIZE)
+
+
 def test_null_text_is_the_papers_length(saved, family):
     pipe, _ = saved
     null_text = backbone_of(pipe, size=SIZE).null_text

@@ -20,6 +20,7 @@ from trace_fast import _checks, ops
 from trace_fast import image as door
 from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant, device_of
+from trace_fast.backbones.capture import heard
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
 
@@ -349,17 +350,22 @@ class Tracer:
         finest grid when all have been heard.
         """
         finest = max(grids, key=math.prod)
-        totals = {finest: total.zero_()}
+        totals = {finest: total}
         for grid in set(grids) - {finest}:
-            totals[grid] = total.new_zeros(len(total), math.prod(grid), math.prod(grid))
+            totals[grid] = total.new_empty(len(total), math.prod(grid), math.prod(grid))
+        modules = self.backbone.attentions()
+        tokens = [math.prod(grid) for grid in grids]
 
         def add(index: int, query: Tensor, key: Tensor) -> None:
             ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
 
-        modules = self.backbone.attentions()
-        tokens = [math.prod(grid) for grid in grids]
-        with self._lock, self.backbone.capture([modules[index] for index in blocks], add, tokens):
-            prediction = self.backbone.predict(sample, timestep)
+        def attend() -> Tensor:
+            for each in totals.values():
+                each.zero_()
+            with self._lock, self.backbone.capture([modules[index] for index in blocks], add, tokens):
+                return self.backbone.predict(sample, timestep)
+
+        prediction = heard(attend)
         for grid, coarse in totals.items():
             if grid != finest:
                 ops.accumulate_resized(total, coarse, grid, finest, 1.0)

@@ -16,6 +16,7 @@ from trace_fast.backbones.base import Backbone, Settings
 from trace_fast.backbones.encoder import EncoderBackbone
 from trace_fast.backbones.flux import FluxBackbone
 from trace_fast.backbones.language import LlavaLanguageBackbone, QwenLanguageBackbone
+from trace_fast.backbones.latent import network_of
 from trace_fast.backbones.loading import OFFLOADS, is_encoder, is_student, load_encoder, load_pipeline, place
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
@@ -149,7 +150,7 @@ def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
 
 def backbone_of(pipe: Any, null_text: dict[str, Tensor] | None = None, size: tuple[int, int] | None = None) -> Backbone:
     """A diffusers pipeline as a backbone; see `Tracer.from_pipeline`."""
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    network = network_of(pipe)
     # a compiled network is wrapped
     kind = type(getattr(network, "_orig_mod", network)).__name__
     if kind not in PIPELINES:

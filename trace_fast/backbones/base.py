@@ -27,6 +27,7 @@ __all__ = [
     "check_timestep",
     "constant",
     "device_of",
+    "dtype_of",
     "load_weights",
 ]
 
@@ -140,18 +141,29 @@ class Backbone(Protocol):
 
 
 @functools.lru_cache(maxsize=64)
-def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Integers (N,) int64 where they are used, copied there once: a copy makes the host wait, and breaks a graph."""
-    return torch.tensor(values, device=device)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers (N,) where they are used, copied there once: a copy makes the host wait, and breaks a graph."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where a network runs: where it is, or where accelerate brings it or its layers."""
-    for module in network.modules() if hasattr(network, "_hf_hook") else ():
+    """Where a network runs: where it is, or where accelerate or diffusers bring it or its layers."""
+    resting = next(network.parameters()).device
+    offloaded = hasattr(network, "_hf_hook") or resting.type in ("cpu", "meta")  # or weights would not rest there
+    for module in network.modules() if offloaded else ():
         place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        if registry is not None and (hook := registry.get_hook("group_offloading")) is not None:
+            place = hook.group.onload_device
         if place is not None:
             return torch.device(place)
-    return next(network.parameters()).device
+    return resting
+
+
+def dtype_of(network: Any) -> torch.dtype:
+    """What a network computes in: its own word where it has one, since weights may be kept in fewer bits."""
+    dtype = getattr(network, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else next(network.parameters()).dtype
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

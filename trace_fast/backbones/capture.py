@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones.rotary import apply_rotary
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "UnheardError", "heard"]
+
+Result = TypeVar("Result")
+
+
+class UnheardError(RuntimeError):
+    """A self-attention was not heard from: it did not run, or was compiled before there were hooks."""
 
 
 class Capture:
@@ -28,8 +36,9 @@ class Capture:
         tokens: how many of each module's tokens are the image's, the last of its sequence; None for all.
 
     Raises:
-        RuntimeError: some module has no to_q or to_k, or was never heard from when the block ends without an error
+        UnheardError: some module has no to_q or to_k, or was never heard from when the block ends without an error
             (because it was skipped, say).
+        RuntimeError: a module sees fewer tokens than the image has.
     """
 
     def __init__(
@@ -55,7 +64,7 @@ class Capture:
             self._handles.pop().remove()
         silent = [module for module, heard in zip(self.modules, self.heard, strict=True) if not heard]
         if error is None and silent:
-            raise RuntimeError(self._complain(silent))
+            raise UnheardError(self._complain(silent))
 
     def _complain(self, modules: Sequence[nn.Module]) -> str:
         kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
@@ -69,7 +78,7 @@ class Capture:
         found = [getattr(module, f"norm_{x}", None) or getattr(module, f"to_{x}", None) for x in "qk"]
         leaves = [leaf for leaf in found if leaf is not None]
         if len(leaves) < 2:
-            raise RuntimeError(self._complain([module]))
+            raise UnheardError(self._complain([module]))
         return leaves
 
     def _watch(self, index: int, module: nn.Module, query: nn.Module, key: nn.Module) -> None:
@@ -87,11 +96,18 @@ class Capture:
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
                 x = output
-                if x.dim() == 3:
+                if x.dim() == 3 and x.shape[-1] == getattr(module, "inner_dim", x.shape[-1]):
                     x = x.unflatten(-1, (module.heads, -1))
+                elif x.dim() == 3:  # a norm that is given (B * H, N, d)
+                    x = x.unflatten(0, (-1, module.heads)).transpose(1, 2)
                 elif heads_first:
                     x = x.transpose(1, 2)
                 count = self.tokens[index] or x.shape[1]
+                if x.shape[1] < count:
+                    raise RuntimeError(
+                        f"Capture: every self-attention must see all {count} tokens of the image, got {x.shape[1]}; "
+                        "undo what merges tokens (tomesd.remove_patch)"
+                    )
                 x = x[:, x.shape[1] - count :]  # (B, N, H, d)
                 if seen["rotary"] is not None:
                     x = apply_rotary(x, tuple(part[-count:] for part in seen["rotary"]))
@@ -109,3 +125,21 @@ class Capture:
         self._handles.append(query.register_forward_hook(keep("query")))
         self._handles.append(key.register_forward_hook(keep("key")))
         self._handles.append(module.register_forward_hook(finish))
+
+
+def heard(call: Callable[[], Result]) -> Result:
+    """What `call` returns, which runs a network in a `Capture`, if need be a second time, as it is written.
+
+    What a compiled network was compiled to before there were hooks goes by them, and torch takes it again.
+    """
+    try:
+        return call()
+    except UnheardError:
+        with torch.compiler.set_stance("force_eager"):
+            result = call()
+    warnings.warn(
+        "trace: this network was compiled and has run without being traced, so it is traced uncompiled, in a second "
+        "pass; trace it first, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before it is compiled",
+        stacklevel=2,
+    )
+    return result

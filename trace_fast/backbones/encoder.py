@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings
-from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.base import Settings, dtype_of
+from trace_fast.backbones.capture import Capture, UnheardError
 
 __all__ = ["CLIP", "EncoderBackbone", "EncoderCapture", "pair"]
 
@@ -67,7 +67,7 @@ class EncoderCapture(Capture):
         for names in self.family.LEAVES:
             if set(names) <= set(children) <= {*names, *self.family.OTHERS}:
                 return [children[name] for name in names]
-        raise RuntimeError(self._complain([module]))
+        raise UnheardError(self._complain([module]))
 
     def _watch(self, index: int, module: nn.Module, to_query: nn.Module, to_key: nn.Module) -> None:
         seen: dict[str, Any] = {}
@@ -202,7 +202,7 @@ class EncoderBackbone:
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """One call of the network: features of every token; there are no levels, so `timestep` is ignored."""
-        return self.call(sample.to(next(self.network.parameters()).dtype))
+        return self.call(sample.to(dtype_of(self.network)))
 
     def call(self, pixels: Tensor) -> Tensor:
         """The network's features of normalised images in its dtype."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trace_fast.backbones.base import device_of
-from trace_fast.backbones.latent import LatentBackbone
+from trace_fast.backbones.latent import LatentBackbone, check_encoders
 
 __all__ = ["FluxBackbone"]
 
@@ -31,6 +31,7 @@ class FluxBackbone(LatentBackbone):
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
+        check_encoders(pipe, "text_encoder", "text_encoder_2")
         embeds, pooled, _ = pipe.encode_prompt("", "", device=device_of(pipe.transformer))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -42,6 +43,10 @@ class FluxBackbone(LatentBackbone):
     def native_size(pipe: Any) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
         return SIZE, SIZE
+
+    def latent_channels(self) -> int:
+        """A token's: PATCH x PATCH latents."""
+        return super().latent_channels() * PATCH**2
 
     def patch(self) -> int:
         """Latents along a side of a token; the network itself is told 1."""

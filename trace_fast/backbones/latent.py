@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings
+from trace_fast.backbones.base import Settings, constant, dtype_of
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import RectifiedFlow, Schedule
 
-__all__ = ["LatentBackbone", "factor"]
+__all__ = ["LatentBackbone", "check_encoders", "factor", "network_of"]
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
 class LatentBackbone:
@@ -41,6 +43,7 @@ class LatentBackbone:
     ):
         self.network, self.vae, self.schedule, self.settings = network, vae, schedule, settings
         self.null_text = dict(null_text)
+        self.check_parts()
         self.grids(settings.size)  # refuse a size that the network does not allow
 
     @classmethod
@@ -48,15 +51,46 @@ class LatentBackbone:
         cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None
     ) -> LatentBackbone:
         """Modules of the family's diffusers pipeline, as they are."""
-        network = getattr(pipe, "unet", None) or pipe.transformer
+        if getattr(pipe, "vae", None) is None:
+            raise ValueError(f"from_pipeline: pipe must hold a vae, got {type(pipe).__name__} without")
+        schedule = cls.schedule_of(pipe)
         if null_text is None:
             null_text = cls.null_text_of(pipe)
-        return cls(network, pipe.vae, cls.schedule_of(pipe), null_text, Settings(size=size or cls.native_size(pipe)))
+        settings = Settings(size=size or cls.native_size(pipe))
+        return cls(network_of(pipe), pipe.vae, schedule, null_text, settings)
+
+    @staticmethod
+    def needs_encoders(pipe: Any) -> bool:
+        """Whether `null_text_of` asks the pipeline's text encoders."""
+        return True
 
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """What stands for the empty prompt, by the pipeline's own text encoders."""
         raise NotImplementedError
+
+    def text_names(self) -> tuple[str, ...]:
+        """What the network takes for a prompt, by the names of its arguments."""
+        return "encoder_hidden_states", "pooled_projections"
+
+    def latent_channels(self) -> int:
+        """Channels that the network is given for a latent."""
+        return self.vae.config.latent_channels
+
+    def check_parts(self) -> None:
+        """TypeError or ValueError where the parts are not those of a plain text-to-image pipeline."""
+        kind = type(getattr(self.vae, "_orig_mod", self.vae)).__name__
+        if kind not in AUTOENCODERS:
+            raise TypeError(f"from_pipeline: vae must be one of {', '.join(AUTOENCODERS)}, got {kind}")
+        if self.network.config.in_channels != self.latent_channels():
+            raise ValueError(
+                f"from_pipeline: network must take the {self.latent_channels()} channels of a latent alone, got one of "
+                f"{self.network.config.in_channels} (for inpainting, depth or another condition); take its plain model"
+            )
+        shapes = {name: tuple(x.shape) for name, x in self.null_text.items()}
+        if shapes.keys() != set(self.text_names()) or any(shape[:1] != (1,) for shape in shapes.values()):
+            names = " and ".join(self.text_names())
+            raise ValueError(f"from_pipeline: null_text must be {names}, each with a batch of 1, got {shapes}")
 
     @staticmethod
     def schedule_of(pipe: Any) -> Schedule:
@@ -66,9 +100,11 @@ class LatentBackbone:
     @staticmethod
     def native_size(pipe: Any) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
-        network = getattr(pipe, "unet", None) or pipe.transformer
-        side = network.config.sample_size * factor(pipe.vae)
-        return side, side
+        sample = network_of(pipe).config.sample_size
+        if sample is None:
+            raise ValueError("from_pipeline: size must be given for a network that does not know its own, got None")
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * factor(pipe.vae), width * factor(pipe.vae)
 
     def attentions(self) -> list[nn.Module]:
         """The self-attention modules, in the order in which they run."""
@@ -99,16 +135,39 @@ class LatentBackbone:
         """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, h, w) float32: the mode, shifted and scaled."""
         config = self.vae.config
         with upcast(self.vae) as vae:
-            latent = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
+            found = vae.encode((images * 2 - 1).to(vae.dtype))
+            latent = (found.latents if hasattr(found, "latents") else found.latent_dist.mode()).float()
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:  # a channel each
+            mean, std = (
+                constant(tuple(config[name]), latent.device, torch.float32)[:, None, None]  # (C, 1, 1)
+                for name in ("latents_mean", "latents_std")
+            )
+            return (latent - mean) * (config.scaling_factor / std)
         return (latent - (config.shift_factor or 0)) * config.scaling_factor
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """One call of the network at levels (B,): the prediction, float32, shaped like `sample`."""
-        dtype = next(self.network.parameters()).dtype
+        dtype = dtype_of(self.network)
         for name, x in self.null_text.items():  # moved once, where the network was moved
             self.null_text[name] = x.to(sample.device, dtype if x.is_floating_point() else x.dtype)
         null_text = {name: x.expand(len(sample), *x.shape[1:]) for name, x in self.null_text.items()}
         return self.call(sample.to(dtype), timestep, null_text).float()
+
+
+def network_of(pipe: Any) -> Any:
+    """The network of a pipeline; None where it has none."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(pipe, "transformer", None) if unet is None else unet
+
+
+def check_encoders(pipe: Any, *names: str) -> None:
+    """ValueError where a pipeline lacks one of the text encoders that embed its empty prompt."""
+    missing = [name for name in names if getattr(pipe, name, None) is None]
+    if missing or not hasattr(pipe, "encode_prompt"):
+        raise ValueError(
+            f"from_pipeline: pipe must hold {' and '.join(names)} to embed the empty prompt, got "
+            f"{type(pipe).__name__} without {' and '.join(missing) or 'encode_prompt'}; or give null_text"
+        )
 
 
 def factor(vae: Any) -> int:

@@ -103,14 +103,14 @@ def load_pipeline(
             source, subfolder="scheduler", **where
         )
         pipe = SimpleNamespace(**parts, scheduler=scheduler, config=index)
-        cached = null_text_file(source, revision, index)
-        if null_text is None and cached.is_file():
-            null_text = load_file(cached)
-        elif null_text is None:
+        cached = null_text_file(source, revision, index, dtype)
+        if null_text is None:
+            null_text = kept_null_text(cached, source)
+        if null_text is None:
             null_text = embed_nothing(diffusers, source, index, pipe, options)
             cached.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(cached, "load") as file:
-                file.write(save(null_text))
+                file.write(save(null_text, {"encoders": encoder_files(source)}))
     for name in (part, "vae"):
         getattr(pipe, name).requires_grad_(False)
     return pipe, null_text
@@ -119,14 +119,19 @@ def load_pipeline(
 def embed_nothing(
     diffusers: Any, source: str, index: dict[str, Any], pipe: SimpleNamespace, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """The empty prompt through the model's own pipeline, whose text encoders are loaded for it and freed."""
+    """The empty prompt through the model's own pipeline, whose text encoders are loaded where needed, and freed."""
     from trace_fast.backbones import PIPELINES
+    from trace_fast.backbones.latent import network_of
 
-    given = {name: value for name, value in vars(pipe).items() if name != "config"}
-    unwanted = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-    kind = getattr(diffusers, index["_class_name"])
-    whole = kind.from_pretrained(source, **given, **unwanted, **options)
-    family = PIPELINES[type(whole.unet if "unet" in given else whole.transformer).__name__]
+    family = PIPELINES[type(network_of(pipe)).__name__]
+    whole = pipe
+    if family.needs_encoders(pipe):
+        kind = getattr(diffusers, str(index.get("_class_name")), None)
+        if kind is None:
+            raise ValueError(f"load: model must be of a pipeline of diffusers, got {index.get('_class_name')!r}")
+        given = {name: value for name, value in vars(pipe).items() if name != "config"}
+        unwanted = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+        whole = kind.from_pretrained(source, **given, **unwanted, **options)
     with torch.no_grad():
         null_text = {name: x.detach().clone().cpu().contiguous() for name, x in family.null_text_of(whole).items()}
     del whole
@@ -134,13 +139,28 @@ def embed_nothing(
     return null_text
 
 
-def null_text_file(source: str, revision: str | None, index: dict[str, Any]) -> Path:
+def null_text_file(source: str, revision: str | None, index: dict[str, Any], dtype: torch.dtype) -> Path:
     """Where the embedded empty prompt of a model is kept: $TRACE_FAST_CACHE, or trace_fast in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace_fast"
     folder = Path(os.environ.get("TRACE_FAST_CACHE") or default)
     place = str(Path(source).resolve()) if Path(source).is_dir() else source
-    identity = json.dumps([place, revision, index], sort_keys=True, default=str)
+    identity = json.dumps([place, revision, index, str(dtype)], sort_keys=True, default=str)
     return folder / "null_text" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+
+
+def kept_null_text(cached: Path, source: str) -> dict[str, Tensor] | None:
+    """The embedded empty prompt in a file of `null_text_file`; None without one, or where encoders have changed."""
+    if not cached.is_file():
+        return None
+    with safe_open(cached, "pt") as file:
+        encoders = (file.metadata() or {}).get("encoders")
+    return load_file(cached) if encoder_files(source) in ("", encoders) else None
+
+
+def encoder_files(source: str) -> str:
+    """Sizes and times of the files of a folder's text encoders; empty where it has none."""
+    stats = [path.stat() for path in sorted(Path(source).glob("text_encoder*/*"))]
+    return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
 
 
 def class_of(diffusers: Any, index: dict[str, Any], name: str, source: str) -> Any:
@@ -439,3 +459,5 @@ def explained(model: str, source: str) -> Iterator[None]:
                 "(HF_HUB_OFFLINE, local_files_only); name a local folder, or load it once with a network"
             ) from error
         raise ValueError(f"load: model must be whole, got {source!r}: {str(error).splitlines()[0]}") from error
+    except ImportError as error:
+        raise RuntimeError(f"load: {model} needs a package that is not there: {str(error).splitlines()[0]}") from error

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
-from trace_fast.backbones.latent import LatentBackbone, factor
+from trace_fast.backbones.latent import LatentBackbone, check_encoders, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["PixArtBackbone"]
@@ -19,14 +19,19 @@ class PixArtBackbone(LatentBackbone):
     @staticmethod
     def schedule_of(pipe: Any) -> VariancePreserving:
         """The scheduler's own levels."""
-        return VariancePreserving.from_config(pipe.scheduler.config)
+        return VariancePreserving.of(pipe.scheduler)
 
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
+        check_encoders(pipe, "text_encoder")
         device = device_of(pipe.transformer)
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def text_names(self) -> tuple[str, ...]:
+        """Embeddings, and which of them are of the prompt."""
+        return "encoder_hidden_states", "encoder_attention_mask"
 
     def attentions(self) -> list[nn.Module]:
         """One a block."""

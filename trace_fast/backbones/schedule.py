@@ -36,6 +36,9 @@ class VariancePreserving:
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, with abar_t the running product of 1 - beta, and beta or, where
     `scaled`, sqrt(beta) linear in t. Level 0 is all but clean (abar = 0.99915); inversion starts there from the latent
     as it is, as samplers do. The network predicts the noise (epsilon) or the velocity.
+
+    With `zero_terminal`, sqrt(abar) is shifted and scaled so that the last level is all but pure noise (2^-24, as
+    samplers have it) and the first stays what it was.
     """
 
     steps: int = 1000
@@ -43,14 +46,16 @@ class VariancePreserving:
     beta_end: float = 0.012
     scaled: bool = True
     prediction: str = "velocity"
+    zero_terminal: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VariancePreserving:
+    def of(cls, scheduler: Any) -> VariancePreserving:
         """The schedule that a diffusers scheduler's configuration describes, whatever its sampler.
 
         Raises:
             ValueError: it describes another kind of schedule or prediction.
         """
+        config: Mapping[str, Any] = scheduler.config
         betas = config.get("beta_schedule", "linear")
         prediction = {"epsilon": "epsilon", "v_prediction": "velocity"}.get(config.get("prediction_type", "epsilon"))
         if betas not in ("linear", "scaled_linear") or config.get("trained_betas") is not None or prediction is None:
@@ -58,12 +63,17 @@ class VariancePreserving:
                 "load: scheduler must have linear or scaled_linear betas and predict epsilon or v_prediction, got "
                 f"{betas}, trained_betas {config.get('trained_betas')}, {config.get('prediction_type')}"
             )
+        if missing := [name for name in ("beta_start", "beta_end", "num_train_timesteps") if name not in config]:
+            kind = type(scheduler).__name__
+            raise ValueError(f"load: scheduler must have {' and '.join(missing)}, got {kind} without, of another kind")
+        if config["num_train_timesteps"] != cls.steps:
+            raise ValueError(f"load: scheduler must have {cls.steps} levels, got {config['num_train_timesteps']}")
         return cls(
-            steps=config["num_train_timesteps"],
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],
             scaled=betas == "scaled_linear",
             prediction=prediction,
+            zero_terminal=bool(config.get("rescale_betas_zero_snr")),
         )
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,4 +144,9 @@ def _cumulative_products(schedule: VariancePreserving, device: torch.device) -> 
     """The product abar at every level, (steps,) float32, worked out in float64 and copied to the device once."""
     power = 0.5 if schedule.scaled else 1
     roots = torch.linspace(schedule.beta_start**power, schedule.beta_end**power, schedule.steps, dtype=torch.float64)
-    return (1 - roots ** (1 / power)).cumprod(0).to(device, torch.float32)
+    abar = (1 - roots ** (1 / power)).cumprod(0)
+    if schedule.zero_terminal:
+        signal = abar.sqrt()
+        signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+        abar = signal.square().clamp(min=2**-24)
+    return abar.to(device, torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import device_of
-from trace_fast.backbones.latent import LatentBackbone, factor
+from trace_fast.backbones.latent import LatentBackbone, check_encoders, factor
 
 __all__ = ["SD3Backbone"]
 
@@ -21,6 +21,7 @@ class SD3Backbone(LatentBackbone):
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
+        check_encoders(pipe, "text_encoder", "text_encoder_2")  # the third may be left out
         device = device_of(pipe.transformer)
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

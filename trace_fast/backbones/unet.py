@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
-from trace_fast.backbones.latent import LatentBackbone, factor
+from trace_fast.backbones.latent import LatentBackbone, check_encoders, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["UNetBackbone"]
 
+SIZES = 6  # numbers that SDXL is told of an image's size
 ATTENTION = re.compile(r"(down_blocks\.(\d+)|mid_block|up_blocks\.(\d+))\..*transformer_blocks\.\d+\.attn1")
 
 
@@ -26,24 +27,63 @@ class UNetBackbone(LatentBackbone):
     @staticmethod
     def schedule_of(pipe: Any) -> VariancePreserving:
         """The scheduler's own levels."""
-        return VariancePreserving.from_config(pipe.scheduler.config)
+        return VariancePreserving.of(pipe.scheduler)
+
+    @staticmethod
+    def needs_encoders(pipe: Any) -> bool:
+        """Not where SDXL takes zeros."""
+        zeros = getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", True)
+        return pipe.unet.config.addition_embed_type != "text_time" or not zeros
 
     @staticmethod
     def null_text_of(pipe: Any) -> dict[str, Tensor]:
         """SD: the embedding of "". SDXL: zeros where its pipeline says so, as for an empty negative prompt."""
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
+            check_encoders(pipe, "text_encoder")
             embeds, _ = pipe.encode_prompt("", device_of(pipe.unet), 1, False)
             return {"encoder_hidden_states": embeds}
-        if pipe.config.get("force_zeros_for_empty_prompt", True):
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        if getattr(pipe, "config", {}).get("requires_aesthetics_score"):
+            raise ValueError("from_pipeline: pipe must be of a base model, got a refiner, which is told a score")
+        if not UNetBackbone.needs_encoders(pipe):
+            pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim
             tokens = 77  # of CLIP
             return {
                 "encoder_hidden_states": torch.zeros(1, tokens, config.cross_attention_dim),
                 "text_embeds": torch.zeros(1, pooled),
             }
+        check_encoders(pipe, "text_encoder_2")  # the refiner has no other
         embeds, _, pooled, _ = pipe.encode_prompt("", device=device_of(pipe.unet), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+    def text_names(self) -> tuple[str, ...]:
+        """Embeddings, and of SDXL their pooled one."""
+        pooled = self.network.config.addition_embed_type == "text_time"
+        return ("encoder_hidden_states", "text_embeds") if pooled else ("encoder_hidden_states",)
+
+    def check_parts(self) -> None:
+        """Also refuse networks that must be told more than level and prompt."""
+        super().check_parts()
+        config = self.network.config
+        if config.encoder_hid_dim_type not in (None, "text_proj"):
+            raise ValueError(
+                f"from_pipeline: unet must take text alone, got one with {config.encoder_hid_dim_type}; remove an "
+                "adapter of images with pipe.unload_ip_adapter()"
+            )
+        told = {
+            "addition_embed_type": config.addition_embed_type not in (None, "text_time"),
+            "class_embed_type": config.class_embed_type is not None,
+            "num_class_embeds": config.num_class_embeds is not None,
+        }
+        if more := [f"{name} = {config[name]!r}" for name, given in told.items() if given]:
+            raise ValueError(f"from_pipeline: unet must be told level and prompt alone, got one with {more[0]}")
+        if config.addition_embed_type == "text_time":
+            sizes = config.projection_class_embeddings_input_dim - self.null_text["text_embeds"].shape[1]
+            if sizes != SIZES * config.addition_time_embed_dim:
+                raise ValueError(
+                    f"from_pipeline: unet must take {SIZES} numbers for the size, got one of "
+                    f"{sizes // config.addition_time_embed_dim} (a refiner); take its base model"
+                )
 
     def attentions(self) -> list[nn.Module]:
         """Down, middle and up, in the order in which they run."""
@@ -60,7 +100,8 @@ class UNetBackbone(LatentBackbone):
         """Self-attention modules with their level, 0 for the finest."""
         deepest = len(self.network.config.block_out_channels) - 1
         found = []
-        for order, (name, module) in enumerate(self.network.named_modules()):
+        network = getattr(self.network, "_orig_mod", self.network)  # a compiled network is wrapped
+        for order, (name, module) in enumerate(network.named_modules()):
             if match := ATTENTION.fullmatch(name):
                 _, down, up = match.groups()
                 # down blocks, then the middle, then up blocks, whatever the order of attributes
@@ -77,9 +118,14 @@ class UNetBackbone(LatentBackbone):
             # size of the original, offset of the crop, size of the target
             sizes = constant((height, width, 0, 0, height, width), sample.device).to(sample.dtype)
             added = {"text_embeds": null_text["text_embeds"], "time_ids": sizes.expand(len(sample), -1)}
+        guidance = None
+        if width := self.network.config.time_cond_proj_dim:  # of consistency models: sines and cosines of none, 0
+            guidance = sample.new_zeros(len(sample), width)
+            guidance[:, width // 2 : width // 2 * 2] = 1
         return self.network(
             sample,
             timestep,
+            timestep_cond=guidance,
             encoder_hidden_states=null_text["encoder_hidden_states"],
             added_cond_kwargs=added,
             return_dict=False,
