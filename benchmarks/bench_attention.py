@@ -89,7 +89,7 @@ def bench_accumulate_attention(device, model, shape, provider, measure):
 
         work |= {"flop": 2 * work["flop"], "floor": measured().attention(shape, 2), "blocks": shape.blocks}
     name = "native" if device == "cpu" and provider == "ours" else "triton" if provider == "ours" else provider
-    measure(title("accumulate_attention", device, model, shape), name, call, device=device, **work)
+    measure(title("accumulate_attention", device, model, shape), name, call, device=device, graph=True, **work)
 
 
 def skip_slow_compilation(device, shape, provider):
@@ -159,7 +159,7 @@ def bench_readout(device, model, shape, backward, provider, measure):
         work |= {"floor": measured().attention(shape, 1), "blocks": shape.blocks}
     name = ("native" if device == "cpu" else "triton") if provider == "ours" else provider
     op = "readout and its gradients" if backward else "readout"
-    measure(title(op, device, model, shape), name, call, device=device, **work)
+    measure(title(op, device, model, shape), name, call, device=device, graph=True, **work)
 
 
 def resize_eager(total, attention, size, target):
@@ -193,4 +193,4 @@ def bench_accumulate_resized(device, side, provider, measure):
         from ceilings import measured
 
         work["floor"] = measured().traffic(work["bytes"])
-    measure(f"accumulate_resized, {side} x {side} to 64 x 64 ({device})", name, call, device=device, **work)
+    measure(f"accumulate_resized, {side} x {side} to 64 x 64 ({device})", name, call, device=device, graph=True, **work)

@@ -63,7 +63,7 @@ def bench_divergence(device, op, dtype, side, provider, measure):
 
         work["floor"] = measured().traffic(work["bytes"])
     name = ("native" if device == "cpu" else "triton") if provider == "ours" else provider
-    measure(title(device, side, dtype, op), name, call, device=device, **work)
+    measure(title(device, side, dtype, op), name, call, device=device, graph=True, **work)
 
 
 @pytest.mark.parametrize("floor", ["sum", "log"])

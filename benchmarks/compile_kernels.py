@@ -200,7 +200,7 @@ def tabulate(selected: Iterable[Case], architectures: Sequence[int] = ARCHITECTU
         found = resources(compile_case(case, architecture), architecture)
         row = {**case.row, "sm": architecture, "tile": list(case.config), **found}
         if found["spilled"]:
-            row["reason"] = next(why for applies, why in REASONS if applies(row))
+            row["reason"] = next((why for applies, why in REASONS if applies(row)), "")  # tests ask for one
         rows.append(row)
     return rows
 

@@ -8,11 +8,12 @@
 # Run it in an environment with torch, triton, pytest, pytest-benchmark and a C++ compiler; nothing is downloaded. Results
 # land in benchmarks/results/ (tuning-<gpu>.json, speed-gpu.json, backbones-gpu-<model>.json, gpu-<stage>.log), in the
 # tables of benchmarks/README.md, and weights in build/mini-gpu. A step that fails does not stop the next; the exit status
-# says whether one did.
+# says whether one did. Of a copy without its history, TRACE_FAST_COMMIT says what is measured.
 set -u
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET TRACE_FAST_BACKEND
 stage=${1:-} results=benchmarks/results failed=0
+several=$(python3 -c 'import xdist; print("-n 8")' 2> /dev/null)  # most of a test is compiling its kernel
 case $stage in
   kernels | backbones) ;;
   mini) photographs=${2:?gpu.sh: mini needs a folder of photographs} ;;
@@ -31,13 +32,14 @@ step() { # seconds it may take, command
 }
 
 if command -v nvcc > /dev/null; then export TRACE_FAST_CUDA=1; fi
-step 150 python3 -m pip install -q --no-deps --no-build-isolation -e .
+step 120 python3 -m pip install -q --no-deps --no-build-isolation -e .
 case $stage in
   kernels)
-    step 160 python3 -m pytest -q -W default --durations=5 -k 'triton or gpu or graph or synchronising or cuda' tests/test_attention.py \
-      tests/test_readout.py tests/test_divergence.py tests/test_backend.py tests/test_tracer.py tests/test_regions.py
-    step 100 python3 benchmarks/tune_kernels.py
-    step 150 python3 -m pytest -q -W default benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
+    step 230 python3 -m pytest -q -W default $several --durations=5 \
+      -k 'triton or gpu or graph or synchronising or cuda' \
+      tests/test_{attention,readout,divergence,backend,tracer,regions}.py
+    step 120 python3 benchmarks/tune_kernels.py
+    step 160 python3 -m pytest -q -W default benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
       --benchmark-only --benchmark-json=$results/speed-gpu.json
     ;;
   backbones)

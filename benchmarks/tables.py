@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from workload import SHAPES
+
 from trace_fast.evaluation.report import edge_table, mask_table
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +166,10 @@ def gpu(results: dict[str, Any] | None) -> str:
         ]
     lines += ["| what | bar | measured |", "| --- | --- | ---: |"]
     for what, bar, model, figure in bars:
-        value = "" if results is None else f"{figure(Times(results), model):.2f}"
+        try:
+            value = "" if results is None else f"{figure(Times(results), model):.2f}"
+        except KeyError:  # a run that was cut short
+            value = ""
         lines.append(f"| {what} | {bar} | {value} |")
     return "\n".join(lines)
 
@@ -178,9 +183,11 @@ class Times:
         }
 
     def over_blocks(self, model: str, provider: str, key: str) -> float:
-        """Sum of a fact of accumulate_attention over all blocks of a model."""
+        """Sum of a fact of accumulate_attention over all blocks of a model; KeyError unless all were measured."""
         start = f"accumulate_attention, {model}:"
         found = [x for (group, name), x in self.cases.items() if group.startswith(start) and name == provider]
+        if len(found) < len(SHAPES[model]):
+            raise KeyError(provider)
         return sum(x["blocks"] * x[key] for x in found)
 
 
@@ -200,6 +207,8 @@ def share_of_copy(times: Times, _: str) -> float:
 def over_sdpa(times: Times, _: str) -> float:
     groups = {group for group, _ in times.cases if group.startswith("readout, ")}
     other = "scaled_dot_product_attention"
+    if not groups:
+        raise KeyError(other)
     return max(
         times.cases[group, "triton"]["seconds"]
         / min(

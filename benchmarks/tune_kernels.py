@@ -40,21 +40,30 @@ def time_case(case: Case) -> tuple[float, float]:
 def main() -> None:
     """Time, print, write."""
     rows: list[dict[str, Any]] = []
-    for heads, tokens, channels in tqdm(shapes(), unit="shape", disable=None):
-        for case in attention_cases(torch.bfloat16, heads, tokens, channels, "cuda"):
-            median, spread = time_case(case)
-            row = {**case.row, "heads": heads, "tokens": tokens, "tile": list(case.config)}
-            rows.append({**row, "picked": case.picked, "median_ms": median, "spread_ms": spread})
+    try:
+        for heads, tokens, channels in tqdm(shapes(), unit="shape", disable=None):
+            found = []
+            for case in attention_cases(torch.bfloat16, heads, tokens, channels, "cuda"):
+                median, spread = time_case(case)
+                row = {**case.row, "heads": heads, "tokens": tokens, "tile": list(case.config)}
+                found.append({**row, "picked": case.picked, "median_ms": median, "spread_ms": spread})
+            rows += found  # whole shapes
+    finally:
+        report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print what is shipped beside the best, and write all."""
     for key in dict.fromkeys((row["kernel"], row["heads"], row["tokens"], row["channels"]) for row in rows):
         group = [row for row in rows if (row["kernel"], row["heads"], row["tokens"], row["channels"]) == key]
         best, picked = min(group, key=lambda row: row["median_ms"]), next(row for row in group if row["picked"])
         mark = "" if best is picked else f"  best {best['tile']} {best['median_ms']:.3f} +- {best['spread_ms']:.3f}"
         print(f"{key!s:52} shipped {picked['tile']} {picked['median_ms']:.3f} +- {picked['spread_ms']:.3f}{mark}")
     gpu = torch.cuda.get_device_name()
-    report = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "ceilings": vars(measured())}
+    machine = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "ceilings": vars(measured())}
     path = RESULTS / f"tuning-{re.sub('[^a-z0-9]+', '-', gpu.lower())}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({**report, "kernels": rows}, indent=1) + "\n")
+    part.write_text(json.dumps({**machine, "kernels": rows}, indent=1) + "\n")
     os.replace(part, path)
 
 

@@ -350,7 +350,7 @@ def test_resized_by_hand(device):
 
 
 def test_non_contiguous_maps_are_resized_to_the_same_bits(device, tiles):
-    tiles(64, 64)
+    tiles(64, 64, interpreted_only=True)
     attention = random_maps(2, 21)[0].to(device)
     expected = ops.resize_attention(attention, (3, 7), (5, 9))
     for spread in (attention.mT.contiguous().mT, torch.stack((attention, attention), 1)[:, 0]):
@@ -361,7 +361,7 @@ def test_non_contiguous_maps_are_resized_to_the_same_bits(device, tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 4, 7])
 def test_resized_views_at_any_offset(offset, dtype, device, tiles):
-    tiles(128, 64)
+    tiles(128, 64, interpreted_only=True)
     attention = random_maps(2, 6)[0].to(device)
     before = torch.ones(2, 81, 81, dtype=dtype, device=device)
     expected = before.clone()
@@ -373,7 +373,7 @@ def test_resized_views_at_any_offset(offset, dtype, device, tiles):
 
 
 def test_nan_is_handed_on_by_resizing(device, tiles):
-    tiles(64, 64)
+    tiles(64, 64, interpreted_only=True)
     attention = random_maps(2, 21)[0]
     attention[1, 4, 5] = math.nan
     expected = reference.resize_attention(attention, (3, 7), (5, 9)).isnan()

@@ -5,6 +5,7 @@ range or device.
 """
 
 import os
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -80,16 +81,16 @@ def memory(op: str, name: str, value: Tensor, size: int) -> None:
 
 
 def integer(op: str, name: str, value: int, least: int) -> None:
-    """Require an integer that is large enough."""
-    if not isinstance(value, int):
+    """Require an integer, of Python or numpy, that is large enough."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
 def number(op: str, name: str, value: float, least: float | None = None, most: float | None = None) -> None:
-    """Require a real number, within bounds if there are any."""
-    if not isinstance(value, (int, float)):
+    """Require a real number, of Python or numpy, within bounds if there are any."""
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if most is not None and least is not None and not least <= value <= most:
         raise ValueError(f"{op}: {name} must be from {least} to {most}, got {value}")

@@ -389,7 +389,7 @@ class Tracer:
         return (torch.cuda.mem_get_info(self.device)[0] + kept - coming) // 2
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # a CUDA graph reads it from where it was
 def unit_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal float32, the same on every device, copied there once."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
