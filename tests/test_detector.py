@@ -1,6 +1,9 @@
 """The one-step student in use: `Detector`, and stage 2 of `trace_fast.edges` and of the command line."""
 
+import copy
 import json
+import pickle
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -601,9 +604,45 @@ class TestStages:
         assert has_student("someone/student") is not offline
         assert not has_student("someone/else") and not has_student("sdxl") and not has_student("no name")
 
-    @pytest.mark.parametrize("stage", [0, 3, "2"])
+    def test_a_student_that_was_replaced_is_read_anew(self, students, tmp_path):
+        image, model = photograph(), tmp_path / "model"
+        shutil.copytree(students / "conv", model)
+        before = trace_fast.edges(image, model=model)
+        assert torch.equal(trace_fast.edges(image, model=model), before)
+        decoder = load_file(model / "student/decoder.safetensors")
+        save_file({name: -x for name, x in decoder.items()}, model / "student/decoder.safetensors")
+        after = trace_fast.edges(image, model=model)
+        assert torch.equal(after, Detector.from_pretrained(model, device="cpu").edges(image))
+        assert not torch.equal(after, before)
+
+    @pytest.mark.parametrize("kind", [Tracer, Detector])
+    def test_copies_and_pickles_give_the_same(self, students, kind):
+        model = kind.from_pretrained(students / "conv", device="cpu")
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            one, two = (each(photograph()) for each in (model, other))
+            assert torch.equal(one, two) if kind is Detector else torch.equal(one.edges, two.edges)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_half_precision(self, stage, dtype):
+        kind = (Tracer, Detector)[stage - 1]
+        image = photograph()
+        expected, found = (kind.from_pretrained(device="cpu", dtype=each)(image) for each in (None, dtype))
+        if stage == 1:
+            expected, found = expected.edges, found.edges
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+    @pytest.mark.parametrize("dtype", ["float16", torch.float64])
+    def test_a_dtype_that_is_none(self, dtype):
+        with pytest.raises(
+            TypeError, match=r"load: dtype must be torch\.float32 or .* torch\.float16, got"
+        ):
+            Detector.from_pretrained(device="cpu", dtype=dtype)
+
+    @pytest.mark.parametrize("stage", [0, 3, "2", True, [1]])
     def test_a_stage_that_is_none(self, students, stage):
-        with pytest.raises(ValueError, match=f"edges: stage must be 1, 2 or None, got {stage!r}"):
+        with pytest.raises(ValueError, match=re.escape(f"edges: stage must be 1, 2 or None, got {stage!r}")):
             trace_fast.edges(photograph(), model=students / "conv", stage=stage)
 
 

@@ -1,11 +1,15 @@
 """`trace_fast.edges`, the promise to users: any image in, the same kind and size out, or one clear error."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import trace_fast
+from trace_fast import api
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,44 @@ def test_bad_images(image, error, message):
         trace_fast.edges(image)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 0), (torch.bfloat16, 2e-3)], ids=str)
+def test_torchs_default_dtype_changes_nothing(photograph, stage, dtype, apart):
+    expected = trace_fast.edges(photograph, stage=stage)
+    api._load.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = trace_fast.edges(photograph, stage=stage)
+        kl = trace_fast.Tracer.from_pretrained(device="cpu")(photograph, timestep="iep", noising="gaussian").kl
+    finally:
+        torch.set_default_dtype(torch.float32)
+        api._load.cache_clear()
+    assert found.dtype == np.float32 and kl.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=apart)
+
+
+def test_torchs_default_device_changes_nothing(photograph, expected):
+    api._load.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        found = trace_fast.edges(photograph, device="cpu")
+    finally:
+        torch.set_default_device(None)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_modules_are_there_when_asked_for():
+    # in a process of its own: here the tests have imported them
+    code = "import trace_fast; print(trace_fast.export.MaskSet.__name__, trace_fast.annotate.overlay.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["MaskSet", "overlay"]
+    with pytest.raises(AttributeError, match="module 'trace_fast' has no attribute 'edge'"):
+        trace_fast.edge  # noqa: B018
+
+
 def test_bad_options(photograph):
+    with pytest.raises(TypeError, match="edges: model must be a name or a folder, got NoneType"):
+        trace_fast.edges(photograph, model=None)
     with pytest.raises(ValueError, match=r"output_type must be .* got 'jpg'"):
         trace_fast.edges(photograph, output_type="jpg")
     with pytest.raises(ValueError, match=r"model must be one of mini, .* got 'sd9'"):

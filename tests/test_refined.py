@@ -1,6 +1,7 @@
 """Masks on the command line: results scored, a baseline refined by edges, and `trace-fast segment`."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -229,3 +230,28 @@ def test_degraded_masks():
     parts = made[1:-1]
     assert len(parts) == 2 and not (parts[0] & parts[1]).any()
     assert not (parts.any(0) & ~masks[2]).any() and 0.5 < parts.sum() / masks[2].sum() < 1
+
+
+def test_segment_refuses_what_is_no_label_map(call, data):
+    image = data / "images" / "001.png"
+    photo = np.asarray(Image.open(image).convert("RGB"))
+    labels = np.zeros(photo.shape[:2], np.int32)
+    labels[2:9, 2:9], labels[12:20, 2:9] = 65536, 131072
+    Image.fromarray(photo[..., 0]).save("map.jpg")
+    Image.fromarray(photo).save("map.png")
+    Image.fromarray(labels / np.float32(1e5)).save("map.tif")
+    Image.fromarray(labels).save("many.tif")
+    Image.fromarray(photo[..., 0]).save("cut.png")
+    with open("cut.png", "r+b") as file:
+        file.truncate(60)
+    words = ["segment", image, "-o", "out", "--masks"]
+    for name, kind in (("map.jpg", "JPEG of mode L"), ("map.png", "PNG of mode RGB"), ("map.tif", "TIFF of mode F")):
+        result = call(*words, name)
+        told = f"--masks must be a lossless picture of one channel of integers, got '{name}': {kind}"
+        assert result.exit_code == 2 and told in result.stderr
+    result = call(*words, "cut.png")
+    assert result.exit_code == 2 and "--masks must be a readable picture, got 'cut.png': " in result.stderr
+    assert not os.path.exists("out")
+    result = call(*words, "many.tif")
+    assert result.exit_code == 1 and "segment: masks must be at most 65535 for a map of 16 bits, got" in result.stderr
+    assert os.listdir("out") == []

@@ -102,6 +102,18 @@ def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_user_does_to_an_output_stays_there(tracer, images):
+    output = tracer(images, timestep="iep", timesteps=LEVELS)
+    output.timesteps.zero_()
+    assert tracer(images, timestep="iep", timesteps=LEVELS).timesteps.tolist() == list(LEVELS)
+
+
+def test_maps_beyond_the_memory_are_refused(tracer, monkeypatch):
+    monkeypatch.setattr("trace_fast._checks.MEMORY", 1000)
+    with pytest.raises(ValueError, match=r"trace: images must leave room in .* GiB of memory, got \(1, 3, 24, 40\)"):
+        tracer(torch.rand(1, 3, 24, 40))
+
+
 def test_images_of_a_batch_do_not_see_one_another(tracer, images):
     for noising in ("inversion", "gaussian"):
         together = tracer(images, noising=noising, timesteps=LEVELS, return_kl=True)

@@ -1,6 +1,8 @@
 """Instance edges from the self-attention of diffusion models."""
 
+import importlib
 from importlib.metadata import version
+from types import ModuleType
 
 from trace_fast._backend import backends
 from trace_fast.api import edges
@@ -24,3 +26,10 @@ __all__ = [
 ]
 
 __version__ = version("trace_fast")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Modules that take longer to import, when they are asked for."""
+    if name in ("annotate", "distill", "evaluation", "export", "pretrain"):
+        return importlib.import_module(f"trace_fast.{name}")
+    raise AttributeError(f"module 'trace_fast' has no attribute {name!r}")

@@ -18,11 +18,24 @@ from trace_fast.tracer import Tracer
 __all__ = ["edge_finder", "edges"]
 
 
-@functools.lru_cache(maxsize=4)
-def edge_finder(model: str, stage: int | None = None, device: str | None = None) -> Callable[..., Tensor]:
-    """What finds the edges of images, loaded: images (B, 3, H, W) in [0, 1] to (B, 1, H, W) float32; see `edges`."""
-    if stage not in (None, 1, 2):
+def edge_finder(model: str | Path, stage: int | None = None, device: str | None = None) -> Callable[..., Tensor]:
+    """What finds the edges of images, loaded: images (B, 3, H, W) in [0, 1] to (B, 1, H, W) float32; see `edges`.
+
+    The last four are kept, those of a folder until its files change.
+    """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"edges: model must be a name or a folder, got {type(model).__name__}")
+    if not (stage is None or (isinstance(stage, int) and not isinstance(stage, bool) and stage in (1, 2))):
         raise ValueError(f"edges: stage must be 1, 2 or None, got {stage!r}")
+    if model in models() or not Path(model).is_dir():
+        return _load(str(model), stage, device, ())
+    folder = Path(model).resolve()
+    files = [path for pattern in ("*.*", "*/*.*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return _load(str(folder), stage, device, tuple(path.stat().st_mtime_ns for path in files))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(model: str, stage: int | None, device: str | None, _: tuple[int, ...]) -> Callable[..., Tensor]:
     if stage == 2 or (stage is None and has_student(model)):
         detector = Detector.from_pretrained(model, device=device)
         return lambda pixels, **_: detector.edges(pixels)
@@ -76,6 +89,5 @@ def edges(
     door.check_output_type(output_type)
     if device is None:
         device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"
-    name = model if model in models() or not Path(model).is_dir() else Path(model).resolve()
-    find = edge_finder(str(name), stage, str(device))
+    find = edge_finder(model, stage, str(device))
     return door.from_tensor(find(door.to_tensor(image), seed=seed), image, output_type)

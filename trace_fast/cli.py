@@ -329,8 +329,8 @@ def segment(
     from trace_fast.formats import open_masks, paint
     from trace_fast.image import to_tensor
 
+    given = None if masks is None else _read_labels(masks)
     try:
-        given = None if masks is None else np.asarray(Image.open(masks)).astype(np.int32)
         find = edge_finder(model, device=device)
     except _FAILURES as error:
         _refuse(str(error))
@@ -344,8 +344,11 @@ def segment(
             labels = paint(stack, range(1, len(stack) + 1)).cpu().numpy()
         else:
             labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode)
+        if labels.max(initial=0) > 65535:
+            raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
         with whole_file(paths[""], "segment") as file:
-            Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG")
+            # half the time of the usual level
+            Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG", compress_level=3)
         if overlay:
             annotate.write_picture(paths["_overlay"], annotate.draw_masks(photo[0], open_masks(labels)[0].masks))
 
@@ -555,6 +558,22 @@ def _list_images(inputs: list[Path]) -> list[Path]:
         else:
             images.append(path)
     return list({os.path.abspath(image): image for image in images}.values())
+
+
+def _read_labels(path: Path) -> Any:
+    """A label map, (H, W) int32, of a lossless picture of whole numbers."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            kind, lossy, mode = picture.format, picture.format == "JPEG", picture.mode
+            labels = np.asarray(picture)
+    except _FAILURES as error:
+        _refuse(f"--masks must be a readable picture, got '{path}': {error}")
+    if lossy or mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        _refuse(f"--masks must be a lossless picture of one channel of integers, got '{path}': {kind} of mode {mode}")
+    return labels.astype(np.int32)
 
 
 def _check_results(results: dict[Path, dict[str, Path]]) -> None:

@@ -231,7 +231,7 @@ def waves(grid: Grid, count: int) -> Tensor:
 
     Cosine transforms of the grid, the first ones but the constant.
     """
-    rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
+    rows, columns = ((torch.arange(side, dtype=torch.float32) + 0.5) / side for side in grid)
     orders = sorted(itertools.product(*map(range, grid)), key=lambda o: (sum(o), o))[1:]  # the grid has no shorter ones
     made = [torch.cos(math.pi * y * rows)[:, None] * torch.cos(math.pi * x * columns)[None] for y, x in orders[:count]]
     return torch.stack(made, -1).flatten(0, 1)
@@ -256,4 +256,5 @@ def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
         inspect.signature(DECODERS[name]).bind(grid, **options)
     except TypeError as error:
         raise ValueError(f"decoder {name} does not know these options: {error}") from error
-    return DECODERS[name](grid, **options)
+    with torch.device("cpu"):  # whatever torch's defaults are
+        return DECODERS[name](grid, **options).float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from trace_fast import _checks
 from trace_fast import image as door
 from trace_fast._files import whole_file
 from trace_fast.backbones import REPOSITORY, Backbone, load_backbone, student_folder
-from trace_fast.backbones.base import constant, device_of, load_weights
+from trace_fast.backbones.base import Turns, constant, device_of, load_weights
 from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
 
 __all__ = ["Detector"]
@@ -60,7 +59,7 @@ class Detector:
         self.backbone, self.level, self.name = backbone, level, name
         self.decoder = decoder.to(device_of(backbone.network)).eval().requires_grad_(False)
         self.config, self.adapter = dict(config or {}), dict(adapter or {})
-        self._lock = threading.Lock()  # hooks sit on the network, which all threads share
+        self._lock = Turns()  # hooks sit on the network, which all threads share
         self._run: Any = self.predict
 
     @classmethod
@@ -166,6 +165,8 @@ class Detector:
 
     def to(self, device: torch.device | str) -> Detector:
         """Move network, autoencoder and decoder; returns the detector."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"to: device must be a torch device, got {device}; give from_pretrained a dtype")
         device = _checks.device("to", device)
         for module in (self.backbone.network, getattr(self.backbone, "vae", None), self.decoder):
             if module is not None:
@@ -194,7 +195,7 @@ class Detector:
             return decoder(taps.total(), photograph)
 
         size, detail = backbone.settings.size, decoder.detail
-        empty = torch.zeros(1, 3, *size, device=self.device)
+        empty = torch.zeros(1, 3, *size, dtype=torch.float32, device=self.device)
         with torch.no_grad():  # once as it is: what the hooks note of the first pass would ask for a second compilation
             run(empty, door.resize(empty, (size[0] * detail, size[1] * detail)) if detail else None)
         self._run = torch.compile(run, mode=mode)

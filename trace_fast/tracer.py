@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import operator
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.nn import functional
 from trace_fast import _checks, ops
 from trace_fast import image as door
 from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone
-from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant, device_of
+from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant, device_of
 from trace_fast.backbones.capture import heard
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
@@ -66,7 +65,7 @@ class Tracer:
     def __init__(self, backbone: Backbone, *, name: str = "custom"):
         self.backbone = backbone
         self.name = name
-        self._lock = threading.Lock()  # hooks sit on the network, which all threads share
+        self._lock = Turns()  # hooks sit on the network, which all threads share
 
     @classmethod
     def from_pretrained(
@@ -244,7 +243,7 @@ class Tracer:
         return TraceOutput(
             edges=probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
             timestep=visited[chosen],
-            timesteps=visited,
+            timesteps=visited.clone(),  # the constant is shared by all searches
             kl=kl if return_kl or fixed is None else None,
             abdiv=strength if return_abdiv else None,
             model=self.name,
@@ -302,8 +301,9 @@ class Tracer:
         latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
         visited = constant(levels, self.device)
         noise = unit_noise(seed, (1, *latent.shape[1:]), self.device).to(latent)
-        maps = torch.empty((batch, count, tokens, tokens), device=self.device)
-        before = torch.empty((count, tokens, tokens), device=self.device)  # the last map of the levels gone by
+        _checks.memory("trace", "images", latent, 4 * (batch + 1) * count * tokens**2)
+        maps = latent.new_empty((batch, count, tokens, tokens), dtype=torch.float32)
+        before = torch.empty_like(maps[0])  # the last map of the levels gone by
         kls, strengths = [], []
 
         def measure(previous: Tensor, current: Tensor) -> None:
@@ -332,7 +332,7 @@ class Tracer:
                 if schedule is not None and noising == "inversion":
                     following = visited[start + 1].expand(count)
                     sample = schedule.invert(sample, prediction, timestep, following)
-        kl = torch.cat(kls).unflatten(0, (-1, count)).T if kls else torch.empty((count, 0), device=self.device)
+        kl = torch.cat(kls).unflatten(0, (-1, count)).T if kls else maps.new_empty((count, 0))
         abdiv = torch.cat(strengths).unflatten(0, (-1, count)).transpose(0, 1)
         return kl.contiguous(), abdiv.contiguous()
 
@@ -392,7 +392,8 @@ class Tracer:
 @functools.lru_cache(maxsize=64)  # a CUDA graph reads it from where it was
 def unit_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal float32, the same on every device, copied there once."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(device)
 
 
 def probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:

@@ -57,6 +57,7 @@ LANGUAGES: dict[str, type[EncoderBackbone]] = {  # by the class of the whole mod
     "Qwen2_5_VLForConditionalGeneration": QwenLanguageBackbone,
 }
 READ = {"vision": ENCODERS, "language": LANGUAGES}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = Path(__file__).parent.parent / "weights"  # the embedded models, one folder each
 
@@ -103,6 +104,9 @@ def load_backbone(
         ValueError: the name is unknown, or the folder's configuration or weights are damaged or do not fit each other.
         RuntimeError: the model's repository or the memory does not allow it.
     """
+    if dtype not in (None, *DTYPES):
+        accepted = " or ".join(str(each) for each in DTYPES)
+        raise TypeError(f"load: dtype must be {accepted}, got {dtype!r}")
     if offload not in (None, *OFFLOADS):
         raise ValueError(f"load: offload must be one of {', '.join(OFFLOADS)}, or None, got {offload!r}")
     folder = WEIGHTS / model if model in _embedded() else Path(model)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ __all__ = [
     "STEPS",
     "Backbone",
     "Settings",
+    "Turns",
     "check_noising",
     "check_timestep",
     "constant",
@@ -33,6 +36,22 @@ __all__ = [
 
 STEPS = 1000  # noise levels are 0 .. STEPS - 1, from image to noise
 NOISINGS = ("inversion", "gaussian")
+
+
+class Turns:
+    """A lock for calls from several threads; what holds it can be copied and pickled, with one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()
 
 
 def check_timestep(timestep: Any) -> int | None:
@@ -82,9 +101,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         size = self.size
-        if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+        if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, Integral) and s > 0 for s in size):
             raise ValueError(f"settings: size must be (height, width), positive integers, got {size!r}")
-        if not isinstance(self.edge_scale, (int, float)) or not 0 < self.edge_scale < math.inf:
+        if not isinstance(self.edge_scale, Real) or not 0 < self.edge_scale < math.inf:
             raise ValueError(f"settings: edge_scale must be a positive number, got {self.edge_scale!r}")
         check_timestep(self.timestep)
         check_noising(self.noising)

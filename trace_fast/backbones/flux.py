@@ -55,13 +55,13 @@ class FluxBackbone(LatentBackbone):
     def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
         """The predicted velocity; the network counts levels from 0 to 1."""
         height, width = (side // PATCH for side in sample.shape[-2:])
-        positions = torch.zeros(height, width, 3, device=sample.device)
+        positions = torch.zeros(height, width, 3, dtype=torch.float32, device=sample.device)
         positions[..., 1] = torch.arange(height, device=sample.device)[:, None]
         positions[..., 2] = torch.arange(width, device=sample.device)
         text = null_text["encoder_hidden_states"]
         guidance = None
         if self.network.config.guidance_embeds:
-            guidance = torch.full((len(sample),), self.guidance, device=sample.device)
+            guidance = torch.full((len(sample),), self.guidance, dtype=torch.float32, device=sample.device)
         packed = self.network(
             hidden_states=functional.pixel_unshuffle(sample, PATCH).flatten(2).mT,  # (B, N, 4 C)
             encoder_hidden_states=text,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import Settings, load_weights
+from trace_fast.backbones.base import Settings, dtype_of, load_weights
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
@@ -144,7 +144,8 @@ class Mini(nn.Module):
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """(B,) noise levels -> (B, dim) float32 cosines and sines, wavelengths from 2 pi to 10,000 times that."""
-    frequencies = torch.exp(torch.linspace(0, -math.log(10_000), dim // 2, device=timestep.device))
+    steps = torch.linspace(0, -math.log(10_000), dim // 2, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(steps)
     angles = timestep.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -163,7 +164,8 @@ class MiniBackbone:
     @classmethod
     def from_folder(cls, folder: Path, config: dict[str, Any]) -> MiniBackbone:
         """Read the weights beside a configuration; raises what `load_backbone` turns into one error."""
-        network = Mini(MiniConfig(**config["architecture"]))
+        with torch.device("cpu"):  # whatever torch's default is
+            network = Mini(MiniConfig(**config["architecture"]))
         network.load_state_dict(load_weights(folder / "model.safetensors"))
         side = 32 * network.config.patch
         return cls(network, Settings.from_dict({"size": [side, side], **config.get("tracing", {})}))
@@ -188,5 +190,5 @@ class MiniBackbone:
         return images * 2 - 1
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The predicted v."""
-        return self.network(sample, timestep)
+        """The predicted v, of the dtype of the sample."""
+        return self.network(sample.to(dtype_of(self.network)), timestep).to(sample.dtype)

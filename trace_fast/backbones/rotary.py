@@ -20,7 +20,8 @@ def rotary_embedding(height: int, width: int, dim: int, device: torch.device | N
     Returns:
         (cos, sin), each (height * width, dim) float32, pairs of equal angles interleaved.
     """
-    frequencies = 0.01 ** torch.linspace(0, 1, dim // 4, device=device)  # radians per token, from 1 to 1/100
+    shares = torch.linspace(0, 1, dim // 4, dtype=torch.float32, device=device)
+    frequencies = 0.01**shares  # radians per token, from 1 to 1/100
     rows = torch.arange(height, device=device)[:, None, None] * frequencies  # (h, 1, dim / 4)
     columns = torch.arange(width, device=device)[None, :, None] * frequencies  # (1, w, dim / 4)
     shape = (height, width, dim // 4)

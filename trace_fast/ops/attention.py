@@ -38,7 +38,7 @@ def attention_map(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
         torch.Size([1, 6, 6])
     """
     sizes = _check_features("attention_map", query, key, scale)
-    total = torch.zeros(sizes["B"], sizes["N"], sizes["N"], device=query.device)
+    total = torch.zeros(sizes["B"], sizes["N"], sizes["N"], dtype=torch.float32, device=query.device)
     accumulate_attention(total, query, key, 1.0, scale)
     return total
 
@@ -276,7 +276,7 @@ def _(
 @functools.lru_cache(maxsize=64)
 def _bilinear_sums(size: tuple[int, int], target: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """`reference.bilinear_sums` in float32, kept: they are the same at every level of noise."""
-    return reference.bilinear_sums(size, target, torch.empty(0, device=device))
+    return reference.bilinear_sums(size, target, torch.empty(0, dtype=torch.float32, device=device))
 
 
 @torch.library.custom_op("trace_fast::readout", mutates_args=())
