@@ -20,7 +20,7 @@ import typer
 __all__ = ["main"]
 
 # what a folder is searched for; a file named on the command line may have any ending
-_ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 RESAMPLES = 1000  # of the photos, behind the intervals of masks
 
