@@ -1,6 +1,8 @@
 """Pictures of edges, and the promise that a file is written whole or not at all."""
 
 import builtins
+import colorsys
+import io
 import os
 import sys
 from subprocess import run
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from trace_fast import TraceOutput
-from trace_fast.annotate import overlay, panel, plot_curve, write_picture, write_png
+from trace_fast.annotate import draw_masks, overlay, panel, plot_curve, write_picture, write_png
 
 HEIGHT, WIDTH = 20, 31
 LEVELS = (0, *range(99, 1000, 100))
@@ -25,6 +27,23 @@ def edges():
 @pytest.fixture
 def photo():
     return np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def odd_defaults():
+    """Have torch make other tensors than usual where nobody says which."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def as_png(picture):
+    """The bytes of a PNG file in the level that is fast."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG", compress_level=3)
+    return file.getvalue()
 
 
 def make_output(kl, timestep, timesteps=LEVELS):
@@ -66,6 +85,10 @@ class TestWritePng:
         write_png(tmp_path / "plain.png", edges)
         write_png(tmp_path / "other.png", kind(edges))
         assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+    def test_level(self, edges, tmp_path):
+        write_png(tmp_path / "x.png", edges)
+        assert (tmp_path / "x.png").read_bytes() == as_png(Image.fromarray(np.rint(edges * 255).astype(np.uint8)))
 
     def test_path_may_be_a_string_and_is_replaced(self, edges, tmp_path):
         path = str(tmp_path / "x.PNG")
@@ -150,6 +173,10 @@ class TestWritePicture:
         with Image.open(tmp_path / name) as picture:
             assert (picture.format, picture.size) == (kind, (WIDTH, HEIGHT))
 
+    def test_level(self, photo, tmp_path):
+        write_picture(tmp_path / "x.png", Image.fromarray(photo))
+        assert (tmp_path / "x.png").read_bytes() == as_png(Image.fromarray(photo))
+
     @pytest.mark.parametrize("name", ["x", "x.docx"])
     def test_other_endings(self, photo, tmp_path, name):
         with pytest.raises(
@@ -214,6 +241,77 @@ class TestOverlay:
             ValueError, match=r"^overlay: edges must be finite and in \[0, 1\], got values from 0 to 255"
         ):
             overlay(photo, np.eye(HEIGHT, WIDTH) * 255)
+
+
+def draw_whole(photo, masks):
+    """What `draw_masks` shows, worked out over the whole photo for each mask."""
+    picture = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
+    picture = (picture + picture.mean(dim=0, keepdim=True)) / 2
+    for index in sorted(range(len(masks)), key=lambda k: -masks[k].sum()):
+        mask = torch.from_numpy(masks[index])
+        colour = torch.tensor(colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 0.95))[:, None, None]
+        inside = -torch.nn.functional.max_pool2d(-mask[None].float(), 3, 1, 1)[0] > 0
+        picture = torch.where(mask, torch.lerp(picture, colour, 0.55), picture)
+        picture = torch.where(mask & ~inside, torch.ones(()), picture)
+    return picture.mul(255).round().byte().permute(1, 2, 0).numpy()
+
+
+class TestDrawMasks:
+    @pytest.fixture
+    def masks(self):
+        """Of every kind: boxes, one to each border, all and nothing of the photo, scattered pixels, a single one."""
+        masks = np.zeros((9, HEIGHT, WIDTH), bool)
+        for mask, place in zip(
+            masks,
+            (np.s_[3:9, 5:12], np.s_[:4, 2:20], np.s_[9:, 25:], np.s_[:], np.s_[5:6, :], np.s_[4:17, :7]),
+            strict=False,
+        ):
+            mask[place] = True
+        masks[7] = np.random.default_rng(2).random((HEIGHT, WIDTH)) < 0.6
+        masks[8, 11, 13] = True
+        return masks
+
+    def test_each_mask_has_a_colour_and_an_outline(self, photo, masks):
+        picture = draw_masks(photo, masks)
+        assert (picture.mode, picture.size) == ("RGB", (WIDTH, HEIGHT))
+        np.testing.assert_array_equal(np.array(picture), draw_whole(photo, masks))
+
+    @pytest.mark.parametrize("count", [0, 1, 6])
+    def test_random_masks(self, count):
+        random = np.random.default_rng(count)
+        for height, width in ((16, 16), (17, 33), (48, 21)):
+            masks = random.random((count, height, width)) < random.random((count, 1, 1))
+            photo = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            np.testing.assert_array_equal(np.array(draw_masks(photo, masks)), draw_whole(photo, masks))
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            torch.from_numpy,
+            lambda x: x[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
+            lambda x: np.frombuffer(x.tobytes(), bool).reshape(x.shape),  # read-only
+            lambda x: (x * np.uint8(255)).view(bool),
+            np.asfortranarray,
+        ],
+    )
+    def test_kinds_of_masks(self, photo, masks, kind):
+        np.testing.assert_array_equal(np.array(draw_masks(photo, kind(masks))), np.array(draw_masks(photo, masks)))
+
+    def test_nothing_given_is_changed(self, photo, masks):
+        image, stack = torch.rand(3, HEIGHT, WIDTH), torch.from_numpy(masks)
+        before = image.clone(), stack.clone()
+        draw_masks(image, stack)
+        assert torch.equal(image, before[0]) and torch.equal(stack, before[1])
+
+    @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+    def test_other_dtypes(self, photo, kind):
+        with pytest.raises(TypeError, match=r"^draw_masks: masks must be bool, got float64$"):
+            draw_masks(photo, kind(np.zeros((1, HEIGHT, WIDTH))))
+
+    @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (2, WIDTH, HEIGHT), (1, 1, HEIGHT, WIDTH)])
+    def test_other_shapes(self, photo, shape):
+        with pytest.raises(ValueError, match=r"^draw_masks: masks must be \(M, H, W\) of the image, 1 of 20 x 31, got"):
+            draw_masks(photo, np.zeros(shape, bool))
 
 
 class TestPanel:
@@ -330,3 +428,16 @@ class TestPlotCurve:
             "sys.exit(bool(loaded) or 'matplotlib.pyplot' in sys.modules)"
         )
         assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_defaults_of_torch_do_not_matter(photo, edges, tmp_path, request):
+    masks = np.random.default_rng(3).random((3, HEIGHT, WIDTH)) < 0.5
+
+    def draw():
+        write_png(tmp_path / "x.png", edges)
+        pictures = overlay(photo, edges), draw_masks(photo, masks), panel([photo, edges], ["", ""])
+        return [(tmp_path / "x.png").read_bytes(), *(picture.tobytes() for picture in pictures)]
+
+    before = draw()
+    request.getfixturevalue("odd_defaults")
+    assert draw() == before

@@ -15,6 +15,8 @@ from pycocotools import mask as api
 
 from trace_fast.evaluation import coco
 from trace_fast.evaluation.coco import from_masks, read_instances, read_panoptic, read_results
+from trace_fast.evaluation.masks import NAMES
+from trace_fast.evaluation.report import mask_table
 
 DATA = Path(__file__).parent.parent / "../shared/data/dev_coco"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/dev_coco")
@@ -121,6 +123,8 @@ class TestMasks:
         assert (first.area, first.score, first.iscrowd) == (6, 0.5, False)
         assert (second.area, second.score, second.iscrowd) == (29, -2, True)
         np.testing.assert_array_equal(image.masks(), [BOX, ~BOX])
+        turned = from_masks(np.stack([BOX, ~BOX]).transpose(0, 2, 1)[:, ::-1, ::2])
+        assert [instance.area for instance in turned.instances] == [BOX[::2].sum(), (~BOX[::2]).sum()]
 
     @pytest.mark.parametrize(
         ("masks", "keywords", "error", "message"),
@@ -340,8 +344,11 @@ class TestProblems:
         (tmp_path / "x.json").write_text("{")
         with pytest.raises(ValueError, match=rf"^{read.__name__}: path must be a JSON file, got '.*x.json': Expecting"):
             read(tmp_path / "x.json")
-        with pytest.raises(FileNotFoundError):
+        told = rf"^{read.__name__}: path must be a file that can be read, got"
+        with pytest.raises(FileNotFoundError, match=rf"{told} '.*none\.json': No such file or directory$"):
             read(tmp_path / "none.json")
+        with pytest.raises(IsADirectoryError, match=rf"{told} '.*': Is a directory$"):
+            read(tmp_path)
         with pytest.raises(ValueError, match=rf"^{read.__name__}: path must hold .*, got 3 in the given data$"):
             read(3)
         with pytest.raises(ValueError, match=r"path must hold an object with images and annotations, got \[\] in"):
@@ -462,6 +469,14 @@ class TestPanoptic:
             assert f"{name} must be a readable RGB PNG, got" in line
         assert lines[2].endswith("got mode L")
         assert lines[3].endswith("4.png must be a file of the folder, got none")
+
+
+def test_a_table_has_blanks_where_the_truth_has_nothing():
+    row = dict.fromkeys(NAMES, 0.25) | {"ap_small": np.nan, "intervals": None}
+    nothing = dict.fromkeys(NAMES, np.nan) | {"intervals": {"ap": (np.nan, np.nan)}}
+    _, _, some, none = mask_table({"some": row, "none": nothing}).splitlines()
+    assert some == "| some | 0.250 | 0.250 to 0.250 | 0.250 | 0.250 |  | 0.250 | 0.250 | 0.250 |"
+    assert none == "| none |  |  |  |  |  |  |  |  |"
 
 
 @needs_data

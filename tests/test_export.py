@@ -26,7 +26,7 @@ from trace_fast.export import (
     write_panoptic,
 )
 from trace_fast.formats import MaskSet, semantic_masks
-from trace_fast.propagation import propagate
+from trace_fast.propagation import propagate, seeds
 
 MASKS = np.array([[[1, 1, 0], [1, 0, 0]], [[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]], dtype=bool)
 SCORES = np.array([0.9, 0.1, 0.5])
@@ -237,6 +237,12 @@ class TestRefine:
     def test_what_refine_returns(self, tmp_path, refine, error, message):
         with pytest.raises(error, match=message):
             refine_results(self.results(), tmp_path / "out.json", refine)
+        assert not os.listdir(tmp_path)
+
+    def test_missing_file(self, tmp_path):
+        told = r"^refine_results: path must be a file that can be read, got '.*no\.json': No such file or directory$"
+        with pytest.raises(FileNotFoundError, match=told):
+            refine_results(tmp_path / "no.json", tmp_path / "out.json", None)
         assert not os.listdir(tmp_path)
 
     def test_problems_of_the_file(self, tmp_path):
@@ -524,6 +530,29 @@ class TestSam:
             "input_labels": [[[1], [1]]],
             "input_boxes": [BOXES[:2].tolist()],
         }
+
+    def test_seeds(self):
+        edges = np.zeros((20, 31), np.float32)
+        edges[:, 12] = 1
+        found = seeds(edges, 2, threshold=0.5)
+        assert sam_prompts(found) == sam_prompts(found.points, found.boxes)
+        with pytest.raises(
+            ValueError, match="sam_prompts: boxes must be None with Seeds, which have theirs, got Tensor"
+        ):
+            sam_prompts(found, found.boxes)
+        with pytest.raises(ValueError, match=r"sam_prompts: points must be \(k, 2\), k of at least 1, got \(0, 2\)"):
+            sam_prompts(seeds(np.ones((4, 5), np.float32), 2, threshold=0.5))
+
+    def test_kinds_of_arrays(self):
+        expected = sam_prompts(POINTS, BOXES)
+        for change in (
+            lambda x: x[::-1].copy()[::-1],
+            lambda x: x.astype(">i4"),
+            lambda x: np.broadcast_to(x, x.shape),
+        ):
+            assert sam_prompts(change(POINTS), change(BOXES)) == expected
+        with torch.device("meta"):
+            assert sam_prompts(POINTS, torch.from_numpy(BOXES)) == expected
 
     @pytest.mark.parametrize(
         ("points", "boxes", "error", "message"),

