@@ -23,7 +23,9 @@ SECONDS, ROUNDS = 2.0, 7
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    del machine_info["node"]
+    for name in ("node", "release"):  # of a machine, not of its kind
+        del machine_info[name]
+    machine_info["cpu"].pop("flags", None)
     machine_info["threads"] = torch.get_num_threads()
     machine_info["cores"] = os.cpu_count()
     machine_info["instruction_set"] = _C.instruction_set()
@@ -38,8 +40,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    # of a copy without its history
+    # where there is no git history
     commit_info["id"] = os.environ.get("TRACE_FAST_COMMIT", commit_info["id"])
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    for case in output_json["benchmarks"]:  # thousands of samples, of which the tables need none
+        case["stats"].pop("data", None)
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:

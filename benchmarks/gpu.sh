@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in stages of ten minutes at most, one a call:
+# What needs a GPU, in stages, one a call, each within ten minutes:
 #
 #   benchmarks/gpu.sh kernels      tests on the device, tile tuning, benchmarks of every kernel
 #   benchmarks/gpu.sh backbones    full-size networks with random weights: latency and memory; needs diffusers
@@ -8,7 +8,7 @@
 # Run it in an environment with torch, triton, pytest, pytest-benchmark and a C++ compiler; nothing is downloaded. Results
 # land in benchmarks/results/ (tuning-<gpu>.json, speed-gpu.json, backbones-gpu-<model>.json, gpu-<stage>.log), in the
 # tables of benchmarks/README.md, and weights in build/mini-gpu. A step that fails does not stop the next; the exit status
-# says whether one did. Of a copy without its history, TRACE_FAST_COMMIT says what is measured.
+# says whether one did. Where there is no git history, TRACE_FAST_COMMIT says what is measured.
 set -u
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET TRACE_FAST_BACKEND

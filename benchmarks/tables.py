@@ -72,7 +72,7 @@ def evaluation(results: dict[str, Any]) -> str:
 
 def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool]) -> str:
     """Benchmarks grouped as they were run, fastest first; ratios are to the eager reference of the same run."""
-    machine, commit = results["machine_info"], results["commit_info"]["id"][:7]
+    machine, commit = results["machine_info"], commit_of(results)
     lines = [
         f"Measured on {machine['cpu']['brand_raw']}, {machine['threads']} threads, {machine['instruction_set']}, "
         f"torch {machine['versions']['torch']}, commit `{commit}`, by `{command}`. Memory is what one call adds at "
@@ -93,6 +93,12 @@ def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool])
             memory = "" if info["peak_memory"] is None else f"{info['peak_memory'] / 2**20:.1f}"
             lines.append(f"| {info['provider']} | {median * 1e3:.2f} | {ratio} | {memory} |")
     return "\n".join(lines)
+
+
+def commit_of(results: dict[str, Any]) -> str:
+    """What benchmarks ran on, and whether it was changed."""
+    commit = results["commit_info"]
+    return str(commit["id"])[:7] + (" with changes" if commit.get("dirty") else "")
 
 
 def quality(results: dict[str, Any]) -> str:
@@ -160,7 +166,7 @@ def gpu(results: dict[str, Any] | None) -> str:
         rates = machine["ceilings"]
         lines += [
             f"{machine['gpu']}, torch {versions['torch']}, triton {versions['triton']}, commit "
-            f"`{results['commit_info']['id'][:7]}`. Ceilings of the same run: {rates['flops'] / 1e12:.0f} TFLOP/s, "
+            f"`{commit_of(results)}`. Ceilings of the same run: {rates['flops'] / 1e12:.0f} TFLOP/s, "
             f"{rates['bandwidth'] / 1e12:.2f} TB/s, {rates['exponentials'] / 1e12:.2f} T exponentials/s.",
             "",
         ]
@@ -222,7 +228,7 @@ def backbones(results: list[dict[str, Any]]) -> str:
     """Latency and memory of the full-size backbones on a GPU, in the order of `memory.json`."""
     if not results:
         return "No GPU has run the full-size backbones yet: `benchmarks/gpu.sh backbones` fills the table."
-    machine, commits = results[0]["machine_info"], {run["commit_info"]["id"][:7] for run in results}
+    machine, commits = results[0]["machine_info"], {commit_of(run) for run in results}
     lines = [
         f"{machine['gpu']}, torch {machine['versions']['torch']}, bfloat16, one image, commit "
         f"`{'`, `'.join(sorted(commits))}`, by `benchmarks/gpu.sh backbones`. Random weights prove latency and wiring, "

@@ -416,7 +416,7 @@ class TestPlotCurve:
             return real(name, *arguments)
 
         monkeypatch.setattr(builtins, "__import__", refuse)
-        with pytest.raises(RuntimeError, match=r"needs matplotlib: pip install 'trace_fast\[demo\]'$"):
+        with pytest.raises(RuntimeError, match=r"needs matplotlib: pip install matplotlib$"):
             plot_curve(make_output(kl[:1], [499]))
 
     def test_global_state_is_left_alone(self):

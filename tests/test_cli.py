@@ -271,7 +271,7 @@ class TestRefusals:
     def test_curve_without_matplotlib(self, refuse, monkeypatch):
         monkeypatch.setattr(cli, "find_spec", lambda name: None)
         error = refuse("a.png", "-o", "out", "--curve")
-        assert error == "trace-fast: --curve needs matplotlib: pip install 'trace_fast[demo]'\n"
+        assert error == "trace-fast: --curve needs matplotlib: pip install matplotlib\n"
 
 
 def test_ctrl_c_leaves_whole_files_only(model, tmp_path):
@@ -314,12 +314,12 @@ def test_demo_tells_what_it_needs(call, monkeypatch):
     from trace_fast import demo
 
     def fail(output):
-        raise RuntimeError("demo: scikit-image must be installed: pip install 'trace_fast[demo]'")
+        raise RuntimeError("demo: scikit-image must be installed: pip install scikit-image")
 
     monkeypatch.setattr(demo, "run", fail)
     result = call("demo", "-o", "out")
     assert result.exit_code == 2
-    assert result.stderr == "trace-fast: demo: scikit-image must be installed: pip install 'trace_fast[demo]'\n"
+    assert result.stderr == "trace-fast: demo: scikit-image must be installed: pip install scikit-image\n"
 
 
 def test_backends_prints_the_table(call):

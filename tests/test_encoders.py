@@ -719,7 +719,7 @@ class TestEva:
     def test_without_timm(self, tmp_path, monkeypatch):
         save(eva(), tmp_path / "model")
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(RuntimeError, match=r"needs timm, .* pip install 'trace_fast\[encoders\]', .* fits torch 2"):
+        with pytest.raises(RuntimeError, match=r"needs timm, .* pip install timm, .* fits torch 2"):
             Tracer.from_pretrained(tmp_path / "model", device="cpu")
 
 

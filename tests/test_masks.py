@@ -258,7 +258,7 @@ class TestInputs:
     )
     def test_a_missing_engine_is_named(self, engine, module, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(RuntimeError, match=rf"^mask_ap: needs {engine}: pip install 'trace_fast\[eval\]'$"):
+        with pytest.raises(RuntimeError, match=rf"^mask_ap: needs {engine}: pip install {engine}$"):
             mask_ap([square(0, 0)], [], engine=engine)
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from trace_fast import Tracer
@@ -113,6 +114,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config):
     assert (resumed / "config.json").read_text() == (unbroken / "config.json").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")  # on one core
 def test_workers_change_nothing(config, tmp_path):
     alone, helped = config, replace(config, output=tmp_path / "helped", workers=2)
     pretrain(alone), pretrain(helped)
@@ -266,8 +268,18 @@ def test_the_command_line(photographs, tmp_path, monkeypatch):
 
 def test_a_run_of_another_configuration_is_not_resumed(config):
     pretrain(replace(config, images=4))
-    with pytest.raises(ValueError, match="output must be empty or hold a run of the same configuration"):
-        pretrain(replace(config, seed=1))
+    refusal = "pretrain: output must be empty or hold a run of the same configuration, got "
+    told = f"seed 0 there, 1 here; model.depth 2 there, 3 here in '{config.output / 'state.safetensors'}'"
+    with pytest.raises(ValueError, match=re.escape(refusal + told) + "$"):
+        pretrain(replace(config, seed=1, model=replace(config.model, depth=3)))
+
+
+def test_a_state_of_another_version_is_not_resumed(config):
+    pretrain(replace(config, images=4))
+    state = config.output / "state.safetensors"
+    save_file(load_file(state), state, {"progress": "{}"})
+    with pytest.raises(ValueError, match=r"hold a run of the same configuration, got another version in '.*state"):
+        pretrain(config)
 
 
 def test_a_damaged_state_is_named(config):

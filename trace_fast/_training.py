@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,9 @@ from torch import Tensor
 from trace_fast import _checks
 from trace_fast._files import whole_file
 
-__all__ = ["Process", "State", "trapezoid"]
+__all__ = ["Process", "State", "differences", "read_progress", "require_same", "trapezoid"]
+
+Found = TypeVar("Found")
 
 
 def trapezoid(step: int, done: float, warmup: int, decay: float) -> float:
@@ -59,6 +61,13 @@ class Process:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def gather(self, found: Found) -> list[Found]:
+        """What each has found, the same list for all."""
+        every = [found] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(every, found)
+        return every
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all, in place."""
         if self.count > 1:
@@ -72,6 +81,45 @@ class Process:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 self.sum(parameter.grad)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], place: str = "") -> str:
+    """What differs between two descriptions, such as "rank 64 there, 8 here"; empty where nothing does.
+
+    `place` goes before every name. A name that is missing is None.
+    """
+    told = []
+    for name in dict(there) | dict(here):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            told.append(differences(old, new, f"{place}{name}."))
+        elif old != new:
+            told.append(f"{place}{name} {old} there, {new} here")
+    return "; ".join(filter(None, told))
+
+
+def require_same(op: str, what: str, found: str | None, wanted: str, path: Path) -> None:
+    """Refuse a file of a run whose `what`, as JSON, is another; None is that of another version."""
+    if told := "another version" if found is None else differences(json.loads(found), json.loads(wanted)):
+        raise ValueError(f"{op}: output must be empty or hold a run of the same {what}, got {told} in {str(path)!r}")
+
+
+def read_progress(path: Path, identity: str, op: str) -> dict[str, Any] | None:
+    """Progress of the run whose state a file holds; None where there is no file.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with another identity.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{op}: output must hold a whole state, got {str(path)!r}: {error}") from error
+    require_same(op, "configuration", metadata.get("config"), identity, path)
+    progress: dict[str, Any] = json.loads(metadata["progress"])
+    return progress
 
 
 class State:
@@ -123,21 +171,9 @@ class State:
         Raises:
             ValueError: the file is damaged, or of a run with another identity.
         """
-        if not self.path.exists():
+        if (progress := read_progress(self.path, self.identity, self.op)) is None:
             return None
-        try:
-            with safe_open(self.path, "pt") as stored:
-                metadata = stored.metadata() or {}
-            values = load_file(self.path)
-        except SafetensorError as error:
-            raise ValueError(f"{self.op}: output must hold a whole state, got {str(self.path)!r}: {error}") from error
-        if (found := metadata.get("config")) != self.identity:
-            raise ValueError(
-                f"{self.op}: output must be empty or hold a run of the same configuration, got {found} "
-                f"where this run is {self.identity}"
-            )
-        progress: dict[str, Any] = json.loads(metadata["progress"])
-        tensors = self.tensors()
+        values, tensors = load_file(self.path), self.tensors()
         if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in values.items()}:
             raise ValueError(
                 f"{self.op}: output must be empty or hold a run of this version, got the weights of another in "

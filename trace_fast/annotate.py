@@ -237,7 +237,7 @@ def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) 
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("plot_curve: needs matplotlib: pip install 'trace_fast[demo]'") from error
+        raise RuntimeError("plot_curve: needs matplotlib: pip install matplotlib") from error
 
     levels = output.timesteps[1:].tolist()  # a step belongs to its noisier end
     figure = Figure(figsize=(6, 3.5), layout="constrained")

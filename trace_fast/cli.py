@@ -19,9 +19,6 @@ import typer
 
 __all__ = ["main"]
 
-# what a folder is searched for; a file named on the command line may have any ending
-_ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
 RESAMPLES = 1000  # of the photos, behind the intervals of masks
 
 # what a user, a file or the machine may cause: told in one line, without a traceback
@@ -106,7 +103,7 @@ def edges(
     results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
     _check_results(results)
     if curve and find_spec("matplotlib") is None:
-        _refuse("--curve needs matplotlib: pip install 'trace_fast[demo]'")
+        _refuse("--curve needs matplotlib: pip install matplotlib")
 
     from trace_fast import annotate
     from trace_fast.backbones import has_student
@@ -260,6 +257,9 @@ def distill(
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the photographs.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Photographs in a step, over all processes.")] = 8,
     limit: Annotated[int | None, typer.Option(min=7, help="Only so many photographs, drawn with the seed.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without photographs that are damaged or too small.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
@@ -275,7 +275,8 @@ def distill(
     """Distil a one-step student of a diffusion model from photographs alone. Interrupt it at will, and run it again.
 
     First the search visits every photograph, then the student learns from what it found; DIR/preview.png shows how it
-    goes on, DIR/student is the result. Several GPUs: `accelerate launch -m trace_fast distill ...`.
+    goes on, DIR/student is the result. Photographs may be added or removed between calls: what was found of the others
+    stays good. Several GPUs: `accelerate launch -m trace_fast distill ...`.
     """
     options: dict[str, Any] = dict(locals())
     options |= {name: _parse_size(options[name], name.replace("_", "-")) for name in ("size", "teacher_size")}
@@ -316,6 +317,8 @@ def segment(
     images = _list_images(inputs)
     results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
     _check_results(results)
+    if not threshold:
+        _refuse("--threshold must be above 0, got 0")
     if masks is not None and len(images) != 1:
         _refuse(f"--masks must be of one image, got {len(images)}")
 
@@ -395,7 +398,7 @@ def evaluate(
         typer.Option(
             metavar="NAME|FILE",
             help="Folder of label maps, of mask files or of BSDS .mat files, or a COCO JSON file; "
-            "else the first there is of inst, panoptic, masks, ground_truth.",
+            "else the first there is of inst, panoptic, masks, ground_truth, groundTruth.",
         ),
     ] = None,
     ignore: Annotated[list[int], typer.Option(help="Label of maps that is crowd or void; repeat.")] = [65535],  # noqa: B006
@@ -433,10 +436,14 @@ def evaluate(
         if len(method) > 1 or "@" in method[0]:
             _refuse("--table components must have one --method, a model without a level")
         method = [f"{method[0]}@0", f"{method[0]}@iep", *method[:1] * has_student(method[0])]
+    if not all(threshold):
+        _refuse("--threshold must be above 0, got 0")
     if len(threshold) not in (1, len(method) or 1):
         _refuse(f"--threshold must be given once or {len(method)} times, for each --method")
     if len(files) < len(results):
         _refuse("--results must have a name of its own each: write NAME=FILE")
+    if method and table is None and find_spec("matplotlib") is None:
+        _refuse("--method needs matplotlib for its curves: pip install matplotlib")
     _open_folder(output)
     try:
         photos, problems, notes = open_photos(data, truth, ignore)
@@ -543,14 +550,16 @@ def _parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
 
 
 def _list_images(inputs: list[Path]) -> list[Path]:
-    """Files as they are, folders as their image files by name; each file once."""
+    """Files as they are, whatever their ending, folders as their image files by name; each file once."""
+    from trace_fast.image import ENDINGS
+
     images: list[Path] = []
     for path in inputs:
         if path.is_dir():
             found = sorted(
                 entry
                 for entry in path.iterdir()
-                if entry.suffix.lower() in _ENDINGS and not entry.name.startswith(".") and entry.is_file()
+                if entry.suffix.lower() in ENDINGS and not entry.name.startswith(".") and entry.is_file()
             )
             if not found:
                 _refuse(f"no image files in the folder '{path}'")

@@ -31,7 +31,7 @@ def run(output: Path) -> Path:
     try:
         from skimage import data
     except ImportError:
-        raise RuntimeError("demo: scikit-image must be installed: pip install 'trace_fast[demo]'") from None
+        raise RuntimeError("demo: scikit-image must be installed: pip install scikit-image") from None
     output.mkdir(parents=True, exist_ok=True)
     tracer, detector = Tracer.from_pretrained("mini"), Detector.from_pretrained("mini")
     for name in PHOTOGRAPHS:

@@ -81,7 +81,8 @@ class Detector:
         Args:
             model: name of an embedded student, folder, or repository (owner/name).
             device: where to run; default the GPU where there is one, else the CPU.
-            dtype: of the base model's weights; default bfloat16 on a GPU, float32 on the CPU.
+            dtype: of the base model's weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this
+                package.
             revision: branch, tag or commit of the repository.
             local_files_only: never ask the hub, neither for the student nor for its base.
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import platform
 import sys
 import time
@@ -30,13 +31,13 @@ from tqdm import tqdm
 
 from trace_fast import _checks, annotate
 from trace_fast._files import whole_file
-from trace_fast._training import Process, State, trapezoid
+from trace_fast._training import Process, State, differences, read_progress, require_same, trapezoid
 from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
 from trace_fast.detector import ADAPTER, CONFIG, DECODER, finest, listen, reading, save_student
 from trace_fast.image import resize
-from trace_fast.photographs import Photograph, list_photographs
+from trace_fast.photographs import REFUSAL, Photograph, find_damaged, list_photographs
 from trace_fast.tracer import Tracer
 
 __all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "draw_labels", "pseudo_labels"]
@@ -46,6 +47,7 @@ CRISP = (0.42, 12.0)  # the sharp probability that crisp labels make 0.5, and ho
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every self-attention that is read
 PREVIEW = 6  # photographs of the live picture, which are not trained on
 FLOW_LEVEL = 20  # of rectified flow, where the reconstruction has no gradient at 0
+STATE = "state.safetensors"
 PROGRESS = ("step", "seconds", "recent", "losses")
 
 
@@ -55,6 +57,7 @@ class DistillConfig:
 
     Every random number follows from `seed` and the step, so that a resumed run goes on exactly where it stopped, but
     for what the kernels of a GPU add up in any order. `epochs` may be another number then: the rate follows it.
+    Photographs may be added or removed, too: the search visits only those that it has not seen.
 
     Attributes:
         model: the teacher and the student's base: a name, a repository of the hub, or a folder.
@@ -84,7 +87,8 @@ class DistillConfig:
         decay: last share of the run over which it falls to zero.
         epochs: passes over the photographs.
         batch: photographs in a step, over all processes.
-        limit: only so many photographs, drawn with `seed`.
+        limit: only so many photographs, drawn with `seed`; those that are skipped count.
+        skip_bad: leave out photographs that are damaged or too small, and tell which; else they are refused.
         seed: of everything random.
         dtype: of the training: "float32", "bfloat16" (autocast), or None for bfloat16 on a GPU and float32 on the CPU.
             The base's weights are as `Tracer.from_pretrained` reads them, or float32; adapters and decoder are float32.
@@ -120,6 +124,7 @@ class DistillConfig:
     epochs: float = 10
     batch: int = 8
     limit: int | None = None
+    skip_bad: bool = False
     seed: int = 0
     dtype: str | None = None
     checkpointing: bool = False
@@ -137,6 +142,9 @@ class DistillConfig:
             _checks.integer("distill", name, getattr(self, name), least)
         for name in ("reconstruction", "rate", "decoder_rate", "epochs"):
             _checks.number("distill", name, getattr(self, name), 0)
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"distill: {name} must be finite, got {getattr(self, name)}")
+        _checks.number("distill", "save_minutes", self.save_minutes, 0)
         _checks.number("distill", "interior", self.interior, 0, 1)
         _checks.number("distill", "recolour", self.recolour, 0, 1)
         _checks.number("distill", "decay", self.decay, 0.01, 1)
@@ -154,19 +162,19 @@ class DistillConfig:
         """Refuse a student that this run cannot go on from, as far as its folder tells."""
         assert self.start is not None
         try:
-            found = json.loads((self.start / CONFIG).read_text())["decoder"]
-            ranks = {x.shape[0] for name, x in load_weights(self.start / ADAPTER).items() if ".lora_A." in name}
+            adapter = load_weights(self.start / ADAPTER)
+            ranks = sorted({x.shape[0] for name, x in adapter.items() if ".lora_A." in name})
+            found = {**json.loads((self.start / CONFIG).read_text())["decoder"], "rank": ranks}
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"distill: start must be the folder of a student, got '{self.start}': {error}") from error
-        wanted = {self.rank} if self.rate else set()
-        if found != decoder or ranks != wanted:
+        ranks = [self.rank] if self.rate else []
+        if told := differences(found, {**decoder, "rank": ranks}):
             raise ValueError(
-                f"distill: start must be a student with decoder {decoder} and adapters of rank {sorted(wanted)}, got "
-                f"{found} and {sorted(ranks)}"
+                f"distill: start must be a student with decoder {self.decoder} and adapters of rank {ranks}, got {told}"
             )
 
     def teacher(self) -> str:
-        """What shards of pseudo edges depend on beside their photographs."""
+        """What pseudo edges depend on beside their photograph."""
         names = ("model", "revision", "teacher_size", "size", "timestep", "noising", "seed")
         values = {name: getattr(self, name) for name in names}
         values["dtype"] = "float32" if self.dtype == "float32" else None
@@ -178,7 +186,7 @@ class DistillConfig:
 
         Of a student to start from, the bytes.
         """
-        free = ("images", "output", "edges", "start", "epochs", "device", "save_minutes", "licence")
+        free = ("images", "output", "edges", "start", "epochs", "skip_bad", "device", "save_minutes", "licence")
         values = {name: value for name, value in asdict(self).items() if name not in free}
         if self.start is not None:
             files = [(self.start / name).read_bytes() for name in (DECODER, ADAPTER)]
@@ -308,7 +316,9 @@ def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
 
 
 class Shards:
-    """The pseudo edges of a list of photographs: files of `config.shard` each, whole or not there.
+    """The pseudo edges of a list of photographs: files of up to `config.shard` each, whole or not there.
+
+    A file tells the photographs that it is of. They are found by that, so that others may come and go.
 
     Args:
         config: of the run.
@@ -318,48 +328,52 @@ class Shards:
     def __init__(self, config: DistillConfig, photographs: Sequence[Photograph]):
         self.config, self.photographs = config, photographs
         self.folder = config.edges or config.output / "edges"
-        starts = range(0, len(photographs), config.shard)
-        self.parts = [photographs[start : start + config.shard] for start in starts]
 
-    def path(self, number: int) -> Path:
-        """File of a shard."""
-        return self.folder / f"{number:06d}.safetensors"
-
-    def identity(self, number: int) -> str:
-        """What a shard was made from."""
-        names = "\n".join(photograph.name for photograph in self.parts[number])
-        return hashlib.sha256(f"{self.config.teacher()}\n{names}".encode()).hexdigest()
-
-    def is_done(self, number: int) -> bool:
-        """Whether a shard is there and whole. A damaged one is told, and made again.
+    @functools.cached_property
+    def places(self) -> dict[str, tuple[Path, int]]:
+        """File and row of what was there when this was asked for first. A damaged file is told, and made again.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: a file is of another teacher.
         """
-        path = self.path(number)
-        if not path.is_file():
-            return False
-        try:
-            with safe_open(path, "pt") as stored:
-                made_from = (stored.metadata() or {}).get("identity")
-        except (SafetensorError, OSError) as error:
-            tqdm.write(f"trace-fast: {path} is damaged and made again: {error}", file=sys.stderr)
-            return False
-        if made_from != self.identity(number):
-            raise ValueError(
-                f"distill: output must be empty or hold a run of the same teacher and photographs, got '{path}' of "
-                "another"
-            )
-        return True
+        places: dict[str, tuple[Path, int]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as stored:
+                    metadata = stored.metadata() or {}
+            except (SafetensorError, OSError) as error:
+                tqdm.write(f"trace-fast: {path} is damaged and made again: {error}", file=sys.stderr)
+                continue
+            require_same("distill", "teacher and photographs", metadata.get("teacher"), self.config.teacher(), path)
+            places |= {key: (path, row) for row, key in enumerate(json.loads(metadata["photographs"]))}
+        return places
 
-    def make(self, tracer: Tracer, numbers: Sequence[int]) -> None:
-        """Search the photographs of some shards."""
+    def missing(self) -> list[Photograph]:
+        """Photographs whose pseudo edges are not there.
+
+        Raises:
+            ValueError: files are there, but of other photographs alone, or of another teacher.
+        """
+        missing = [photograph for photograph in self.photographs if photograph.key not in self.places]
+        if self.places and len(missing) == len(self.photographs):
+            raise ValueError(
+                "distill: output must be empty or hold a run of the same teacher and photographs, got others alone in "
+                f"{str(self.folder)!r}"
+            )
+        return missing
+
+    def make(self, tracer: Tracer, photographs: Sequence[Photograph], share: slice = slice(None)) -> None:
+        """Search photographs that are missing; of the files of all of them, only a share is made here."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        total = sum(len(self.parts[number]) for number in numbers)
-        with tqdm(total=total, desc="pseudo edges", unit="image", disable=None) as bar:
-            for number in numbers:
+        taken = {path for path, _ in self.places.values()}
+        paths = (self.folder / f"{number:06d}.safetensors" for number in itertools.count())
+        free = (path for path in paths if path not in taken)
+        starts = range(0, len(photographs), self.config.shard)
+        parts = [(next(free), photographs[start : start + self.config.shard]) for start in starts][share]
+        with tqdm(total=sum(len(part) for _, part in parts), desc="pseudo edges", unit="image", disable=None) as bar:
+            for path, part in parts:
                 strengths, levels = [], []
-                for photograph in self.parts[number]:
+                for photograph in part:
                     traced = tracer(
                         photograph.read(),
                         timestep=self.config.timestep,
@@ -372,20 +386,21 @@ class Shards:
                     levels.append(traced.timestep.cpu())
                     bar.update()
                 tensors = {"abdiv": torch.cat(strengths), "timestep": torch.cat(levels)}
-                with whole_file(self.path(number), "distill") as file:
-                    file.write(save(tensors, {"identity": self.identity(number)}))
+                keys = json.dumps([photograph.key for photograph in part])
+                with whole_file(path, "distill") as file:
+                    file.write(save(tensors, {"teacher": self.config.teacher(), "photographs": keys}))
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """ABDiv (B, h, w) float32 of photographs by their place in the list."""
         rows = []
         for index in indices:
-            number, row = divmod(index, self.config.shard)
-            rows.append(self._open(number).get_slice("abdiv")[row : row + 1])
+            path, row = self.places[self.photographs[index].key]
+            rows.append(self._open(path).get_slice("abdiv")[row : row + 1])
         return torch.cat(rows).float()
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
-    def _open(self, number: int) -> Any:
-        return safe_open(self.path(number), "pt")
+    def _open(self, path: Path) -> Any:
+        return safe_open(path, "pt")
 
 
 class Distillation:
@@ -422,8 +437,7 @@ class Distillation:
         self.losses: list[list[float]] = []  # step, mean Dice loss and mean reconstruction loss since the last entry
         self.steps = max(1, round(config.epochs * (len(photographs) - PREVIEW) / config.batch))
         trained = self.adapters | {f"decoder.{name}": value for name, value in self.decoder.named_parameters()}
-        path = config.output / "state.safetensors"
-        self.state = State(path, trained, self.optimiser, config.identity(), "distill")
+        self.state = State(config.output / STATE, trained, self.optimiser, config.identity(), "distill")
 
     @torch.no_grad()
     def begin_as(self, folder: Path) -> None:
@@ -673,21 +687,47 @@ def check_student(config: DistillConfig, backbone: Backbone) -> None:
         raise ValueError(f"distill: checkpointing must be of a network of diffusers, got {config.model!r}")
 
 
+def in_order(photographs: Sequence[Photograph], seed: int) -> list[Photograph]:
+    """Shuffled with a seed, so that adding or removing one moves no other: by a hash of each one's name."""
+
+    def place(photograph: Photograph) -> bytes:
+        return hashlib.sha256(f"{seed} {photograph.name}".encode(errors="surrogateescape")).digest()
+
+    return sorted(photographs, key=place)
+
+
+def check_count(photographs: Sequence[Photograph]) -> None:
+    """Refuse too few photographs."""
+    if len(photographs) <= PREVIEW:
+        raise ValueError(f"distill: images must be more than {PREVIEW} photographs, got {len(photographs)}")
+
+
+def find_bad(photographs: Sequence[Photograph], config: DistillConfig, process: Process) -> dict[Photograph, str]:
+    """Those that cannot be read, of which each process reads its share: refused, or told once and to be left out."""
+    found = process.gather(find_damaged(photographs[process.share], quiet=process.index > 0))
+    bad = {photograph: told for each in found for photograph, told in each.items()}
+    lines = "\n  ".join(["", *sorted(bad.values())])
+    if bad and not config.skip_bad:
+        raise ValueError(f"{REFUSAL}{len(bad)} damaged or too small; --skip-bad goes on without:{lines}")
+    if bad and process.index == 0:
+        tqdm.write(
+            f"trace-fast: photographs that cannot be read are left out, {len(bad)} of them:{lines}", file=sys.stderr
+        )
+    return bad
+
+
 def distill(config: DistillConfig) -> Path:
     """Distil a student; resume a run found in `config.output`. Returns the student's folder.
 
     Started by `accelerate launch` or `torchrun`, several processes share shards and batches.
 
     Raises:
-        FileNotFoundError, ValueError: the photographs cannot be read, the run found is of another configuration, or the
-            model cannot be distilled.
+        FileNotFoundError, ValueError: photographs cannot be read, all of which are told; the run found is of another
+            configuration; or the model cannot be distilled.
         RuntimeError: the device is not there, or the model does not fit.
     """
-    photographs = list_photographs(config.images)
-    if len(photographs) <= PREVIEW:
-        raise ValueError(f"distill: images must be more than {PREVIEW} photographs, got {len(photographs)}")
-    order = np.random.default_rng(config.seed).permutation(len(photographs))[: config.limit]
-    photographs = [photographs[index] for index in order]
+    photographs = in_order(list_photographs(config.images), config.seed)[: config.limit]
+    check_count(photographs)
     process = Process.join(config.device, "distill")
     if config.batch < process.count:
         raise ValueError(f"distill: batch must be at least the {process.count} processes, got {config.batch}")
@@ -703,10 +743,15 @@ def distill(config: DistillConfig) -> Path:
 
     config.output.mkdir(parents=True, exist_ok=True)
     shards = Shards(config, photographs)
-    mine = range(process.index, len(shards.parts), process.count)
-    if missing := [number for number in mine if not shards.is_done(number)]:
+    missing = shards.missing()
+    read_progress(config.output / STATE, config.identity(), "distill")  # refused now, not after the search
+    if missing:
         teacher = tracer(config.teacher_size or config.size)
         check_student(config, teacher.backbone)
-        shards.make(teacher, missing)
-    process.wait()
+        bad = find_bad(missing, config, process)
+        photographs, missing = ([each for each in some if each not in bad] for some in (photographs, missing))
+        check_count(photographs)
+        shards.make(teacher, missing, process.share)
+        del teacher  # the student takes its place
+        process.wait()
     return Distillation(config, tracer(config.size), photographs, process).run()

@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     # one image, or a (B, C, H, W) tensor of several
     Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "OUTPUT_TYPES", "check_output_type", "from_tensor", "resize", "to_tensor"]
+__all__ = [
+    "ENDINGS",
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "OUTPUT_TYPES",
+    "check_output_type",
+    "from_tensor",
+    "resize",
+    "to_tensor",
+]
 
+# what folders are searched for
+ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE = 16  # smallest accepted side, in pixels
 MAX_PIXELS = 178_956_970  # largest accepted image: where Pillow refuses a file as a decompression bomb
 OUTPUT_TYPES = ("np", "pt", "pil")

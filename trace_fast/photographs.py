@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
-from trace_fast.image import to_tensor
+from trace_fast.image import ENDINGS, to_tensor
 
-__all__ = ["Photograph", "list_photographs"]
+__all__ = ["Photograph", "find_damaged", "list_photographs"]
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+REFUSAL = "photographs must be readable, got "
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,28 @@ class Photograph:
     start: int = 0
     length: int | None = None
 
+    @property
+    def key(self) -> str:
+        """Name and length, by which files of results know it: another file of the same name is seldom as long."""
+        return f"{self.name} {self.length}"
+
     def read(self) -> Tensor:
         """Its pixels, (1, 3, H, W) float32 in [0, 1].
 
         Raises:
             ValueError: it cannot be read; the message names it.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
-                content = file.read() if self.length is None else file.read(self.length)
+                content = file.read(self.length)
             return to_tensor(Image.open(io.BytesIO(content)))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"photographs must be readable, got {self.name} in {str(self.path)!r}: {error}") from error
+        except Exception as error:  # each format's reader fails in its own way on damaged bytes
+            # Pillow's own words are of an object in memory
+            reason = "Pillow cannot read it" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{REFUSAL}{self.name} in {str(self.path)!r}: {reason}") from error
 
 
 def list_photographs(folder: Path) -> list[Photograph]:
@@ -61,20 +70,34 @@ def list_photographs(folder: Path) -> list[Photograph]:
     found: list[Photograph] = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            found.append(Photograph(name, path))
+        if path.suffix.lower() in ENDINGS and path.is_file():
+            found.append(Photograph(name, path, length=path.stat().st_size))
         elif path.suffix == ".tar":
             try:
                 with tarfile.open(path, "r:") as archive:
                     found += [
                         Photograph(f"{name}/{member.name}", path, member.offset_data, member.size)
                         for member in archive
-                        if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES
+                        if member.isfile() and Path(member.name).suffix.lower() in ENDINGS
                     ]
             except tarfile.TarError as error:
-                raise ValueError(
-                    f"photographs must be readable, got a damaged tar file {str(path)!r}: {error}"
-                ) from error
+                raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error
     if not found:
         raise ValueError(f"photographs must hold image files, got none in {str(folder)!r}")
     return sorted(found, key=lambda photograph: photograph.name)
+
+
+def find_damaged(photographs: Iterable[Photograph], quiet: bool = False) -> dict[Photograph, str]:
+    """Those that are damaged or too small, and what is wrong with each: all are read, before hours of work.
+
+    Args:
+        photographs: to read.
+        quiet: show no progress.
+    """
+    found = {}
+    for photograph in tqdm(photographs, desc="checking photographs", unit="image", disable=True if quiet else None):
+        try:
+            photograph.read()
+        except ValueError as error:
+            found[photograph] = str(error).removeprefix(REFUSAL)
+    return found

@@ -53,7 +53,9 @@ class PretrainConfig:
         large_every: every so many steps, one is at the large size.
         collages: share of every batch made of fragments of several photographs.
         levels: exponent of the noise levels drawn, 1000 u^levels with u uniform: 1 for all alike, more for lower ones.
-        rate: peak learning rate of AdamW; warmed up over `warmup` steps, linear to zero over the last `decay` share.
+        rate: peak learning rate of AdamW.
+        warmup: steps over which it rises.
+        decay: last share of the run over which it falls to zero.
         ema: decay of the moving average of the weights; the average is what is kept.
         seed: of everything random.
         compile: whether the network is compiled: two minutes at first, then a quarter less for each step on a CPU.
@@ -62,6 +64,7 @@ class PretrainConfig:
         save_minutes: time between two states to resume from.
         minutes: time after which a call stops, to go on in another; None for no limit.
         licence: of the photographs, for the model card.
+        model: architecture.
     """
 
     photographs: Path
@@ -88,14 +91,14 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _checks.number("pretrain", "collages", self.collages, 0, 1)
-        _checks.number("pretrain", "levels", self.levels, 1)
-        _checks.number("pretrain", "rate", self.rate, 0)
+        _checks.number("pretrain", "levels", self.levels, 1, 100)
+        _checks.number("pretrain", "rate", self.rate, 0, 1)
         _checks.integer("pretrain", "workers", self.workers, 0)
         if self.start is not None and not (self.start / WEIGHTS).is_file():
             raise FileNotFoundError(f"pretrain: start must be a folder with {WEIGHTS}, got '{self.start}'")
 
     def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs, how fast, and how far.
+        """What a resumed run must share with the run before: all but where it runs and how far.
 
         Of weights to start from, the bytes.
         """

@@ -68,7 +68,7 @@ def propagate(
             part by IRNet's random walk (radius 5, beta 10, 256 steps, on at most 128 pixels a side), which goes round
             gaps in edges but no farther than the walk does. Where no edge divides two classes, pixels that neither mask
             had go to the class whose walk brings more there.
-        iou: above which masks are united, in (0, 1].
+        iou: above which masks are united, in [0, 1].
         classes: (M,) integers; masks are completed and united within a class alone. None takes those that the masks
             have, if they have any.
         min_area: smallest part, in pixels; None is 0.05 % of the image.
@@ -203,7 +203,7 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
     try:
         from scipy import ndimage
     except ImportError as error:
-        raise RuntimeError("seeds: needs scipy: pip install 'trace_fast[eval]'") from error
+        raise RuntimeError("seeds: needs scipy: pip install scipy") from error
 
     regions, count, _ = partition(barrier)
     area = torch.bincount(regions.flatten(), minlength=count + 1)

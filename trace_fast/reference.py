@@ -5,7 +5,7 @@ Sizes: B batch, H heads, d channels per head, h x w token grid, N = h * w tokens
 Regions and masks: M masks, H x W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -500,29 +500,32 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
 def count_matches(
     edges: Tensor,
     truths: Tensor,
-    thresholds: Tensor,
+    thresholds: Tensor | Sequence[float],
     distance: float,
     *,
-    ignored: Tensor,
-    groups: Tensor,
-    num_groups: int,
-    thinning: bool,
+    ignored: Tensor | None = None,
+    groups: Tensor | None = None,
+    num_groups: int = 1,
+    thinning: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.count_matches`.
 
     Args:
         edges: (H, W) float.
         truths: (A, H, W) bool.
-        thresholds: (T,) float.
+        thresholds: (T,) float, or a sequence.
         distance: in pixels.
-        ignored: (H, W) bool.
-        groups: (A, H, W) uint8.
+        ignored: (H, W) bool; None for nowhere.
+        groups: (A, H, W) uint8; None for one group.
         num_groups: G.
         thinning: whether pixels above a threshold are thinned.
 
     Returns:
         (T, 6) int64 and (T, G) int64.
     """
+    ignored = torch.zeros_like(edges, dtype=torch.bool) if ignored is None else ignored
+    groups = torch.zeros_like(truths, dtype=torch.uint8) if groups is None else groups
+    thresholds = torch.as_tensor(thresholds, dtype=edges.dtype)
 
     def near(mask: Tensor) -> Tensor:
         lengths = torch.cdist(torch.ones_like(mask).nonzero().double(), mask.nonzero().double())

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `trace_fast.kernels`; none yet."""
+"""Triton kernels, installed as `trace_fast.kernels`: attention and divergence."""

@@ -25,7 +25,7 @@ class LatentBackbone:
 
     Args:
         network: a UNet or transformer.
-        vae: `AutoencoderKL` of its pipeline.
+        vae: `AutoencoderKL` or `AutoencoderTiny` of its pipeline.
         schedule: what its levels mean.
         null_text: what it takes for the empty prompt, by name, each with a batch of 1.
         settings: how it is traced.

@@ -307,7 +307,7 @@ def check_timm(model: str) -> None:
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(
-            f"load: {model} needs timm, which cannot be imported ({reason}): pip install 'trace_fast[encoders]', with "
+            f"load: {model} needs timm, which cannot be imported ({reason}): pip install timm, with "
             f"a torchvision that fits torch {torch.__version__}"
         ) from error
 

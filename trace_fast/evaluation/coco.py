@@ -386,7 +386,7 @@ def mask_api(op: str) -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise RuntimeError(f"{op}: needs pycocotools: pip install 'trace_fast[eval]'") from error
+        raise RuntimeError(f"{op}: needs pycocotools: pip install pycocotools") from error
     return mask
 
 

@@ -150,7 +150,7 @@ def _evaluate(pairs: list[tuple[ImageInstances, ImageInstances | None]], engine:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise RuntimeError(f"mask_ap: needs {engine}: pip install 'trace_fast[eval]'") from error
+        raise RuntimeError(f"mask_ap: needs {engine}: pip install {engine}") from error
     truth, results = COCO(), COCO()
     truth.dataset, results.dataset = (_dataset(images) for images in zip(*pairs, strict=True))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

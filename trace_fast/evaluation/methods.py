@@ -143,7 +143,7 @@ def _prepare_sobel() -> Callable[[np.ndarray], np.ndarray]:
     try:
         from skimage import filters
     except ImportError as error:
-        raise RuntimeError("evaluate: sobel needs scikit-image: pip install 'trace_fast[eval]'") from error
+        raise RuntimeError("evaluate: sobel needs scikit-image: pip install scikit-image") from error
     sigma = 2.0
 
     def run(grey: np.ndarray) -> np.ndarray:
@@ -159,7 +159,7 @@ def _prepare_canny() -> Callable[[np.ndarray], np.ndarray]:
     try:
         import cv2
     except ImportError as error:
-        raise RuntimeError("evaluate: canny needs OpenCV: pip install 'trace_fast[eval]'") from error
+        raise RuntimeError("evaluate: canny needs OpenCV: pip install opencv-python-headless") from error
     largest = 1443.0  # of the gradient of 8-bit images
 
     def run(grey: np.ndarray) -> np.ndarray:

@@ -170,7 +170,7 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("evaluate: needs matplotlib: pip install 'trace_fast[demo]'") from error
+        raise RuntimeError("evaluate: needs matplotlib: pip install matplotlib") from error
 
     figure = Figure(figsize=(6.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))

@@ -21,6 +21,7 @@ import torch
 
 from trace_fast import ops
 from trace_fast.evaluation import coco
+from trace_fast.image import ENDINGS
 
 __all__ = ["GROUPS", "NEIGHBOURS", "SIDES", "SIZES", "Contours", "Photo", "contours_of", "layers_of", "open_photos"]
 
@@ -34,7 +35,6 @@ AREAS = (32**2, 96**2)
 
 CROWD = 65535
 TRUTHS = ("inst", "panoptic", "masks", "ground_truth", "groundTruth")
-IMAGES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def open_photos(
     if not places:
         raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
     images = folder / "images" if (folder / "images").is_dir() else folder
-    files = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGES) if images.is_dir() else []
+    files = sorted(path for path in images.iterdir() if path.suffix.lower() in ENDINGS) if images.is_dir() else []
     shown, problems = _by_name(files, "image files")
     if places[0].suffix == ".json":
         photos, lost = _from_coco(places[0], images)
@@ -276,7 +276,7 @@ def _from_labels(path: Path, ignore: Sequence[int]) -> tuple[np.ndarray, np.ndar
 
 def _from_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Likewise, from one mask a file."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
     masks = [_pixels(path) for path in files]
     masks = [mask.max(-1) > 0 if mask.ndim == 3 else mask > 0 for mask in masks]
     if len(shapes := {mask.shape for mask in masks}) != 1:

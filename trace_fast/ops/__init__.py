@@ -1,6 +1,7 @@
-"""The ops: checked, registered with torch and served by the implementation `trace_fast.backends()` names.
+"""The ops: checked, and served by the implementation that `trace_fast.backends()` names, registered with torch.
 
-Same names and signatures as `trace_fast.reference`, which is their specification.
+Those on contours are for scoring, on the CPU alone: plain functions of the native core or the reference. Same names and
+signatures as `trace_fast.reference`, which is their specification.
 """
 
 from trace_fast.ops.attention import (

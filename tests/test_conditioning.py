@@ -1,0 +1,70 @@
+"""What a network is told beside the latent: by its own pipeline, and by a backbone, at a size that is not square."""
+
+import inspect
+
+import diffusers
+import pytest
+import torch
+from tiny import SIZE, pipeline, pixart
+
+from trace_fast.backbones import backbone_of
+
+# of diffusers' own call of the hub
+pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+
+FAMILIES = ("sd15", "sdxl", "pixart", "pixart-1024", "sd3.5-large", "flux.1-dev")
+
+
+def told(network, call):
+    """Arguments of a network's one call, by name, those of dictionaries by theirs; nothing for None."""
+    calls = []
+
+    def note(module, args, kwargs):
+        calls.append(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        handle.remove()
+    (arguments,) = calls
+    values = {}
+    for name, value in arguments.items():
+        values |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_tells_a_network_what_its_pipeline_does(family, tmp_path):
+    pipe = pipeline(family.removesuffix("-1024"), tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    if not family.startswith(("sd3", "flux")):  # a sampler that can do with one step
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    if family == "pixart-1024":  # which is told sizes
+        pipe.transformer = pixart(128)[0]["transformer"].eval()
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    backbone = backbone_of(pipe, size=SIZE)
+    prompt = {"prompt": ""}
+    if family == "sdxl":  # its empty prompt is zeros where it is the negative one
+        pipe.text_encoder_2.config.projection_dim = backbone.null_text["text_embeds"].shape[1]
+        names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+        prompt = {names[name]: x for name, x in backbone.null_text.items()}
+    options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 1, "guidance_scale": 1.0}
+    if family.startswith("pixart"):
+        options["use_resolution_binning"] = False
+    expected = told(network, lambda: pipe(**prompt, **options, output_type="latent"))
+
+    sample = expected.get("sample", expected.get("hidden_states"))
+    if family == "flux.1-dev":  # which is given patches in a row
+        height, width = (side // 2 // 2 for side in SIZE)
+        sample = sample.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+        sample = sample.flatten(4, 5).flatten(2, 3)
+    level = pipe.scheduler.timesteps[:1]
+    found = told(network, lambda: backbone.predict(sample, level))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        one, other = torch.broadcast_tensors(found[name], value)
+        # embedded twice, in batches of other sizes
+        close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+        torch.testing.assert_close(one, other, **close, msg=lambda text, name=name: f"{name}: {text}")
