@@ -23,7 +23,7 @@ test-matrix: $(VENV)/installed
 	  $$folder/bin/pip install -q $(TORCH) torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])') \
 	    diffusers==$$1 transformers==$$2 peft==$$3 triton pytest tqdm typer setuptools pybind11 ninja; \
 	  $$folder/bin/pip install -q --no-deps --no-build-isolation .; \
-	  $$folder/bin/python -m pytest -q -p no:cacheprovider tests/test_backbones.py; \
+	  $$folder/bin/python -m pytest -q -p no:cacheprovider tests/test_backbones.py tests/test_conditioning.py; \
 	done
 
 bench: $(VENV)/installed
