@@ -9,7 +9,7 @@ import torch
 from tiny import SIZE, pipeline
 
 import trace_fast
-from trace_fast import Tracer
+from trace_fast import Tracer, backbones
 from trace_fast.backbones import backbone_of, loading
 
 # of diffusers' own call of the hub
@@ -133,6 +133,15 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
     null_text = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
     assert null_text["encoder_hidden_states"].shape[:2] == (1, 120)
     assert null_text["encoder_attention_mask"].sum() == 1  # the token that ends the prompt
+
+
+def test_a_network_that_is_not_known_is_told(saved, family, monkeypatch):
+    _, folder = saved
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    kind = json.loads((folder / part / "config.json").read_text())["_class_name"]
+    monkeypatch.delitem(backbones.PIPELINES, kind)
+    with pytest.raises(ValueError, match=f"load: model must be of one of .*, got {kind} in "):
+        Tracer.from_pretrained(folder, device="cpu", size=SIZE)
 
 
 def test_what_cannot_be_loaded_is_told(saved, family, monkeypatch):

@@ -127,7 +127,8 @@ def load_backbone(
     if is_encoder(str(model), **hub):
         network, colours = load_encoder(str(model), device=device, dtype=dtype, offload=offload, **hub)
         return place(encoder_of(network, size=size, **colours), device, offload)
-    pipe, embedded = load_pipeline(str(model), device=device, dtype=dtype, offload=offload, null_text=null_text, **hub)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload, "null_text": null_text, **hub}
+    pipe, embedded = load_pipeline(str(model), PIPELINES, **options)
     return place(backbone_of(pipe, embedded, size), device, offload)
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from trace_fast._files import whole_file
 from trace_fast.backbones.base import Backbone
+from trace_fast.backbones.latent import network_of
 from trace_fast.backbones.registry import MODELS
 
 __all__ = ["OFFLOADS", "is_encoder", "is_student", "load_encoder", "load_pipeline", "null_text_file", "place"]
@@ -47,6 +48,7 @@ PREFIXES = {
 
 def load_pipeline(
     model: str,
+    families: Mapping[str, Any],
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -62,6 +64,7 @@ def load_pipeline(
 
     Args:
         model: a name of `registry.MODELS`, a repository of the hub, or a local folder in the same layout.
+        families: `LatentBackbone` classes by the class of their network.
         dtype: of the weights.
         device: where they will go, which must have room for them; they stay in main memory here.
         offload: how they will get there, see `Tracer.from_pretrained`.
@@ -107,7 +110,11 @@ def load_pipeline(
         if null_text is None:
             null_text = kept_null_text(cached, source)
         if null_text is None:
-            null_text = embed_nothing(diffusers, source, index, pipe, options)
+            family = families.get(type(network_of(pipe)).__name__)
+            if family is None:
+                kind = type(network_of(pipe)).__name__
+                raise ValueError(f"load: model must be of one of {', '.join(families)}, got {kind} in {source!r}")
+            null_text = embed_nothing(diffusers, family, source, index, pipe, options)
             cached.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(cached, "load") as file:
                 file.write(save(null_text, {"encoders": encoder_files(source)}))
@@ -117,13 +124,9 @@ def load_pipeline(
 
 
 def embed_nothing(
-    diffusers: Any, source: str, index: dict[str, Any], pipe: SimpleNamespace, options: dict[str, Any]
+    diffusers: Any, family: Any, source: str, index: dict[str, Any], pipe: SimpleNamespace, options: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The empty prompt through the model's own pipeline, whose text encoders are loaded where needed, and freed."""
-    from trace_fast.backbones import PIPELINES
-    from trace_fast.backbones.latent import network_of
-
-    family = PIPELINES[type(network_of(pipe)).__name__]
     whole = pipe
     if family.needs_encoders(pipe):
         kind = getattr(diffusers, str(index.get("_class_name")), None)
