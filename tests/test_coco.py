@@ -13,8 +13,8 @@ from PIL import Image
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
 from pycocotools import mask as api
 
-from trace_fast.evaluation import coco
-from trace_fast.evaluation.coco import from_masks, read_instances, read_panoptic, read_results
+from trace_fast import coco
+from trace_fast.coco import from_masks, read_instances, read_panoptic, read_results
 from trace_fast.evaluation.masks import NAMES
 from trace_fast.evaluation.report import mask_table
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as api
 from pycocotools.coco import COCO
 
-from trace_fast.evaluation.coco import read_panoptic, read_results
+from trace_fast.coco import read_panoptic, read_results
 from trace_fast.export import (
     panoptic_segments,
     refine_results,

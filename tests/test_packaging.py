@@ -65,6 +65,11 @@ def test_sdist_holds_what_a_build_needs(sdist):
     assert [name for name in needed if not (sdist / name).is_file()] == []
 
 
+def test_sdist_holds_no_tests(sdist):
+    # setuptools takes test_*.py by itself, without the modules that they share
+    assert not (sdist / "tests").exists()
+
+
 def test_wheel_installs_one_package(wheel):
     assert {name.split("/")[0] for name in wheel} == {"trace_fast", "trace_fast-0.1.0.dist-info"}
     native = next(name for name in wheel if name.startswith("trace_fast/_C.") and name.endswith((".so", ".pyd")))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from trace_fast.evaluation.coco import read_panoptic
+from trace_fast.coco import read_panoptic
 from trace_fast.evaluation.panoptic import PanopticQuality, Quality, panoptic_quality
 
 ISTHING = {1: True, 2: True, 3: False, 7: False}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast import _checks
+from trace_fast import _checks, coco
 from trace_fast._files import whole_file
 from trace_fast.formats import MaskSet, areas, as_labels, as_scores, as_tensor, boxes, open_masks, paint, xywh
 from trace_fast.propagation import Seeds
@@ -82,7 +82,7 @@ def refine_results(
 
     Args:
         path: a JSON file with a list of results, or with images and annotations, or what it holds, as
-            `evaluation.coco.read_results` takes it.
+            `coco.read_results` takes it.
         out: the JSON file to write; replaced if it exists. Of a file with annotations, what else is in it is kept, the
             sizes of images that MaskCut exchanged are put right, and annotations, with id, image_id, category_id,
             segmentation, bbox, area, iscrowd 0 and score, are numbered from 1.
@@ -104,8 +104,6 @@ def refine_results(
         >>> refine_results("cutler.json", "refined.json", refine)
     """
     from tqdm import tqdm
-
-    from trace_fast.evaluation import coco
 
     op = "refine_results"
     data, _ = coco.load_json(op, path, lists=True)
@@ -341,8 +339,6 @@ def _records(
     area: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The masks of an image as results, or, with their area, as annotations of COCO's form."""
-    from trace_fast.evaluation import coco
-
     number = _image_id(op, image_id)
     found, _ = open_masks(masks, size)
     count = len(found.masks)

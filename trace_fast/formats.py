@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast import _checks
+from trace_fast import _checks, coco
 
 __all__ = ["MaskSet", "open_masks", "semantic_masks"]
 
@@ -415,8 +415,6 @@ def _read_parts(parts: Sequence[Any], records: bool, size: tuple[int, int] | Non
 
 
 def _from_coco(part: Any, name: str, size: tuple[int, int] | None) -> Tensor:
-    from trace_fast.evaluation import coco
-
     api = coco.mask_api("open_masks")
     if size is None and not isinstance(part, Mapping):
         raise ValueError("open_masks: size must be given with polygons, got None")
@@ -431,8 +429,6 @@ def _from_coco(part: Any, name: str, size: tuple[int, int] | None) -> Tensor:
 
 def _write_parts(masks: Tensor, likes: Sequence[Any]) -> list[Any]:
     """Masks (K, H, W) bool, each in the form of its like."""
-    from trace_fast.evaluation import coco
-
     arrays = [isinstance(like, (np.ndarray, Tensor)) for like in likes]
     encoded = [index for index, array in enumerate(arrays) if not array]
     rles = iter(coco.from_masks(masks[encoded].cpu().numpy()).instances if encoded else ())
@@ -452,8 +448,6 @@ def _write_parts(masks: Tensor, likes: Sequence[Any]) -> list[Any]:
 
 
 def _category(entry: Mapping[str, Any], index: int) -> int:
-    from trace_fast.evaluation import coco
-
     try:
         return coco.integer(entry, "category_id")
     except ValueError as problem:

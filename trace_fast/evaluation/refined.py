@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from trace_fast import coco
 from trace_fast._files import whole_file
-from trace_fast.evaluation import coco
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.run import over_photos, place_of, read_kept, stamp_of
 from trace_fast.evaluation.truth import Photo

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trace_fast import ops
-from trace_fast.evaluation import coco
+from trace_fast import coco, ops
 from trace_fast.image import ENDINGS
 
 __all__ = ["GROUPS", "NEIGHBOURS", "SIDES", "SIZES", "Contours", "Photo", "contours_of", "layers_of", "open_photos"]
