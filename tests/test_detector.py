@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import trace_fast
 from trace_fast import Detector, Tracer, cli
-from trace_fast.backbones import has_student, loading
+from trace_fast.backbones import has_student, load_backbone, loading
 from trace_fast.decoder import Taps
 from trace_fast.detector import finest, listen, merge, reading
 
@@ -179,6 +179,21 @@ class TestRoundTrip:
         assert all(torch.equal(second.backbone.null_text[name], x) for name, x in changed.items())
         images = torch.rand(1, 3, *SIZE)
         assert not torch.equal(first.predict(images, None), second.predict(images, None))  # it is used
+
+    @pytest.mark.parametrize("revision", ["abc123", None])
+    def test_the_base_is_read_at_the_revision_that_was_distilled(self, copied, monkeypatch, revision):
+        config = json.loads((copied / "config.json").read_text())
+        config["base"]["revision"] = revision
+        (copied / "config.json").write_text(json.dumps(config))
+        asked = []
+
+        def load(model, **options):
+            asked.append((model, options["revision"]))
+            return load_backbone(model, **options)
+
+        monkeypatch.setattr("trace_fast.detector.load_backbone", load)
+        Detector.from_pretrained(copied, device="cpu", revision="main")  # which is the student's own
+        assert asked == [(config["base"]["model"], revision)]
 
     def test_a_base_with_a_student_inside_is_read_as_one(self, students):
         images = photograph()
@@ -635,9 +650,7 @@ class TestStages:
 
     @pytest.mark.parametrize("dtype", ["float16", torch.float64])
     def test_a_dtype_that_is_none(self, dtype):
-        with pytest.raises(
-            TypeError, match=r"load: dtype must be torch\.float32 or .* torch\.float16, got"
-        ):
+        with pytest.raises(TypeError, match=r"load: dtype must be torch\.float32 or .* torch\.float16, got"):
             Detector.from_pretrained(device="cpu", dtype=dtype)
 
     @pytest.mark.parametrize("stage", [0, 3, "2", True, [1]])

@@ -11,7 +11,9 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
+from tiny import embedded, student
 from typer.testing import CliRunner
 
 pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
@@ -266,6 +268,23 @@ class TestGoingOn:
         assert (result.exit_code, len(counted)) == (0, 2 if place == "maps" else 1)  # no contour is left in p5
         after = json.loads((tmp_path / "out" / "report.json").read_text())
         assert before["methods"]["m"]["ods"] > after["methods"]["m"]["ods"]
+
+    @pytest.mark.usefixtures("no_pictures")
+    @pytest.mark.parametrize(
+        ("level", "changed"),
+        [("@0", "model.safetensors"), ("", "student/lora.safetensors"), ("", "student/decoder.safetensors")],
+    )
+    def test_with_a_model_that_was_trained_on(self, call, tmp_path, counted, level, changed):
+        make_photo(tmp_path / "data", "a", height=20, width=31)
+        model = embedded(tmp_path / "model")
+        student(model / "student", model, (32, 48))
+        arguments = ("--data", "data", "-o", "out", "--method", f"m={model}{level}", "--device", "cpu")
+        for _ in range(2):
+            assert call(*arguments).exit_code == 0
+        assert len(counted) == 1
+        save_file({name: 1.1 * x for name, x in load_file(model / changed).items()}, model / changed)
+        assert call(*arguments).exit_code == 0
+        assert len(counted) == 2
 
 
 class TestBadData:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import trace_fast
-from trace_fast import ops, propagation
+from trace_fast import ops, propagation, reference
 from trace_fast.formats import MaskSet
 
 
@@ -56,6 +56,30 @@ def test_flood_fills_regions_exactly():
     assert out.sum() == out.any(0).sum()  # the barrier is claimed once
 
 
+def test_a_region_is_filled_from_that_share_on():
+    edges, labels = cross()
+    mask = (labels == 1)[None]
+    mask[:, 10:] = False  # 300 of the region's 600 pixels
+    filled = trace_fast.propagate(mask, edges, threshold=0.5, cover=0.5)
+    assert np.array_equal(filled[0] & (edges == 0), (labels == 1) & (edges == 0))
+    assert np.array_equal(trace_fast.propagate(mask, edges, threshold=0.5, cover=0.51), mask)
+
+
+def test_an_edge_of_just_the_threshold_separates():
+    edges = cross()[0] * np.float32(0.7)
+    mask = np.ones((1, 40, 60), bool)
+    for threshold, count in ((0.7, 4), (0.71, 1)):
+        assert len(trace_fast.propagate(mask, edges, threshold=threshold)) == count
+        assert len(trace_fast.instances(edges, threshold=threshold)[0]) == count
+
+
+def test_masks_are_united_above_the_iou():
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 2:12, 2:12], masks[1, 2:12, 2:7] = True, True  # half of the other
+    for limit, count in ((0.49, 1), (0.5, 2)):
+        assert len(trace_fast.propagate(masks, cross()[0], threshold=0.5, iou=limit)) == count
+
+
 def test_a_leak_does_not_flood_the_image():
     edges, labels = cross()
     edges[10, 30] = 0  # a gap
@@ -93,6 +117,13 @@ def test_crumbs_do_not_become_masks():
     small = np.zeros((1, 40, 60), bool)
     small[0, 3:5, 3:5] = True
     assert np.array_equal(trace_fast.propagate(small, edges, threshold=0.5, min_area=50), small)
+
+
+def test_the_smallest_part_is_a_share_of_the_image():
+    edges = np.zeros((80, 100), np.float32)
+    edges[1, :9] = edges[0, [4, 8]] = 1  # 4 pixels, which are 0.05 %, and 3
+    assert len(trace_fast.instances(edges, threshold=0.5)[0]) == 2
+    assert len(trace_fast.propagate(np.ones((1, 80, 100), bool), edges, threshold=0.5)) == 2
 
 
 def test_scores_follow_shares_of_area():
@@ -158,6 +189,25 @@ def test_classes_that_no_edge_divides_keep_to_themselves(mode):
         assert np.array_equal(out[0], out[1, :, ::-1])
         alone = trace_fast.propagate(mask, edges, threshold=0.5, mode=mode)
         assert (alone.sum((1, 2)) > out.sum((1, 2)).max()).all()  # of one class, they go as far as they will
+
+
+def test_a_walk_ends_at_half_of_its_greatest_density():
+    generator = torch.Generator().manual_seed(0)
+    edges = 0.6 * torch.rand(23, 41, generator=generator, dtype=torch.float64)
+    masks = torch.zeros(2, 23, 41, dtype=torch.bool)
+    masks[0, 3:12, 4:9], masks[1, 8:20, 25:37] = True, True
+    density = reference.random_walk(masks.double(), edges, radius=5, beta=10, steps=256)
+    expected = masks | (density > density.amax((1, 2), keepdim=True) / 2)
+    assert (expected.sum((1, 2)) > 2 * masks.sum((1, 2))).all() and not expected.all(0).any()
+    found = propagation.complete_walk(masks, edges.float(), torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(found, expected)
+
+
+def test_a_thin_edge_holds_a_walk_back_in_a_large_image():
+    edges, mask = np.zeros((20, 640), np.float32), np.zeros((1, 20, 640), bool)
+    edges[:, 600], mask[..., :600] = 1, True
+    out = trace_fast.propagate(mask, edges, threshold=0.5, mode="walk")
+    assert not out[..., 605:].any()  # a pixel of the walk is 5 x 5
 
 
 def test_a_walk_leaves_to_another_class_what_it_had():

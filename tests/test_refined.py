@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
 
+import trace_fast
 from trace_fast import annotate, cli
 from trace_fast.evaluation import methods, refined, run
 from trace_fast.evaluation.truth import contours_of, open_photos
@@ -142,6 +143,22 @@ def test_other_masks_are_refined_anew(data, baseline, tmp_path):
             assert max((mask & other).sum() / (mask | other).sum() for other in image.masks()) > 0.7
 
 
+def test_masks_are_completed_as_the_mode_says(call, data, baseline, tmp_path):
+    words = ["evaluate", "--data", data, "--table", "backbones", "--baseline", baseline, "-o", "out", "--method"]
+    photos = open_photos(data)[0]
+    edges = methods.parse_method(f"lines:{data / 'lines'}").edges(photos[0])
+    masks = run.read_masks(baseline, run.read_truth(photos)).images[1].masks()
+    results = {}
+    for mode in ("flood", "walk"):
+        assert call(*words, f"lines:{data / 'lines'}", "--mode", mode).exit_code == 0
+        (path,) = {*(tmp_path / "out" / "refined").glob("*/001.json")} - results.keys()  # in a folder of its own
+        results[path] = [each["area"] for each in json.loads(path.read_bytes())["masks"]]
+        expected = propagate(masks, edges, threshold=0.5, mode=mode).sum((1, 2)).tolist()
+        assert sorted(results[path]) == sorted(expected)
+    flooded, walked = results.values()
+    assert flooded != walked
+
+
 def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
     words = ["evaluate", "--data", data, "--table", "components", "--baseline", baseline, "-o", "out", "--limit", "2"]
     result = call(*words, "--method", "mini")
@@ -202,6 +219,10 @@ def test_segment_keeps_given_masks(call, data, tmp_path):
     labels, given = (np.asarray(Image.open(path)) for path in (tmp_path / "out" / "001.png", data / "inst" / "001.png"))
     assert labels.dtype == np.uint16
     assert (labels[given > 0] > 0).all()
+    assert call(*words, "--threshold", "1", "--mode", "walk").exit_code == 0
+    walked = np.asarray(Image.open(tmp_path / "out" / "001.png"))
+    expected = propagate(given, trace_fast.edges(data / "images" / "001.png"), threshold=1, mode="walk")
+    assert np.array_equal(walked, expected) and not np.array_equal(walked, labels)
     result = call("segment", data / "images", "-o", "out", "--masks", data / "inst" / "001.png")
     assert result.exit_code == 2 and "--masks must be of one image, got 4" in result.output
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.mini import Attention, Mini, MiniBackbone, MiniConfig
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
-from trace_fast.tracer import TIMESTEPS
+from trace_fast.tracer import TIMESTEPS, probability
 
 LEVELS = (0, 99, 299, 899)
 
@@ -85,7 +86,7 @@ def test_scan_is_the_definition(tracer, images, noising, blocks):
     # the definition's network runs in float64 and the tracer's in float32, which is what the tolerance allows for
     expected = definition(make_backbone(torch.float64), images.double(), LEVELS, noising, 7, blocks or (0, 1, 2))
     assert kl.shape == (2, 3) and abdiv.shape == (2, 4, 6, 10)
-    assert kl.dtype == abdiv.dtype == torch.float32
+    assert kl.dtype == abdiv.dtype == torch.float32 and kl.is_contiguous() and abdiv.is_contiguous()
     torch.testing.assert_close(kl.double(), expected[0], rtol=2e-3, atol=1e-6)
     torch.testing.assert_close(abdiv.double(), expected[1], rtol=2e-3, atol=1e-5)
     assert expected[0].min() > 1e-3  # the comparison is about something
@@ -93,13 +94,33 @@ def test_scan_is_the_definition(tracer, images, noising, blocks):
 
 def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch):
     whole = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
-    monkeypatch.setattr("trace_fast.tracer.MAP_BYTES", 3 * 2 * 4 * 60**2)  # room for two levels and the one before
     sizes, predict = [], tracer.backbone.predict
     monkeypatch.setattr(tracer.backbone, "predict", lambda x, t: sizes.append(len(x)) or predict(x, t))
-    parts = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
-    assert sizes == [4, 4]  # two levels of two images at once
-    for one, other in zip(whole, parts, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    maps = 2 * 4 * 60**2  # of two images
+    for room, batch, expected in (
+        (3 * maps, None, [4, 4]),  # two levels of two images at once, and the map before them
+        (maps, None, [2] * 4),
+        (maps, 3, [6, 2]),
+        (maps, 10**6, [8]),
+    ):
+        monkeypatch.setattr("trace_fast.tracer.MAP_BYTES", room)
+        sizes.clear()
+        parts = tracer.scan(images, timesteps=LEVELS, noising="gaussian", batch=batch)
+        assert sizes == expected
+        for one, other in zip(whole, parts, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_one_level_has_no_steps(tracer, images):
+    kl, abdiv = tracer.scan(images, timesteps=(0,))
+    assert kl.shape == (2, 0) and abdiv.shape == (2, 1, 6, 10)
+
+
+def test_images_are_squashed_to_the_processing_size(tracer):
+    images = torch.rand(2, 3, 37, 61, generator=torch.Generator().manual_seed(3))
+    small = torch.nn.functional.interpolate(images, (24, 40), mode="bilinear", antialias=True)
+    for one, other in zip(*(tracer.scan(each, timesteps=LEVELS) for each in (images, small)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_a_user_does_to_an_output_stays_there(tracer, images):
@@ -109,7 +130,10 @@ def test_what_a_user_does_to_an_output_stays_there(tracer, images):
 
 
 def test_maps_beyond_the_memory_are_refused(tracer, monkeypatch):
-    monkeypatch.setattr("trace_fast._checks.MEMORY", 1000)
+    room = 2 * 4 * 60**2  # a map and the one before
+    monkeypatch.setattr("trace_fast._checks.MEMORY", room)
+    tracer(torch.rand(1, 3, 24, 40))
+    monkeypatch.setattr("trace_fast._checks.MEMORY", room - 1)
     with pytest.raises(ValueError, match=r"trace: images must leave room in .* GiB of memory, got \(1, 3, 24, 40\)"):
         tracer(torch.rand(1, 3, 24, 40))
 
@@ -253,9 +277,15 @@ def test_numbers_of_other_kinds_are_levels_too(tracer, images):
 
 def test_threads_take_turns(tracer, images):
     expected = [tracer(image, timestep=0).edges for image in images]
+    ready = threading.Barrier(4, timeout=60)
+
+    def work(index):
+        ready.wait()
+        return [tracer(images[index % 2], timestep=0).edges for _ in range(10)]
+
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda image: tracer(image, timestep=0).edges, [*images, *images, *images]))
-    assert all(torch.allclose(one, expected[index % 2], atol=1e-5) for index, one in enumerate(found))
+        for index, found in enumerate(pool.map(work, range(4))):
+            assert all(torch.allclose(one, expected[index % 2], atol=1e-5) for one in found)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +319,12 @@ def test_edges_are_a_monotone_map_at_the_inputs_size(tracer):
     assert output.edges.min() >= 0 and output.edges.max() <= 1
     spread = torch.nn.functional.interpolate(output.abdiv[None], (37, 61), mode="bilinear")
     torch.testing.assert_close(output.edges, 1 - torch.exp(-spread / tracer.backbone.settings.edge_scale))
+
+
+def test_a_divergence_that_rounding_left_below_zero_is_no_edge():
+    edges = probability(torch.tensor([[[-1e-6, -1e-6], [0.0, 0.5]]]), 0.1, (5, 7))
+    assert edges.shape == (1, 1, 5, 7)
+    assert edges.min() == 0 and edges.max() == 1 - torch.exp(torch.tensor(-5.0))
 
 
 def test_seed_matters_for_gaussian_noising_alone(tracer, images):
