@@ -286,6 +286,21 @@ class TestGoingOn:
         assert call(*arguments).exit_code == 0
         assert len(counted) == 2
 
+    def test_with_a_student_that_was_changed_in_part(self, call, tmp_path, counted):
+        make_photo(tmp_path / "data", "a", height=20, width=31)
+        model = embedded(tmp_path / "model")
+        folder = student(model / "student", model, (32, 48))
+        arguments = ("--data", "data", "-o", "out", "--method", f"m={model}", "--device", "cpu")
+        assert call(*arguments).exit_code == 0
+        decoder = load_file(folder / "decoder.safetensors")
+        decoder["values"][-1] *= 3
+        save_file(decoder, folder / "decoder.safetensors")
+        assert call(*arguments).exit_code == 0
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "level": 500}))
+        assert call(*arguments).exit_code == 0
+        assert len(counted) == 3
+
 
 class TestBadData:
     @pytest.mark.usefixtures("no_pictures")

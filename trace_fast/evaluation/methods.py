@@ -16,6 +16,7 @@ from trace_fast.evaluation.truth import Photo
 __all__ = ["Method", "parse_method"]
 
 LEVELS = 99  # thresholds at which Canny is run
+SAMPLED = 4096  # numbers of each tensor, at most twice as many, that tell a model's weights from others
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,14 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
     found: Detector | Tracer
     if timestep == "" and has_student(model):
         found = detector = Detector.from_pretrained(model, device=device)
-        modules = [detector.backbone.network, detector.decoder]
+        modules, own = [detector.backbone.network, detector.decoder], f"level {detector.level}"
 
         def find(photo: Photo) -> np.ndarray:
             assert photo.image is not None  # checked before
             return detector.edges(to_tensor(photo.image))[0, 0].cpu().numpy()
     else:
         found = tracer = Tracer.from_pretrained(model, device=device)
-        modules = [tracer.backbone.network]
+        modules, own = [tracer.backbone.network], ""
         options: dict[str, Any] = {} if timestep == "" else {"timestep": timestep}
 
         def find(photo: Photo) -> np.ndarray:
@@ -122,9 +123,11 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
 
     weights = hashlib.sha256()
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    for parameter in parameters:
-        weights.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    identity = f"{spec} {type(found).__name__} {found.backbone.settings} {found.device.type} {weights.hexdigest()}"
+    for x in (*parameters, *getattr(found.backbone, "null_text", {}).values()):
+        x = x.detach().flatten()[:: max(1, x.numel() // SAMPLED)]  # of billions of numbers a part tells enough
+        weights.update(x.float().cpu().numpy().tobytes())
+    kind = f"{type(found).__name__} {own} {found.backbone.settings} {found.device.type}"
+    identity = f"{spec} {kind} {weights.hexdigest()}"
     count = sum(parameter.numel() for parameter in parameters)
     return Method(name, identity, find, lambda photo: photo.image, threads=False, parameters=count)
 
