@@ -140,7 +140,16 @@ def test_modules_are_there_when_asked_for():
         trace_fast.edge  # noqa: B018
 
 
+def test_the_bad_one_of_a_list_is_told(photograph):
+    for call in (trace_fast.edges, trace_fast.Detector.from_pretrained(device="cpu")):
+        with pytest.raises(ValueError, match="got 15 x 30") as caught:
+            call([photograph, photograph, np.zeros((15, 30, 3), np.uint8)])
+        assert caught.value.__notes__ == ["image 2 of the list, counted from 0"]
+
+
 def test_bad_options(photograph):
+    with pytest.raises(TypeError, match=r"trace: seed must be an int, got float"):
+        trace_fast.edges(photograph, stage=1, seed=1.5)
     with pytest.raises(TypeError, match="edges: model must be a name or a folder, got NoneType"):
         trace_fast.edges(photograph, model=None)
     with pytest.raises(ValueError, match=r"output_type must be .* got 'jpg'"):

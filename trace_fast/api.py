@@ -83,9 +83,11 @@ def edges(
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        return [
-            edges(item, model=model, stage=stage, device=device, seed=seed, output_type=output_type) for item in image
-        ]
+        found = []
+        for index, item in enumerate(image):
+            with door.telling_item(index):
+                found.append(edges(item, model=model, stage=stage, device=device, seed=seed, output_type=output_type))
+        return found
     door.check_output_type(output_type)
     if device is None:
         device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"

@@ -237,8 +237,11 @@ class Detector:
         height, width = (side * max(1, self.decoder.detail) for side in self.backbone.settings.size)
         batch = max(1, min(BATCH, PIXELS // (height * width)))
         for start in range(0, len(image), batch):
-            some = image[start : start + batch]
-            parts = self.edges_of([door.to_tensor(item) for item in some])
+            some, pictures = image[start : start + batch], []
+            for index, item in enumerate(some, start):
+                with door.telling_item(index):
+                    pictures.append(door.to_tensor(item))
+            parts = self.edges_of(pictures)
             found += [door.from_tensor(part, item, output_type) for part, item in zip(parts, some, strict=True)]
         return found
 

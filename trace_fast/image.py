@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "check_output_type",
     "from_tensor",
     "resize",
+    "telling_item",
     "to_tensor",
 ]
 
@@ -36,6 +38,16 @@ OUTPUT_TYPES = ("np", "pt", "pil")
 
 # what float resampling may overshoot by; clamped, not refused
 _ROUNDING = 1e-4
+
+
+@contextlib.contextmanager
+def telling_item(index: int) -> Iterator[None]:
+    """Add to an error which image of a list it is of."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"image {index} of the list, counted from 0")
+        raise
 
 
 def to_tensor(image: Picture) -> Tensor:

@@ -223,6 +223,7 @@ class Tracer:
             TypeError, ValueError: an argument is not what is said above.
         """
         settings = self.backbone.settings
+        _checks.integer("trace", "seed", seed, 0)
         if self.backbone.schedule is None:
             check_encoder(self.name, timestep=timestep, return_kl=return_kl)
         levels, noising = self._plan(timesteps, noising)
@@ -300,7 +301,7 @@ class Tracer:
 
         latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
         visited = constant(levels, self.device)
-        noise = unit_noise(seed, (1, *latent.shape[1:]), self.device).to(latent)
+        noise = unit_noise(int(seed), (1, *latent.shape[1:]), self.device).to(latent)
         _checks.memory("trace", "images", latent, 4 * (batch + 1) * count * tokens**2)
         maps = latent.new_empty((batch, count, tokens, tokens), dtype=torch.float32)
         before = torch.empty_like(maps[0])  # the last map of the levels gone by
