@@ -39,6 +39,7 @@ from trace_fast.distill import (
     crests,
     dice,
     distill,
+    draw_labels,
     in_order,
     inject,
     pseudo_labels,
@@ -146,6 +147,11 @@ class TestPseudoLabels:
         assert label.tolist() == [[[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]]
         assert counts.tolist() == [[[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]]
 
+    def test_the_deviation_is_that_of_the_cells_themselves(self):
+        # mean 1, deviation 0.82; of a sample it would be 1
+        label, counts = pseudo_labels(torch.tensor([[[0.0, 1, 2]]]), interior=0)
+        assert (label.tolist(), counts.tolist()) == ([[[0, 0, 1]]], [[[1, 0, 1]]])
+
     def test_every_image_has_thresholds_of_its_own(self):
         abdiv = torch.rand(1, 5, 7, generator=torch.Generator().manual_seed(0)) ** 3
         label, counts = pseudo_labels(torch.cat([abdiv, 100 * abdiv + 3]))
@@ -187,21 +193,35 @@ class TestPseudoLabels:
         assert counts.all()
 
     def targets(self, abdiv, size, photographs=None, **config):
-        given = SimpleNamespace(config=DistillConfig("mini", Path(), Path(), **config), scale=0.1)
+        given = SimpleNamespace(config=DistillConfig("mini", Path(), Path(), **config), scale=0.2)
         return Distillation.targets(given, abdiv, size, photographs)
 
     def test_on_a_finer_grid_thresholds_stay_and_what_is_left_out_stays_so(self):
         # columns of edge, neither, interior
         abdiv = torch.tensor([[[9.0, 1, 1, 1, 0], [9, 1, 1, 1, 0], [9, 1, 1, 1, 0]]])
-        label, counts = self.targets(abdiv, (6, 10))
-        assert label.shape == (1, 1, 6, 10)
-        assert label[0, 0].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 0, 0]] * 6
-        assert counts[0, 0].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 1, 1]] * 6
+        label, counts = self.targets(abdiv, (12, 20))
+        assert label.shape == (1, 1, 12, 20)
+        assert label[0, 0].tolist() == [[1] * 4 + [0] * 16] * 12
+        assert counts[0, 0].tolist() == [[1] * 4 + [0] * 12 + [1] * 4] * 12
+
+    def test_on_a_finer_grid_corners_are_round(self):
+        abdiv = torch.zeros(1, 3, 5)
+        abdiv[0, 1, 2] = 9
+        label, counts = self.targets(abdiv, (12, 20))
+        # of the cell, 0.625 or 0.875 are left along an axis
+        block = [[0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]]
+        assert label[0, 0, 4:8, 8:12].tolist() == block and label.sum() == 12 and counts.all()
+
+    def test_on_a_finer_grid_soft_is_interpolated(self):
+        label, counts = self.targets(torch.tensor([[[0.0, 99]]]), (2, 4), labels="soft")
+        assert_close(label, torch.tensor([[[[0, 0.25, 0.75, 1]] * 2]]))
+        assert counts.all()
 
     @pytest.mark.parametrize("labels", ["ternary", "binary", "soft"])
     def test_on_its_own_grid_targets_are_the_labels(self, labels):
         abdiv = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(self.targets(abdiv, (3, 5), labels=labels)[:, :, 0], pseudo_labels(abdiv, labels))
+        found = self.targets(abdiv, (3, 5), labels=labels, interior=0.5)
+        assert torch.equal(found[:, :, 0], pseudo_labels(abdiv, labels, interior=0.5, scale=0.2))
 
     def test_sharp_is_soft_times_the_root_of_the_crests(self):
         generator = torch.Generator().manual_seed(0)
@@ -235,7 +255,8 @@ class TestCrests:
         found = crests(picture)[0, 0, 10]
         assert found[12:14].min() > 0.9 and 0.1 < found[9] < 0.6
 
-    def test_by_hand(self):
+    @pytest.mark.parametrize(("given", "radius"), [({}, 3), ({"radius": 2}, 2)], ids=["default", "other"])
+    def test_by_hand(self, given, radius):
         picture = torch.rand(1, 2, 9, 11, generator=torch.Generator().manual_seed(0)).double()
         padded = np.pad(picture[0].numpy(), ((0, 0), (2, 2), (2, 2)), mode="edge")
         weights = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
@@ -245,12 +266,13 @@ class TestCrests:
         ends = np.pad(soft, ((0, 0), (1, 1), (1, 1)), mode="edge")
         slopes = (ends[:, 1:-1, 2:] - ends[:, 1:-1, :-2]) / 2, (ends[:, 2:, 1:-1] - ends[:, :-2, 1:-1]) / 2
         steep = np.sqrt((slopes[0] ** 2 + slopes[1] ** 2).sum(0))
-        around = np.pad(steep, 2, mode="constant")
-        highest = np.array([[around[i : i + 5, j : j + 5].max() for j in range(11)] for i in range(9)])
-        around = np.pad(highest, 2, mode="edge")
-        mean = np.array([[around[i : i + 5, j : j + 5].mean() for j in range(11)] for i in range(9)])
+        side = 2 * radius + 1
+        around = np.pad(steep, radius, mode="constant")
+        highest = np.array([[around[i : i + side, j : j + side].max() for j in range(11)] for i in range(9)])
+        around = np.pad(highest, radius, mode="edge")
+        mean = np.array([[around[i : i + side, j : j + side].mean() for j in range(11)] for i in range(9)])
         expected = np.minimum(steep / (mean + 1e-3), 1)
-        np.testing.assert_allclose(crests(picture, radius=2)[0, 0].numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(crests(picture, **given)[0, 0].numpy(), expected, atol=1e-12)
 
     def test_a_plain_picture_has_none(self):
         assert not crests(torch.full((1, 3, 9, 9), 0.3)).any()
@@ -526,6 +548,7 @@ def test_the_card_tells_the_level_that_was_searched(config):
 class TestOrder:
     @pytest.fixture
     def run(self, config):
+        config = replace(config, decoder="pixels", decoder_options={"channels": 4, "columns": 8})
         tracer = Tracer.from_pretrained(config.model, device="cpu")
         return Distillation(config, tracer, order(config), alone())
 
@@ -559,36 +582,124 @@ class TestOrder:
         for index in range(2):
             run.process = replace(alone(), index=index, count=2)
             parts.append(list(run.batches()))
-        for (images, _, abdiv), *shares in zip(whole, *parts, strict=True):
-            assert torch.equal(images, torch.cat([share[0] for share in shares]))
-            assert torch.equal(abdiv, torch.cat([share[2] for share in shares]))
+        for batch, *shares in zip(whole, *parts, strict=True):
+            for tensor, *of_share in zip(batch, *shares, strict=True):
+                assert torch.equal(tensor, torch.cat(of_share))
 
     def test_pictures_are_mirrored_with_their_edges(self, run):
         run.steps, mirrored = 10, 0
-        for step, (images, _, abdiv) in enumerate(searched(run).batches()):
-            for image, strength, index in zip(images, abdiv, run.indices(step), strict=True):
-                plain, _, expected = run.load([index])
-                turned = not torch.equal(image, plain[0])
+        for step, batch in enumerate(searched(run).batches()):
+            for *found, index in zip(*batch, run.indices(step), strict=True):
+                plain = [x[0] for x in run.load([index])]
+                turned = not torch.equal(found[0], plain[0])
                 mirrored += turned
-                assert torch.equal(image, plain[0].flip(-1) if turned else plain[0])
-                assert torch.equal(strength, expected[0].flip(-1) if turned else expected[0])
+                for one, other in zip(found, plain, strict=True):
+                    assert torch.equal(one, other.flip(-1) if turned else other)
         assert 4 <= mirrored <= 16
 
     def test_colours_are_exchanged_and_nothing_else(self, run):
         searched(run)
         run.config, run.steps = replace(run.config, recolour=1.0), 10
         exchanged = 0
-        for step, (images, _, abdiv) in enumerate(run.batches()):
-            for image, strength, index in zip(images, abdiv, run.indices(step), strict=True):
-                plain, _, expected = run.load([index])
-                if not torch.equal(strength, expected[0]):
-                    plain = plain.flip(-1)
+        for step, batch in enumerate(run.batches()):
+            for *found, strength, index in zip(*batch, run.indices(step), strict=True):
+                *plain, expected = (x[0] for x in run.load([index]))
+                if not torch.equal(strength, expected):
+                    plain = [x.flip(-1) for x in plain]
+                # the same of the photograph as the network and as the decoder sees it
                 orders = [
-                    order for order in itertools.permutations(range(3)) if torch.equal(image, plain[0, list(order)])
+                    order
+                    for order in itertools.permutations(range(3))
+                    if all(torch.equal(x, y[list(order)]) for x, y in zip(found, plain, strict=True))
                 ]
                 assert len(orders) == 1
                 exchanged += orders[0] != (0, 1, 2)
         assert 8 <= exchanged <= 20
+
+    def test_the_live_picture_is_of_photographs_that_are_not_trained_on(self, run, monkeypatch):
+        rows = []
+        real = program.annotate.panel
+        monkeypatch.setattr(
+            program.annotate,
+            "panel",
+            lambda columns, *more, **how: (rows.append(columns), real(columns, *more, **how))[1],
+        )
+        images, details, abdiv = searched(run).load(range(6))
+        run.preview()
+        label, counts = run.targets(abdiv, details.shape[-2:], details)
+        target = torch.where(counts > 0, label, 0.5)[:, 0, ::2, ::2]  # what is left out is grey
+        assert len(rows) == 6 and target.unique().tolist() == [0, 0.5, 1]
+        for (photograph, _, drawn, student), image, expected in zip(rows, images, target, strict=True):
+            assert torch.equal(photograph, image) and torch.equal(drawn, expected)
+            assert student.shape == expected.shape and student.isfinite().all()
+
+
+class TestStep:
+    """One step of the optimiser."""
+
+    @pytest.fixture
+    def run(self, config):
+        """Eight steps of two, of the embedded student's recipe, at a level of much noise."""
+        config = replace(
+            config,
+            decoder="pixels",
+            decoder_options={"channels": 4, "columns": 8},
+            labels="sharp",
+            level=300,
+            reconstruction=100.0,
+            epochs=4,
+            warmup=4,
+        )
+        tracer = Tracer.from_pretrained(config.model, device="cpu")
+        tracer.backbone.settings = replace(tracer.backbone.settings, edge_scale=0.4)
+        return searched(Distillation(config, tracer, order(config), alone()))
+
+    def trained(self, run):
+        """Adapters and decoder, with their peak rates."""
+        assert run.adapters
+        return [(x, 1e-2) for x in run.adapters.values()] + [(x, 3e-3) for x in run.decoder.parameters()]
+
+    def test_is_adamw_at_a_rate_that_rises_and_falls(self, run):
+        batch = next(run.batches())
+        moments = {x: (0.0, 0.0) for x, _ in self.trained(run)}
+        # risen over four steps, falling over the last half of eight
+        for count, (run.step, share) in enumerate({0: 0.25, 2: 0.75, 4: 1.0, 6: 0.5, 7: 0.25}.items(), 1):
+            before = [x.detach().clone() for x, _ in self.trained(run)]
+            run.train_step(*batch)
+            for (x, peak), old in zip(self.trained(run), before, strict=True):
+                mean, square = moments[x]
+                mean, square = 0.9 * mean + 0.1 * x.grad, 0.999 * square + 0.001 * x.grad**2
+                moments[x] = mean, square
+                direction = mean / (1 - 0.9**count) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+                assert_close(x.detach(), old - peak * share * direction, rtol=1e-5, atol=1e-6)
+
+    def test_follows_dice_and_reconstruction(self, run, monkeypatch):
+        schedule, noised = run.schedule, []
+        spy = SimpleNamespace(
+            noise=lambda *given: (noised.append(given), schedule.noise(*given))[1], denoise=schedule.denoise
+        )
+        monkeypatch.setattr(run, "schedule", spy)
+        monkeypatch.setattr(run.optimiser, "step", lambda: None)
+        trained = [x for x, _ in self.trained(run)]
+        for images, details, abdiv in itertools.islice(run.batches(), 3):
+            run.train_step(images, details, abdiv)
+            latent, _, level = noised[-1]
+            assert torch.equal(latent, run.backbone.encode(images)) and level.tolist() == [300, 300]
+            noisy, taps = schedule.noise(*noised[-1]), Taps(run.decoder.values, reading(run.backbone))
+            with listen(run.backbone, taps.hear):
+                rebuilt = schedule.denoise(noisy, run.backbone.predict(noisy, level), level)
+            found = run.decoder(taps.total(), details).sigmoid()
+            edges = dice(found, *draw_labels(abdiv, found.shape[-2:], details, "sharp", 0.16, scale=0.4))
+            reconstruction = (rebuilt - latent).square().mean()
+            assert_close(run.recent[-1], [edges.item(), reconstruction.item()])
+            expected = torch.autograd.grad(edges + 100 * reconstruction, trained)
+            length = torch.cat([x.flatten() for x in expected]).norm()
+            assert length > 1  # and cut to that
+            for x, gradient in zip(trained, expected, strict=True):
+                assert_close(x.grad, gradient / length, rtol=1e-3, atol=1e-5)
+        noise = torch.stack([noise.flatten() for _, noise, _ in noised])
+        assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+        assert_close(noise.corrcoef(), torch.eye(3), rtol=0, atol=0.05)  # of every step its own
 
 
 # writes files as the library does, and dies by SIGKILL inside the n-th of a name, before it is there
@@ -818,6 +929,17 @@ class TestShards:
         with pytest.raises(ValueError, match=re.escape(f"{refusal}{told} in '{path}'") + "$"):
             distill(replace(config, **change))
         assert shards(config) == before
+
+    def test_they_hold_what_the_tracer_finds(self, config):
+        config = replace(config, timestep=299, noising="gaussian", seed=3)
+        tracer = Tracer.from_pretrained(config.model, device="cpu")
+        run = searched(Distillation(config, tracer, order(config), alone()))
+        places = [7, 2, 2, 5]
+        traced = [
+            tracer(run.photographs[place].read(), timestep=299, noising="gaussian", seed=3, return_abdiv=True).abdiv
+            for place in places
+        ]
+        assert torch.equal(run.shards.read(places), torch.cat(traced).half().float())
 
     def test_those_of_another_version_are_refused(self, config):
         distill(config)
@@ -1137,8 +1259,8 @@ def test_checkpointing_changes_nothing(config, family, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_learn_what_one_does(config, tmp_path):
-    # noise that matters, and a step whose direction is the gradient's
-    config = replace(config, batch=3, level=300, epochs=3)
+    # noise that matters, gradients that are clipped, and a step whose direction is the gradient's
+    config = replace(config, batch=3, level=300, epochs=3, reconstruction=100.0)
     images = shutil.copytree(config.images, tmp_path / "images")
     for index in range(3):
         (images / f"bad{index}.png").write_bytes(b"no picture")
