@@ -52,7 +52,7 @@ class NinjaBuild(build_ext):
 
         compiler = os.environ.get("CXX", "c++")
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
+        system = " -undefined dynamic_lookup" if sys.platform == "darwin" else " -ldl"
         lines = [
             f"flags = {FLAGS} {'-DTRACE_FAST_CUDA' if CUDA else ''} {os.environ.get('CXXFLAGS', '')}",
             f"headers = {' '.join(shlex.quote(f'-I{path}') for path in includes)}",
@@ -65,7 +65,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {compiler} -shared $flags{undefined} $in $libraries {os.environ.get('LDFLAGS', '')} -o $out",
+            f"  command = {compiler} -shared $flags{system} $in $libraries {os.environ.get('LDFLAGS', '')} -o $out",
         ]
         objects = []
 

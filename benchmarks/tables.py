@@ -1,12 +1,11 @@
 """Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python benchmarks/tables.py`.
 
-`speed-cpu.json` is made by `pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/speed-cpu.json`,
-`regions-cpu.json`, `evaluation-cpu.json` and `student-cpu.json` likewise from `bench_regions.py`, `bench_evaluation.py`
-and the student's part of `bench_edges.py` alone, `quality-mini.json` by `benchmarks/quality.py` (it is that run's
-quality.json), `ablations.json` by `benchmarks/ablations.py`, `kernels.json` by `benchmarks/compile_kernels.py`,
-`memory.json` by `benchmarks/memory.py`, `speed-gpu.json` and a `backbones-gpu-<model>.json` each by
-`benchmarks/gpu.sh`; `edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and
-`propagation-walk.json` its masks.json, and `commit` was added to each.
+`speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are made by the commands that stand beside their tables,
+with `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `benchmarks/quality.py` (it
+is that run's quality.json), `ablations.json` by `benchmarks/ablations.py`, `kernels.json` by
+`benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` and a
+`backbones-gpu-<model>.json` each by `benchmarks/gpu.sh`; `edges-*.json` are the report.json of `trace-fast evaluate`,
+`propagation.json` and `propagation-walk.json` its masks.json, and `commit` was added to each.
 """
 
 from __future__ import annotations
@@ -37,15 +36,17 @@ SHOWN = {  # rows of the quality table, in this order
 }
 
 
+SPEED = "pytest benchmarks/bench_{attention,divergence,edges}.py --benchmark-only"
+
+
 def speed(results: dict[str, Any]) -> str:
-    """All benchmarks but those of `regions` and the student."""
-    return grouped(results, "make bench", lambda group: not group.startswith((*REGIONS, "the student")))
+    """Benchmarks of the ops on attention and of edges, but the student's."""
+    return grouped(results, SPEED, lambda group: not group.startswith("the student"))
 
 
 def student(results: dict[str, Any]) -> str:
     """The student beside its teacher."""
-    command = "pytest benchmarks/bench_edges.py --benchmark-only -k 'teacher or pass or student'"
-    return grouped(results, command, lambda _: True)
+    return grouped(results, SPEED, lambda group: group.startswith("the student"))
 
 
 def ablations(results: dict[str, Any] | None) -> str:
@@ -308,7 +309,7 @@ TABLES = (
     ("benchmarks/README.md", "propagation", "propagation.json", propagation),
     ("benchmarks/README.md", "propagation-walk", "propagation-walk.json", propagation),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
-    ("README.md", "student", "student-cpu.json", student),
+    ("README.md", "student", "speed-cpu.json", student),
     ("benchmarks/README.md", "ablations", "ablations.json", ablations),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),

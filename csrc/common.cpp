@@ -1,6 +1,7 @@
 #include "common.h"
 
 #if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/mman.h>
 #endif
 
@@ -16,11 +17,43 @@ namespace {
 constexpr std::align_val_t kCacheLine{64};
 }
 
-void run_parallel(int64_t count, int num_threads, void (*body)(const void*, int64_t, int), const void* context) {
+namespace {
+// Runs a function on so many threads at once: GOMP_parallel, as every OpenMP runtime on Linux has it.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// That of the OpenMP runtime which torch has loaded, null where there is none. Its threads go on spinning for a while
+// after torch's own work, and threads of ours beside them would have to share the cores.
+Team loaded_team() {
+#if defined(__linux__)
+  static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return team;
+#else
+  return nullptr;
+#endif
+}
+
+struct Job {
+  const int64_t count;
+  void (*const body)(const void*, int64_t, int);
+  const void* const context;
   std::atomic<int64_t> next{0};
-  const auto work = [&](int thread) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, item, thread);
-  };
+  std::atomic<int> threads{0};
+
+  // What every thread does: it takes a number, then items until there are none left.
+  static void enter(void* data) {
+    Job& job = *static_cast<Job*>(data);
+    const int thread = job.threads.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;)
+      job.body(job.context, item, thread);
+  }
+};
+}  // namespace
+
+void run_parallel(int64_t count, int num_threads, void (*body)(const void*, int64_t, int), const void* context) {
+  Job job{count, body, context};
+  const int helpers = static_cast<int>(std::min<int64_t>(num_threads, count)) - 1;
+  if (helpers > 0)
+    if (const Team team = loaded_team()) return team(&Job::enter, &job, helpers + 1, 0);
 
   // joins on every way out, so that a thread that cannot be started leaves no other behind
   struct Pool {
@@ -29,10 +62,9 @@ void run_parallel(int64_t count, int num_threads, void (*body)(const void*, int6
       for (std::thread& thread : threads) thread.join();
     }
   } pool;
-  const int helpers = static_cast<int>(std::min<int64_t>(num_threads, count)) - 1;
   pool.threads.reserve(std::max(helpers, 0));
-  for (int i = 0; i < helpers; ++i) pool.threads.emplace_back(work, i + 1);
-  work(0);
+  for (int i = 0; i < helpers; ++i) pool.threads.emplace_back(&Job::enter, &job);
+  Job::enter(&job);
 }
 
 void expect_writes(void* data, int64_t bytes) {

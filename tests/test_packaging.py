@@ -137,3 +137,26 @@ def test_kernels_use_whole_registers():
     for register in ("%zmm", "%ymm"):
         assert sum("vfmadd" in line and register in line for line in lines) > 50
         assert any("vpsrad" in line and register in line for line in lines)
+
+
+@pytest.mark.parametrize("threads", ["torch's", "its own"])
+def test_threads_of_the_core_are_torchs_where_torch_is_loaded(threads):
+    # the core alone, which finds an OpenMP runtime in the process or starts threads itself
+    code = f"""
+import importlib.util, sys
+{"import torch" if threads == "torch's" else ""}
+import numpy as np
+spec = importlib.util.spec_from_file_location("trace_fast._C", {_C.__file__!r})
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+maps = np.random.default_rng(0).random((2, 3, 96, 96), dtype=np.float32)
+maps /= maps.sum(-1, keepdims=True)
+found = [np.full(3, np.nan, np.float32) for _ in range(3)]
+for threads, kl in zip((1, 2, 5), found):
+    core.step_kl(maps[0].ctypes.data, maps[1].ctypes.data, 3, 96, kl.ctypes.data, threads)
+exact = (maps[0].astype(float) * np.log(maps[0].astype(float) / maps[1])).sum(-1).mean(-1)
+np.testing.assert_allclose(found[0], exact, rtol=1e-5)
+assert all((kl == found[0]).all() for kl in found)
+assert ("torch" in sys.modules) == {threads == "torch's"}
+"""
+    python("-c", code)
