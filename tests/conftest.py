@@ -36,6 +36,16 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def odd_defaults() -> Iterator[None]:
+    """Have torch make other tensors than usual where nobody says which."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(params=_C.instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the native core on each instruction set of this machine."""

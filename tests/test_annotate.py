@@ -29,16 +29,6 @@ def photo():
     return np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-@pytest.fixture
-def odd_defaults():
-    """Have torch make other tensors than usual where nobody says which."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-
 def as_png(picture):
     """The bytes of a PNG file in the level that is fast."""
     file = io.BytesIO()

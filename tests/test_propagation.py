@@ -9,16 +9,6 @@ from trace_fast import ops, propagation, reference
 from trace_fast.formats import MaskSet
 
 
-@pytest.fixture
-def odd_defaults():
-    """Have torch make other tensors than usual where nobody says which."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-
 def cross(height=40, width=60):
     """Edges that divide an image into four, and the labels (H, W) of the four."""
     edges = np.zeros((height, width), np.float32)
