@@ -15,9 +15,7 @@ namespace trace_fast {
 
 namespace {
 constexpr std::align_val_t kCacheLine{64};
-}
 
-namespace {
 // Runs a function on so many threads at once: GOMP_parallel, as every OpenMP runtime on Linux has it.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 

@@ -67,6 +67,13 @@ def captured(backbone, forward=run):
     return prediction, found
 
 
+def assert_alike(found, heard):
+    """Queries and keys that were heard twice, on ways that round differently."""
+    for (_, *expected), (_, *read) in zip(found, heard, strict=True):
+        for one, other in zip(expected, read, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_query_and_key_are_what_the_product_receives(family):
     _, backbone = make(family)
     count, image = FAMILIES[family][1:]
@@ -215,9 +222,7 @@ def test_fused_projections_are_read_too(family):
     _, found = captured(backbone)
     backbone.network.fuse_qkv_projections()
     _, fused = captured(backbone)
-    for (_, *expected), (_, *heard) in zip(found, fused, strict=True):
-        for one, other in zip(expected, heard, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_alike(found, fused)
 
 
 def test_a_sliced_attention_processor_is_left_in_place():
@@ -228,9 +233,7 @@ def test_a_sliced_attention_processor_is_left_in_place():
     _, sliced = captured(backbone)
     assert {type(p).__name__ for p in processors.values()} == {"SlicedAttnProcessor"}
     assert backbone.network.attn_processors == processors
-    for (_, *expected), (_, *heard) in zip(found, sliced, strict=True):
-        for one, other in zip(expected, heard, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_alike(found, sliced)
 
 
 def test_a_processor_that_folds_heads_into_the_batch(monkeypatch):
@@ -247,9 +250,7 @@ def test_a_processor_that_folds_heads_into_the_batch(monkeypatch):
     _, found = captured(backbone)
     backbone.network.set_attn_processor(attention_processor.XFormersJointAttnProcessor())
     _, folded = captured(backbone)
-    for (_, *expected), (_, *heard) in zip(found, folded, strict=True):
-        for one, other in zip(expected, heard, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_alike(found, folded)
 
 
 def test_merged_tokens_are_told():
@@ -295,9 +296,7 @@ def test_compiled_with_capture_on(family):
     compiled, heard = captured(backbone, forward)
     torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
     assert [index for index, *_ in heard] == [index for index, *_ in found]
-    for (_, *expected), (_, *read) in zip(found, heard, strict=True):
-        for one, other in zip(expected, read, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_alike(found, heard)
 
 
 @pytest.mark.parametrize("ran", [False, True])
