@@ -28,11 +28,11 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from trace_fast import Detector, Tracer, decoder, ops
-from trace_fast.distill import DistillConfig, distill, draw_labels
 from trace_fast.evaluation import edges, report, run
+from trace_fast.evaluation.data import open_photos
 from trace_fast.evaluation.methods import Method, parse_method
-from trace_fast.evaluation.truth import open_photos
-from trace_fast.image import resize, to_tensor
+from trace_fast.io.images import resize, to_tensor
+from trace_fast.training.distillation import DistillConfig, distill, draw_labels
 
 SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
 DRAWN = (256, 256)  # pixels that labels are drawn at: as the decoder's logits

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import trace_fast
-from trace_fast import Detector, Tracer, image, ops, reference
+from trace_fast import Detector, Tracer, ops, reference
+from trace_fast.io import images as image
 from trace_fast.tracer import TIMESTEPS, probability
 
 HEIGHT, WIDTH = 480, 640

@@ -14,9 +14,9 @@ from scipy.spatial import cKDTree
 from skimage import morphology
 
 from trace_fast import ops
+from trace_fast.evaluation.data import open_photos
 from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS
 from trace_fast.evaluation.methods import read_map
-from trace_fast.evaluation.truth import open_photos
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "dev_coco"
 PHOTOS = 20

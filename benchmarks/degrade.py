@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from trace_fast.evaluation.truth import Photo, open_photos
-from trace_fast.export import write_coco_results
+from trace_fast.evaluation.data import Photo, open_photos
+from trace_fast.masks.export import write_coco_results
 
 SMALLEST, STRIP = 200, 0.08  # pixels; of the root of the area, either side of the cut
 

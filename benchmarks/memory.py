@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from trace_fast import Tracer, _backend
-from trace_fast._files import whole_file
+from trace_fast import Tracer
 from trace_fast.backbones import backbone_of
+from trace_fast.io.files import whole_file
+from trace_fast.ops import dispatch
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 LEVELS = (0, 99, 199)  # the peak is the same at every step
@@ -203,7 +204,7 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, 
 
 def main() -> None:
     """Write the table."""
-    _backend.choose = lambda op, device: "triton"  # whose kernels allocate results alone, as the meta device does
+    dispatch.choose = lambda op, device: "triton"  # whose kernels allocate results alone, as the meta device does
     functional.scaled_dot_product_attention = fused
     diffusers.utils.logging.set_verbosity_error()
     rows = [measure(name) for name in tqdm(MODELS, unit="model", disable=None)]

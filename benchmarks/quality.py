@@ -42,7 +42,7 @@ from tqdm import tqdm
 import trace_fast
 from trace_fast.backbones.base import NOISINGS
 from trace_fast.backbones.mini import Mini, MiniBackbone
-from trace_fast.image import resize, to_tensor
+from trace_fast.io.images import resize, to_tensor
 from trace_fast.tracer import TIMESTEPS, Tracer
 
 GRID = 32  # cells per side that every method is scored on

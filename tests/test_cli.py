@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import trace_fast
-from trace_fast import annotate, cli
+from trace_fast import cli
 from trace_fast.backbones.mini import Mini, MiniConfig
-from trace_fast.image import to_tensor
+from trace_fast.io import visualize
+from trace_fast.io.images import to_tensor
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +98,7 @@ class TestEdges:
         assert files("out") == ["a.png", "a_curve.png", "a_overlay.png"]
         assert read("out/a.png").dtype == np.uint16
         overlay = read("out/a_overlay.png").astype(int)
-        expected = np.array(annotate.overlay(photo, read("out/a.png") / 65535)).astype(int)
+        expected = np.array(visualize.overlay(photo, read("out/a.png") / 65535)).astype(int)
         assert np.abs(overlay - expected).max() <= 1
 
     def test_a_second_run_replaces_the_first(self, call, tmp_path):

@@ -13,10 +13,10 @@ from PIL import Image
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
 from pycocotools import mask as api
 
-from trace_fast import coco
-from trace_fast.coco import from_masks, read_instances, read_panoptic, read_results
 from trace_fast.evaluation.masks import NAMES
 from trace_fast.evaluation.report import mask_table
+from trace_fast.masks import coco
+from trace_fast.masks.coco import from_masks, read_instances, read_panoptic, read_results
 
 DATA = Path(__file__).parent.parent / "../shared/data/dev_coco"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/dev_coco")

@@ -716,8 +716,8 @@ class TestCommandLine:
 
     def test_evaluate_scores_the_student_where_there_is_one(self, students, tmp_path):
         pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
+        from trace_fast.evaluation.data import Photo
         from trace_fast.evaluation.methods import parse_method
-        from trace_fast.evaluation.truth import Photo
 
         pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
         labels = np.zeros((40, 56), np.uint8)

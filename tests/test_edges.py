@@ -133,7 +133,9 @@ def test_torchs_default_device_changes_nothing(photograph, expected):
 
 def test_modules_are_there_when_asked_for():
     # in a process of its own: here the tests have imported them
-    code = "import trace_fast; print(trace_fast.export.MaskSet.__name__, trace_fast.annotate.overlay.__name__)"
+    code = (
+        "import trace_fast; print(trace_fast.masks.export.MaskSet.__name__, trace_fast.io.visualize.overlay.__name__)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["MaskSet", "overlay"]
     with pytest.raises(AttributeError, match="module 'trace_fast' has no attribute 'edge'"):

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trace_f
 
 from trace_fast import cli
 from trace_fast.evaluation import edges, methods, report, run
-from trace_fast.evaluation.truth import contours_of, open_photos
+from trace_fast.evaluation.data import contours_of, open_photos
 
 REPORT = {"report.json", "report.csv", "report.md", "images.csv", "curves.png"}
 

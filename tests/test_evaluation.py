@@ -32,9 +32,9 @@ from skimage import morphology
 
 from trace_fast import cli, ops
 from trace_fast.evaluation import edges, run
+from trace_fast.evaluation.data import GROUPS, Contours, Photo, contours_of, open_photos
 from trace_fast.evaluation.edges import THRESHOLDS, Counts, cldice, count, line_overlap, score
 from trace_fast.evaluation.methods import parse_method, read_map
-from trace_fast.evaluation.truth import GROUPS, Contours, Photo, contours_of, open_photos
 
 DATA = Path(__file__).parent.parent / "../shared/data/bsds_oracle"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/bsds_oracle")

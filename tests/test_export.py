@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools import mask as api
 from pycocotools.coco import COCO
 
-from trace_fast.coco import read_panoptic, read_results
-from trace_fast.export import (
+from trace_fast.masks.coco import read_panoptic, read_results
+from trace_fast.masks.export import (
     panoptic_segments,
     refine_results,
     sam_prompts,
@@ -25,8 +25,8 @@ from trace_fast.export import (
     write_palette,
     write_panoptic,
 )
-from trace_fast.formats import MaskSet, semantic_masks
-from trace_fast.propagation import propagate, seeds
+from trace_fast.masks.formats import MaskSet, semantic_masks
+from trace_fast.masks.propagation import propagate, seeds
 
 MASKS = np.array([[[1, 1, 0], [1, 0, 0]], [[0, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]], dtype=bool)
 SCORES = np.array([0.9, 0.1, 0.5])

@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as api
 
-from trace_fast import _checks
-from trace_fast.formats import MaskSet, areas, as_tensor, boxes, open_masks, semantic_masks
+from trace_fast.masks.formats import MaskSet, areas, as_tensor, boxes, open_masks, semantic_masks
+from trace_fast.ops import checks
 
 EXAMPLES = settings(max_examples=30, deadline=None)
 
@@ -318,7 +318,7 @@ class TestLabels:
             open_masks(np.array([[0, -1]]))
 
     def test_memory(self, monkeypatch):
-        monkeypatch.setattr(_checks, "MEMORY", 11)
+        monkeypatch.setattr(checks, "MEMORY", 11)
         open_masks(np.array([[5, 0, 5]]))
         with pytest.raises(ValueError, match=r"masks must leave room in 0.0 GiB of memory, got \(2, 3\): 0.0 GiB more"):
             open_masks(np.array([[5, 0, 5], [0, 0, 9]]))
@@ -647,7 +647,7 @@ def test_defaults_of_torch_do_not_matter():
 def test_plain_masks_import_no_other_library():
     code = (
         "import sys, numpy as np\n"
-        "from trace_fast.formats import open_masks\n"
+        "from trace_fast.masks.formats import open_masks\n"
         "found, close = open_masks([np.ones((2, 3), bool)])\n"
         "close(found, [[0]])\n"
         "assert not {'pycocotools', 'supervision', 'detectron2', 'PIL'} & set(sys.modules)\n"

@@ -15,9 +15,9 @@ pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval: pip inst
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from trace_fast.coco import ImageInstances, Instance, Instances, from_masks, read_instances, read_results
 from trace_fast.evaluation import masks
 from trace_fast.evaluation.masks import MaskScores, mask_ap
+from trace_fast.masks.coco import ImageInstances, Instance, Instances, from_masks, read_instances, read_results
 
 HEIGHT, WIDTH = 110, 130  # room for a large instance
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from trace_fast.coco import read_panoptic
 from trace_fast.evaluation.panoptic import PanopticQuality, Quality, panoptic_quality
+from trace_fast.masks.coco import read_panoptic
 
 ISTHING = {1: True, 2: True, 3: False, 7: False}
 many = settings(max_examples=400, deadline=None, derandomize=True, database=None)

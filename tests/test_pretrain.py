@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from trace_fast import Tracer
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.cli import app
-from trace_fast.pretrain import PretrainConfig, Pretraining, Process, collages, crops, load_photographs, pretrain
+from trace_fast.training.mini import PretrainConfig, Pretraining, Process, collages, crops, load_photographs, pretrain
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_workers_change_nothing(config, tmp_path):
 def test_a_run_stops_after_its_minutes_and_goes_on(config, tmp_path, monkeypatch):
     pretrain(config)
     clock = itertools.count()
-    monkeypatch.setattr("trace_fast.pretrain.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("trace_fast.training.mini.time.monotonic", lambda: float(next(clock)))
     short = replace(config, output=tmp_path / "short", minutes=0.1)
     seen = []
     while not seen or seen[-1] < config.images:
@@ -191,7 +191,7 @@ def test_settings_out_of_range_are_told(config, name, value):
 
 def test_two_processes_learn_what_one_does(config, tmp_path):
     one, two = (replace(config, output=tmp_path / name) for name in ("one", "two"))
-    code = f"from pathlib import PosixPath; from trace_fast.pretrain import *; pretrain({two!r})"
+    code = f"from pathlib import PosixPath; from trace_fast.training.mini import *; pretrain({two!r})"
     code = f"from trace_fast.backbones.mini import MiniConfig; {code}"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -237,7 +237,9 @@ def test_a_compiled_run_learns_what_an_eager_one_does(config, tmp_path, monkeypa
 
 def test_the_command_line(photographs, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("trace_fast.pretrain.pretrain", lambda config: told.append(config) or config.output / "final")
+    monkeypatch.setattr(
+        "trace_fast.training.mini.pretrain", lambda config: told.append(config) or config.output / "final"
+    )
     words = (
         "--images 9 --batch 16 --rate 0.01 --collages 0.25 --levels 4 --seed 3 --compile --licence CC0 --dim 32 "
         "--depth 2 --workers 3 --minutes 1.5"

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import trace_fast
-from trace_fast import ops, propagation, reference
-from trace_fast.formats import MaskSet
+from trace_fast import ops, reference
+from trace_fast.masks import propagation
+from trace_fast.masks.formats import MaskSet
 
 
 def cross(height=40, width=60):

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
 
 import trace_fast
-from trace_fast import annotate, cli
+from trace_fast import cli
 from trace_fast.evaluation import methods, refined, run
-from trace_fast.evaluation.truth import contours_of, open_photos
-from trace_fast.export import write_coco_results, write_panoptic
-from trace_fast.propagation import propagate
+from trace_fast.evaluation.data import contours_of, open_photos
+from trace_fast.io import visualize
+from trace_fast.masks.export import write_coco_results, write_panoptic
+from trace_fast.masks.propagation import propagate
 
 COLOURS = np.array([[40, 40, 60], [200, 60, 60], [60, 200, 60], [70, 70, 220]], np.uint8)
 
@@ -231,14 +232,14 @@ def test_drawn_masks_have_outlines_and_colours():
     photo = np.full((30, 40, 3), 90, np.uint8)
     masks = np.zeros((2, 30, 40), bool)
     masks[0, 2:28, 2:38], masks[1, 8:20, 10:30] = True, True
-    picture = np.asarray(annotate.draw_masks(photo, masks))
+    picture = np.asarray(visualize.draw_masks(photo, masks))
     assert (picture[0, 0] == 90).all()
     assert (picture[2, 5] == 255).all() and (picture[8, 15] == 255).all()
     assert not (picture[5, 5] == picture[14, 20]).all()
     with pytest.raises(ValueError, match=r"draw_masks: masks must be \(M, H, W\) of the image"):
-        annotate.draw_masks(photo, masks[:, 1:])
+        visualize.draw_masks(photo, masks[:, 1:])
     with pytest.raises(TypeError, match="draw_masks: masks must be bool, got uint8"):
-        annotate.draw_masks(photo, masks.astype(np.uint8))
+        visualize.draw_masks(photo, masks.astype(np.uint8))
 
 
 def test_degraded_masks():

@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trace_fast import _C, _checks, ops, reference
+from trace_fast import _C, ops, reference
+from trace_fast.ops import checks
 from trace_fast.testing import assert_no_worse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -639,7 +640,7 @@ def test_images_of_too_many_pixels_are_refused():
 
 
 def test_more_than_the_memory_holds_is_refused_before_it_is_allocated(monkeypatch):
-    monkeypatch.setattr(_checks, "MEMORY", 2**20)
+    monkeypatch.setattr(checks, "MEMORY", 2**20)
     shape = 1, 1024, 1024
     masks, edges = huge(torch.float32, 1, 200, 200), huge(torch.float32, 200, 200)
     for call in (

@@ -131,9 +131,9 @@ def test_what_a_user_does_to_an_output_stays_there(tracer, images):
 
 def test_maps_beyond_the_memory_are_refused(tracer, monkeypatch):
     room = 2 * 4 * 60**2  # a map and the one before
-    monkeypatch.setattr("trace_fast._checks.MEMORY", room)
+    monkeypatch.setattr("trace_fast.ops.checks.MEMORY", room)
     tracer(torch.rand(1, 3, 24, 40))
-    monkeypatch.setattr("trace_fast._checks.MEMORY", room - 1)
+    monkeypatch.setattr("trace_fast.ops.checks.MEMORY", room - 1)
     with pytest.raises(ValueError, match=r"trace: images must leave room in .* GiB of memory, got \(1, 3, 24, 40\)"):
         tracer(torch.rand(1, 3, 24, 40))
 

@@ -2,34 +2,64 @@
 
 import importlib
 from importlib.metadata import version
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from trace_fast._backend import backends
+from trace_fast import io, masks, ops, reference
 from trace_fast.api import edges
 from trace_fast.backbones import models
 from trace_fast.detector import Detector
-from trace_fast.propagation import Seeds, instances, propagate, seeds
+from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
+from trace_fast.ops.dispatch import backends
 from trace_fast.tracer import TraceOutput, Tracer
+
+if TYPE_CHECKING:
+    from trace_fast import evaluation, training
+    from trace_fast.training.distillation import DistillConfig, distill
+    from trace_fast.training.mini import PretrainConfig, pretrain
 
 __all__ = [
     "Detector",
+    "DistillConfig",
+    "PretrainConfig",
     "Seeds",
     "TraceOutput",
     "Tracer",
     "__version__",
     "backends",
+    "distill",
     "edges",
+    "evaluation",
     "instances",
+    "io",
+    "masks",
     "models",
+    "ops",
+    "pretrain",
     "propagate",
+    "reference",
     "seeds",
+    "training",
 ]
 
 __version__ = version("trace_fast")
 
+# imported when they are asked for, since they take longer; a name without a module is a subpackage
+_LAZY = {
+    "DistillConfig": "trace_fast.training.distillation",
+    "PretrainConfig": "trace_fast.training.mini",
+    "distill": "trace_fast.training.distillation",
+    "evaluation": "",
+    "pretrain": "trace_fast.training.mini",
+    "training": "",
+}
 
-def __getattr__(name: str) -> ModuleType:
-    """Modules that take longer to import, when they are asked for."""
-    if name in ("annotate", "distill", "evaluation", "export", "pretrain"):
-        return importlib.import_module(f"trace_fast.{name}")
-    raise AttributeError(f"module 'trace_fast' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'trace_fast' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name] or f"trace_fast.{name}")
+    return getattr(module, name) if _LAZY[name] else module
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_fast import image as door
 from trace_fast.backbones import has_student, models
 from trace_fast.detector import Detector
+from trace_fast.io import images as door
 from trace_fast.tracer import Tracer
 
 __all__ = ["edge_finder", "edges"]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast import _checks, ops, reference
+from trace_fast import ops, reference
+from trace_fast.ops import checks
 
 __all__ = ["DECODERS", "ConvDecoder", "Decoder", "PixelDecoder", "Taps", "fold_taps", "make_decoder", "spread_values"]
 
@@ -177,7 +178,7 @@ class PixelDecoder(Decoder):
     def __init__(self, grid: Grid, columns: int = 16, channels: int = 16, detail: int = 2):
         super().__init__()
         for name, value in {"columns": columns, "channels": channels, "detail": detail}.items():
-            _checks.integer("decoder pixels", name, value, 1)
+            checks.integer("decoder pixels", name, value, 1)
         most = min(64, math.prod(grid) - 1)  # of the read-out, and of the waves
         if columns > most:
             raise ValueError(f"decoder pixels: columns must be from 1 to {most}, got {columns}")

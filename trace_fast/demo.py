@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trace_fast import annotate
 from trace_fast.detector import Detector
+from trace_fast.io import visualize
 from trace_fast.tracer import Tracer
 
 __all__ = ["PHOTOGRAPHS", "run"]
@@ -40,11 +40,11 @@ def run(output: Path) -> Path:
         edges = detector(photograph)
         seconds = time.perf_counter() - started
         result = tracer(photograph, return_kl=True)
-        annotate.write_png(output / f"{name}.png", edges)
-        pictures = [photograph, edges, annotate.overlay(photograph, edges)]
-        panel = annotate.panel(pictures, ["photograph", "edges", "overlay"], height=320)
-        annotate.write_picture(output / f"{name}_panel.png", panel)
-        annotate.plot_curve(result, output / f"{name}_curve.png")
+        visualize.write_png(output / f"{name}.png", edges)
+        pictures = [photograph, edges, visualize.overlay(photograph, edges)]
+        panel = visualize.panel(pictures, ["photograph", "edges", "overlay"], height=320)
+        visualize.write_picture(output / f"{name}_panel.png", panel)
+        visualize.plot_curve(result, output / f"{name}_curve.png")
         height, width = photograph.shape[:2]
         assert result.kl is not None
         peak = result.timesteps[1:][result.kl[0].argmax()]

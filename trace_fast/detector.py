@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from trace_fast import _checks
-from trace_fast import image as door
-from trace_fast._files import whole_file
 from trace_fast.backbones import REPOSITORY, Backbone, load_backbone, student_folder
 from trace_fast.backbones.base import Turns, constant, device_of, load_weights
 from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
+from trace_fast.io import images as door
+from trace_fast.io.files import whole_file
+from trace_fast.ops import checks
 
 __all__ = ["Detector"]
 
@@ -92,7 +92,7 @@ class Detector:
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = _checks.device("load", device)
+        device = checks.device("load", device)
         folder = student_folder(model) or _fetch(str(model), revision, local_files_only)
         try:
             config = json.loads((folder / CONFIG).read_text())
@@ -168,7 +168,7 @@ class Detector:
         """Move network, autoencoder and decoder; returns the detector."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"to: device must be a torch device, got {device}; give from_pretrained a dtype")
-        device = _checks.device("to", device)
+        device = checks.device("to", device)
         for module in (self.backbone.network, getattr(self.backbone, "vae", None), self.decoder):
             if module is not None:
                 module.to(device)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trace_fast import _checks, ops
-from trace_fast import image as door
+from trace_fast import ops
 from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone
 from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant, device_of
 from trace_fast.backbones.capture import heard
+from trace_fast.io import images as door
+from trace_fast.ops import checks
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
 
@@ -107,7 +108,7 @@ class Tracer:
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = _checks.device("load", device)
+        device = checks.device("load", device)
         hub: dict[str, Any] = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
         backbone = load_backbone(model, device=device, dtype=dtype, size=size, offload=offload, **hub)
         return cls(backbone, name=str(model))
@@ -223,7 +224,7 @@ class Tracer:
             TypeError, ValueError: an argument is not what is said above.
         """
         settings = self.backbone.settings
-        _checks.integer("trace", "seed", seed, 0)
+        checks.integer("trace", "seed", seed, 0)
         if self.backbone.schedule is None:
             check_encoder(self.name, timestep=timestep, return_kl=return_kl)
         levels, noising = self._plan(timesteps, noising)
@@ -302,7 +303,7 @@ class Tracer:
         latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
         visited = constant(levels, self.device)
         noise = unit_noise(int(seed), (1, *latent.shape[1:]), self.device).to(latent)
-        _checks.memory("trace", "images", latent, 4 * (batch + 1) * count * tokens**2)
+        checks.memory("trace", "images", latent, 4 * (batch + 1) * count * tokens**2)
         maps = latent.new_empty((batch, count, tokens, tokens), dtype=torch.float32)
         before = torch.empty_like(maps[0])  # the last map of the levels gone by
         kls, strengths = [], []

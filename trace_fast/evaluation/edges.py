@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from trace_fast import ops
-from trace_fast.evaluation.truth import GROUPS, NEIGHBOURS, SIDES, SIZES, Contours
+from trace_fast.evaluation.data import GROUPS, NEIGHBOURS, SIDES, SIZES, Contours
 
 __all__ = ["THRESHOLDS", "Counts", "EdgeScores", "cldice", "count", "score"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_fast.coco import ImageInstances, Instances, from_masks
+from trace_fast.masks.coco import ImageInstances, Instances, from_masks
 
 __all__ = ["MaskScores", "mask_ap"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_fast.evaluation.truth import Photo
+from trace_fast.evaluation.data import Photo
 
 __all__ = ["Method", "parse_method"]
 
@@ -98,7 +98,7 @@ def read_map(path: Path) -> np.ndarray:
 def _of_model(name: str, spec: str, device: str | None) -> Method:
     from trace_fast.backbones import has_student
     from trace_fast.detector import Detector
-    from trace_fast.image import to_tensor
+    from trace_fast.io.images import to_tensor
     from trace_fast.tracer import Tracer
 
     model, _, level = spec.partition("@")
@@ -134,7 +134,7 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
 
 def _grey(photo: Photo) -> np.ndarray:
     """Luminance (H, W) float32 in [0, 1]."""
-    from trace_fast.image import to_tensor
+    from trace_fast.io.images import to_tensor
 
     assert photo.image is not None
     red, green, blue = to_tensor(photo.image)[0].numpy()

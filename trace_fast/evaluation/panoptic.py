@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_fast.coco import Panoptic
+from trace_fast.masks.coco import Panoptic
 
 __all__ = ["PanopticQuality", "PanopticScores", "Quality", "panoptic_quality"]
 

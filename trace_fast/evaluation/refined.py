@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from trace_fast import coco
-from trace_fast._files import whole_file
+from trace_fast.evaluation.data import Photo
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.run import over_photos, place_of, read_kept, stamp_of
-from trace_fast.evaluation.truth import Photo
-from trace_fast.formats import MaskSet
-from trace_fast.propagation import propagate
+from trace_fast.io.files import whole_file
+from trace_fast.masks import coco
+from trace_fast.masks.formats import MaskSet
+from trace_fast.masks.propagation import propagate
 
 __all__ = ["refine_all"]
 

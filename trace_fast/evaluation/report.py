@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trace_fast import annotate, ops
-from trace_fast._files import whole_file
+from trace_fast import ops
+from trace_fast.evaluation.data import SIZES, Photo
 from trace_fast.evaluation.edges import DISTANCE, EdgeScores, harmonic
 from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
-from trace_fast.evaluation.truth import SIZES, Photo
+from trace_fast.io import visualize
+from trace_fast.io.files import whole_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,7 +86,7 @@ def write_report(
     plot_curves(ordered, folder / "curves.png")
     for method in methods:
         sheet = contact_sheet(method, scores[method.name], photos, distance=distance)
-        annotate.write_picture(folder / f"sheet_{method.slug}.png", sheet)
+        visualize.write_picture(folder / f"sheet_{method.slug}.png", sheet)
 
 
 def edge_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
@@ -207,7 +208,7 @@ def contact_sheet(
         found = _compare(method, edges, photo, scores.threshold, distance)
         pictures = [edges, found] if photo.image is None else [photo.image, edges, found]
         titles = [photo.name, method.name, f"F {scores.best[index]:.2f}: found, wrong, missed"]
-        rows.append(annotate.panel(pictures, titles[-len(pictures) :], height))
+        rows.append(visualize.panel(pictures, titles[-len(pictures) :], height))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + 12 for row in rows)), "white")
     top = 0
     for row in rows:

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from trace_fast import __version__, coco
-from trace_fast._files import whole_file
+from trace_fast import __version__
 from trace_fast.evaluation import panoptic
+from trace_fast.evaluation.data import Photo
 from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count
 from trace_fast.evaluation.methods import Method
-from trace_fast.evaluation.truth import Photo
+from trace_fast.io.files import whole_file
+from trace_fast.masks import coco
 
 __all__ = [
     "check",

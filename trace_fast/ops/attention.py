@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_fast import _backend, _checks, reference
+from trace_fast import reference
+from trace_fast.ops import checks, dispatch
 
 __all__ = ["accumulate_attention", "accumulate_resized", "attention_map", "readout", "resize_attention"]
 
@@ -67,12 +68,12 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     """
     op = "accumulate_attention"
     sizes = _check_features(op, query, key, scale)
-    _checks.tensor(op, "total", total, "B N N", {x: sizes[x] for x in "BN"}, *_TOTALS)
-    _checks.same_device(op, query=query, total=total)
-    _checks.contiguous(op, "total", total)
-    _checks.number(op, "weight", weight)
+    checks.tensor(op, "total", total, "B N N", {x: sizes[x] for x in "BN"}, *_TOTALS)
+    checks.same_device(op, query=query, total=total)
+    checks.contiguous(op, "total", total)
+    checks.number(op, "weight", weight)
     _check_no_gradient(op, query=query, key=key)
-    if _backend.choose(op, query.device.type) == "reference":
+    if dispatch.choose(op, query.device.type) == "reference":
         reference.accumulate_attention(total, query, key, weight, scale)
     else:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -110,11 +111,11 @@ def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = No
     if query.dtype != key.dtype:
         expected, found = (str(x.dtype).removeprefix("torch.") for x in (query, key))
         raise TypeError(f"{op}: key must be {expected} like query, got {found}")
-    _checks.tensor(op, "values", values, "N C", sizes, *_FEATURES)
-    _checks.same_device(op, query=query, values=values)
+    checks.tensor(op, "values", values, "N C", sizes, *_FEATURES)
+    checks.same_device(op, query=query, values=values)
     if sizes["C"] > 64:
         raise ValueError(f"{op}: values must be at most 64 columns, got {sizes['C']}")
-    if _backend.choose(op, query.device.type) == "reference":
+    if dispatch.choose(op, query.device.type) == "reference":
         return reference.readout(query, key, values, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _readout(query, key, values, float(scale))[0]
@@ -148,12 +149,12 @@ def accumulate_resized(
     """
     op = "accumulate_resized"
     sizes = _check_map(op, attention, size, target)
-    _checks.tensor(op, "total", total, "B M M", {"B": sizes["B"]}, *_TOTALS)
-    _checks.grid(op, *target, total.shape[1])
-    _checks.same_device(op, attention=attention, total=total)
-    _checks.contiguous(op, "total", total)
-    _checks.number(op, "weight", weight)
-    if _backend.choose(op, attention.device.type) == "reference":
+    checks.tensor(op, "total", total, "B M M", {"B": sizes["B"]}, *_TOTALS)
+    checks.grid(op, *target, total.shape[1])
+    checks.same_device(op, attention=attention, total=total)
+    checks.contiguous(op, "total", total)
+    checks.number(op, "weight", weight)
+    if dispatch.choose(op, attention.device.type) == "reference":
         reference.accumulate_resized(total, attention, size, target, weight)
     else:
         _accumulate_resized(total, attention, *size, *target, float(weight))
@@ -191,21 +192,21 @@ def resize_attention(attention: Tensor, size: tuple[int, int], target: tuple[int
 def _check_features(op: str, query: Tensor, key: Tensor, scale: float | None) -> dict[str, int]:
     """Check query, key and scale; return the sizes."""
     sizes: dict[str, int] = {}
-    _checks.tensor(op, "query", query, "B H N d", sizes, *_FEATURES)
-    _checks.tensor(op, "key", key, "B H N d", sizes, *_FEATURES)
-    _checks.same_device(op, query=query, key=key)
+    checks.tensor(op, "query", query, "B H N d", sizes, *_FEATURES)
+    checks.tensor(op, "key", key, "B H N d", sizes, *_FEATURES)
+    checks.same_device(op, query=query, key=key)
     if sizes["d"] > 256:
         raise ValueError(f"{op}: query must be at most 256 channels a head, got {sizes['d']}")
     if scale is not None:
-        _checks.number(op, "scale", scale)
+        checks.number(op, "scale", scale)
     return sizes
 
 
 def _check_map(op: str, attention: Tensor, size: tuple[int, int], target: tuple[int, int]) -> dict[str, int]:
     """Check a map, its grid and a finer one; return the sizes."""
     sizes: dict[str, int] = {}
-    _checks.tensor(op, "attention", attention, "B N N", sizes, torch.float32)
-    _checks.grid(op, *size, attention.shape[1])
+    checks.tensor(op, "attention", attention, "B N N", sizes, torch.float32)
+    checks.grid(op, *size, attention.shape[1])
     if target[0] < size[0] or target[1] < size[1]:
         raise ValueError(f"{op}: target must be at least {tuple(size)}, got {tuple(target)}")
     _check_no_gradient(op, attention=attention)
@@ -227,7 +228,7 @@ def _narrow(wide: Tensor, total: Tensor) -> None:
 
 @torch.library.custom_op("trace_fast::accumulate_attention", mutates_args=("total",))
 def _accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float) -> None:
-    if _backend.choose("accumulate_attention", total.device.type) == "triton":
+    if dispatch.choose("accumulate_attention", total.device.type) == "triton":
         from trace_fast.kernels import attention as kernels
 
         kernels.accumulate_attention(total, query, key, weight, scale)
@@ -253,7 +254,7 @@ def _accumulate_resized(
     total: Tensor, attention: Tensor, height: int, width: int, target_height: int, target_width: int, weight: float
 ) -> None:
     size, target, attention = (height, width), (target_height, target_width), attention.contiguous()
-    if _backend.choose("accumulate_resized", total.device.type) == "triton":
+    if dispatch.choose("accumulate_resized", total.device.type) == "triton":
         from trace_fast.kernels import attention as kernels
 
         sums = _bilinear_sums(size, target, total.device)
@@ -282,7 +283,7 @@ def _bilinear_sums(size: tuple[int, int], target: tuple[int, int], device: torch
 @torch.library.custom_op("trace_fast::readout", mutates_args=())
 def _readout(query: Tensor, key: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The read-out; for its gradient, every head's own (B, H, N, C) and log2 of row sums of exp(logits) (B, H, N)."""
-    if _backend.choose("readout", query.device.type) == "triton":
+    if dispatch.choose("readout", query.device.type) == "triton":
         from trace_fast.kernels import attention as kernels
 
         parts, lse = kernels.readout(query, key, values, scale)
@@ -311,7 +312,7 @@ def _readout_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and values, in float32 for values, from that of the read-out (B, N, C)."""
     grad = (grad / query.shape[1]).contiguous()  # of every head's own
-    if _backend.choose("readout", query.device.type) == "triton":
+    if dispatch.choose("readout", query.device.type) == "triton":
         from trace_fast.kernels import attention as kernels
 
         grad_query, grad_key, grad_values = kernels.readout_backward(grad, query, key, values, parts, lse, scale)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trace_fast import _backend, _checks, reference
+from trace_fast import reference
+from trace_fast.ops import checks, dispatch
 
 __all__ = ["count_matches", "match_contours", "suppress_nonmaxima", "thin"]
 
@@ -32,7 +33,7 @@ def suppress_nonmaxima(edges: Tensor) -> Tensor:
         >>> suppress_nonmaxima(torch.rand(1, 6, 9)).shape
         torch.Size([1, 6, 9])
     """
-    _checks.tensor("suppress_nonmaxima", "edges", edges, "B H W", {}, torch.float32)
+    checks.tensor("suppress_nonmaxima", "edges", edges, "B H W", {}, torch.float32)
     if not _is_native("suppress_nonmaxima", edges=edges):
         return reference.suppress_nonmaxima(edges)
     from trace_fast import _C
@@ -62,7 +63,7 @@ def thin(mask: Tensor) -> Tensor:
         >>> thin(torch.ones(1, 3, 7, dtype=torch.bool)).int()[0, 1]
         tensor([0, 1, 1, 1, 1, 1, 0], dtype=torch.int32)
     """
-    _checks.tensor("thin", "mask", mask, "B H W", {}, torch.bool)
+    checks.tensor("thin", "mask", mask, "B H W", {}, torch.bool)
     if not _is_native("thin", mask=mask):
         return reference.thin(mask)
     from trace_fast import _C
@@ -98,8 +99,8 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
         [5, 5]
     """
     sizes: dict[str, int] = {}
-    _checks.tensor("match_contours", "detected", detected, "B H W", sizes, torch.bool)
-    _checks.tensor("match_contours", "truth", truth, "B H W", sizes, torch.bool)
+    checks.tensor("match_contours", "detected", detected, "B H W", sizes, torch.bool)
+    checks.tensor("match_contours", "truth", truth, "B H W", sizes, torch.bool)
     _check_distance("match_contours", distance)
     if not _is_native("match_contours", detected=detected, truth=truth):
         return reference.match_contours(detected, truth, distance)
@@ -158,14 +159,14 @@ def count_matches(
     op = "count_matches"
     sizes: dict[str, int] = {}
     thresholds = torch.as_tensor(thresholds, dtype=torch.float32)
-    _checks.tensor(op, "edges", edges, "H W", sizes, torch.float32)
-    _checks.tensor(op, "truths", truths, "A H W", sizes, torch.bool)
-    _checks.tensor(op, "thresholds", thresholds, "T", sizes, torch.float32)
+    checks.tensor(op, "edges", edges, "H W", sizes, torch.float32)
+    checks.tensor(op, "truths", truths, "A H W", sizes, torch.bool)
+    checks.tensor(op, "thresholds", thresholds, "T", sizes, torch.float32)
     _check_distance(op, distance)
     ignored = torch.zeros_like(edges, dtype=torch.bool) if ignored is None else ignored
     groups = torch.zeros_like(truths, dtype=torch.uint8) if groups is None else groups
-    _checks.tensor(op, "ignored", ignored, "H W", sizes, torch.bool)
-    _checks.tensor(op, "groups", groups, "A H W", sizes, torch.uint8)
+    checks.tensor(op, "ignored", ignored, "H W", sizes, torch.bool)
+    checks.tensor(op, "groups", groups, "A H W", sizes, torch.uint8)
     largest = int(groups.max())
     if largest >= num_groups:
         raise ValueError(f"{op}: groups must be below num_groups = {num_groups}, got {largest}")
@@ -212,11 +213,11 @@ def _is_native(op: str, **tensors: Tensor) -> bool:
     for name, value in tensors.items():
         if value.device.type != "cpu":
             raise ValueError(f"{op}: {name} must be on the cpu, got {value.device}")
-    return _backend.choose(op, "cpu") == "native"
+    return dispatch.choose(op, "cpu") == "native"
 
 
 def _check_distance(op: str, distance: float) -> None:
     """Require a finite length."""
-    _checks.number(op, "distance", distance)
+    checks.number(op, "distance", distance)
     if not 0 <= distance < float("inf"):
         raise ValueError(f"{op}: distance must be finite and >= 0, got {distance}")

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from trace_fast import _backend, _checks, reference
+from trace_fast import reference
+from trace_fast.ops import checks, dispatch
 
 __all__ = ["abdiv", "step_kl", "step_kl_abdiv"]
 
@@ -32,7 +33,7 @@ def step_kl(previous: Tensor, current: Tensor) -> Tensor:
         torch.Size([1])
     """
     _check_pair("step_kl", previous, current)
-    if _backend.choose("step_kl", current.device.type) == "reference":
+    if dispatch.choose("step_kl", current.device.type) == "reference":
         return reference.step_kl(previous, current)
     return _step_kl(previous, current)
 
@@ -61,9 +62,9 @@ def abdiv(attention: Tensor, height: int, width: int) -> Tensor:
         >>> abdiv(torch.rand(1, 6, 6).softmax(-1), 2, 3).shape
         torch.Size([1, 2, 3])
     """
-    _checks.tensor("abdiv", "attention", attention, "B N N", {}, *_MAPS)
-    _checks.grid("abdiv", height, width, attention.shape[1])
-    if _backend.choose("abdiv", attention.device.type) == "reference":
+    checks.tensor("abdiv", "attention", attention, "B N N", {}, *_MAPS)
+    checks.grid("abdiv", height, width, attention.shape[1])
+    if dispatch.choose("abdiv", attention.device.type) == "reference":
         return reference.abdiv(attention, height, width)
     return _abdiv(attention, height, width)
 
@@ -90,8 +91,8 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
         [torch.Size([1]), torch.Size([1, 2, 3])]
     """
     _check_pair("step_kl_abdiv", previous, current)
-    _checks.grid("step_kl_abdiv", height, width, current.shape[1])
-    if _backend.choose("step_kl_abdiv", current.device.type) == "reference":
+    checks.grid("step_kl_abdiv", height, width, current.shape[1])
+    if dispatch.choose("step_kl_abdiv", current.device.type) == "reference":
         return reference.step_kl_abdiv(previous, current, height, width)
     return _step_kl_abdiv(previous, current, height, width)
 
@@ -99,14 +100,14 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
 def _check_pair(op: str, previous: Tensor, current: Tensor) -> None:
     """Check two maps of one shape on one device."""
     sizes: dict[str, int] = {}
-    _checks.tensor(op, "previous", previous, "B N N", sizes, *_MAPS)
-    _checks.tensor(op, "current", current, "B N N", sizes, *_MAPS)
-    _checks.same_device(op, previous=previous, current=current)
+    checks.tensor(op, "previous", previous, "B N N", sizes, *_MAPS)
+    checks.tensor(op, "current", current, "B N N", sizes, *_MAPS)
+    checks.same_device(op, previous=previous, current=current)
 
 
 @torch.library.custom_op("trace_fast::step_kl", mutates_args=())
 def _step_kl(previous: Tensor, current: Tensor) -> Tensor:
-    if _backend.choose("step_kl", current.device.type) == "triton":
+    if dispatch.choose("step_kl", current.device.type) == "triton":
         from trace_fast.kernels import divergence as kernels
 
         return kernels.divergence(previous.contiguous(), current.contiguous(), None)[0]
@@ -126,7 +127,7 @@ def _(previous: Tensor, current: Tensor) -> Tensor:
 
 @torch.library.custom_op("trace_fast::abdiv", mutates_args=())
 def _abdiv(attention: Tensor, height: int, width: int) -> Tensor:
-    if _backend.choose("abdiv", attention.device.type) == "triton":
+    if dispatch.choose("abdiv", attention.device.type) == "triton":
         from trace_fast.kernels import divergence as kernels
 
         return kernels.divergence(None, attention.contiguous(), (height, width))[1]
@@ -146,7 +147,7 @@ def _(attention: Tensor, height: int, width: int) -> Tensor:
 
 @torch.library.custom_op("trace_fast::step_kl_abdiv", mutates_args=())
 def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    if _backend.choose("step_kl_abdiv", current.device.type) == "triton":
+    if dispatch.choose("step_kl_abdiv", current.device.type) == "triton":
         from trace_fast.kernels import divergence as kernels
 
         return kernels.divergence(previous.contiguous(), current.contiguous(), (height, width))

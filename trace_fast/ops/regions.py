@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from trace_fast import _backend, _checks, reference
+from trace_fast import reference
+from trace_fast.ops import checks, dispatch
 
 __all__ = ["flood_fill", "label_regions", "merge_masks", "random_walk"]
 
@@ -34,14 +35,14 @@ def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tenso
                  [1, 0, 0]]], dtype=torch.int32)
     """
     op = "label_regions"
-    _checks.tensor(op, "barrier", barrier, "B H W", {}, torch.bool)
-    _checks.image(op, "barrier", barrier)
-    _checks.one_of(op, "connectivity", connectivity, 4, 8)
+    checks.tensor(op, "barrier", barrier, "B H W", {}, torch.bool)
+    checks.image(op, "barrier", barrier)
+    checks.one_of(op, "connectivity", connectivity, 4, 8)
     _, height, width = barrier.shape
     # the labels, and words and runs of one image, as many as a row can have
     runs = height * (width + 1) // 2
-    _checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 8 * height * (width // 64 + 1) + 4 * runs)
-    if _backend.choose(op, barrier.device.type) == "reference":
+    checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 8 * height * (width // 64 + 1) + 4 * runs)
+    if dispatch.choose(op, barrier.device.type) == "reference":
         return reference.label_regions(barrier, connectivity)
     return _label_regions(barrier, connectivity)
 
@@ -74,15 +75,15 @@ def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barr
     """
     op = "flood_fill"
     sizes: dict[str, int] = {}
-    _checks.tensor(op, "seeds", seeds, "B H W", sizes, torch.int32)
-    _checks.tensor(op, "barrier", barrier, "B H W", sizes, torch.bool)
-    _checks.same_device(op, seeds=seeds, barrier=barrier)
-    _checks.image(op, "seeds", seeds)
-    _checks.one_of(op, "connectivity", connectivity, 4, 8)
-    _checks.one_of(op, "claim_barrier", claim_barrier, False, True)
+    checks.tensor(op, "seeds", seeds, "B H W", sizes, torch.int32)
+    checks.tensor(op, "barrier", barrier, "B H W", sizes, torch.bool)
+    checks.same_device(op, seeds=seeds, barrier=barrier)
+    checks.image(op, "seeds", seeds)
+    checks.one_of(op, "connectivity", connectivity, 4, 8)
+    checks.one_of(op, "claim_barrier", claim_barrier, False, True)
     # the labels, and a byte for each pixel of one image
-    _checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
-    if _backend.choose(op, seeds.device.type) == "reference":
+    checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
+    if dispatch.choose(op, seeds.device.type) == "reference":
         return reference.flood_fill(seeds, barrier, connectivity, claim_barrier)
     return _flood_fill(seeds, barrier, connectivity, bool(claim_barrier))
 
@@ -117,17 +118,17 @@ def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10,
     op = "random_walk"
     sizes: dict[str, int] = {}
     images = isinstance(masks, Tensor) and masks.ndim == 4
-    _checks.tensor(op, "masks", masks, "B M H W" if images else "M H W", sizes, torch.float32)
+    checks.tensor(op, "masks", masks, "B M H W" if images else "M H W", sizes, torch.float32)
     shared = not (images and isinstance(edges, Tensor) and edges.ndim == 3)
-    _checks.tensor(op, "edges", edges, "H W" if shared else "B H W", sizes, torch.float32)
-    _checks.same_device(op, masks=masks, edges=edges)
-    _checks.image(op, "masks", masks)
+    checks.tensor(op, "edges", edges, "H W" if shared else "B H W", sizes, torch.float32)
+    checks.same_device(op, masks=masks, edges=edges)
+    checks.image(op, "masks", masks)
     for name, value, least in (("radius", radius, 1), ("steps", steps, 0)):
-        _checks.integer(op, name, value, least)
-    _checks.number(op, "beta", beta, 0)
+        checks.integer(op, name, value, least)
+    checks.number(op, "beta", beta, 0)
     # half a disc of affinities for each pixel of an image
-    _checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * sizes["H"] * sizes["W"])
-    if _backend.choose(op, masks.device.type) == "reference":
+    checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * sizes["H"] * sizes["W"])
+    if dispatch.choose(op, masks.device.type) == "reference":
         return reference.random_walk(masks, edges, radius, beta, steps)
     if not shared:
         return _random_walk(masks, edges, radius, float(beta), steps)
@@ -161,14 +162,14 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
     """
     op = "merge_masks"
     sizes: dict[str, int] = {}
-    _checks.tensor(op, "masks", masks, "M H W", sizes, torch.bool)
-    _checks.image(op, "masks", masks)
-    _checks.number(op, "iou", iou, 0, 1)
+    checks.tensor(op, "masks", masks, "M H W", sizes, torch.bool)
+    checks.image(op, "masks", masks)
+    checks.number(op, "iou", iou, 0, 1)
     if scores is not None:
-        _checks.tensor(op, "scores", scores, "M", sizes, torch.float32, torch.float64, torch.float16, torch.bfloat16)
-        _checks.same_device(op, masks=masks, scores=scores)
-    _checks.memory(op, "masks", masks, masks.numel() + masks.numel() // 8)
-    if _backend.choose(op, masks.device.type) == "reference":
+        checks.tensor(op, "scores", scores, "M", sizes, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        checks.same_device(op, masks=masks, scores=scores)
+    checks.memory(op, "masks", masks, masks.numel() + masks.numel() // 8)
+    if dispatch.choose(op, masks.device.type) == "reference":
         return reference.merge_masks(masks, iou, scores)
     groups = _merge_masks(masks, float(iou))
     unions = int(groups.max()) + 1 if len(groups) else 0

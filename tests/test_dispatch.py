@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import trace_fast
-from trace_fast import _C, _backend, ops, reference
+from trace_fast import _C, ops, reference
+from trace_fast.ops import dispatch
 from trace_fast.testing import random_maps
 
 
@@ -31,7 +32,7 @@ def arguments(device="cpu"):
 
 
 # what an op calls: names in `_C`, and kernels by module in `trace_fast.kernels`
-NATIVE = {op: {op} for op in _backend.OPS}
+NATIVE = {op: {op} for op in dispatch.OPS}
 NATIVE |= {"attention_map": {"accumulate_attention"}, "resize_attention": {"accumulate_resized"}}
 NATIVE |= {"merge_masks": {"merge_masks", "unite_masks"}}
 TRITON = {
@@ -44,7 +45,7 @@ TRITON = {
     "abdiv": {"divergence_kernel", "finish_kernel"},
     "step_kl_abdiv": {"divergence_kernel", "finish_kernel"},
 }
-CUDA = [op for op in _backend.OPS if op not in TRITON]  # those whose GPU kernels are in the native core
+CUDA = [op for op in dispatch.OPS if op not in TRITON]  # those whose GPU kernels are in the native core
 
 
 class Spied:
@@ -82,7 +83,7 @@ def launched(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("op", _backend.OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_what_is_forced_runs_and_nothing_else(op, device, launched, request):
     native = "native" in request.node.name
     if op in CUDA and not native:
@@ -104,7 +105,7 @@ def test_gradients_run_what_is_forced(device, launched, request):
 
 def test_table(instruction_set, monkeypatch):
     monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     table = trace_fast.backends()
     assert set(table) == set(ops.__all__) - set(ops.contours.__all__)  # which are for the CPU alone
     cuda = "native (cuda)" if _C.has_cuda() else "reference"
@@ -128,10 +129,10 @@ def test_table(instruction_set, monkeypatch):
 def test_table_of_what_is_forced(choice, row, regions, monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", choice)
     monkeypatch.setattr(_C, "instruction_set", lambda: "baseline")
-    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
-    monkeypatch.setattr(_backend, "_interprets", lambda: False)
-    assert trace_fast.backends() == {op: regions if op in CUDA else row for op in _backend.OPS}
-    monkeypatch.setattr(_backend, "_interprets", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_interprets", lambda: False)
+    assert trace_fast.backends() == {op: regions if op in CUDA else row for op in dispatch.OPS}
+    monkeypatch.setattr(dispatch, "_interprets", lambda: True)
     interpreted = {**row, "cpu": "triton (interpreted)"} if choice == "triton" else row
     assert trace_fast.backends()["abdiv"] == interpreted
 
@@ -166,15 +167,15 @@ def test_reference_can_be_forced(monkeypatch, launched):
     assert launched == set()
 
 
-@pytest.mark.parametrize("op", _backend.OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_native_forced_and_missing_raises(op, monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
     with pytest.raises(RuntimeError, match=r"\w+: there is no native kernel on meta; unset TRACE_FAST_BACKEND"):
         getattr(ops, op)(*arguments("meta")[op])
-    monkeypatch.setattr(_backend, "_CUDA", False)
+    monkeypatch.setattr(dispatch, "_CUDA", False)
     missing = "the native core is built without CUDA; build it" if op in CUDA else "there is no native kernel on cuda"
     with pytest.raises(RuntimeError, match=f"{op}: {missing}"):
-        _backend.choose(op, "cuda")
+        dispatch.choose(op, "cuda")
 
 
 @pytest.mark.parametrize("op", TRITON)
@@ -190,7 +191,7 @@ def test_triton_forced_where_it_does_not_run_raises(op, monkeypatch):
 
 @pytest.mark.parametrize("op", TRITON)
 def test_triton_that_is_not_installed_raises(op, monkeypatch):
-    monkeypatch.setattr(_backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
     match = r"\w+: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
     with pytest.raises(RuntimeError, match=match):
@@ -198,14 +199,14 @@ def test_triton_that_is_not_installed_raises(op, monkeypatch):
     # nor does a GPU that nothing was forced on fall back
     monkeypatch.delenv("TRACE_FAST_BACKEND")
     with pytest.raises(RuntimeError, match=f"{op}: triton is not installed"):
-        _backend.choose(op, "cuda")
+        dispatch.choose(op, "cuda")
     assert trace_fast.backends()[op]["cuda"] == "unavailable"
 
 
-@pytest.mark.parametrize("op", _backend.OPS)
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_missing_build_raises_unless_the_reference_is_asked_for(op, monkeypatch):
     monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "_build_error", ImportError("no _C"))
+    monkeypatch.setattr(dispatch, "_build_error", ImportError("no _C"))
     with pytest.raises(RuntimeError, match=r"\w+: the native core is not built \(no _C\); run .*=reference"):
         getattr(ops, op)(*arguments()[op])
     assert trace_fast.backends()[op]["cpu"] == "unavailable"

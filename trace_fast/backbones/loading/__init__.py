@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trace_fast._files import whole_file
 from trace_fast.backbones.base import Backbone
 from trace_fast.backbones.latent import network_of
 from trace_fast.backbones.registry import MODELS
+from trace_fast.io.files import whole_file
 
 __all__ = ["OFFLOADS", "is_encoder", "is_student", "load_encoder", "load_pipeline", "null_text_file", "place"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from trace_fast.image import ENDINGS, to_tensor
+from trace_fast.io.images import ENDINGS, to_tensor
 
 __all__ = ["Photograph", "find_damaged", "list_photographs"]
 

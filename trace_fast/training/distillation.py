@@ -29,16 +29,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from trace_fast import _checks, annotate
-from trace_fast._files import whole_file
-from trace_fast._training import Process, State, differences, read_progress, require_same, trapezoid
 from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
 from trace_fast.detector import ADAPTER, CONFIG, DECODER, finest, listen, reading, save_student
-from trace_fast.image import resize
-from trace_fast.photographs import REFUSAL, Photograph, find_damaged, list_photographs
+from trace_fast.io import visualize
+from trace_fast.io.files import whole_file
+from trace_fast.io.images import resize
+from trace_fast.ops import checks
 from trace_fast.tracer import Tracer
+from trace_fast.training.data import REFUSAL, Photograph, find_damaged, list_photographs
+from trace_fast.training.state import Process, State, differences, read_progress, require_same, trapezoid
 
 __all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "draw_labels", "pseudo_labels"]
 
@@ -135,28 +136,28 @@ class DistillConfig:
     licence: str = "not stated"
 
     def __post_init__(self) -> None:
-        _checks.one_of("distill", "labels", self.labels, *LABELS)
-        _checks.one_of("distill", "decoder", self.decoder, *DECODERS)
-        _checks.one_of("distill", "dtype", self.dtype, None, "float32", "bfloat16")
+        checks.one_of("distill", "labels", self.labels, *LABELS)
+        checks.one_of("distill", "decoder", self.decoder, *DECODERS)
+        checks.one_of("distill", "dtype", self.dtype, None, "float32", "bfloat16")
         for name, least in {"rank": 1, "batch": 1, "shard": 1, "warmup": 1}.items():
-            _checks.integer("distill", name, getattr(self, name), least)
+            checks.integer("distill", name, getattr(self, name), least)
         for name in ("reconstruction", "rate", "decoder_rate", "epochs"):
-            _checks.number("distill", name, getattr(self, name), 0)
+            checks.number("distill", name, getattr(self, name), 0)
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"distill: {name} must be finite, got {getattr(self, name)}")
-        _checks.number("distill", "save_minutes", self.save_minutes, 0)
-        _checks.number("distill", "interior", self.interior, 0, 1)
-        _checks.number("distill", "recolour", self.recolour, 0, 1)
-        _checks.number("distill", "decay", self.decay, 0.01, 1)
+        checks.number("distill", "save_minutes", self.save_minutes, 0)
+        checks.number("distill", "interior", self.interior, 0, 1)
+        checks.number("distill", "recolour", self.recolour, 0, 1)
+        checks.number("distill", "decay", self.decay, 0.01, 1)
         if self.level is not None:
-            _checks.integer("distill", "level", self.level, 0)
-            _checks.number("distill", "level", self.level, 0, STEPS - 1)
+            checks.integer("distill", "level", self.level, 0)
+            checks.number("distill", "level", self.level, 0, STEPS - 1)
         with torch.random.fork_rng(devices=[]):  # told now, not after the search
             decoder = make_decoder(self.decoder, (64, 64), **self.decoder_options)
         if self.start is not None:
             self.check_start(decoder.options())
         if self.limit is not None:
-            _checks.integer("distill", "limit", self.limit, PREVIEW + 1)
+            checks.integer("distill", "limit", self.limit, PREVIEW + 1)
 
     def check_start(self, decoder: dict[str, Any]) -> None:
         """Refuse a student that this run cannot go on from, as far as its folder tells."""
@@ -569,13 +570,13 @@ class Distillation:
             target = torch.where(counts[index, 0] > 0, label[index, 0], torch.tensor(0.5))
             columns = [photograph, soft[index, 0], target, found[index, 0]]
             titles = ["photograph", "ABDiv", "pseudo edges", "student"] if index == 0 else [""] * 4
-            rows.append(annotate.panel(columns, titles, height=192))
+            rows.append(visualize.panel(columns, titles, height=192))
         from PIL import Image
 
         sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
         for row, top in zip(rows, itertools.accumulate((row.height for row in rows), initial=0), strict=False):
             sheet.paste(row, (0, top))
-        annotate.write_picture(self.config.output / "preview.png", sheet)
+        visualize.write_picture(self.config.output / "preview.png", sheet)
 
     def save(self) -> None:
         """Write what a later run resumes from, and the live picture."""

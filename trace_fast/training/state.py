@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trace_fast import _checks
-from trace_fast._files import whole_file
+from trace_fast.io.files import whole_file
+from trace_fast.ops import checks
 
 __all__ = ["Process", "State", "differences", "read_progress", "require_same", "trapezoid"]
 
@@ -42,7 +42,7 @@ class Process:
     def join(cls, device: str | None, op: str) -> Process:
         """The process that this is; `op` is named in the error of a device that is not there."""
         if device is not None:
-            _checks.device(op, device)
+            checks.device(op, device)
         from accelerate import PartialState
 
         # all wait for the last one's shards, longer than the ten minutes that NCCL would

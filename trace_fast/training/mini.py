@@ -20,14 +20,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from trace_fast import _checks
-from trace_fast._files import whole_file
-from trace_fast._training import Process, State, trapezoid
 from trace_fast.backbones.base import load_weights
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
-from trace_fast.image import resize
-from trace_fast.photographs import list_photographs
+from trace_fast.io.files import whole_file
+from trace_fast.io.images import resize
+from trace_fast.ops import checks
+from trace_fast.training.data import list_photographs
+from trace_fast.training.state import Process, State, trapezoid
 
 __all__ = ["PretrainConfig", "collages", "crops", "load_photographs", "pretrain"]
 
@@ -90,10 +90,10 @@ class PretrainConfig:
     model: MiniConfig = field(default_factory=MiniConfig)
 
     def __post_init__(self) -> None:
-        _checks.number("pretrain", "collages", self.collages, 0, 1)
-        _checks.number("pretrain", "levels", self.levels, 1, 100)
-        _checks.number("pretrain", "rate", self.rate, 0, 1)
-        _checks.integer("pretrain", "workers", self.workers, 0)
+        checks.number("pretrain", "collages", self.collages, 0, 1)
+        checks.number("pretrain", "levels", self.levels, 1, 100)
+        checks.number("pretrain", "rate", self.rate, 0, 1)
+        checks.integer("pretrain", "workers", self.workers, 0)
         if self.start is not None and not (self.start / WEIGHTS).is_file():
             raise FileNotFoundError(f"pretrain: start must be a folder with {WEIGHTS}, got '{self.start}'")
 

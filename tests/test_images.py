@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trace_fast.image import MAX_PIXELS, from_tensor, resize, to_tensor
+from trace_fast.io.images import MAX_PIXELS, from_tensor, resize, to_tensor
 
 HEIGHT, WIDTH = 20, 31
 
@@ -475,5 +475,5 @@ class TestResize:
 
 
 def test_import_leaves_pillow_alone():
-    code = "import sys, trace_fast.image as _; sys.exit('PIL' in sys.modules)"
+    code = "import sys, trace_fast.io.images as _; sys.exit('PIL' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0

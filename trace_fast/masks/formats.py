@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast import _checks, coco
+from trace_fast.masks import coco
+from trace_fast.ops import checks
 
 __all__ = ["MaskSet", "open_masks", "semantic_masks"]
 
@@ -229,11 +230,11 @@ def _open(masks: Any, size: tuple[int, int] | None) -> tuple[MaskSet, Make]:
 def _check_set(found: MaskSet) -> MaskSet:
     op, sizes = "open_masks", dict[str, int]()
     if getattr(found.masks, "shape", None) != (0, 0, 0):  # what an empty list is
-        _checks.tensor(op, "masks", found.masks, "M H W", sizes, torch.bool)
+        checks.tensor(op, "masks", found.masks, "M H W", sizes, torch.bool)
     for name, value, dtype in (("scores", found.scores, torch.float32), ("classes", found.classes, torch.int64)):
         if value is not None:
-            _checks.tensor(op, name, value, "M", sizes, dtype)
-            _checks.same_device(op, masks=found.masks, **{name: value})
+            checks.tensor(op, name, value, "M", sizes, dtype)
+            checks.same_device(op, masks=found.masks, **{name: value})
     return found
 
 
@@ -251,7 +252,7 @@ def _open_labels(label_map: np.ndarray | Tensor) -> tuple[MaskSet, Make]:
     if values[0] < 0:
         raise ValueError(f"open_masks: masks must be labels of at least 0, got {int(values[0])}")
     values = values[values > 0]
-    _checks.memory("open_masks", "masks", labels, len(values) * labels.numel())
+    checks.memory("open_masks", "masks", labels, len(values) * labels.numel())
     known = values.tolist()
 
     def make(result: MaskSet, best: list[int]) -> Any:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trace_fast import _checks, ops
-from trace_fast.formats import MaskSet, areas, as_tensor, open_masks
+from trace_fast import ops
+from trace_fast.masks.formats import MaskSet, areas, as_tensor, open_masks
+from trace_fast.ops import checks
 
 __all__ = ["Seeds", "instances", "propagate", "seeds"]
 
@@ -92,7 +93,7 @@ def propagate(
     if mode not in ("flood", "walk"):
         raise ValueError(f"propagate: mode must be flood or walk, got {mode!r}")
     for name, value in (("iou", iou), ("cover", cover)):
-        _checks.number("propagate", name, value, 0, 1)
+        checks.number("propagate", name, value, 0, 1)
     found, close = open_masks(masks, tuple(edges.shape))
     if classes is None:
         kinds = found.classes
@@ -198,7 +199,7 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
         [[4.0, 4.0], [14.0, 4.0]]
     """
     edges = check_edges("seeds", edges)
-    _checks.integer("seeds", "k", k, 1)
+    checks.integer("seeds", "k", k, 1)
     barrier, min_area = _barrier("seeds", edges, threshold, min_area)
     try:
         from scipy import ndimage
@@ -361,10 +362,10 @@ def check_edges(op: str, edges: Any) -> Tensor:
 
 def _barrier(op: str, edges: Tensor, threshold: float, min_area: int | None) -> tuple[Tensor, int]:
     """Pixels of edges that are a barrier, and the smallest area."""
-    _checks.number(op, "threshold", threshold)
+    checks.number(op, "threshold", threshold)
     if not 0 < threshold <= 1:
         raise ValueError(f"{op}: threshold must be above 0, at most 1, got {threshold}")
     if min_area is None:
         min_area = max(1, round(edges.numel() * MIN_SHARE))
-    _checks.integer(op, "min_area", min_area, 1)
+    checks.integer(op, "min_area", min_area, 1)
     return edges >= float(threshold), int(min_area)

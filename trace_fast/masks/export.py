@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast import _checks, coco
-from trace_fast._files import whole_file
-from trace_fast.formats import MaskSet, areas, as_labels, as_scores, as_tensor, boxes, open_masks, paint, xywh
-from trace_fast.propagation import Seeds
+from trace_fast.io.files import whole_file
+from trace_fast.masks import coco
+from trace_fast.masks.formats import MaskSet, areas, as_labels, as_scores, as_tensor, boxes, open_masks, paint, xywh
+from trace_fast.masks.propagation import Seeds
+from trace_fast.ops import checks
 
 __all__ = [
     "panoptic_segments",
@@ -63,7 +64,7 @@ def write_coco_results(
         >>> write_coco_results("results.json", refined)
     """
     op = "write_coco_results"
-    _checks.integer(op, "category_id", category_id, 0)
+    checks.integer(op, "category_id", category_id, 0)
     with whole_file(path, op) as file:
         triples = _triples(op, results)
         _write_list(

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast._files import whole_file
-from trace_fast.formats import areas, as_tensor, boxes
-from trace_fast.image import to_tensor
+from trace_fast.io.files import whole_file
+from trace_fast.io.images import to_tensor
+from trace_fast.masks.formats import areas, as_tensor, boxes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from trace_fast.image import Picture
+    from trace_fast.io.images import Picture
     from trace_fast.tracer import TraceOutput
 
 __all__ = ["draw_masks", "overlay", "panel", "plot_curve", "write_picture", "write_png"]

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trace_fast import coco, ops
-from trace_fast.image import ENDINGS
+from trace_fast import ops
+from trace_fast.io.images import ENDINGS
+from trace_fast.masks import coco
 
 __all__ = ["GROUPS", "NEIGHBOURS", "SIDES", "SIZES", "Contours", "Photo", "contours_of", "layers_of", "open_photos"]
 

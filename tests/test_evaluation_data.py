@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from skimage.morphology import thin
 
-from trace_fast.evaluation import run, truth
-from trace_fast.evaluation.truth import GROUPS, contours_of, layers_of, open_photos
+from trace_fast.evaluation import data as truth
+from trace_fast.evaluation import run
+from trace_fast.evaluation.data import GROUPS, contours_of, layers_of, open_photos
 
 few = settings(max_examples=60, deadline=None)
 

@@ -105,10 +105,10 @@ def edges(
     if curve and find_spec("matplotlib") is None:
         _refuse("--curve needs matplotlib: pip install matplotlib")
 
-    from trace_fast import annotate
     from trace_fast.backbones import has_student
     from trace_fast.detector import Detector
-    from trace_fast.image import to_tensor
+    from trace_fast.io import visualize
+    from trace_fast.io.images import to_tensor
     from trace_fast.tracer import Tracer
 
     one_step = stage == "2" or (stage is None and not given and has_student(model))
@@ -128,11 +128,11 @@ def edges(
         else:
             traced = tracer(photo, timestep=level, noising=noising, seed=seed, return_kl=curve)
             found = traced.edges
-        annotate.write_png(paths[""], found, int(bits))
+        visualize.write_png(paths[""], found, int(bits))
         if overlay:
-            annotate.write_picture(paths["_overlay"], annotate.overlay(photo[0], found))
+            visualize.write_picture(paths["_overlay"], visualize.overlay(photo[0], found))
         if curve:
-            annotate.plot_curve(traced, paths["_curve"])
+            visualize.plot_curve(traced, paths["_curve"])
 
     _write_each(results, output, write)
 
@@ -176,7 +176,7 @@ def pretrain(
 ) -> None:
     """Train the embedded model from photographs, without labels. Interrupt it at will: the same command goes on."""
     from trace_fast.backbones.mini import MiniConfig
-    from trace_fast.pretrain import PretrainConfig, pretrain
+    from trace_fast.training.mini import PretrainConfig, pretrain
 
     _open_folder(output)
     try:
@@ -283,8 +283,8 @@ def distill(
     options["timestep"] = _parse_timestep(timestep)
     _open_folder(output)
 
-    from trace_fast.distill import DistillConfig
-    from trace_fast.distill import distill as run
+    from trace_fast.training.distillation import DistillConfig
+    from trace_fast.training.distillation import distill as run
 
     try:
         typer.echo(run(DistillConfig(**options)))
@@ -326,11 +326,11 @@ def segment(
     from PIL import Image
 
     import trace_fast
-    from trace_fast import annotate
-    from trace_fast._files import whole_file
     from trace_fast.api import edge_finder
-    from trace_fast.formats import open_masks, paint
-    from trace_fast.image import to_tensor
+    from trace_fast.io import visualize
+    from trace_fast.io.files import whole_file
+    from trace_fast.io.images import to_tensor
+    from trace_fast.masks.formats import open_masks, paint
 
     given = None if masks is None else _read_labels(masks)
     try:
@@ -353,7 +353,7 @@ def segment(
             # half the time of the usual level
             Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG", compress_level=3)
         if overlay:
-            annotate.write_picture(paths["_overlay"], annotate.draw_masks(photo[0], open_masks(labels)[0].masks))
+            visualize.write_picture(paths["_overlay"], visualize.draw_masks(photo[0], open_masks(labels)[0].masks))
 
     _write_each(results, output, write)
 
@@ -421,8 +421,8 @@ def evaluate(
 
     from trace_fast.backbones import has_student
     from trace_fast.evaluation import edges, masks, refined, report, run
+    from trace_fast.evaluation.data import open_photos
     from trace_fast.evaluation.methods import parse_method
-    from trace_fast.evaluation.truth import open_photos
 
     named = [text.rpartition("=") for text in results]
     files = {name or Path(file).stem: Path(file) for name, _, file in named}
@@ -551,7 +551,7 @@ def _parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
 
 def _list_images(inputs: list[Path]) -> list[Path]:
     """Files as they are, whatever their ending, folders as their image files by name; each file once."""
-    from trace_fast.image import ENDINGS
+    from trace_fast.io.images import ENDINGS
 
     images: list[Path] = []
     for path in inputs:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trace_fast import TraceOutput
-from trace_fast.annotate import draw_masks, overlay, panel, plot_curve, write_picture, write_png
+from trace_fast.io.visualize import draw_masks, overlay, panel, plot_curve, write_picture, write_png
 
 HEIGHT, WIDTH = 20, 31
 LEVELS = (0, *range(99, 1000, 100))
@@ -411,7 +411,7 @@ class TestPlotCurve:
 
     def test_global_state_is_left_alone(self):
         code = (
-            "import sys, torch, trace_fast.annotate as a; from types import SimpleNamespace as N;"
+            "import sys, torch, trace_fast.io.visualize as a; from types import SimpleNamespace as N;"
             "loaded = {'matplotlib', 'PIL'} & set(sys.modules);"
             "a.plot_curve(N(kl=torch.rand(1, 1), timestep=torch.tensor([99]), timesteps=torch.tensor([0, 99]),"
             " model='m', noising='n'));"

@@ -26,12 +26,15 @@ from tiny import SIZE, dinov2, embedded, pipeline
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from trace_fast import Detector, Tracer, _files, cli
-from trace_fast import distill as program
+from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import Taps
 from trace_fast.detector import listen, reading
-from trace_fast.distill import (
+from trace_fast.io import files as _files
+from trace_fast.io.images import resize
+from trace_fast.training import distillation as program
+from trace_fast.training.data import Photograph, list_photographs
+from trace_fast.training.distillation import (
     LABELS,
     Distillation,
     DistillConfig,
@@ -44,8 +47,6 @@ from trace_fast.distill import (
     inject,
     pseudo_labels,
 )
-from trace_fast.image import resize
-from trace_fast.photographs import Photograph, list_photographs
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -707,8 +708,8 @@ DEADLY = """
 import os, signal
 from contextlib import contextmanager
 from pathlib import PosixPath
-from trace_fast import _training, distill
-from trace_fast._files import whole_file
+from trace_fast.training import state as _training, distillation as distill
+from trace_fast.io.files import whole_file
 
 left = {count}
 
@@ -1266,7 +1267,7 @@ def test_two_processes_learn_what_one_does(config, tmp_path):
         (images / f"bad{index}.png").write_bytes(b"no picture")
     one = replace(config, output=tmp_path / "one")
     two = replace(config, output=tmp_path / "two", images=images, skip_bad=True)
-    code = f"from pathlib import PosixPath; from trace_fast.distill import *; distill({two!r})"
+    code = f"from pathlib import PosixPath; from trace_fast.training.distillation import *; distill({two!r})"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # as torchrun and accelerate launch start them

@@ -1,0 +1,1 @@
+"""Training: the embedded diffusion model, and the one-step student."""
