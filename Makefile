@@ -30,8 +30,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 gpu: $(VENV)/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/gpu.sh kernels
-	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/gpu.sh backbones
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh kernels
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh backbones
 
 sanitize: $(VENV)/installed
 	TRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize

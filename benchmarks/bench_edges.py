@@ -46,7 +46,7 @@ def maps(tracer):
 
 
 @pytest.mark.parametrize("noising", ["inversion", "gaussian"])
-def test_search(measure, tracer, path, noising):
+def bench_search(measure, tracer, path, noising):
     def search():
         return tracer(path, timestep="iep", noising=noising)
 
@@ -60,7 +60,7 @@ def test_search(measure, tracer, path, noising):
     measure(EDGES, f"search, {noising}", search)
 
 
-def test_edges_default(measure, path):
+def bench_edges_default(measure, path):
     found = trace_fast.edges(path, device="cpu")
     assert found.shape == (HEIGHT, WIDTH)
     assert 0 <= found.min() < found.max() <= 1
@@ -68,7 +68,7 @@ def test_edges_default(measure, path):
 
 
 @pytest.mark.parametrize("stage", ["load", "forward", "forward_capture", "divergence", "post"])
-def test_stage(measure, tracer, path, maps, stage):
+def bench_stage(measure, tracer, path, maps, stage):
     backbone, size = tracer.backbone, tracer.backbone.settings.size
     height, width = backbone.grid(size)
     pixels = image.to_tensor(path)
@@ -116,7 +116,7 @@ def detector():
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])
-def test_teacher(measure, monkeypatch, tracer, square, backend):
+def bench_teacher(measure, monkeypatch, tracer, square, backend):
     def search():
         return tracer(square, timestep="iep").edges
 
@@ -128,7 +128,7 @@ def test_teacher(measure, monkeypatch, tracer, square, backend):
 
 
 @torch.no_grad()
-def test_plain_pass(measure, detector, square):
+def bench_plain_pass(measure, detector, square):
     backbone = detector.backbone
     timestep = torch.tensor([detector.level])
 
@@ -139,7 +139,7 @@ def test_plain_pass(measure, detector, square):
     measure(STUDENT, "floor: one plain pass", run)
 
 
-def test_student(measure, monkeypatch, detector, square):
+def bench_student(measure, monkeypatch, detector, square):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
     expected = detector.edges(square)
     monkeypatch.delenv("TRACE_FAST_BACKEND")
@@ -147,7 +147,7 @@ def test_student(measure, monkeypatch, detector, square):
     measure(STUDENT, "student", lambda: detector.edges(square))
 
 
-def test_student_compiled(measure, detector, square):
+def bench_student_compiled(measure, detector, square):
     expected = detector.edges(square)
     compiled = Detector.from_pretrained("mini", device="cpu").compile()
     torch.testing.assert_close(compiled.edges(square), expected, rtol=0, atol=1e-4)

@@ -17,8 +17,8 @@ import triton.language as tl  # noqa: E402
 from trace_fast.kernels import attention, divergence  # noqa: E402
 from trace_fast.kernels.launch import INTERPRETED, MULTIPROCESSORS, Config, pick  # noqa: E402
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-TABLE = json.loads((BENCHMARKS / "results" / "kernels.json").read_text())
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
 ARCHITECTURES = (80, 90)
 DTYPES = {2: "bfloat16", 4: "float32"}
 HEAD_SIZES = (40, 64, 72, 80, 128, 160)
@@ -66,7 +66,7 @@ def compiled(tmp_path_factory):
     """Rows as the table has them, with the code, compiled anew in a process that does not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    command = [sys.executable, "-c", SCRIPT, str(BENCHMARKS)]
+    command = [sys.executable, "-c", SCRIPT, str(ROOT / "scripts")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: metrics by hand, ground truth of a drawn map, peers on real photographs."""
+"""scripts/quality.py: metrics by hand, ground truth of a drawn map, peers on real photographs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install trace_fa
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared/data/dev_coco"
-SPEC = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks/quality.py")
+SPEC = importlib.util.spec_from_file_location("quality", ROOT / "scripts/quality.py")
 quality = sys.modules.setdefault("quality", importlib.util.module_from_spec(SPEC))
 SPEC.loader.exec_module(quality)
 

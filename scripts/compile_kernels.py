@@ -1,6 +1,6 @@
 """Compile every Triton kernel and tile configuration for sm_80 and sm_90, without a GPU, and tabulate what they take.
 
-`python benchmarks/compile_kernels.py` writes benchmarks/results/kernels.json: registers a thread, bytes spilled to
+`python scripts/compile_kernels.py` writes benchmarks/results/kernels.json: registers a thread, bytes spilled to
 local memory and shared memory of a program, as ptxas reports them, and how busy its hottest loop keeps a scheduler. The
 launchers themselves run, so that what is compiled is what is shipped: only the last step, the launch, is left out.
 """
@@ -31,7 +31,7 @@ from workload import EXTRA
 from trace_fast.kernels import attention, divergence
 from trace_fast.kernels.launch import Config
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "kernels.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90)
 CHANNELS = (40, 64, 72, 80, 128, 160, 256)

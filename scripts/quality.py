@@ -1,6 +1,6 @@
 """Quality of the instance edges of an embedded model: every figure, table and picture, from one command.
 
-    python benchmarks/quality.py --data ../shared/data/dev_coco -o build/quality
+    python scripts/quality.py --data ../shared/data/dev_coco -o build/quality
 
 Truth: instance maps are squashed to 256 x 256 (nearest neighbour); a pixel is on a boundary where a 4-neighbour has
 another label and neither is a crowd; boundaries are dilated by 2 % of the side in all (3 pixels each way). A cell of
@@ -339,7 +339,7 @@ def provenance() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     processor = [*re.findall(r"model name\s*: (.*)", info), platform.processor()][0]
     return {
-        "command": shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "scripts/quality.py", *sys.argv[1:]]),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "machine": {"processor": processor, "threads": torch.get_num_threads()},
         "versions": {"trace_fast": trace_fast.__version__, "torch": torch.__version__, "numpy": np.__version__},

@@ -1,6 +1,6 @@
 """What each choice of the distillation is worth: students of the embedded model, one choice changed at a time.
 
-    python benchmarks/ablations.py --images PHOTOGRAPHS --data ../shared/data/dev_coco -o build/ablations
+    python scripts/ablations.py --images PHOTOGRAPHS --data ../shared/data/dev_coco -o build/ablations
 
 Every student sees as many photographs for as many steps. They are scored by `trace-fast evaluate`'s functions, beside
 their teachers. A control is a student whose decoder sees the photograph and no attention; the embedded student stands
@@ -150,7 +150,7 @@ def main() -> None:
     add("--every", type=int, default=1, help="score every so many photographs")
     add("--only", nargs="*", choices=STUDENTS, help="these students alone")
     options = parser.parse_args()
-    origin = provenance() | {"command": shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])}
+    origin = provenance() | {"command": shlex.join(["python", "scripts/ablations.py", *sys.argv[1:]])}
 
     students = {name: STUDENTS[name] for name in options.only or STUDENTS}
     methods = [

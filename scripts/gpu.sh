@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What needs a GPU, in stages, one a call, each within ten minutes:
 #
-#   benchmarks/gpu.sh kernels      tests on the device, tile tuning, benchmarks of every kernel
-#   benchmarks/gpu.sh backbones    full-size networks with random weights: latency and memory; needs diffusers
-#   benchmarks/gpu.sh mini DIR     trains the embedded model on the photographs of DIR; another call goes on
+#   scripts/gpu.sh kernels      tests on the device, tile tuning, benchmarks of every kernel
+#   scripts/gpu.sh backbones    full-size networks with random weights: latency and memory; needs diffusers
+#   scripts/gpu.sh mini DIR     trains the embedded model on the photographs of DIR; another call goes on
 #
 # Run it in an environment with torch, triton, pytest, pytest-benchmark and a C++ compiler; nothing is downloaded. Results
 # land in benchmarks/results/ (tuning-<gpu>.json, speed-gpu.json, backbones-gpu-<model>.json, gpu-<stage>.log), in the
@@ -37,8 +37,8 @@ case $stage in
   kernels)
     step 230 python3 -m pytest -q -W default $several --durations=5 \
       -k 'triton or gpu or graph or synchronising or cuda' \
-      tests/test_{attention,readout,divergence,backend,tracer,regions}.py
-    step 120 python3 benchmarks/tune_kernels.py
+      tests/test_{attention,readout,divergence,dispatch,tracer,regions}.py
+    step 120 python3 scripts/tune_kernels.py
     step 160 python3 -m pytest -q -W default benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
       --benchmark-only --benchmark-json=$results/speed-gpu.json
     ;;
@@ -55,5 +55,5 @@ case $stage in
       --workers "$(nproc)" --batch 512 --dim 192 --images 4000000 --minutes 8
     ;;
 esac
-step 10 python3 benchmarks/tables.py
+step 10 python3 scripts/tables.py
 exit $failed

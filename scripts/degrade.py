@@ -1,6 +1,6 @@
 """Masks made worse in known ways, and edges that are right: what boundary-guided propagation can do, apart from edges.
 
-    python benchmarks/degrade.py --data ../shared/data/dev_coco -o build/degraded
+    python scripts/degrade.py --data ../shared/data/dev_coco -o build/degraded
     trace-fast evaluate --data ../shared/data/dev_coco --table backbones --baseline build/degraded/degraded.json \
         --method oracle=lines:build/degraded/oracle --method canny ... -o build/propagation
 

@@ -1,6 +1,6 @@
 """Peak memory of one search on every full-size backbone, without weights and without a GPU.
 
-`python benchmarks/memory.py` writes benchmarks/results/memory.json. Networks of the published configurations are built
+`python scripts/memory.py` writes benchmarks/results/memory.json. Networks of the published configurations are built
 on the meta device in bfloat16 and searched there, with the very code that runs on a GPU; every tensor is counted from
 the operation that makes it to its end. Attention is fused, as on a GPU: its result alone is counted. What an allocator
 rounds up and kernels keep to themselves is not in it.
@@ -28,7 +28,7 @@ from trace_fast.backbones import backbone_of
 from trace_fast.io.files import whole_file
 from trace_fast.ops import dispatch
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "memory.json"
 LEVELS = (0, 99, 199)  # the peak is the same at every step
 
 SD_VAE = {

@@ -1,10 +1,10 @@
-"""Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python benchmarks/tables.py`.
+"""Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python scripts/tables.py`.
 
 `speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are made by the commands that stand beside their tables,
-with `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `benchmarks/quality.py` (it
-is that run's quality.json), `ablations.json` by `benchmarks/ablations.py`, `kernels.json` by
-`benchmarks/compile_kernels.py`, `memory.json` by `benchmarks/memory.py`, `speed-gpu.json` and a
-`backbones-gpu-<model>.json` each by `benchmarks/gpu.sh`; `edges-*.json` are the report.json of `trace-fast evaluate`,
+with `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `scripts/quality.py` (it
+is that run's quality.json), `ablations.json` by `scripts/ablations.py`, `kernels.json` by
+`scripts/compile_kernels.py`, `memory.json` by `scripts/memory.py`, `speed-gpu.json` and a
+`backbones-gpu-<model>.json` each by `scripts/gpu.sh`; `edges-*.json` are the report.json of `trace-fast evaluate`,
 `propagation.json` and `propagation-walk.json` its masks.json, and `commit` was added to each.
 """
 
@@ -52,7 +52,7 @@ def student(results: dict[str, Any]) -> str:
 def ablations(results: dict[str, Any] | None) -> str:
     """Students with one choice changed, best first."""
     if results is None:
-        return "Not run to its end yet: `benchmarks/ablations.py` fills the table."
+        return "Not run to its end yet: `scripts/ablations.py` fills the table."
     rows = sorted(results["rows"].items(), key=lambda row: -row[1]["ods"])
     lines = ["| | ODS | OIS | AP | clDice |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, row in rows:
@@ -161,7 +161,7 @@ def gpu(results: dict[str, Any] | None) -> str:
     ]
     lines = []
     if results is None:
-        lines += ["No GPU has run these kernels yet: `benchmarks/gpu.sh kernels` fills the table.", ""]
+        lines += ["No GPU has run these kernels yet: `scripts/gpu.sh kernels` fills the table.", ""]
     else:
         machine, versions = results["machine_info"], results["machine_info"]["versions"]
         rates = machine["ceilings"]
@@ -228,11 +228,11 @@ def over_sdpa(times: Times, _: str) -> float:
 def backbones(results: list[dict[str, Any]]) -> str:
     """Latency and memory of the full-size backbones on a GPU, in the order of `memory.json`."""
     if not results:
-        return "No GPU has run the full-size backbones yet: `benchmarks/gpu.sh backbones` fills the table."
+        return "No GPU has run the full-size backbones yet: `scripts/gpu.sh backbones` fills the table."
     machine, commits = results[0]["machine_info"], {commit_of(run) for run in results}
     lines = [
         f"{machine['gpu']}, torch {machine['versions']['torch']}, bfloat16, one image, commit "
-        f"`{'`, `'.join(sorted(commits))}`, by `benchmarks/gpu.sh backbones`. Random weights prove latency and wiring, "
+        f"`{'`, `'.join(sorted(commits))}`, by `scripts/gpu.sh backbones`. Random weights prove latency and wiring, "
         "never quality. Milliseconds: `capture` is a forward with every map added up, `share` what that adds to the "
         "plain forward (aim: at most 25 %); `search` is ten levels by inversion, `eager` the same with maps in plain "
         "torch (aim: 4 times as long). GiB: what a search adds to the weights at its peak.",
@@ -286,7 +286,7 @@ def kernels(results: dict[str, Any]) -> str:
 def memory(results: dict[str, Any]) -> str:
     """Weights and peaks of the full-size backbones, in GiB."""
     lines = [
-        f"Counted on the meta device by `benchmarks/memory.py`, bfloat16, one image, torch {results['torch']}, "
+        f"Counted on the meta device by `scripts/memory.py`, bfloat16, one image, torch {results['torch']}, "
         f"diffusers {results['diffusers']}. Beside the weights: the peaks of encoding, of one plain forward, and of a "
         "whole search with inversion, whose two maps are in it. Last, what keeping every head's map of one forward "
         "would take.",

@@ -1,4 +1,4 @@
-"""Time every tile configuration of the attention kernels on the present GPU: `python benchmarks/tune_kernels.py`.
+"""Time every tile configuration of the attention kernels on the present GPU: `python scripts/tune_kernels.py`.
 
 Writes benchmarks/results/tuning-<gpu>.json and prints, for each kernel and head size, what is shipped beside the best.
 Take the best over into CONFIGS of kernels/jit/attention.py by hand, where it wins by more than the spread.
@@ -20,7 +20,7 @@ from compile_kernels import Case, attention_cases, only
 from tqdm import tqdm
 from workload import SHAPES
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def shapes() -> list[tuple[int, int, int]]:
