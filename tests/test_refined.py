@@ -51,7 +51,7 @@ def call(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(cli, "RESAMPLES", 20)
+    monkeypatch.setattr(cli.evaluate, "RESAMPLES", 20)
 
 
 @pytest.fixture

@@ -1,0 +1,145 @@
+"""What several commands share: options, refusals, the list of images, the folder of results."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+__all__ = [
+    "Device",
+    "Inputs",
+    "OutputFolder",
+    "check_results",
+    "list_images",
+    "open_folder",
+    "parse_size",
+    "parse_timestep",
+    "refuse",
+    "refuse_failures",
+    "write_results",
+]
+
+# what a user, a file or the machine may cause: reported in one line, without a traceback
+FAILURES = (OSError, RuntimeError, TypeError, ValueError)
+
+Inputs = Annotated[list[Path], typer.Argument(metavar="IN...", help="Image files, and folders of image files.")]
+OutputFolder = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to. It is created where it is missing.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device to run on, such as cuda:1. The default is the GPU where there is one, else the CPU."),
+]
+
+
+def refuse(reason: str) -> NoReturn:
+    """Write the reason to stderr and end the command with exit status 2."""
+    typer.echo(f"trace-fast: {reason}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def refuse_failures() -> Iterator[None]:
+    """End the command with one line on stderr where the block raises what a user may cause."""
+    try:
+        yield
+    except typer.Exit:  # a refusal inside the block; it is a RuntimeError
+        raise
+    except FAILURES as error:
+        refuse(str(error))
+
+
+def parse_timestep(text: str | None) -> str | int | None:
+    """Return the value of --timestep: an integer from 0 to 999, "iep", or None where it is not given."""
+    if text is None or text == "iep":
+        return text
+    try:
+        timestep = int(text)
+    except ValueError:
+        timestep = -1
+    if not 0 <= timestep <= 999:
+        refuse(f"--timestep must be iep or an integer from 0 to 999, got {text!r}")
+    return timestep
+
+
+def parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
+    """Return (height, width) of an option such as 512x768; None where it is not given."""
+    if text is None:
+        return None
+    if not (sides := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)):
+        refuse(f"--{name} must be height and width in pixels, such as 512x768, got {text!r}")
+    return int(sides[1]), int(sides[2])
+
+
+def list_images(inputs: list[Path]) -> list[Path]:
+    """Return the files as they are, whatever their ending, and the image files of the folders; each file once."""
+    from trace_fast.io.images import ENDINGS
+
+    images: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files = sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.suffix.lower() in ENDINGS and not entry.name.startswith(".") and entry.is_file()
+            )
+            if not files:
+                refuse(f"no image files in the folder '{path}'")
+            images += files
+        else:
+            images.append(path)
+    return list({os.path.abspath(image): image for image in images}.values())
+
+
+def check_results(results: dict[Path, dict[str, Path]]) -> None:
+    """Refuse a run in which a result would replace another one, or one of the images."""
+    # some file systems do not distinguish upper case from lower
+    sources = {os.path.realpath(image).casefold(): image for image in results}
+    writers: dict[str, Path] = {}
+    for image, paths in results.items():
+        for path in paths.values():
+            target = os.path.realpath(path).casefold()
+            if target in sources:
+                refuse(f"'{path}' would replace the image '{sources[target]}': choose another folder with --output")
+            if target in writers:
+                refuse(
+                    f"'{writers[target]}' and '{image}' would both be written to '{path}': "
+                    "rename one, or give each its own --output"
+                )
+            writers[target] = image
+
+
+def write_results(
+    results: dict[Path, dict[str, Path]], output: Path, write: Callable[[Path, dict[str, Path]], None]
+) -> None:
+    """Write the results of each image; report the images that fail, and do the others all the same."""
+    from tqdm import tqdm
+
+    failures = 0
+    # several images show progress, on a terminal only
+    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
+        try:
+            write(image, paths)
+        except FAILURES as error:
+            failures += 1
+            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
+    typer.echo(f"{len(results) - failures} of {len(results)} written to {output}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def open_folder(folder: Path) -> None:
+    """Create the folder and write to it for a moment: permissions alone do not show whether that works."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        refuse(f"the folder '{folder}' cannot be written to: {error.strerror}")

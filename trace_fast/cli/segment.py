@@ -1,0 +1,102 @@
+"""The command `trace-fast segment`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from trace_fast.cli.common import (
+    FAILURES,
+    Device,
+    Inputs,
+    OutputFolder,
+    check_results,
+    list_images,
+    open_folder,
+    refuse,
+    refuse_failures,
+    write_results,
+)
+
+__all__ = ["run_segment"]
+
+
+def run_segment(
+    inputs: Inputs,
+    output: OutputFolder,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Masks of the one image to split and complete: a label map, PNG; else edges alone."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Whose edges; as in `trace-fast edges`.")] = "mini",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Strength from which an edge separates.")] = 0.5,
+    mode: Annotated[Literal["flood", "walk"], typer.Option(help="How given masks are completed.")] = "flood",
+    device: Device = None,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also write the masks drawn over the photo.")] = False,
+) -> None:
+    """Write the masks of each image as DIR/NAME.png, a label map of 16 bits: 0 is none, others a mask each.
+
+    They are the regions that the edges enclose or, with --masks, those masks split and completed by the edges. Asked
+    to, it also writes DIR/NAME_overlay.png. Files of an earlier run are replaced.
+    """
+    kinds = ["", *["_overlay"] * overlay]
+    images = list_images(inputs)
+    results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
+    check_results(results)
+    if not threshold:
+        refuse("--threshold must be above 0, got 0")
+    if masks is not None and len(images) != 1:
+        refuse(f"--masks must be of one image, got {len(images)}")
+
+    import numpy as np
+    from PIL import Image
+
+    import trace_fast
+    from trace_fast.api import edge_finder
+    from trace_fast.io import visualize
+    from trace_fast.io.files import whole_file
+    from trace_fast.io.images import to_tensor
+    from trace_fast.masks.formats import open_masks, paint
+
+    given = None if masks is None else _read_labels(masks)
+    with refuse_failures():
+        find = edge_finder(model, device=device)
+    open_folder(output)
+
+    def write(image: Path, paths: dict[str, Path]) -> None:
+        photo = to_tensor(image)
+        found = find(photo)
+        if given is None:
+            stack, _ = trace_fast.instances(found, threshold=threshold)
+            labels = paint(stack, range(1, len(stack) + 1)).cpu().numpy()
+        else:
+            labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode)
+        if labels.max(initial=0) > 65535:
+            raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
+        with whole_file(paths[""], "segment") as file:
+            # half the time of the usual level
+            Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG", compress_level=3)
+        if overlay:
+            visualize.write_picture(paths["_overlay"], visualize.draw_masks(photo[0], open_masks(labels)[0].masks))
+
+    write_results(results, output, write)
+
+
+def _read_labels(path: Path) -> Any:
+    """A label map, (H, W) int32, of a lossless picture of whole numbers."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            kind, lossy, mode = picture.format, picture.format == "JPEG", picture.mode
+            labels = np.asarray(picture)
+    except FAILURES as error:
+        refuse(f"--masks must be a readable picture, got '{path}': {error}")
+    if lossy or mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        refuse(f"--masks must be a lossless picture of one channel of integers, got '{path}': {kind} of mode {mode}")
+    return labels.astype(np.int32)
