@@ -51,7 +51,7 @@ def bench_search(measure, tracer, path, noising):
         return tracer(path, timestep="iep", noising=noising)
 
     output = search()
-    kl, abdiv = tracer.scan(image.to_tensor(path), noising=noising)
+    kl, abdiv = tracer.scan(image.read_image(path), noising=noising)
     assert output.edges.shape == (1, 1, HEIGHT, WIDTH)
     assert torch.equal(output.kl, kl)
     chosen = kl[0].argmax() + 1
@@ -71,14 +71,14 @@ def bench_edges_default(measure, path):
 def bench_stage(measure, tracer, path, maps, stage):
     backbone, size = tracer.backbone, tracer.backbone.settings.size
     height, width = backbone.grid(size)
-    pixels = image.to_tensor(path)
+    pixels = image.read_image(path)
     latent = backbone.encode(image.resize(pixels, size))
     levels = [torch.tensor([level]) for level in TIMESTEPS]
     blocks = tuple(range(len(backbone.attentions())))
     total = torch.empty_like(maps[0])
 
     def load():
-        return image.to_tensor(path)
+        return image.read_image(path)
 
     @torch.no_grad()
     def forward():

@@ -31,7 +31,7 @@ from trace_fast import Detector, Tracer, decoder, ops
 from trace_fast.evaluation import edges, report, run
 from trace_fast.evaluation.data import open_photos
 from trace_fast.evaluation.methods import Method, parse_method
-from trace_fast.io.images import resize, to_tensor
+from trace_fast.io.images import read_image, resize
 from trace_fast.training.distillation import DistillConfig, distill, draw_labels
 
 SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
@@ -100,7 +100,7 @@ def method_of(name: str, folder: Path | str, *, blind: bool) -> Method:
 
     def find(photo: Any) -> Any:
         with mock.patch.object(decoder.Taps, "total", total_of_nothing):
-            return detector.edges(to_tensor(photo.image))[0, 0].numpy()
+            return detector.edges(read_image(photo.image))[0, 0].numpy()
 
     return replace(found, edges=find, identity=f"{found.identity} blind")
 
@@ -115,7 +115,7 @@ def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = Fals
         with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
             if not sharp:
                 return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
-            whole = to_tensor(photo.image)
+            whole = read_image(photo.image)
             small = resize(whole, DRAWN)
             abdiv = tracer(small, timestep=timestep, return_abdiv=True).abdiv
             label = draw_labels(abdiv, DRAWN, small, "sharp", 0.0, tracer.backbone.settings.edge_scale)[0]
@@ -128,7 +128,7 @@ def gradient() -> Method:
     """The control without a model: length of the colour gradient, smoothed by one pixel, at the labels' size."""
 
     def find(photo: Any) -> Any:
-        whole = to_tensor(photo.image)
+        whole = read_image(photo.image)
         smooth = gaussian_filter(resize(whole, DRAWN)[0].numpy(), (0, 1, 1))
         length = np.square(np.gradient(smooth, axis=(1, 2))).sum((0, 1)) ** 0.25  # a square root spreads it
         return resize(torch.from_numpy(length)[None, None], tuple(whole.shape[-2:]))[0, 0].clamp(0, 1).numpy()

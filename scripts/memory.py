@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from trace_fast import Tracer
 from trace_fast.backbones import backbone_of
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 from trace_fast.ops import dispatch
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "memory.json"
@@ -210,7 +210,7 @@ def main() -> None:
     rows = [measure(name) for name in tqdm(MODELS, unit="model", disable=None)]
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     versions = f'"torch": "{torch.__version__}", "diffusers": "{diffusers.__version__}"'
-    with whole_file(RESULTS, "memory") as file:
+    with write_atomically(RESULTS, "memory") as file:
         file.write(f'{{{versions}, "models": [\n  {lines}\n]}}\n'.encode())
 
 

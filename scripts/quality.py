@@ -42,7 +42,7 @@ from tqdm import tqdm
 import trace_fast
 from trace_fast.backbones.base import NOISINGS
 from trace_fast.backbones.mini import Mini, MiniBackbone
-from trace_fast.io.images import resize, to_tensor
+from trace_fast.io.images import read_image, resize
 from trace_fast.tracer import TIMESTEPS, Tracer
 
 GRID = 32  # cells per side that every method is scored on
@@ -184,7 +184,7 @@ class Photos:
         truth = Truth.read(data / "inst", ids)
         images, classics = [], []
         for id_ in tqdm(ids, desc="photos"):
-            photo = to_tensor(data / f"images/{id_:012d}.jpg")
+            photo = read_image(data / f"images/{id_:012d}.jpg")
             images.append(resize(photo, size))
             pidinet = np.asarray(Image.open(data / f"pidinet/{id_:012d}.png"))
             classics.append(classic_maps(photo, pidinet, tokens))

@@ -18,7 +18,7 @@ import trace_fast
 from trace_fast import cli
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.io import visualize
-from trace_fast.io.images import to_tensor
+from trace_fast.io.images import read_image
 
 
 @pytest.fixture(scope="session")
@@ -299,7 +299,7 @@ def test_ctrl_c_leaves_whole_files_only(model, tmp_path):
     assert 0 < len(written) < 300
     for name in written:  # no temporary file among them, and each is readable to its end
         assert name[:3].isdigit()
-        assert to_tensor(tmp_path / "out" / name).shape == (1, 3, 20, 31)
+        assert read_image(tmp_path / "out" / name).shape == (1, 3, 20, 31)
 
 
 def test_demo_writes_to_its_folder_and_tells_where(call, monkeypatch):

@@ -16,7 +16,7 @@ from pycocotools import mask as api
 from trace_fast.evaluation.masks import NAMES
 from trace_fast.evaluation.report import mask_table
 from trace_fast.masks import coco
-from trace_fast.masks.coco import from_masks, read_instances, read_panoptic, read_results
+from trace_fast.masks.coco import encode_masks, read_instances, read_panoptic, read_results
 
 DATA = Path(__file__).parent.parent / "../shared/data/dev_coco"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/dev_coco")
@@ -103,7 +103,7 @@ class TestMasks:
         entries = [
             {"image_id": number, "category_id": 1, "segmentation": segmentation, "score": instance.score}
             for number, (stack, score) in enumerate(zip(stacks, scores, strict=True))
-            for image in [from_masks(stack, score, id=number)]
+            for image in [encode_masks(stack, score, id=number)]
             for segmentation, instance in zip(image.rles(), image.instances, strict=True)
         ]
         for entry in entries:
@@ -117,13 +117,13 @@ class TestMasks:
             assert [instance.area for instance in image.instances] == stacks[number].sum((1, 2)).tolist()
 
     def test_from_masks(self):
-        image = from_masks(np.stack([BOX, ~BOX]), np.array([0.5, -2]), np.array([False, True]), id=9, file_name="y")
+        image = encode_masks(np.stack([BOX, ~BOX]), np.array([0.5, -2]), np.array([False, True]), id=9, file_name="y")
         assert (image.id, image.file_name, image.height, image.width) == (9, "y", HEIGHT, WIDTH)
         first, second = image.instances
         assert (first.area, first.score, first.iscrowd) == (6, 0.5, False)
         assert (second.area, second.score, second.iscrowd) == (29, -2, True)
         np.testing.assert_array_equal(image.masks(), [BOX, ~BOX])
-        turned = from_masks(np.stack([BOX, ~BOX]).transpose(0, 2, 1)[:, ::-1, ::2])
+        turned = encode_masks(np.stack([BOX, ~BOX]).transpose(0, 2, 1)[:, ::-1, ::2])
         assert [instance.area for instance in turned.instances] == [BOX[::2].sum(), (~BOX[::2]).sum()]
 
     @pytest.mark.parametrize(
@@ -139,20 +139,20 @@ class TestMasks:
         ],
     )
     def test_from_masks_refuses(self, masks, keywords, error, message):
-        with pytest.raises(error, match=f"^from_masks: {message}$"):
-            from_masks(masks, **keywords)
+        with pytest.raises(error, match=f"^encode_masks: {message}$"):
+            encode_masks(masks, **keywords)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
     @pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
     def test_decoded_as_pycocotools_does(self, share):
         random = np.random.default_rng(0)
         for shape in ((3, 1, 1), (1, 2, 3), (4, 31, 17), (2, 300, 400)):
-            image = from_masks(random.random(shape) < share)
+            image = encode_masks(random.random(shape) < share)
             np.testing.assert_array_equal(image.masks(), api.decode(image.rles()).transpose(2, 0, 1))
 
     def test_decoded_masks_are_not_kept(self):
         stack = np.random.default_rng(0).random((1, 200, 300)) < 0.001
-        images = [from_masks(stack, id=number) for number in range(20)]
+        images = [encode_masks(stack, id=number) for number in range(20)]
         tracemalloc.start()
         for image in images:
             assert image.masks().any()
@@ -356,7 +356,7 @@ class TestProblems:
 
     def test_pycocotools_is_named_where_it_is_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pycocotools", None)
-        for call in (lambda: read_instances(GOOD), lambda: read_results([]), lambda: from_masks(BOX[None])):
+        for call in (lambda: read_instances(GOOD), lambda: read_results([]), lambda: encode_masks(BOX[None])):
             with pytest.raises(RuntimeError, match=r"needs pycocotools: pip install pycocotools$"):
                 call()
 

@@ -709,20 +709,20 @@ import os, signal
 from contextlib import contextmanager
 from pathlib import PosixPath
 from trace_fast.training import state as _training, distillation as distill
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 
 left = {count}
 
 @contextmanager
 def deadly(path, op):
     global left
-    with whole_file(path, op) as file:
+    with write_atomically(path, op) as file:
         yield file
         left -= path.name == {name!r}
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-distill.whole_file = _training.whole_file = deadly
+distill.write_atomically = _training.write_atomically = deadly
 distill.distill(distill.{config!r})
 """
 

@@ -406,7 +406,7 @@ class TestRefusals:
         model, _ = make(family)
         tracer = traced(family, model)
         monkeypatch.setattr(tracer.backbone, "encode", lambda *_: pytest.fail("it began to work"))
-        monkeypatch.setattr("trace_fast.io.images.to_tensor", lambda *_: pytest.fail("it read the image"))
+        monkeypatch.setattr("trace_fast.tracer.read_image", lambda *_: pytest.fail("it read the image"))
         with pytest.raises(ValueError, match="trace: " + message.format(type(model).__name__)):
             tracer(torch.rand(3, 20, 36), **options)
         options = {name: value for name, value in options.items() if name in ("timesteps", "noising")}

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as api
 
-from trace_fast.masks.formats import MaskSet, areas, as_tensor, boxes, open_masks, semantic_masks
+from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
+from trace_fast.masks.formats import MaskSet, open_masks, semantic_masks
 from trace_fast.ops import checks
 
 EXAMPLES = settings(max_examples=30, deadline=None)
@@ -616,23 +617,23 @@ class TestSemantic:
 @given(masks=stacks())
 def test_areas_and_boxes(masks):
     for stack in (masks, masks[:, ::-1, ::2].copy(), masks.transpose(0, 2, 1), (masks * np.uint8(255)).view(bool)):
-        found = areas(torch.from_numpy(stack))
+        found = mask_areas(torch.from_numpy(stack))
         assert found.dtype == torch.int64 and found.tolist() == [int(mask.sum()) for mask in stack]
         corners = []
         for mask in stack:
             rows, columns = np.nonzero(mask)
             empty = not len(rows)
             corners.append([0] * 4 if empty else [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        assert boxes(torch.from_numpy(stack)).tolist() == corners
+        assert mask_boxes(torch.from_numpy(stack)).tolist() == corners
 
 
 def test_as_tensor_copies_only_where_it_must():
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
-    assert as_tensor(array).data_ptr() == array.ctypes.data
+    assert array_to_tensor(array).data_ptr() == array.ctypes.data
     fixed = array.copy()
     fixed.flags.writeable = False
     for other in (array[::-1, ::-1], array.T, array.astype(">f4"), fixed, array[1:, ::2]):
-        assert as_tensor(other).tolist() == other.tolist()
+        assert array_to_tensor(other).tolist() == other.tolist()
 
 
 def test_defaults_of_torch_do_not_matter():

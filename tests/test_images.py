@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trace_fast.io.images import MAX_PIXELS, from_tensor, resize, to_tensor
+from trace_fast.io.images import MAX_PIXELS, convert_edges, read_image, resize
 
 HEIGHT, WIDTH = 20, 31
 
@@ -33,26 +33,26 @@ def assert_is(found, expected, atol=0.0):
 
 class TestArrays:
     def test_uint8(self, pixels):
-        assert_is(to_tensor(pixels), channels_first(pixels))
+        assert_is(read_image(pixels), channels_first(pixels))
 
     def test_uint16(self, pixels):
-        assert_is(to_tensor(pixels.astype(np.uint16) * 257), channels_first(pixels))
+        assert_is(read_image(pixels.astype(np.uint16) * 257), channels_first(pixels))
 
     @pytest.mark.parametrize(("dtype", "atol"), [("float16", 5e-4), ("float32", 0), ("float64", 1e-7)])
     def test_float(self, pixels, dtype, atol):
-        assert_is(to_tensor((pixels / 255).astype(dtype)), channels_first(pixels), atol)
+        assert_is(read_image((pixels / 255).astype(dtype)), channels_first(pixels), atol)
 
     def test_grey_is_repeated(self, pixels):
         grey = pixels[..., :1]
         expected = channels_first(grey).repeat(1, 3, 1, 1)
-        assert_is(to_tensor(grey), expected)
-        assert_is(to_tensor(grey[..., 0]), expected)
+        assert_is(read_image(grey), expected)
+        assert_is(read_image(grey[..., 0]), expected)
 
     def test_alpha_is_flattened_on_white(self):
         rgba = np.zeros((HEIGHT, WIDTH, 4), np.float32)
         rgba[..., 0], rgba[..., 3] = 1, 0.25
         expected = torch.tensor([1, 0.75, 0.75]).reshape(1, 3, 1, 1).expand(1, 3, HEIGHT, WIDTH)
-        assert_is(to_tensor(rgba), expected, 1e-7)
+        assert_is(read_image(rgba), expected, 1e-7)
 
     @pytest.mark.parametrize(
         "view",
@@ -68,21 +68,21 @@ class TestArrays:
     def test_memory_layouts(self, pixels, view):
         image = view(pixels)
         expected = pixels[::-1, ::-1] if image.strides[0] < 0 else pixels
-        assert_is(to_tensor(image), channels_first(expected.copy()))
+        assert_is(read_image(image), channels_first(expected.copy()))
 
     def test_read_only_array_is_read_without_a_warning(self, pixels):
         pixels.flags.writeable = False
-        assert_is(to_tensor(pixels), channels_first(pixels))
+        assert_is(read_image(pixels), channels_first(pixels))
 
     def test_memory_is_never_shared(self, pixels):
         for image in (np.float32(pixels / 255), channels_first(pixels)):
-            to_tensor(image).fill_(0)
+            read_image(image).fill_(0)
             assert image.max() > 0
 
     def test_rounding_is_clamped(self):
         image = np.full((HEIGHT, WIDTH), 1 + 2e-7, np.float32)
         image[0] = -2e-7
-        found = to_tensor(image)
+        found = read_image(image)
         assert (found.min(), found.max()) == (0, 1)
 
     @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ class TestArrays:
     )
     def test_other_dtypes(self, dtype):
         with pytest.raises(TypeError, match=r"^edges: image must be an array of uint8, .* float64, got \S+"):
-            to_tensor(np.zeros((HEIGHT, WIDTH, 3), dtype))
+            read_image(np.zeros((HEIGHT, WIDTH, 3), dtype))
 
     @pytest.mark.parametrize(
         "shape", [(), (0,), (HEIGHT,), (HEIGHT, WIDTH, 2), (HEIGHT, WIDTH, 5), (1, HEIGHT, WIDTH, 3), (1,) * 5]
@@ -99,24 +99,24 @@ class TestArrays:
         with pytest.raises(
             ValueError, match=r"^edges: image must be an array \(H, W\) or .* got shape " + re.escape(f"{shape}")
         ):
-            to_tensor(np.zeros(shape, np.uint8))
+            read_image(np.zeros(shape, np.uint8))
 
     def test_channels_first_array(self):
         with pytest.raises(ValueError, match=r"got shape \(3, 20, 31\); an array is channels last"):
-            to_tensor(np.zeros((3, HEIGHT, WIDTH), np.uint8))
+            read_image(np.zeros((3, HEIGHT, WIDTH), np.uint8))
 
     @pytest.mark.parametrize("shape", [(0, 0, 3), (0, WIDTH), (15, WIDTH), (HEIGHT, 15, 3), (1, 1)])
     def test_small_images(self, shape):
         with pytest.raises(ValueError, match=f"must be at least 16 pixels high and wide, got {shape[0]} x {shape[1]}$"):
-            to_tensor(np.zeros(shape, np.uint8))
+            read_image(np.zeros(shape, np.uint8))
 
     def test_smallest_image(self):
-        assert to_tensor(np.zeros((16, 17), np.uint8)).shape == (1, 3, 16, 17)
+        assert read_image(np.zeros((16, 17), np.uint8)).shape == (1, 3, 16, 17)
 
     def test_absurdly_large_image(self):
         image = np.broadcast_to(np.uint8(0), (MAX_PIXELS // 1000 + 1, 1000))  # one byte of memory
         with pytest.raises(ValueError, match="must have at most 178956970 pixels, got 178957 x 1000"):
-            to_tensor(image)
+            read_image(image)
 
     @pytest.mark.parametrize(
         ("value", "told"),
@@ -133,11 +133,11 @@ class TestArrays:
         image = np.zeros((HEIGHT, WIDTH, 3), dtype)
         image[3, 7, 1] = value
         with pytest.raises(ValueError, match=r"must be finite and in \[0, 1\] as a float, got values .*" + told):
-            to_tensor(image)
+            read_image(image)
 
     def test_values_beyond_float32(self):
         with pytest.raises(ValueError, match="got values from 0 to inf"):
-            to_tensor(np.eye(HEIGHT, WIDTH) * 1e300)
+            read_image(np.eye(HEIGHT, WIDTH) * 1e300)
 
 
 class TestTensors:
@@ -146,70 +146,70 @@ class TestTensors:
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if batch:
             image = torch.stack([image] * batch)
-        assert_is(to_tensor(image), channels_first(pixels).repeat(batch or 1, 1, 1, 1))
+        assert_is(read_image(image), channels_first(pixels).repeat(batch or 1, 1, 1, 1))
 
     def test_uint16(self, pixels):
         image = torch.from_numpy(pixels.astype(np.uint16) * 257).permute(2, 0, 1)
-        assert_is(to_tensor(image), channels_first(pixels))
+        assert_is(read_image(image), channels_first(pixels))
 
     @pytest.mark.parametrize(
         ("dtype", "atol"), [(torch.float16, 5e-4), (torch.bfloat16, 4e-3), (torch.float32, 0), (torch.float64, 0)]
     )
     def test_float(self, pixels, dtype, atol):
-        assert_is(to_tensor(channels_first(pixels).to(dtype)), channels_first(pixels), atol)
+        assert_is(read_image(channels_first(pixels).to(dtype)), channels_first(pixels), atol)
 
     def test_two_dimensions_are_a_grey_image(self, pixels):
         grey = torch.from_numpy(pixels[..., 0])
         expected = channels_first(pixels[..., :1]).repeat(1, 3, 1, 1)
-        assert_is(to_tensor(grey), expected)
-        assert_is(to_tensor(grey[None]), expected)
+        assert_is(read_image(grey), expected)
+        assert_is(read_image(grey[None]), expected)
 
     def test_alpha_is_flattened_on_white(self):
         rgba = torch.zeros(2, 4, HEIGHT, WIDTH, dtype=torch.uint8)
         rgba[1, 3] = 51
-        found = to_tensor(rgba)
+        found = read_image(rgba)
         assert_is(found[0], torch.ones(3, HEIGHT, WIDTH))
         assert_is(found[1], torch.full((3, HEIGHT, WIDTH), 0.8))
 
     def test_view(self, pixels):
         image = torch.from_numpy(np.repeat(pixels, 2, axis=0)).permute(2, 0, 1)[:, ::2]
-        assert_is(to_tensor(image), channels_first(pixels))
+        assert_is(read_image(image), channels_first(pixels))
 
     @pytest.mark.gpu
     def test_stays_on_its_device(self, pixels):
-        found = to_tensor(torch.from_numpy(pixels).permute(2, 0, 1).cuda())
+        found = read_image(torch.from_numpy(pixels).permute(2, 0, 1).cuda())
         assert found.device.type == "cuda"
         assert_is(found.cpu(), channels_first(pixels))
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.uint32, torch.complex64])
     def test_other_dtypes(self, dtype):
         with pytest.raises(TypeError, match=rf"^edges: image must be a tensor of uint8, .* got {dtype}"):
-            to_tensor(torch.zeros(3, HEIGHT, WIDTH, dtype=dtype))
+            read_image(torch.zeros(3, HEIGHT, WIDTH, dtype=dtype))
 
     @pytest.mark.parametrize("shape", [(), (7,), (2, HEIGHT, WIDTH), (2, 5, HEIGHT, WIDTH), (1, 1, 3, HEIGHT, WIDTH)])
     def test_other_shapes(self, shape):
         with pytest.raises(
             ValueError, match=r"^edges: image must be a tensor .* got shape " + re.escape(f"{shape}") + "$"
         ):
-            to_tensor(torch.zeros(shape))
+            read_image(torch.zeros(shape))
 
     @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH, 3), (2, HEIGHT, WIDTH, 4)])
     def test_channels_last_tensor(self, shape):
         with pytest.raises(ValueError, match=r"a tensor is channels first$"):
-            to_tensor(torch.zeros(shape))
+            read_image(torch.zeros(shape))
 
     def test_empty_batch(self):
         with pytest.raises(ValueError, match=r"must hold at least one image, got shape \(0, 3, 20, 31\)"):
-            to_tensor(torch.zeros(0, 3, HEIGHT, WIDTH))
+            read_image(torch.zeros(0, 3, HEIGHT, WIDTH))
 
     @pytest.mark.parametrize("shape", [(3, 0, 0), (1, 3, 15, WIDTH), (HEIGHT, 2)])
     def test_small_images(self, shape):
         with pytest.raises(ValueError, match=f"at least 16 pixels high and wide, got {shape[-2]} x {shape[-1]}$"):
-            to_tensor(torch.zeros(shape))
+            read_image(torch.zeros(shape))
 
     def test_absurdly_large_image(self):
         with pytest.raises(ValueError, match="must have at most 178956970 pixels, got 20000 x 10000"):
-            to_tensor(torch.zeros(1, 1, 1).expand(3, 20_000, 10_000))
+            read_image(torch.zeros(1, 1, 1).expand(3, 20_000, 10_000))
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 255.0])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -217,14 +217,14 @@ class TestTensors:
         image = torch.zeros(2, 3, HEIGHT, WIDTH, dtype=dtype)
         image[1, 2, 19, 30] = value
         with pytest.raises(ValueError, match=r"must be finite and in \[0, 1\] as a float, got values"):
-            to_tensor(image)
+            read_image(image)
 
 
 class TestPictures:
     @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr", "HSV", "1", "P", "RGBX"])
     def test_opaque_modes_are_what_pillow_makes_of_them(self, pixels, mode):
         picture = Image.fromarray(pixels).convert(mode)
-        assert_is(to_tensor(picture), channels_first(np.array(picture.convert("RGB"))))
+        assert_is(read_image(picture), channels_first(np.array(picture.convert("RGB"))))
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "PA"])
     def test_alpha_modes_are_flattened_on_white(self, mode):
@@ -233,7 +233,7 @@ class TestPictures:
         picture = picture.convert("RGBA").convert(mode) if mode in ("RGBa", "PA") else picture.convert(mode)
         expected = torch.zeros(1, 3, HEIGHT, WIDTH)
         expected[..., :10] = 1
-        assert_is(to_tensor(picture), expected)
+        assert_is(read_image(picture), expected)
 
     @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
     def test_transparent_colour_is_white(self, mode, tmp_path):
@@ -242,7 +242,7 @@ class TestPictures:
             picture.putpalette([0, 0, 0, 10, 20, 30])
         picture.paste(1 if mode != "RGB" else (10, 20, 30), (0, 0, 10, HEIGHT))
         picture.save(tmp_path / "x.png", transparency=0 if mode != "RGB" else (0, 0, 0))
-        found = to_tensor(tmp_path / "x.png")
+        found = read_image(tmp_path / "x.png")
         assert (found[..., 10:] == 1).all()
         assert (found[..., :10] < 0.5).all()
 
@@ -254,16 +254,16 @@ class TestPictures:
         picture = {"I;16": little, "I;16B": big, "I": little.convert("I")}[mode]
         assert picture.mode == mode
         expected = torch.from_numpy(grey.astype(np.float32) / 65535).repeat(1, 3, 1, 1)
-        assert_is(to_tensor(picture), expected)
+        assert_is(read_image(picture), expected)
 
     def test_mode_i_beyond_16_bits(self):
         with pytest.raises(ValueError, match=r"must be in \[0, 65535\] in mode I, got values from 70000 to 70000"):
-            to_tensor(Image.new("I", (WIDTH, HEIGHT), 70_000))
+            read_image(Image.new("I", (WIDTH, HEIGHT), 70_000))
 
     def test_mode_f_is_a_float_image(self):
-        assert_is(to_tensor(Image.new("F", (WIDTH, HEIGHT), 0.25)), torch.full((1, 3, HEIGHT, WIDTH), 0.25))
+        assert_is(read_image(Image.new("F", (WIDTH, HEIGHT), 0.25)), torch.full((1, 3, HEIGHT, WIDTH), 0.25))
         with pytest.raises(ValueError, match=r"must be finite and in \[0, 1\] as a float, got values from 255 to 255"):
-            to_tensor(Image.new("F", (WIDTH, HEIGHT), 255))
+            read_image(Image.new("F", (WIDTH, HEIGHT), 255))
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_exif_orientation(self, pixels, orientation):
@@ -282,7 +282,7 @@ class TestPictures:
         exif[0x0112] = orientation
         file = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(stored)).save(file, "PNG", exif=exif)
-        assert_is(to_tensor(Image.open(file)), channels_first(pixels))
+        assert_is(read_image(Image.open(file)), channels_first(pixels))
 
     @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\x05\0"])
     def test_damaged_exif_is_ignored(self, pixels, exif):
@@ -290,22 +290,22 @@ class TestPictures:
         Image.fromarray(pixels).save(file, "JPEG", exif=exif)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, about the damage
-            assert to_tensor(Image.open(file)).shape == (1, 3, HEIGHT, WIDTH)
+            assert read_image(Image.open(file)).shape == (1, 3, HEIGHT, WIDTH)
 
     def test_picture_is_left_as_it_was(self, pixels):
         picture = Image.fromarray(pixels)
-        to_tensor(picture).zero_()
+        read_image(picture).zero_()
         np.testing.assert_array_equal(np.array(picture), pixels)
 
     def test_small_picture(self):
         with pytest.raises(ValueError, match="at least 16 pixels high and wide, got 20 x 15 in a PIL image"):
-            to_tensor(Image.new("L", (15, 20)))
+            read_image(Image.new("L", (15, 20)))
 
     def test_closed_picture(self, pixels):
         picture = Image.fromarray(pixels)
         picture.close()
         with pytest.raises(ValueError, match="must be readable to its end, got a PIL image: "):
-            to_tensor(picture)
+            read_image(picture)
 
 
 class TestFiles:
@@ -314,32 +314,32 @@ class TestFiles:
     def test_lossless_files(self, pixels, tmp_path, ending, kind):
         path = tmp_path / f"name with spaces, ünïcode.{ending}"
         Image.fromarray(pixels).save(path, lossless=True)
-        assert_is(to_tensor(kind(path)), channels_first(pixels))
+        assert_is(read_image(kind(path)), channels_first(pixels))
 
     def test_cmyk_jpeg(self, tmp_path):
         Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)).save(tmp_path / "x.jpg")
-        found = to_tensor(tmp_path / "x.jpg")
+        found = read_image(tmp_path / "x.jpg")
         assert (found[:, 0] > 0.95).all()
         assert (found[:, 1:] < 0.05).all()
 
     def test_first_frame_of_an_animation(self, tmp_path):
         frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue")]
         frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-        assert to_tensor(tmp_path / "x.gif")[0, :, 3, 4].tolist() == [1, 0, 0]
+        assert read_image(tmp_path / "x.gif")[0, :, 3, 4].tolist() == [1, 0, 0]
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"^edges: image must be an existing file, got '.*no\.png'$"):
-            to_tensor(tmp_path / "no.png")
+            read_image(tmp_path / "no.png")
 
     def test_folder(self, tmp_path):
         with pytest.raises(ValueError, match=r"^edges: image must be a file, got the folder '"):
-            to_tensor(tmp_path)
+            read_image(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"plain text", b"\0" * 1000])
     def test_other_file(self, tmp_path, content):
         (tmp_path / "x.jpg").write_bytes(content)
         with pytest.raises(ValueError, match=r"must be an image file, got '.*x\.jpg', which Pillow cannot read"):
-            to_tensor(tmp_path / "x.jpg")
+            read_image(tmp_path / "x.jpg")
 
     @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "bmp"])
     def test_every_truncation_is_told_with_the_name(self, pixels, tmp_path, ending):
@@ -349,7 +349,7 @@ class TestFiles:
         for size in range(4, len(whole) // 2, len(whole) // 40):
             path.write_bytes(whole[:size])
             with pytest.raises(ValueError, match=rf"^edges: image must be .*cut\.{ending}'"):
-                to_tensor(path)
+                read_image(path)
 
     def test_damaged_bytes_are_read_or_told(self, pixels, tmp_path):
         path, generator = tmp_path / "bad.png", np.random.default_rng(1)
@@ -362,7 +362,7 @@ class TestFiles:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's own, about sizes
                 try:
-                    assert to_tensor(path).isfinite().all()
+                    assert read_image(path).isfinite().all()
                 except ValueError as error:
                     assert re.match(r"edges: image must .*bad\.png'", str(error))  # noqa: PT017
 
@@ -370,7 +370,7 @@ class TestFiles:
         Image.new("L", (400, 300)).save(tmp_path / "bomb.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(ValueError, match=r"^edges: image must have at most .* pixels, got more in '.*bomb\.png'"):
-            to_tensor(tmp_path / "bomb.png")
+            read_image(tmp_path / "bomb.png")
 
     def test_limit_is_pillows(self):
         assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
@@ -378,19 +378,19 @@ class TestFiles:
     def test_small_file(self, tmp_path):
         Image.new("L", (40, 9)).save(tmp_path / "x.png")
         with pytest.raises(ValueError, match=r"at least 16 pixels high and wide, got 9 x 40 in '.*x\.png'"):
-            to_tensor(tmp_path / "x.png")
+            read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("image", [None, 3, b"x.png", {}, object(), [np.zeros((20, 20))]])
 def test_other_kinds(image):
     with pytest.raises(TypeError, match=rf"must be a path, a PIL image, .* got {type(image).__name__}$"):
-        to_tensor(image)
+        read_image(image)
 
 
 @pytest.mark.parametrize("image", [[], ()])
 def test_empty_list(image):
     with pytest.raises(ValueError, match=rf"must hold at least one image, got an empty {type(image).__name__}$"):
-        to_tensor(image)
+        read_image(image)
 
 
 class TestFromTensor:
@@ -404,46 +404,46 @@ class TestFromTensor:
 
     @pytest.mark.parametrize("image", ["x.png", Image.new("L", (WIDTH, HEIGHT)), np.zeros((HEIGHT, WIDTH, 3))])
     def test_everything_but_a_tensor_gives_an_array(self, edges, image):
-        found = from_tensor(edges, image)
+        found = convert_edges(edges, image)
         assert (type(found), found.dtype, found.shape) == (np.ndarray, np.float32, (HEIGHT, WIDTH))
         np.testing.assert_array_equal(found, edges[0, 0])
 
     @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (3, HEIGHT, WIDTH), (1, 3, HEIGHT, WIDTH)])
     def test_a_tensor_gives_a_tensor(self, edges, shape):
-        assert_is(from_tensor(edges, torch.zeros(shape)), edges)
+        assert_is(convert_edges(edges, torch.zeros(shape)), edges)
 
     def test_a_batch_gives_a_batch(self, batch):
         image = torch.zeros(3, 3, HEIGHT, WIDTH)
-        assert_is(from_tensor(batch, image), batch)
-        np.testing.assert_array_equal(from_tensor(batch, image, "np"), batch[:, 0])
-        pictures = from_tensor(batch, image, "pil")
+        assert_is(convert_edges(batch, image), batch)
+        np.testing.assert_array_equal(convert_edges(batch, image, "np"), batch[:, 0])
+        pictures = convert_edges(batch, image, "pil")
         assert [picture.size for picture in pictures] == [(WIDTH, HEIGHT)] * 3
         np.testing.assert_array_equal(np.array(pictures[2]), np.rint(batch[2, 0].numpy() * 255))
 
     def test_a_batch_of_one_is_a_batch(self, edges):
         image = torch.zeros(1, 3, HEIGHT, WIDTH)
-        assert from_tensor(edges, image, "np").shape == (1, HEIGHT, WIDTH)
-        assert len(from_tensor(edges, image, "pil")) == 1
-        assert from_tensor(edges, image[0], "np").shape == (HEIGHT, WIDTH)
+        assert convert_edges(edges, image, "np").shape == (1, HEIGHT, WIDTH)
+        assert len(convert_edges(edges, image, "pil")) == 1
+        assert convert_edges(edges, image[0], "np").shape == (HEIGHT, WIDTH)
 
     def test_overrides(self, edges):
-        assert_is(from_tensor(edges, "x.png", "pt"), edges)
-        picture = from_tensor(edges, torch.zeros(3, HEIGHT, WIDTH), "pil")
+        assert_is(convert_edges(edges, "x.png", "pt"), edges)
+        picture = convert_edges(edges, torch.zeros(3, HEIGHT, WIDTH), "pil")
         assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
 
     def test_half_precision_and_gradients(self, edges):
-        found = from_tensor(edges.half().requires_grad_(), "x.png")
+        found = convert_edges(edges.half().requires_grad_(), "x.png")
         assert found.dtype == np.float32
 
     @pytest.mark.gpu
     def test_returns_to_the_device_of_the_image(self, edges):
-        assert from_tensor(edges, torch.zeros(3, HEIGHT, WIDTH, device="cuda")).device.type == "cuda"
-        assert from_tensor(edges.cuda(), torch.zeros(3, HEIGHT, WIDTH)).device.type == "cpu"
-        assert isinstance(from_tensor(edges.cuda(), "x.png"), np.ndarray)
+        assert convert_edges(edges, torch.zeros(3, HEIGHT, WIDTH, device="cuda")).device.type == "cuda"
+        assert convert_edges(edges.cuda(), torch.zeros(3, HEIGHT, WIDTH)).device.type == "cpu"
+        assert isinstance(convert_edges(edges.cuda(), "x.png"), np.ndarray)
 
     def test_unknown_output_type(self, edges):
         with pytest.raises(ValueError, match=r"^edges: output_type must be 'np', 'pt', 'pil' or None, got 'numpy'$"):
-            from_tensor(edges, "x.png", "numpy")
+            convert_edges(edges, "x.png", "numpy")
 
 
 class TestResize:

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from trace_fast.evaluation import masks
 from trace_fast.evaluation.masks import MaskScores, mask_ap
-from trace_fast.masks.coco import ImageInstances, Instance, Instances, from_masks, read_instances, read_results
+from trace_fast.masks.coco import ImageInstances, Instance, Instances, encode_masks, read_instances, read_results
 
 HEIGHT, WIDTH = 110, 130  # room for a large instance
 
@@ -39,13 +39,13 @@ def random_case(seed, images=6, ties=True):
     truth, results = {}, {}
     for number in random.permutation(images * 3)[:images].tolist():
         stack = boxes(random, random.integers(0, 6))
-        truth[number] = from_masks(stack, iscrowd=random.random(len(stack)) < 0.2, id=number)
+        truth[number] = encode_masks(stack, iscrowd=random.random(len(stack)) < 0.2, id=number)
         near = np.roll(stack, random.integers(-3, 4, 2), (1, 2))[random.random(len(stack)) < 0.8]
         found = np.concatenate([near, stack[:1], boxes(random, random.integers(0, 14))])
         found = found[random.permutation(len(found))]
         if random.random() < 0.8:
             scores = random.integers(0, 5, len(found)) / 4 if ties else random.random(len(found))
-            results[number] = from_masks(found, scores, id=number)
+            results[number] = encode_masks(found, scores, id=number)
     return Instances(truth, {}), Instances(results, {})
 
 
@@ -109,16 +109,16 @@ class TestAgainstPycocotools:
     def test_more_than_a_hundred_masks_of_an_image(self, engine):
         random = np.random.default_rng(0)
         stack = boxes(random, 30)
-        truth = Instances({1: from_masks(stack, id=1)}, {})
+        truth = Instances({1: encode_masks(stack, id=1)}, {})
         found = np.concatenate([boxes(random, 120), stack])
-        results = Instances({1: from_masks(found, random.random(150), id=1)}, {})
+        results = Instances({1: encode_masks(found, random.random(150), id=1)}, {})
         expected = original(truth, results)
         assert 0 < expected[8] < 1
         np.testing.assert_allclose(figures(mask_ap(truth, results, engine=engine)), expected, rtol=0, atol=1e-12)
 
     def test_stated_areas_decide_the_size_of_truth(self, engine):
         stack = boxes(np.random.default_rng(3), 2)
-        image = from_masks(stack, id=1)
+        image = encode_masks(stack, id=1)
         stated = [Instance(instance.counts, 1, area) for instance, area in zip(image.instances, (1e4, 5), strict=True)]
         truth = Instances({1: ImageInstances(1, HEIGHT, WIDTH, "", stated)}, {})
         results = Instances({1: image}, {})
@@ -179,9 +179,9 @@ class TestByHand:
         assert scores.ap == pytest.approx((51 + 50 * 2 / 3) / 101)
 
     def test_masks_on_a_crowd_are_ignored(self, engine):
-        crowd = from_masks(np.concatenate([square(0, 0), square(15, 15, 15)]), iscrowd=np.array([False, True]))
+        crowd = encode_masks(np.concatenate([square(0, 0), square(15, 15, 15)]), iscrowd=np.array([False, True]))
         found = np.concatenate([square(16, 16, 5), square(20, 20, 5), square(0, 0)])
-        found = from_masks(found, np.array([0.9, 0.8, 0.1]))
+        found = encode_masks(found, np.array([0.9, 0.8, 0.1]))
         scores = mask_ap(Instances({0: crowd}, {}), Instances({0: found}, {}), engine=engine)
         assert (scores.ap, scores.ar100, scores.ar1) == pytest.approx((1, 1, 0))
 
@@ -202,7 +202,7 @@ class TestInputs:
         stacks = [boxes(random, count) for count in (2, 0, 5)]
         scores = [random.random(len(stack)) for stack in stacks]
         pairs = list(zip(stacks, scores, strict=True))
-        truth = Instances({n: from_masks(stack, id=n) for n, stack in enumerate(stacks)}, {})
+        truth = Instances({n: encode_masks(stack, id=n) for n, stack in enumerate(stacks)}, {})
         found = [
             mask_ap(x, y, engine=engine) for x, y in ((stacks, pairs), (iter(stacks), iter(pairs)), (truth, pairs))
         ]

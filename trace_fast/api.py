@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trace_fast.backbones import has_student, models
 from trace_fast.detector import Detector
-from trace_fast.io import images as door
+from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image
 from trace_fast.tracer import Tracer
 
 __all__ = ["edge_finder", "edges"]
@@ -85,11 +85,11 @@ def edges(
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
         found = []
         for index, item in enumerate(image):
-            with door.telling_item(index):
+            with error_context(index):
                 found.append(edges(item, model=model, stage=stage, device=device, seed=seed, output_type=output_type))
         return found
-    door.check_output_type(output_type)
+    check_output_type(output_type)
     if device is None:
         device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"
     find = edge_finder(model, stage, str(device))
-    return door.from_tensor(find(door.to_tensor(image), seed=seed), image, output_type)
+    return convert_edges(find(read_image(image), seed=seed), image, output_type)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from trace_fast.backbones import REPOSITORY, Backbone, load_backbone, student_folder
 from trace_fast.backbones.base import Turns, constant, device_of, load_weights
 from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
-from trace_fast.io import images as door
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
+from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
 from trace_fast.ops import checks
 
 __all__ = ["Detector"]
@@ -198,7 +198,7 @@ class Detector:
         size, detail = backbone.settings.size, decoder.detail
         empty = torch.zeros(1, 3, *size, dtype=torch.float32, device=self.device)
         with torch.no_grad():  # once as it is: what the hooks note of the first pass would ask for a second compilation
-            run(empty, door.resize(empty, (size[0] * detail, size[1] * detail)) if detail else None)
+            run(empty, resize(empty, (size[0] * detail, size[1] * detail)) if detail else None)
         self._run = torch.compile(run, mode=mode)
         return self
 
@@ -226,11 +226,11 @@ class Detector:
         Raises:
             TypeError, ValueError: an argument is not what is said above.
         """
-        door.check_output_type(output_type)
+        check_output_type(output_type)
         if detect_resolution is not None:
             return self.resized((detect_resolution, detect_resolution))(image, output_type=output_type)
         if not isinstance(image, (list, tuple)):
-            return door.from_tensor(self.edges(door.to_tensor(image)), image, output_type)
+            return convert_edges(self.edges(read_image(image)), image, output_type)
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
         found = []
@@ -239,10 +239,10 @@ class Detector:
         for start in range(0, len(image), batch):
             some, pictures = image[start : start + batch], []
             for index, item in enumerate(some, start):
-                with door.telling_item(index):
-                    pictures.append(door.to_tensor(item))
+                with error_context(index):
+                    pictures.append(read_image(item))
             parts = self.edges_of(pictures)
-            found += [door.from_tensor(part, item, output_type) for part, item in zip(parts, some, strict=True)]
+            found += [convert_edges(part, item, output_type) for part, item in zip(parts, some, strict=True)]
         return found
 
     def edges(self, pixels: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class Detector:
         images = [pixels.to(self.device) for pixels in pictures]
 
         def squash(side: tuple[int, int]) -> Tensor:
-            return torch.cat([door.resize(pixels, side) for pixels in images])
+            return torch.cat([resize(pixels, side) for pixels in images])
 
         photographs = squash((size[0] * detail, size[1] * detail)) if detail else None
         with self._lock:
@@ -268,7 +268,7 @@ class Detector:
         for part, pixels in zip(logits.split([len(pixels) for pixels in pictures]), pictures, strict=True):
             # logits, not probabilities: edges stay sharp where they are stretched
             height, width = pixels.shape[-2:]
-            found.append(door.resize(part, (height, width)).sigmoid().to(pixels.device))
+            found.append(resize(part, (height, width)).sigmoid().to(pixels.device))
         return found
 
     def predict(self, images: Tensor, photograph: Tensor | None) -> Tensor:
@@ -369,7 +369,7 @@ def save_student(
         contents["README.md"] = card.encode()
     contents[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     for name, content in contents.items():
-        with whole_file(folder / name, "save_pretrained") as file:
+        with write_atomically(folder / name, "save_pretrained") as file:
             file.write(content)
 
 

@@ -19,7 +19,7 @@ from trace_fast import ops
 from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone
 from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant, device_of
 from trace_fast.backbones.capture import heard
-from trace_fast.io import images as door
+from trace_fast.io.images import read_image, resize
 from trace_fast.ops import checks
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
@@ -234,7 +234,7 @@ class Tracer:
         if fixed is not None:  # inversion must pass through the levels before it
             needed = levels if return_kl else [level for level in levels if level < fixed and noising == "inversion"]
             levels = tuple(sorted({*needed, fixed}))
-        pixels = door.to_tensor(image)
+        pixels = read_image(image)
         kl, abdiv = self.scan(pixels, timesteps=levels, noising=noising, seed=seed)
         if fixed is None:
             chosen = kl.argmax(1) + 1  # the noisier map of the winning pair
@@ -300,7 +300,7 @@ class Tracer:
             batch = self._room() // (4 * count * tokens**2) - 1
         batch = min(len(levels), max(1, batch))
 
-        latent = self.backbone.encode(door.resize(images.to(self.device), settings.size))
+        latent = self.backbone.encode(resize(images.to(self.device), settings.size))
         visited = constant(levels, self.device)
         noise = unit_noise(int(seed), (1, *latent.shape[1:]), self.device).to(latent)
         checks.memory("trace", "images", latent, 4 * (batch + 1) * count * tokens**2)

@@ -81,7 +81,7 @@ def parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
 
 def list_images(inputs: list[Path]) -> list[Path]:
     """Return the files as they are, whatever their ending, and the image files of the folders; each file once."""
-    from trace_fast.io.images import ENDINGS
+    from trace_fast.io.images import IMAGE_SUFFIXES
 
     images: list[Path] = []
     for path in inputs:
@@ -89,7 +89,7 @@ def list_images(inputs: list[Path]) -> list[Path]:
             files = sorted(
                 entry
                 for entry in path.iterdir()
-                if entry.suffix.lower() in ENDINGS and not entry.name.startswith(".") and entry.is_file()
+                if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
             )
             if not files:
                 refuse(f"no image files in the folder '{path}'")

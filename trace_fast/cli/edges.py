@@ -77,7 +77,7 @@ def run_edges(
     from trace_fast.backbones import has_student
     from trace_fast.detector import Detector
     from trace_fast.io import visualize
-    from trace_fast.io.images import to_tensor
+    from trace_fast.io.images import read_image
     from trace_fast.tracer import Tracer
 
     one_step = stage == "2" or (stage is None and not given and has_student(model))
@@ -89,7 +89,7 @@ def run_edges(
     open_folder(output)
 
     def write(image: Path, paths: dict[str, Path]) -> None:
-        photo = to_tensor(image)
+        photo = read_image(image)
         if one_step:
             found = detector.edges(photo)
         else:

@@ -58,9 +58,9 @@ def run_segment(
     import trace_fast
     from trace_fast.api import edge_finder
     from trace_fast.io import visualize
-    from trace_fast.io.files import whole_file
-    from trace_fast.io.images import to_tensor
-    from trace_fast.masks.formats import open_masks, paint
+    from trace_fast.io.files import write_atomically
+    from trace_fast.io.images import read_image
+    from trace_fast.masks.formats import open_masks, paint_labels
 
     given = None if masks is None else _read_labels(masks)
     with refuse_failures():
@@ -68,16 +68,16 @@ def run_segment(
     open_folder(output)
 
     def write(image: Path, paths: dict[str, Path]) -> None:
-        photo = to_tensor(image)
+        photo = read_image(image)
         found = find(photo)
         if given is None:
             stack, _ = trace_fast.instances(found, threshold=threshold)
-            labels = paint(stack, range(1, len(stack) + 1)).cpu().numpy()
+            labels = paint_labels(stack, range(1, len(stack) + 1)).cpu().numpy()
         else:
             labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode)
         if labels.max(initial=0) > 65535:
             raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
-        with whole_file(paths[""], "segment") as file:
+        with write_atomically(paths[""], "segment") as file:
             # half the time of the usual level
             Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG", compress_level=3)
         if overlay:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trace_fast import ops
-from trace_fast.io.images import ENDINGS
+from trace_fast.io.images import IMAGE_SUFFIXES
 from trace_fast.masks import coco
 
 __all__ = ["GROUPS", "NEIGHBOURS", "SIDES", "SIZES", "Contours", "Photo", "contours_of", "layers_of", "open_photos"]
@@ -181,7 +181,9 @@ def open_photos(
     if not places:
         raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
     images = folder / "images" if (folder / "images").is_dir() else folder
-    files = sorted(path for path in images.iterdir() if path.suffix.lower() in ENDINGS) if images.is_dir() else []
+    files = (
+        sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) if images.is_dir() else []
+    )
     shown, problems = _by_name(files, "image files")
     if places[0].suffix == ".json":
         photos, lost = _from_coco(places[0], images)
@@ -259,7 +261,7 @@ def _photo(name: str, image: Path | None, path: Path, ignore: Sequence[int]) -> 
         masks = [labels == label for label in np.unique(labels) if label]
         flat = [mask.any(0) for mask in masks] + [ignored] * bool(ignored.any())
         stack = np.stack(flat) if flat else np.zeros((0, *ignored.shape), bool)
-        return coco.from_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
+        return coco.encode_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
 
     more = tuple(sorted(path.iterdir())) if path.is_dir() else (f"ignored: {sorted(set(ignore))}",)
     return Photo(name, image, path, lambda: contours_of(*read()), instances, more)
@@ -276,7 +278,7 @@ def _from_labels(path: Path, ignore: Sequence[int]) -> tuple[np.ndarray, np.ndar
 
 def _from_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Likewise, from one mask a file."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     masks = [_pixels(path) for path in files]
     masks = [mask.max(-1) > 0 if mask.ndim == 3 else mask > 0 for mask in masks]
     if len(shapes := {mask.shape for mask in masks}) != 1:

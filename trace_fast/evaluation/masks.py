@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_fast.masks.coco import ImageInstances, Instances, from_masks
+from trace_fast.masks.coco import ImageInstances, Instances, encode_masks
 
 __all__ = ["MaskScores", "mask_ap"]
 
@@ -106,9 +106,9 @@ def mask_ap(
     if resamples < 0:
         raise ValueError(f"mask_ap: resamples must be at least 0, got {resamples}")
     if not isinstance(truth, Instances):
-        truth = _numbered(from_masks(masks, id=index) for index, masks in enumerate(truth))
+        truth = _numbered(encode_masks(masks, id=index) for index, masks in enumerate(truth))
     if not isinstance(results, Instances):
-        results = _numbered(from_masks(*pair, id=index) for index, pair in enumerate(results))
+        results = _numbered(encode_masks(*pair, id=index) for index, pair in enumerate(results))
     _check_images(truth, results)
 
     # in the order of their ids, which decides between equal scores

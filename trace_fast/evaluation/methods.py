@@ -98,7 +98,7 @@ def read_map(path: Path) -> np.ndarray:
 def _of_model(name: str, spec: str, device: str | None) -> Method:
     from trace_fast.backbones import has_student
     from trace_fast.detector import Detector
-    from trace_fast.io.images import to_tensor
+    from trace_fast.io.images import read_image
     from trace_fast.tracer import Tracer
 
     model, _, level = spec.partition("@")
@@ -112,7 +112,7 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
 
         def find(photo: Photo) -> np.ndarray:
             assert photo.image is not None  # checked before
-            return detector.edges(to_tensor(photo.image))[0, 0].cpu().numpy()
+            return detector.edges(read_image(photo.image))[0, 0].cpu().numpy()
     else:
         found = tracer = Tracer.from_pretrained(model, device=device)
         modules, own = [tracer.backbone.network], ""
@@ -134,10 +134,10 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
 
 def _grey(photo: Photo) -> np.ndarray:
     """Luminance (H, W) float32 in [0, 1]."""
-    from trace_fast.io.images import to_tensor
+    from trace_fast.io.images import read_image
 
     assert photo.image is not None
-    red, green, blue = to_tensor(photo.image)[0].numpy()
+    red, green, blue = read_image(photo.image)[0].numpy()
     return 0.2125 * red + 0.7154 * green + 0.0721 * blue
 
 

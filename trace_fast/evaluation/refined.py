@@ -15,7 +15,7 @@ import torch
 from trace_fast.evaluation.data import Photo
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.run import over_photos, place_of, read_kept, stamp_of
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 from trace_fast.masks import coco
 from trace_fast.masks.formats import MaskSet
 from trace_fast.masks.propagation import propagate
@@ -74,9 +74,9 @@ def refine_all(
             edges = method.edges(photo)
         scores = torch.tensor([each.score for each in given.instances], dtype=torch.float32)
         result = propagate(MaskSet(torch.from_numpy(given.masks()), scores), edges, threshold=threshold, mode=mode)
-        made = coco.from_masks(result.masks.numpy(), result.scores.numpy(), id=number, file_name=photo.name)
+        made = coco.encode_masks(result.masks.numpy(), result.scores.numpy(), id=number, file_name=photo.name)
         records = [{"counts": each.counts.decode(), "area": each.area, "score": each.score} for each in made.instances]
-        with whole_file(file, "evaluate") as out:
+        with write_atomically(file, "evaluate") as out:
             out.write(json.dumps({"stamp": stamp, "masks": records}).encode())
         return made
 

@@ -20,7 +20,7 @@ from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
 from trace_fast.io import visualize
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -185,7 +185,7 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
         best = int(np.argmax(harmonic(each.precision, each.recall)))
         axes.plot(each.recall[best], each.precision[best], marker="o", color=line.get_color())
     axes.legend(fontsize=8)
-    with whole_file(path, "evaluate") as file:
+    with write_atomically(path, "evaluate") as file:
         figure.savefig(file, format="png", dpi=150)
 
 
@@ -254,5 +254,5 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path, "evaluate") as file:
+    with write_atomically(path, "evaluate") as file:
         file.write(text.encode())

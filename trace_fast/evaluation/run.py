@@ -23,7 +23,7 @@ from trace_fast.evaluation import panoptic
 from trace_fast.evaluation.data import Photo
 from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count
 from trace_fast.evaluation.methods import Method
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 from trace_fast.masks import coco
 
 __all__ = [
@@ -118,7 +118,7 @@ def count_all(
         with one_at_a_time:
             edges = method.edges(photo)
         found = count(edges, photo.contours(), distance=distance, thresholds=thresholds, suppress=method.suppress)
-        with whole_file(file, "evaluate") as out:
+        with write_atomically(file, "evaluate") as out:
             np.savez_compressed(out, stamp=stamp, **vars(found))
         return found
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["whole_file"]
+__all__ = ["write_atomically"]
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO]:
+def write_atomically(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO]:
     """A file that appears under its name only when the block ends well, and in one step; else `path` is as it was."""
     path = Path(path)
     if not path.parent.is_dir():

@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
     # one image, or a (B, C, H, W) tensor of several
-    Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+    ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 __all__ = [
-    "ENDINGS",
+    "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "MIN_SIDE",
     "OUTPUT_TYPES",
     "check_output_type",
-    "from_tensor",
+    "convert_edges",
+    "error_context",
+    "read_image",
     "resize",
-    "telling_item",
-    "to_tensor",
 ]
 
 # what folders are searched for
-ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE = 16  # smallest accepted side, in pixels
 MAX_PIXELS = 178_956_970  # largest accepted image: where Pillow refuses a file as a decompression bomb
 OUTPUT_TYPES = ("np", "pt", "pil")
@@ -41,7 +41,7 @@ _ROUNDING = 1e-4
 
 
 @contextlib.contextmanager
-def telling_item(index: int) -> Iterator[None]:
+def error_context(index: int) -> Iterator[None]:
     """Add to an error which image of a list it is of."""
     try:
         yield
@@ -50,7 +50,7 @@ def telling_item(index: int) -> Iterator[None]:
         raise
 
 
-def to_tensor(image: Picture) -> Tensor:
+def read_image(image: ImageLike) -> Tensor:
     """Read one image of any accepted kind as float32 RGB in [0, 1].
 
     Grey is repeated to RGB, alpha is flattened on white. uint8 is divided by 255, uint16 by 65535; floats must
@@ -76,7 +76,7 @@ def to_tensor(image: Picture) -> Tensor:
         ValueError: shape, size or range; a folder; a file that is damaged or not an image (the message names it).
 
     Example:
-        >>> to_tensor(np.zeros((48, 64), dtype=np.uint8)).shape
+        >>> read_image(np.zeros((48, 64), dtype=np.uint8)).shape
         torch.Size([1, 3, 48, 64])
     """
     if isinstance(image, Tensor):
@@ -90,12 +90,12 @@ def to_tensor(image: Picture) -> Tensor:
     return _to_rgb(_to_unit(planes))
 
 
-def from_tensor(edges: Tensor, image: Picture, output_type: str | None = None) -> Any:
+def convert_edges(edges: Tensor, image: ImageLike, output_type: str | None = None) -> Any:
     """Give edges back as the kind of thing their image was.
 
     Args:
         edges: (B, 1, H, W) float in [0, 1].
-        image: what `to_tensor` read; only its kind matters.
+        image: what `read_image` read; only its kind matters.
         output_type: None follows the image: "pt" for a tensor, "np" for everything else.
 
     Returns:
@@ -107,7 +107,7 @@ def from_tensor(edges: Tensor, image: Picture, output_type: str | None = None) -
         ValueError: output_type is something else.
 
     Example:
-        >>> from_tensor(torch.rand(1, 1, 48, 64), "photo.jpg").shape
+        >>> convert_edges(torch.rand(1, 1, 48, 64), "photo.jpg").shape
         (48, 64)
     """
     check_output_type(output_type)

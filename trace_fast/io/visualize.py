@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast.io.files import whole_file
-from trace_fast.io.images import to_tensor
-from trace_fast.masks.formats import areas, as_tensor, boxes
+from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
+from trace_fast.io.files import write_atomically
+from trace_fast.io.images import read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from trace_fast.io.images import Picture
+    from trace_fast.io.images import ImageLike
     from trace_fast.tracer import TraceOutput
 
 __all__ = ["draw_masks", "overlay", "panel", "plot_curve", "write_picture", "write_png"]
@@ -62,7 +62,7 @@ def write_png(path: str | os.PathLike[str], edges: np.ndarray | Tensor, bits: in
     from PIL import Image
 
     levels = np.rint(planes[0].double().numpy() * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
-    with whole_file(path, "write_png") as file:
+    with write_atomically(path, "write_png") as file:
         Image.fromarray(levels).save(file, format="PNG", compress_level=_LEVEL)
 
 
@@ -85,11 +85,11 @@ def write_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"write_picture: path must have the ending of a picture format, got '{path}'")
-    with whole_file(path, "write_picture") as file:
+    with write_atomically(path, "write_picture") as file:
         picture.save(file, format=kind, compress_level=_LEVEL)
 
 
-def overlay(image: Picture, edges: np.ndarray | Tensor) -> Any:
+def overlay(image: ImageLike, edges: np.ndarray | Tensor) -> Any:
     """Draw edges over their photo in magenta; the photo is dimmed and half drained of its colour, so that they read.
 
     Args:
@@ -107,7 +107,7 @@ def overlay(image: Picture, edges: np.ndarray | Tensor) -> Any:
     Example:
         >>> write_picture("photo_overlay.png", overlay("photo.jpg", trace_fast.edges("photo.jpg")))
     """
-    photo = to_tensor(image).cpu()
+    photo = read_image(image).cpu()
     opacity = _to_planes(edges, "overlay")[:, None]
     if opacity.shape[0] != photo.shape[0] or opacity.shape[2:] != photo.shape[2:]:
         raise ValueError(
@@ -119,7 +119,7 @@ def overlay(image: Picture, edges: np.ndarray | Tensor) -> Any:
     return pictures if isinstance(image, Tensor) and image.ndim == 4 else pictures[0]
 
 
-def draw_masks(image: Picture, masks: np.ndarray | Tensor) -> Image.Image:
+def draw_masks(image: ImageLike, masks: np.ndarray | Tensor) -> Image.Image:
     """Draw masks over their photo, each in a colour of its own with a white outline; smaller ones lie on top.
 
     Args:
@@ -137,18 +137,18 @@ def draw_masks(image: Picture, masks: np.ndarray | Tensor) -> Image.Image:
         >>> masks, _ = instances(trace_fast.edges("photo.jpg"), threshold=0.5)
         >>> write_picture("photo_masks.png", draw_masks("photo.jpg", masks))
     """
-    photo = to_tensor(image).cpu()
+    photo = read_image(image).cpu()
     masks = masks if isinstance(masks, Tensor) else np.asarray(masks)
     kind = str(masks.dtype).removeprefix("torch.")
     if kind != "bool":
         raise TypeError(f"draw_masks: masks must be bool, got {kind}")
-    stack = masks.cpu() if isinstance(masks, Tensor) else as_tensor(masks)
+    stack = masks.cpu() if isinstance(masks, Tensor) else array_to_tensor(masks)
     if len(photo) != 1 or stack.ndim != 3 or stack.shape[1:] != photo.shape[2:]:
         raise ValueError(f"draw_masks: masks must be (M, H, W) of the image, {_spell(photo)}, got {tuple(stack.shape)}")
     # in place, and each mask in its box alone: copies of a large photo are what would take time and memory
     picture = photo[0].add_(photo[0].mean(dim=0, keepdim=True)).div_(2)
-    corners = boxes(stack).tolist()
-    for index in areas(stack).argsort(descending=True, stable=True).tolist():
+    corners = mask_boxes(stack).tolist()
+    for index in mask_areas(stack).argsort(descending=True, stable=True).tolist():
         left, top, right, bottom = corners[index]
         # and a pixel around, which makes its border an outline but where the photo ends
         rows, columns = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
@@ -185,7 +185,7 @@ def panel(images: Sequence[Any], titles: Sequence[str], height: int | None = Non
 
     from PIL import Image, ImageDraw, ImageFont
 
-    photos = [to_tensor(image).cpu() for image in images]
+    photos = [read_image(image).cpu() for image in images]
     for photo in photos:
         if len(photo) != 1:
             raise ValueError(f"panel: images must be single pictures, got a batch of {len(photo)}")
@@ -253,7 +253,7 @@ def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) 
     if len(output.kl) <= 10:  # beyond that a legend hides the curves
         axes.legend()
     if path is not None:
-        with whole_file(path, "plot_curve") as file:
+        with write_atomically(path, "plot_curve") as file:
             figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
     return figure
 

@@ -34,7 +34,7 @@ __all__ = [
     "Instance",
     "Instances",
     "Panoptic",
-    "from_masks",
+    "encode_masks",
     "read_instances",
     "read_panoptic",
     "read_results",
@@ -275,7 +275,7 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
     return Panoptic(images, categories, isthing, _spell(notes))
 
 
-def from_masks(
+def encode_masks(
     masks: np.ndarray,
     scores: np.ndarray | None = None,
     iscrowd: np.ndarray | None = None,
@@ -301,23 +301,23 @@ def from_masks(
         RuntimeError: pycocotools is not installed.
 
     Example:
-        >>> from_masks(np.ones((1, 2, 3), dtype=bool)).instances[0].area
+        >>> encode_masks(np.ones((1, 2, 3), dtype=bool)).instances[0].area
         6.0
     """
-    api = mask_api("from_masks")
+    api = mask_api("encode_masks")
     if not isinstance(masks, np.ndarray) or masks.dtype != bool:
         got = masks.dtype if isinstance(masks, np.ndarray) else type(masks).__name__
-        raise TypeError(f"from_masks: masks must be a bool array, got {got}")
+        raise TypeError(f"encode_masks: masks must be a bool array, got {got}")
     if masks.ndim != 3 or 0 in masks.shape[1:]:
-        raise ValueError(f"from_masks: masks must be (M, H, W), got {masks.shape}")
+        raise ValueError(f"encode_masks: masks must be (M, H, W), got {masks.shape}")
     count, height, width = masks.shape
     values = np.ones(count) if scores is None else np.asarray(scores, dtype=np.float64)
     crowds = np.zeros(count, dtype=bool) if iscrowd is None else np.asarray(iscrowd, dtype=bool)
     for name, value in (("scores", values), ("iscrowd", crowds)):
         if value.shape != (count,):
-            raise ValueError(f"from_masks: {name} must be ({count},), one for each mask, got {value.shape}")
+            raise ValueError(f"encode_masks: {name} must be ({count},), one for each mask, got {value.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(f"from_masks: scores must be finite, got {values[~np.isfinite(values)][0]}")
+        raise ValueError(f"encode_masks: scores must be finite, got {values[~np.isfinite(values)][0]}")
     rles = api.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)) if count else []
     areas = [np.count_nonzero(mask) for mask in masks]  # ten times as fast as a sum
     instances = [

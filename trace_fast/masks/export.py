@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast.io.files import whole_file
+from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
+from trace_fast.io.files import write_atomically
 from trace_fast.masks import coco
-from trace_fast.masks.formats import MaskSet, areas, as_labels, as_scores, as_tensor, boxes, open_masks, paint, xywh
+from trace_fast.masks.formats import MaskSet, as_labels, as_scores, open_masks, paint_labels, xywh
 from trace_fast.masks.propagation import Seeds
 from trace_fast.ops import checks
 
@@ -65,7 +66,7 @@ def write_coco_results(
     """
     op = "write_coco_results"
     checks.integer(op, "category_id", category_id, 0)
-    with whole_file(path, op) as file:
+    with write_atomically(path, op) as file:
         triples = _triples(op, results)
         _write_list(
             file, (entry for i, masks, scores in triples for entry in _records(op, i, masks, scores, category_id))
@@ -122,7 +123,7 @@ def refine_results(
                     raise TypeError(f"{op}: refine must return masks and scores, got {type(pair).__name__}")
                 yield from _records(op, image.id, *pair, category, (image.height, image.width), area=not listed)
 
-    with whole_file(out, op) as file:
+    with write_atomically(out, op) as file:
         if listed:
             _write_list(file, refined())
             return
@@ -160,7 +161,7 @@ def panoptic_segments(found: MaskSet) -> tuple[np.ndarray, list[dict[str, Any]]]
     found, _ = open_masks(found)
     if found.classes is None:
         raise ValueError(f"{op}: found must have classes, got None")
-    painted = paint(found.masks, range(1, len(found.masks) + 1)).cpu()
+    painted = paint_labels(found.masks, range(1, len(found.masks) + 1)).cpu()
     seen = painted.unique()
     seen = seen[seen > 0]
     segment_map = torch.searchsorted(seen, painted, right=True)  # numbers from 1 without gaps
@@ -207,7 +208,7 @@ def write_panoptic(
     known = {category["id"] for category in categories}
     photos: dict[int, dict[str, Any]] = {}
     annotations: dict[str, dict[str, Any]] = {}  # by PNG file
-    with whole_file(path, op) as file:
+    with write_atomically(path, op) as file:
         folder.mkdir(exist_ok=True)
         for number, file_name, segments, infos in images:
             image_id, png = _image_id(op, number), Path(file_name).with_suffix(".png").name
@@ -224,7 +225,7 @@ def write_panoptic(
             if unknown:
                 raise ValueError(f"{op}: category_id must be one of categories, got {unknown[0]} for {png}")
             colours = np.stack([segment_map.numpy() >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
-            with whole_file(folder / png, op) as picture:
+            with write_atomically(folder / png, op) as picture:
                 Image.fromarray(colours).save(picture, format="PNG")
             height, width = segment_map.shape
             photos[image_id] = {"id": image_id, "file_name": file_name, "height": height, "width": width}
@@ -267,7 +268,7 @@ def write_palette(path: str | os.PathLike[str], class_map: np.ndarray | Tensor) 
     palette = (bits.reshape(256, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)  # (256, 3)
     picture = Image.fromarray(classes.numpy().astype(np.uint8))
     picture.putpalette(palette.astype(np.uint8).tobytes())
-    with whole_file(path, op) as file:
+    with write_atomically(path, op) as file:
         picture.save(file, format="PNG")
 
 
@@ -301,7 +302,7 @@ def sam_prompts(points: np.ndarray | Tensor | Seeds, boxes: np.ndarray | Tensor 
             continue
         if not isinstance(value, (np.ndarray, Tensor)):
             raise TypeError(f"{op}: {name} must be an array or a tensor, got {type(value).__name__}")
-        found = (value if isinstance(value, Tensor) else as_tensor(value)).double()
+        found = (value if isinstance(value, Tensor) else array_to_tensor(value)).double()
         if found.ndim != 2 or found.shape[1] != sides or not len(found) or len(found) != len(points):
             count = "k of at least 1" if name == "points" else f"k = {len(points)}"
             raise ValueError(f"{op}: {name} must be (k, {sides}), {count}, got {tuple(found.shape)}")
@@ -350,8 +351,8 @@ def _records(
         return
     categories = [category_id] * count if found.classes is None else found.classes.tolist()
     stack = found.masks.cpu()
-    image = coco.from_masks(stack.numpy())
-    corners = xywh(boxes(stack)).tolist()
+    image = coco.encode_masks(stack.numpy())
+    corners = xywh(mask_boxes(stack)).tolist()
     for rle, instance, category, box, score in zip(
         image.rles(), image.instances, categories, corners, values, strict=True
     ):
@@ -370,7 +371,7 @@ def _measure(segment_map: Tensor, infos: Iterable[Mapping[str, Any]]) -> list[di
     measured = []
     for info in infos:
         mask = segment_map == info["id"]
-        (area,), (box,) = areas(mask[None]).tolist(), xywh(boxes(mask[None])).tolist()
+        (area,), (box,) = mask_areas(mask[None]).tolist(), xywh(mask_boxes(mask[None])).tolist()
         measured.append({**info, "area": area, "bbox": box, "iscrowd": info.get("iscrowd", 0)})
     return measured
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trace_fast.io.arrays import mask_areas, mask_boxes
 from trace_fast.masks import coco
 from trace_fast.ops import checks
 
@@ -136,36 +137,12 @@ def semantic_masks(class_map: np.ndarray | Tensor, tags: Iterable[int], void: in
     return MaskSet(masks[seen], classes=classes[seen])
 
 
-def areas(masks: Tensor) -> Tensor:
-    """Pixels of each mask (M, H, W) bool: (M,) int64, on their device."""
-    if masks.device.type != "cpu":
-        return masks.flatten(1).sum(1)
-    # a hundred times as fast as torch's sum
-    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64, device="cpu")
-
-
-def boxes(masks: Tensor, last: bool = False) -> Tensor:
-    """Boxes around masks (M, H, W) bool: x0, y0, x1, y1, (M, 4) int64; all 0 around no pixels.
-
-    They end behind the last pixel, or, for `last`, at it.
-    """
-    if not len(masks):
-        return masks.new_zeros(0, 4, dtype=torch.int64)
-    corners = []
-    pixels = masks.view(torch.uint8)  # torch finds the largest of them several times as fast as any bool
-    for filled in (pixels.amax(1) > 0, pixels.amax(2) > 0):  # (M, W), (M, H)
-        end = (filled.shape[1] - filled.flip(1).byte().argmax(1)) * filled.any(1)
-        corners.append((filled.byte().argmax(1), (end - int(last)).clamp(min=0)))
-    (x0, x1), (y0, y1) = corners
-    return torch.stack((x0, y0, x1, y1), 1)
-
-
 def xywh(corners: Tensor) -> Tensor:
     """Boxes x0, y0, x1, y1 as x0, y0, width, height, (M, 4)."""
     return torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), 1)
 
 
-def paint(masks: Tensor, numbers: Sequence[int]) -> Tensor:
+def paint_labels(masks: Tensor, numbers: Sequence[int]) -> Tensor:
     """A map of the number of each mask, (H, W) int64, 0 outside all; smaller ones lie on top, of equal ones the later.
 
     Args:
@@ -173,14 +150,9 @@ def paint(masks: Tensor, numbers: Sequence[int]) -> Tensor:
         numbers: M of them.
     """
     canvas = masks.new_zeros(masks.shape[1:], dtype=torch.int64)
-    for index in areas(masks).argsort(descending=True, stable=True).tolist():
+    for index in mask_areas(masks).argsort(descending=True, stable=True).tolist():
         canvas.masked_fill_(masks[index], numbers[index])
     return canvas
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """An array of any strides and byte order as a tensor on the CPU: of its memory where that may be written to."""
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def as_labels(op: str, name: str, labels: np.ndarray | Tensor) -> Tensor:
@@ -265,7 +237,7 @@ def _open_labels(label_map: np.ndarray | Tensor) -> tuple[MaskSet, Make]:
         info = torch.iinfo(label_map.dtype) if isinstance(label_map, Tensor) else np.iinfo(label_map.dtype)
         if max(numbers, default=0) > info.max:
             raise ValueError(f"close: result must be few enough masks for labels up to {info.max}, got {len(best)}")
-        return _like(paint(result.masks, numbers), label_map)
+        return _like(paint_labels(result.masks, numbers), label_map)
 
     return MaskSet(labels == values[:, None, None]), make
 
@@ -295,8 +267,8 @@ def _open_list(entries: Sequence[Any], size: tuple[int, int] | None) -> tuple[Ma
         if records:
             measured = {
                 "segmentation": written,
-                "area": areas(result.masks).tolist(),
-                "bbox": xywh(boxes(result.masks, last=key == "predicted_iou")).tolist(),
+                "area": mask_areas(result.masks).tolist(),
+                "bbox": xywh(mask_boxes(result.masks, last=key == "predicted_iou")).tolist(),
                 **({} if scores is None else {str(key): _rescore(scores, found, result, best).tolist()}),
             }
             written = [
@@ -322,7 +294,7 @@ def _open_detections(detections: Any, size: tuple[int, int] | None) -> tuple[Mas
     found = _gather(masks, scores, classes)
 
     def make(result: MaskSet, best: list[int]) -> Any:
-        fields = {"xyxy": _like(boxes(result.masks, last=True), detections.xyxy)}
+        fields = {"xyxy": _like(mask_boxes(result.masks, last=True), detections.xyxy)}
         if scores is not None:
             fields["confidence"] = _like(_rescore(scores, found, result, best), detections.confidence)
         if isinstance(detections.mask, np.ndarray):
@@ -356,7 +328,7 @@ def _open_instances(instances: Any) -> tuple[MaskSet, Make]:
         if scores is not None:
             chosen.scores = _like(_rescore(scores, found, result, best), before["scores"])
         if "pred_boxes" in before:
-            chosen.pred_boxes = type(before["pred_boxes"])(boxes(result.masks).to(stack.device, torch.float32))
+            chosen.pred_boxes = type(before["pred_boxes"])(mask_boxes(result.masks).to(stack.device, torch.float32))
         return chosen
 
     return found, make
@@ -432,7 +404,7 @@ def _write_parts(masks: Tensor, likes: Sequence[Any]) -> list[Any]:
     """Masks (K, H, W) bool, each in the form of its like."""
     arrays = [isinstance(like, (np.ndarray, Tensor)) for like in likes]
     encoded = [index for index, array in enumerate(arrays) if not array]
-    rles = iter(coco.from_masks(masks[encoded].cpu().numpy()).instances if encoded else ())
+    rles = iter(coco.encode_masks(masks[encoded].cpu().numpy()).instances if encoded else ())
     written: list[Any] = []
     for mask, like, array in zip(masks, likes, arrays, strict=True):
         if array:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast import ops
-from trace_fast.masks.formats import MaskSet, areas, as_tensor, open_masks
+from trace_fast.io.arrays import array_to_tensor, mask_areas
+from trace_fast.masks.formats import MaskSet, open_masks
 from trace_fast.ops import checks
 
 __all__ = ["Seeds", "instances", "propagate", "seeds"]
@@ -105,7 +106,7 @@ def propagate(
 
     fragments = split_masks(found.masks, barrier, min_area)
     sources = fragments.sources
-    scores = areas(fragments.masks).float() / areas(found.masks)[sources].clamp(min=1)
+    scores = mask_areas(fragments.masks).float() / mask_areas(found.masks)[sources].clamp(min=1)
     if found.scores is not None:
         scores = scores * found.scores[sources]
     labels = torch.zeros_like(sources) if kinds is None else kinds[sources]
@@ -348,7 +349,7 @@ def check_edges(op: str, edges: Any) -> Tensor:
     """An edge map of one image as (H, W) float32, where it is."""
     if not isinstance(edges, (np.ndarray, Tensor)):
         raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}")
-    edges = edges if isinstance(edges, Tensor) else as_tensor(edges)
+    edges = edges if isinstance(edges, Tensor) else array_to_tensor(edges)
     if not edges.is_floating_point():
         raise TypeError(f"{op}: edges must be float, got {str(edges.dtype).removeprefix('torch.')}")
     plane = edges[0, 0] if edges.ndim == 4 and edges.shape[:2] == (1, 1) else edges

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from trace_fast.io.images import ENDINGS, to_tensor
+from trace_fast.io.images import IMAGE_SUFFIXES, read_image
 
 __all__ = ["Photograph", "find_damaged", "list_photographs"]
 
@@ -51,7 +51,7 @@ class Photograph:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
                 content = file.read(self.length)
-            return to_tensor(Image.open(io.BytesIO(content)))
+            return read_image(Image.open(io.BytesIO(content)))
         except Exception as error:  # each format's reader fails in its own way on damaged bytes
             # Pillow's own words are of an object in memory
             reason = "Pillow cannot read it" if isinstance(error, UnidentifiedImageError) else error
@@ -70,7 +70,7 @@ def list_photographs(folder: Path) -> list[Photograph]:
     found: list[Photograph] = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() in ENDINGS and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             found.append(Photograph(name, path, length=path.stat().st_size))
         elif path.suffix == ".tar":
             try:
@@ -78,7 +78,7 @@ def list_photographs(folder: Path) -> list[Photograph]:
                     found += [
                         Photograph(f"{name}/{member.name}", path, member.offset_data, member.size)
                         for member in archive
-                        if member.isfile() and Path(member.name).suffix.lower() in ENDINGS
+                        if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
                     ]
             except tarfile.TarError as error:
                 raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error

@@ -34,7 +34,7 @@ from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
 from trace_fast.detector import ADAPTER, CONFIG, DECODER, finest, listen, reading, save_student
 from trace_fast.io import visualize
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 from trace_fast.io.images import resize
 from trace_fast.ops import checks
 from trace_fast.tracer import Tracer
@@ -388,7 +388,7 @@ class Shards:
                     bar.update()
                 tensors = {"abdiv": torch.cat(strengths), "timestep": torch.cat(levels)}
                 keys = json.dumps([photograph.key for photograph in part])
-                with whole_file(path, "distill") as file:
+                with write_atomically(path, "distill") as file:
                     file.write(save(tensors, {"teacher": self.config.teacher(), "photographs": keys}))
 
     def read(self, indices: Sequence[int]) -> Tensor:

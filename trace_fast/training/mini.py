@@ -23,7 +23,7 @@ from tqdm import tqdm
 from trace_fast.backbones.base import load_weights
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 from trace_fast.io.images import resize
 from trace_fast.ops import checks
 from trace_fast.training.data import list_photographs
@@ -361,7 +361,7 @@ def begin_as(model: Mini, folder: Path) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Replace a file in one step."""
-    with whole_file(path, "pretrain") as file:
+    with write_atomically(path, "pretrain") as file:
         file.write(content)
 
 

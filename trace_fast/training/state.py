@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 from trace_fast.ops import checks
 
 __all__ = ["Process", "State", "differences", "read_progress", "require_same", "trapezoid"]
@@ -162,7 +162,7 @@ class State:
         """Write what `resume` reads."""
         metadata = {"progress": json.dumps(progress), "config": self.identity}
         content = save({name: value.contiguous() for name, value in self.tensors().items()}, metadata)
-        with whole_file(self.path, self.op) as file:
+        with write_atomically(self.path, self.op) as file:
             file.write(content)
 
     def resume(self) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from trace_fast.backbones.base import Backbone
 from trace_fast.backbones.latent import network_of
 from trace_fast.backbones.registry import MODELS
-from trace_fast.io.files import whole_file
+from trace_fast.io.files import write_atomically
 
 __all__ = ["OFFLOADS", "is_encoder", "is_student", "load_encoder", "load_pipeline", "null_text_file", "place"]
 
@@ -116,7 +116,7 @@ def load_pipeline(
                 raise ValueError(f"load: model must be of one of {', '.join(families)}, got {kind} in {source!r}")
             null_text = embed_nothing(diffusers, family, source, index, pipe, options)
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(cached, "load") as file:
+            with write_atomically(cached, "load") as file:
                 file.write(save(null_text, {"encoders": encoder_files(source)}))
     for name in (part, "vae"):
         getattr(pipe, name).requires_grad_(False)
