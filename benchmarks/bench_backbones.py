@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 from memory import MODELS, SCHEDULER  # noqa: E402
 
 from trace_fast import Detector, Tracer  # noqa: E402
-from trace_fast.backbones import backbone_of  # noqa: E402
+from trace_fast.backbones import wrap_pipeline  # noqa: E402
 from trace_fast.decoder import make_decoder  # noqa: E402
 from trace_fast.detector import finest  # noqa: E402
 
@@ -35,19 +35,19 @@ def tracer(name):
     """A network of the published configuration on the GPU, in bfloat16, initialised at random; one at a time."""
     gc.collect()
     torch.cuda.empty_cache()
-    kind, config, autoencoder, null_text, side = MODELS[name]
+    kind, config, autoencoder, empty_prompt, side = MODELS[name]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
             network = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
             vae = diffusers.AutoencoderKL(**autoencoder).eval().requires_grad_(False)
-            text = {key: (torch.ones if "mask" in key else torch.randn)(shape) for key, shape in null_text.items()}
+            text = {key: (torch.ones if "mask" in key else torch.randn)(shape) for key, shape in empty_prompt.items()}
     finally:
         torch.set_default_dtype(torch.float32)
     part = "unet" if kind.startswith("UNet") else "transformer"
     pipe = SimpleNamespace(**{part: network}, vae=vae, scheduler=SimpleNamespace(config=SCHEDULER))
-    return Tracer(backbone_of(pipe, text, (side, side)), name=name)
+    return Tracer(wrap_pipeline(pipe, text, (side, side)), name=name)
 
 
 @pytest.mark.parametrize("stage", ["encode", "forward", "capture", "search", "eager"])

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from trace_fast import Tracer
-from trace_fast.backbones import backbone_of
+from trace_fast.backbones import wrap_pipeline
 from trace_fast.io.files import write_atomically
 from trace_fast.ops import dispatch
 
@@ -160,15 +160,15 @@ class Peak(TorchDispatchMode):
 
 def measure(name: str) -> dict[str, Any]:
     """Bytes of weights, and the peaks beside them: encoding, the network alone, the whole search."""
-    kind, config, autoencoder, null_text, side = MODELS[name]
+    kind, config, autoencoder, empty_prompt, side = MODELS[name]
     with torch.device("meta"):
         network = getattr(diffusers, kind)(**config).to(torch.bfloat16).eval().requires_grad_(False)
         vae = diffusers.AutoencoderKL(**autoencoder).to(torch.bfloat16).eval().requires_grad_(False)
-        text = {key: torch.zeros(shape) for key, shape in null_text.items()}
+        text = {key: torch.zeros(shape) for key, shape in empty_prompt.items()}
         images = torch.zeros(1, 3, side, side)
     part = "unet" if kind.startswith("UNet") else "transformer"
     pipe = SimpleNamespace(**{part: network}, vae=vae, scheduler=SimpleNamespace(config=SCHEDULER))
-    tracer = Tracer(backbone_of(pipe, text))
+    tracer = Tracer(wrap_pipeline(pipe, text))
     backbone = tracer.backbone
     timestep = torch.zeros(1, dtype=torch.int64, device="meta")
 

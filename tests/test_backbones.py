@@ -12,7 +12,7 @@ from oracle import AttentionOracle
 from tiny import SIZE, TEXT, flux, pixart, sd15, sd35, sdxl
 
 from trace_fast import Tracer, reference
-from trace_fast.backbones import backbone_of
+from trace_fast.backbones import wrap_pipeline
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 
@@ -31,13 +31,13 @@ FAMILIES = {
 
 def make(family, size=SIZE):
     torch.manual_seed(0)
-    parts, null_text = FAMILIES[family][0]()
+    parts, empty_prompt = FAMILIES[family][0]()
     for name in ("unet", "transformer", "vae"):
         if name in parts:
             for parameter in parts[name].eval().parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
     pipe = SimpleNamespace(**parts)
-    return pipe, backbone_of(pipe, null_text, size)
+    return pipe, wrap_pipeline(pipe, empty_prompt, size)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -102,7 +102,7 @@ def test_capture_changes_no_bit_of_the_output(family):
 
 def test_aggregated_map_is_the_definition(family):
     pipe, backbone = make(family)
-    tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    tracer = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt)
     images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(3))
     kl, abdiv = tracer.scan(images, timesteps=(0, 499), noising="gaussian")
     grids = backbone.grids(SIZE)
@@ -143,7 +143,7 @@ def test_edges_of_a_pipeline(family):
     pipe, backbone = make(family)
     modules = {name: copy.deepcopy(module.state_dict()) for name, module in vars(pipe).items() if name in NETWORKS}
     flags = [p.requires_grad for p in backbone.network.parameters()]
-    tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    tracer = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt)
     output = tracer(torch.rand(3, 20, 36), return_abdiv=True, timesteps=(0, 99, 499))
     assert output.edges.shape == (1, 1, 20, 36) and output.edges.isfinite().all()
     assert output.size == SIZE and output.timestep[0] in (99, 499)
@@ -165,7 +165,7 @@ def test_a_pipeline_that_is_offloaded_runs_where_it_is_brought():
     expected = Tracer(backbone).scan(images, timesteps=(0, 499))
     _, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
     cpu_offload_with_hook(pipe.vae, torch.device("cpu"), prev_module_hook=hook)
-    found = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text).scan(images, timesteps=(0, 499))
+    found = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt).scan(images, timesteps=(0, 499))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     # weights wait on the CPU, tensors are made where the network will run
     pipe.unet._hf_hook.execution_device = "meta"
@@ -182,7 +182,7 @@ def test_a_pipeline_that_is_offloaded_in_groups_runs_where_it_is_brought():
         pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     except AttributeError:
         pytest.skip("diffusers 0.35 asks torch for an accelerator here")
-    found = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text).scan(images, timesteps=(0, 499))
+    found = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt).scan(images, timesteps=(0, 499))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     registries = [module._diffusers_hook for module in pipe.unet.modules() if hasattr(module, "_diffusers_hook")]
     hooks = [hook for each in registries if (hook := each.get_hook("group_offloading")) is not None]
@@ -208,7 +208,7 @@ def test_weights_kept_in_fewer_bits_than_are_computed_in(family):
 
 def test_hooks_are_gone_after_an_error():
     pipe, backbone = make("sd15")
-    tracer = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    tracer = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt)
     breaks = pipe.unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tracer.scan(torch.rand(1, 3, *SIZE))
@@ -312,7 +312,7 @@ def test_a_pipeline_that_was_compiled(family, wrapped, ran):
         setattr(pipe, part, torch.compile(backbone.network, backend="eager"))
     else:
         backbone.network.compile(backend="eager")
-    traced = Tracer.from_pipeline(pipe, size=SIZE, null_text=backbone.null_text)
+    traced = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt)
     if ran:  # as when the user has made a picture before: what was compiled then has no hooks
         with torch.no_grad():
             traced.backbone.predict(backbone.encode(images), torch.tensor([0]))
@@ -386,7 +386,7 @@ class TestNoising:
         pipe, backbone = make("sd15")
         options = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
         pipe.scheduler = diffusers.DDIMScheduler(**options)
-        schedule = backbone_of(pipe, backbone.null_text, SIZE).schedule
+        schedule = wrap_pipeline(pipe, backbone.empty_prompt, SIZE).schedule
         assert schedule.zero_terminal
         signal, sigma = schedule.coefficients(torch.arange(1000))
         # the scheduler's betas are float32
@@ -412,7 +412,7 @@ class TestNoising:
         pipe, backbone = make("sd15")
         pipe.scheduler = scheduler()
         with pytest.raises(ValueError, match=f"scheduler must have {told}"):
-            backbone_of(pipe, backbone.null_text, SIZE)
+            wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
 def test_encoding_is_the_mode_shifted_and_scaled(family):
@@ -440,7 +440,7 @@ def test_a_tiny_autoencoder_serves_too():
     pipe, backbone = make("sd15")
     widths = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
     pipe.vae = diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
-    backbone = backbone_of(pipe, backbone.null_text, SIZE)
+    backbone = wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
     images = torch.rand(1, 3, *SIZE)
     with torch.no_grad():
         assert torch.equal(backbone.encode(images), pipe.vae.encode(images * 2 - 1).latents)
@@ -461,9 +461,9 @@ def test_an_autoencoder_that_overflows_is_upcast_and_put_back():
 
 def test_sdxl_takes_zeros_for_the_empty_prompt():
     _, backbone = make("sdxl")
-    assert backbone.null_text["encoder_hidden_states"].shape == (1, 77, 8)
-    assert backbone.null_text["text_embeds"].shape == (1, 8)
-    assert not any(x.any() for x in backbone.null_text.values())
+    assert backbone.empty_prompt["encoder_hidden_states"].shape == (1, 77, 8)
+    assert backbone.empty_prompt["text_embeds"].shape == (1, 8)
+    assert not any(x.any() for x in backbone.empty_prompt.values())
 
 
 def step(family):
@@ -476,14 +476,14 @@ def test_a_size_that_does_not_fit_is_refused(family):
     for height, width in ((17, 24), (24, 17)):
         message = rf"size must be positive multiples of {step(family)} pixels, got \({height}, {width}\)"
         with pytest.raises(ValueError, match=message):
-            backbone_of(pipe, backbone.null_text, (height, width))
+            wrap_pipeline(pipe, backbone.empty_prompt, (height, width))
 
 
 def test_a_size_beyond_the_positions_is_refused():
     pipe, backbone = make("sd3.5-large")
-    assert backbone_of(pipe, backbone.null_text, (64, 4)).grids((64, 4))[0] == (16, 1)
+    assert wrap_pipeline(pipe, backbone.empty_prompt, (64, 4)).grids((64, 4))[0] == (16, 1)
     with pytest.raises(ValueError, match=r"SD3Backbone: size must be at most 64 pixels, got \(64, 68\)"):
-        backbone_of(pipe, backbone.null_text, (64, 68))
+        wrap_pipeline(pipe, backbone.empty_prompt, (64, 68))
 
 
 @pytest.mark.parametrize("steps", [(5, 7), (9, 3)])
@@ -509,7 +509,7 @@ def test_consistency_models_are_told_of_no_guidance():
     pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=6).eval()
     told = []
     pipe.unet.time_embedding.register_forward_pre_hook(lambda _, args: told.append(args[1]))
-    run(backbone_of(pipe, backbone.null_text, SIZE))
+    run(wrap_pipeline(pipe, backbone.empty_prompt, SIZE))
     embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
     torch.testing.assert_close(told[0], embed(None, torch.zeros(2), embedding_dim=6))
 
@@ -532,7 +532,7 @@ def test_a_network_of_another_task_is_refused(family, config, told):
     pipe, backbone = make(family)
     backbone.network.register_to_config(**config)
     with pytest.raises(ValueError, match=f"from_pipeline: {told}"):
-        backbone_of(pipe, backbone.null_text, SIZE)
+        wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
 def test_parts_that_are_missing_are_told(family):
@@ -541,24 +541,24 @@ def test_parts_that_are_missing_are_told(family):
         with pytest.raises(
             ValueError, match=r"pipe must hold text_encoder.* to embed the empty prompt, got .* without"
         ):
-            backbone_of(pipe, None, SIZE)
-    names = " and ".join(backbone.null_text)
-    for wrong in ({}, {name: x.expand(2, *x.shape[1:]) for name, x in backbone.null_text.items()}):
-        with pytest.raises(ValueError, match=f"null_text must be {names}, each with a batch of 1, got"):
-            backbone_of(pipe, wrong, SIZE)
+            wrap_pipeline(pipe, None, SIZE)
+    names = " and ".join(backbone.empty_prompt)
+    for wrong in ({}, {name: x.expand(2, *x.shape[1:]) for name, x in backbone.empty_prompt.items()}):
+        with pytest.raises(ValueError, match=f"empty_prompt must be {names}, each with a batch of 1, got"):
+            wrap_pipeline(pipe, wrong, SIZE)
     pipe.vae = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match="vae must be one of AutoencoderKL, AutoencoderTiny, got Linear"):
-        backbone_of(pipe, backbone.null_text, SIZE)
+        wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
     pipe.vae = None
     with pytest.raises(ValueError, match="pipe must hold a vae, got SimpleNamespace without"):
-        backbone_of(pipe, backbone.null_text, SIZE)
+        wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
 def test_a_refiner_is_refused():
     pipe, _ = make("sdxl")
     pipe.config = {"requires_aesthetics_score": True}
     with pytest.raises(ValueError, match="pipe must be of a base model, got a refiner"):
-        backbone_of(pipe, None, SIZE)
+        wrap_pipeline(pipe, None, SIZE)
 
 
 def test_a_network_that_is_not_square(family):
@@ -566,10 +566,10 @@ def test_a_network_that_is_not_square(family):
         pytest.skip("told nothing of its size")
     pipe, backbone = make(family)
     backbone.network.register_to_config(sample_size=[8, 12])
-    assert backbone_of(pipe, backbone.null_text).settings.size == (16, 24)
+    assert wrap_pipeline(pipe, backbone.empty_prompt).settings.size == (16, 24)
     backbone.network.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="size must be given for a network that does not know its own"):
-        backbone_of(pipe, backbone.null_text)
+        wrap_pipeline(pipe, backbone.empty_prompt)
 
 
 def test_another_pipeline_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import SIZE, pipeline, pixart
 
-from trace_fast.backbones import backbone_of
+from trace_fast.backbones import wrap_pipeline
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -44,12 +44,12 @@ def test_a_backbone_tells_a_network_what_its_pipeline_does(family, tmp_path):
     if family == "pixart-1024":  # which is told sizes
         pipe.transformer = pixart(128)[0]["transformer"].eval()
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    backbone = backbone_of(pipe, size=SIZE)
+    backbone = wrap_pipeline(pipe, size=SIZE)
     prompt = {"prompt": ""}
     if family == "sdxl":  # its empty prompt is zeros where it is the negative one
-        pipe.text_encoder_2.config.projection_dim = backbone.null_text["text_embeds"].shape[1]
+        pipe.text_encoder_2.config.projection_dim = backbone.empty_prompt["text_embeds"].shape[1]
         names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
-        prompt = {names[name]: x for name, x in backbone.null_text.items()}
+        prompt = {names[name]: x for name, x in backbone.empty_prompt.items()}
     options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 1, "guidance_scale": 1.0}
     if family.startswith("pixart"):
         options["use_resolution_binning"] = False

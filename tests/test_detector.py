@@ -171,12 +171,12 @@ class TestRoundTrip:
 
     def test_no_text_encoder_is_loaded(self, students, monkeypatch, tmp_path):
         monkeypatch.setenv("TRACE_FAST_CACHE", str(tmp_path / "cache"))  # where an earlier embedding would be
-        monkeypatch.setattr(loading, "embed_nothing", lambda *_: pytest.fail("text encoders were loaded"))
+        monkeypatch.setattr(loading, "encode_empty_prompt", lambda *_: pytest.fail("text encoders were loaded"))
         student = shutil.copytree(students / "sd15" / "student", tmp_path / "student")
         changed = {name: x + 1 for name, x in load_file(student / "null_text.safetensors").items()}
         save_file(changed, student / "null_text.safetensors")
         first, second = (Detector.from_pretrained(x, device="cpu") for x in (students / "sd15" / "student", student))
-        assert all(torch.equal(second.backbone.null_text[name], x) for name, x in changed.items())
+        assert all(torch.equal(second.backbone.empty_prompt[name], x) for name, x in changed.items())
         images = torch.rand(1, 3, *SIZE)
         assert not torch.equal(first.predict(images, None), second.predict(images, None))  # it is used
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import trace_fast
 from trace_fast import Tracer, reference
-from trace_fast.backbones import encoder_of, loading
+from trace_fast.backbones import loading, wrap_encoder
 from trace_fast.backbones.registry import MODELS
 
 SIZE = (24, 40)  # pixels: 6 x 10 patches, and of Qwen's windows of 4 x 4 patches some are smaller
@@ -701,7 +701,7 @@ class TestEva:
         ],
     )
     def test_other_models_of_the_class(self, options):
-        backbone = encoder_of(eva(**options).eval(), size=SIZE)
+        backbone = wrap_encoder(eva(**options).eval(), size=SIZE)
         oracle = AttentionOracle()
         _, found = captured(backbone, oracle)
         assert len(found) == len(oracle.calls) == 3

@@ -10,7 +10,7 @@ from tiny import SIZE, pipeline
 
 import trace_fast
 from trace_fast import Tracer, backbones
-from trace_fast.backbones import backbone_of, loading
+from trace_fast.backbones import loading, wrap_pipeline
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -75,22 +75,22 @@ def test_the_class_that_repositories_of_pixart_name(tmp_path):
 
 def test_the_empty_prompt_is_embedded_once(saved, tmp_path, monkeypatch):
     _, folder = saved
-    first = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
-    files = list((tmp_path / "cache" / "null_text").iterdir())
+    first = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.empty_prompt
+    files = list((tmp_path / "cache" / "empty_prompts").iterdir())
     assert [file.suffix for file in files] == [".safetensors"]
-    monkeypatch.setattr(loading, "embed_nothing", lambda *_: pytest.fail("text encoders were loaded again"))
+    monkeypatch.setattr(loading, "encode_empty_prompt", lambda *_: pytest.fail("text encoders were loaded again"))
     for encoder in folder.glob("text_encoder*"):
         shutil.rmtree(encoder)
-    second = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
+    second = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.empty_prompt
     assert {name: x.shape for name, x in first.items()} == {name: x.shape for name, x in second.items()}
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_empty_prompt_is_embedded_anew_for_other_encoders_and_dtypes(saved, family):
     pipe, folder = saved
-    first = Tracer.from_pretrained(folder, device="cpu", size=SIZE, dtype=torch.bfloat16).backbone.null_text
-    exact = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
-    expected = backbone_of(pipe, size=SIZE).null_text
+    first = Tracer.from_pretrained(folder, device="cpu", size=SIZE, dtype=torch.bfloat16).backbone.empty_prompt
+    exact = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.empty_prompt
+    expected = wrap_pipeline(pipe, size=SIZE).empty_prompt
     torch.testing.assert_close(exact, expected, rtol=1e-3, atol=1e-4)
     if family == "sdxl":  # zeros
         return
@@ -98,8 +98,8 @@ def test_the_empty_prompt_is_embedded_anew_for_other_encoders_and_dtypes(saved, 
     for parameter in pipe.text_encoder.parameters():
         parameter.data += 0.5
     pipe.text_encoder.save_pretrained(folder / "text_encoder")
-    again = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
-    torch.testing.assert_close(again, backbone_of(pipe, size=SIZE).null_text, rtol=1e-3, atol=1e-4)
+    again = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.empty_prompt
+    torch.testing.assert_close(again, wrap_pipeline(pipe, size=SIZE).empty_prompt, rtol=1e-3, atol=1e-4)
     assert any(not torch.equal(again[name], exact[name]) for name in exact)
 
 
@@ -108,8 +108,8 @@ def test_text_encoders_that_are_not_asked_need_not_be_there(tmp_path):
     pipe.save_pretrained(folder)
     for part in (*folder.glob("text_encoder*"), *folder.glob("tokenizer*")):
         shutil.rmtree(part)
-    null_text = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
-    assert null_text["encoder_hidden_states"].shape == (1, 77, 8) and not null_text["encoder_hidden_states"].any()
+    empty_prompt = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.empty_prompt
+    assert empty_prompt["encoder_hidden_states"].shape == (1, 77, 8) and not empty_prompt["encoder_hidden_states"].any()
 
 
 def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
@@ -130,9 +130,9 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
     words = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, **words}
     (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
-    null_text = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.null_text
-    assert null_text["encoder_hidden_states"].shape[:2] == (1, 120)
-    assert null_text["encoder_attention_mask"].sum() == 1  # the token that ends the prompt
+    empty_prompt = Tracer.from_pretrained(folder, device="cpu", size=SIZE).backbone.empty_prompt
+    assert empty_prompt["encoder_hidden_states"].shape[:2] == (1, 120)
+    assert empty_prompt["encoder_attention_mask"].sum() == 1  # the token that ends the prompt
 
 
 def test_a_network_that_is_not_known_is_told(saved, family, monkeypatch):
@@ -162,11 +162,11 @@ def test_what_cannot_be_loaded_is_told(saved, family, monkeypatch):
         Tracer.from_pretrained(folder, device="cpu", size=SIZE)
 
 
-def test_null_text_is_the_papers_length(saved, family):
+def test_the_empty_prompt_has_the_papers_length(saved, family):
     pipe, _ = saved
-    null_text = backbone_of(pipe, size=SIZE).null_text
+    empty_prompt = wrap_pipeline(pipe, size=SIZE).empty_prompt
     tokens = {"sd15": 77, "sdxl": 77, "pixart": 120, "sd3.5-large": 77 + 256, "flux.1-dev": 512}[family]
-    assert null_text["encoder_hidden_states"].shape[:2] == (1, tokens)
+    assert empty_prompt["encoder_hidden_states"].shape[:2] == (1, tokens)
 
 
 def test_dtype_is_that_of_the_weights(saved):
@@ -284,7 +284,7 @@ class TestRefusals:
         cuda, half, network, vae = torch.device("cuda"), torch.bfloat16, 11 * 2**29, 2**29  # numbers, of two bytes each
 
         def check(parts, dtype=half, offload=None):
-            loading.check_room("it", parts, dtype, cuda, offload)
+            loading.check_memory("it", parts, dtype, cuda, offload)
 
         check([network, vae])
         check([16 * 2**29, vae], offload="sequential")

@@ -48,8 +48,8 @@ def sd15():
     scheduler = diffusers.PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8)}
-    return {"unet": unet, "vae": autoencoder(4), "scheduler": scheduler}, null_text
+    empty_prompt = {"encoder_hidden_states": torch.randn(1, TEXT, 8)}
+    return {"unet": unet, "vae": autoencoder(4), "scheduler": scheduler}, empty_prompt
 
 
 def sdxl():
@@ -88,8 +88,8 @@ def pixart(sample_size=12):
     )
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
     mask = torch.tensor([[1, 0, 0, 0, 0]])
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "encoder_attention_mask": mask}
-    return {"transformer": transformer, "vae": autoencoder(4), "scheduler": scheduler}, null_text
+    empty_prompt = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "encoder_attention_mask": mask}
+    return {"transformer": transformer, "vae": autoencoder(4), "scheduler": scheduler}, empty_prompt
 
 
 def sd35(dual=()):
@@ -110,8 +110,8 @@ def sd35(dual=()):
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     vae = autoencoder(16, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False)
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
-    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
+    empty_prompt = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, empty_prompt
 
 
 def flux(guidance=True):
@@ -129,8 +129,8 @@ def flux(guidance=True):
     )
     vae = autoencoder(16, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    null_text = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
-    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, null_text
+    empty_prompt = {"encoder_hidden_states": torch.randn(1, TEXT, 8), "pooled_projections": torch.randn(1, 8)}
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, empty_prompt
 
 
 def clip_tokenizer(folder):
@@ -242,7 +242,7 @@ def student(folder, base, size, decoder="conv", level=0, **options):
     torch.manual_seed(6)
     made = make_decoder(decoder, finest(backbone), **options)
     config = {"base": {"model": str(base)}, "size": list(size), "level": level, "decoder": made.options(), "scale": 0.5}
-    save_student(folder, config, made, adapter, getattr(backbone, "null_text", None))
+    save_student(folder, config, made, adapter, getattr(backbone, "empty_prompt", None))
     return folder
 
 

@@ -24,7 +24,8 @@ __all__ = ["Detector"]
 
 BATCH = 8  # images of a list that share a pass, at most
 PIXELS = BATCH * 512**2  # and of how many pixels in all, as the network or its decoder sees them
-CONFIG, DECODER, ADAPTER, NULL_TEXT = "config.json", "decoder.safetensors", "lora.safetensors", "null_text.safetensors"
+CONFIG, DECODER, ADAPTER = "config.json", "decoder.safetensors", "lora.safetensors"
+EMPTY_PROMPT = "null_text.safetensors"
 
 
 class HeardError(Exception):
@@ -100,7 +101,7 @@ class Detector:
             level, size, options = int(config["level"]), tuple(config["size"]), config["decoder"]
             adapter = load_weights(folder / ADAPTER)
             weights = load_weights(folder / DECODER)
-            null_text = load_weights(folder / NULL_TEXT) if (folder / NULL_TEXT).is_file() else None
+            empty_prompt = load_weights(folder / EMPTY_PROMPT) if (folder / EMPTY_PROMPT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
         backbone = load_backbone(
@@ -110,7 +111,7 @@ class Detector:
             size=size,
             revision=revision,
             local_files_only=local_files_only,
-            null_text=null_text,
+            empty_prompt=empty_prompt,
         )
         try:
             decoder = make_decoder(grid=finest(backbone), **options)
@@ -134,7 +135,9 @@ class Detector:
         """
         if "base" not in self.config:
             raise ValueError(f"save_pretrained: config must name the base model, got {self.config}")
-        save_student(Path(folder), self.config, self.decoder, self.adapter, getattr(self.backbone, "null_text", None))
+        save_student(
+            Path(folder), self.config, self.decoder, self.adapter, getattr(self.backbone, "empty_prompt", None)
+        )
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload what `save_pretrained` writes to a model repository of the hub, made where it is missing.
@@ -356,14 +359,14 @@ def save_student(
     config: dict[str, Any],
     decoder: Decoder,
     adapter: dict[str, Tensor],
-    null_text: dict[str, Tensor] | None,
+    empty_prompt: dict[str, Tensor] | None,
     card: str | None = None,
 ) -> None:
     """Write the files of a student, its adapter in half precision; see `Detector.from_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {DECODER: decoder.state_dict(), ADAPTER: {name: x.half() for name, x in adapter.items()}}
-    if null_text:
-        files[NULL_TEXT] = null_text
+    if empty_prompt:
+        files[EMPTY_PROMPT] = empty_prompt
     contents = {name: save({key: x.contiguous().cpu() for key, x in file.items()}) for name, file in files.items()}
     if card is not None:
         contents["README.md"] = card.encode()
@@ -380,12 +383,12 @@ def _fetch(repository: str, revision: str | None, local_files_only: bool) -> Pat
             "load: model must be a name, a folder or a repository of the hub (owner/name) that has a student, got "
             f"{repository!r} without {DECODER}"
         )
-    from trace_fast.backbones.loading import explained
+    from trace_fast.backbones.loading import hub_errors
 
-    with explained(repository, repository):
+    with hub_errors(repository, repository):
         from huggingface_hub import snapshot_download
 
-        names = [CONFIG, DECODER, ADAPTER, NULL_TEXT]
+        names = [CONFIG, DECODER, ADAPTER, EMPTY_PROMPT]
         place = snapshot_download(
             repository, revision=revision, local_files_only=local_files_only, allow_patterns=names
         )

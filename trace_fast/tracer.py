@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast import ops
-from trace_fast.backbones import Backbone, backbone_of, encoder_of, load_backbone
+from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pipeline
 from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant, device_of
 from trace_fast.backbones.capture import heard
 from trace_fast.io.images import read_image, resize
@@ -119,7 +119,7 @@ class Tracer:
         pipe: Any,
         *,
         size: tuple[int, int] | None = None,
-        null_text: dict[str, Tensor] | None = None,
+        empty_prompt: dict[str, Tensor] | None = None,
     ) -> Tracer:
         """Trace with the network of a diffusers pipeline, which stays as it is: dtype, processors, adapters, place.
 
@@ -130,7 +130,7 @@ class Tracer:
         Args:
             pipe: the pipeline, or any object with its `vae`, `scheduler` and `unet` or `transformer`.
             size: processing size in pixels, (height, width); None is the model's own.
-            null_text: what the network takes for the empty prompt, by the name of its argument, each with a batch of
+            empty_prompt: what the network takes for the empty prompt, by the name of its argument, each with a batch of
                 1, where the pipeline holds no text encoders.
 
         Raises:
@@ -142,7 +142,7 @@ class Tracer:
             >>> edges = Tracer.from_pipeline(pipe)("photo.jpg").edges  # doctest: +SKIP
         """
         with torch.no_grad():
-            backbone = backbone_of(pipe, null_text, size)
+            backbone = wrap_pipeline(pipe, empty_prompt, size)
         return cls(backbone, name=type(pipe).__name__)
 
     @classmethod
@@ -185,7 +185,7 @@ class Tracer:
             >>> model = transformers.AutoModel.from_pretrained("facebook/dinov2-base")  # doctest: +SKIP
             >>> edges = Tracer.from_encoder(model, size=(518, 700))("photo.jpg").edges  # doctest: +SKIP
         """
-        backbone = encoder_of(model, read=read, size=size, blocks=blocks, mean=mean, std=std)
+        backbone = wrap_encoder(model, read=read, size=size, blocks=blocks, mean=mean, std=std)
         # a compiled network is wrapped
         return cls(backbone, name=type(getattr(model, "_orig_mod", model)).__name__)
 

@@ -16,8 +16,8 @@ from trace_fast.backbones.base import Backbone, Settings
 from trace_fast.backbones.encoder import EncoderBackbone
 from trace_fast.backbones.flux import FluxBackbone
 from trace_fast.backbones.language import LlavaLanguageBackbone, QwenLanguageBackbone
-from trace_fast.backbones.latent import network_of
-from trace_fast.backbones.loading import OFFLOADS, is_encoder, is_student, load_encoder, load_pipeline, place
+from trace_fast.backbones.latent import get_network
+from trace_fast.backbones.loading import OFFLOADS, is_encoder, is_student, load_encoder, load_pipeline, to_device
 from trace_fast.backbones.mini import MiniBackbone
 from trace_fast.backbones.pixart import PixArtBackbone
 from trace_fast.backbones.registry import MODELS
@@ -29,12 +29,12 @@ from trace_fast.backbones.vlm import CLIPBackbone, QwenBackbone
 __all__ = [
     "Backbone",
     "Settings",
-    "backbone_of",
-    "encoder_of",
     "has_student",
     "load_backbone",
     "models",
     "student_folder",
+    "wrap_encoder",
+    "wrap_pipeline",
 ]
 
 FAMILIES = {"mini": MiniBackbone}
@@ -93,12 +93,12 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
     offload: str | None = None,
-    null_text: dict[str, Tensor] | None = None,
+    empty_prompt: dict[str, Tensor] | None = None,
     **hub: Any,
 ) -> Backbone:
     """Read a backbone onto a device: see `Tracer.from_pretrained`.
 
-    With `null_text`, what stands for the empty prompt, the text encoders of a diffusers model are not needed.
+    With `empty_prompt`, what stands for the empty prompt, the text encoders of a diffusers model are not needed.
 
     Raises:
         ValueError: the name is unknown, or the folder's configuration or weights are damaged or do not fit each other.
@@ -113,7 +113,7 @@ def load_backbone(
     if (folder / "config.json").is_file() and not _of_others(folder):
         backbone = _load_embedded(folder, size)
         backbone.network.eval().requires_grad_(False).to(dtype or torch.float32)
-        return place(backbone, device, offload)
+        return to_device(backbone, device, offload)
     if (
         str(model) not in MODELS
         and not any((folder / name).is_file() for name in ("config.json", "model_index.json"))
@@ -126,10 +126,16 @@ def load_backbone(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if is_encoder(str(model), **hub):
         network, colours = load_encoder(str(model), device=device, dtype=dtype, offload=offload, **hub)
-        return place(encoder_of(network, size=size, **colours), device, offload)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload, "null_text": null_text, **hub}
+        return to_device(wrap_encoder(network, size=size, **colours), device, offload)
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "offload": offload,
+        "empty_prompt": empty_prompt,
+        **hub,
+    }
     pipe, embedded = load_pipeline(str(model), PIPELINES, **options)
-    return place(backbone_of(pipe, embedded, size), device, offload)
+    return to_device(wrap_pipeline(pipe, embedded, size), device, offload)
 
 
 def _of_others(folder: Path) -> bool:
@@ -153,19 +159,21 @@ def _load_embedded(folder: Path, size: tuple[int, int] | None) -> Backbone:
     return backbone if size is None else type(backbone)(backbone.network, replace(backbone.settings, size=size))
 
 
-def backbone_of(pipe: Any, null_text: dict[str, Tensor] | None = None, size: tuple[int, int] | None = None) -> Backbone:
+def wrap_pipeline(
+    pipe: Any, empty_prompt: dict[str, Tensor] | None = None, size: tuple[int, int] | None = None
+) -> Backbone:
     """A diffusers pipeline as a backbone; see `Tracer.from_pipeline`."""
-    network = network_of(pipe)
+    network = get_network(pipe)
     # a compiled network is wrapped
     kind = type(getattr(network, "_orig_mod", network)).__name__
     if kind not in PIPELINES:
         raise TypeError(
             f"from_pipeline: pipe must hold one of {', '.join(PIPELINES)}, got {type(pipe).__name__} with {kind}"
         )
-    return PIPELINES[kind].from_pipeline(pipe, null_text, size)
+    return PIPELINES[kind].from_pipeline(pipe, empty_prompt, size)
 
 
-def encoder_of(
+def wrap_encoder(
     model: Any,
     *,
     read: str = "vision",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trace_fast.backbones.base import device_of
-from trace_fast.backbones.latent import LatentBackbone, check_encoders
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 
 __all__ = ["FluxBackbone"]
 
@@ -29,9 +29,9 @@ class FluxBackbone(LatentBackbone):
     guidance: float = 1.0
 
     @staticmethod
-    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+    def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        check_encoders(pipe, "text_encoder", "text_encoder_2")
+        check_text_encoders(pipe, "text_encoder", "text_encoder_2")
         embeds, pooled, _ = pipe.encode_prompt("", "", device=device_of(pipe.transformer))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -52,20 +52,20 @@ class FluxBackbone(LatentBackbone):
         """Latents along a side of a token; the network itself is told 1."""
         return PATCH
 
-    def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
+    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
         """The predicted velocity; the network counts levels from 0 to 1."""
         height, width = (side // PATCH for side in sample.shape[-2:])
         positions = torch.zeros(height, width, 3, dtype=torch.float32, device=sample.device)
         positions[..., 1] = torch.arange(height, device=sample.device)[:, None]
         positions[..., 2] = torch.arange(width, device=sample.device)
-        text = null_text["encoder_hidden_states"]
+        text = empty_prompt["encoder_hidden_states"]
         guidance = None
         if self.network.config.guidance_embeds:
             guidance = torch.full((len(sample),), self.guidance, dtype=torch.float32, device=sample.device)
         packed = self.network(
             hidden_states=functional.pixel_unshuffle(sample, PATCH).flatten(2).mT,  # (B, N, 4 C)
             encoder_hidden_states=text,
-            pooled_projections=null_text["pooled_projections"],
+            pooled_projections=empty_prompt["pooled_projections"],
             timestep=timestep.to(sample.dtype) / 1000,
             img_ids=positions.flatten(0, 1).to(sample.dtype),
             txt_ids=sample.new_zeros(text.shape[1], 3),

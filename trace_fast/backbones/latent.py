@@ -13,7 +13,7 @@ from trace_fast.backbones.base import Settings, constant, dtype_of
 from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import RectifiedFlow, Schedule
 
-__all__ = ["LatentBackbone", "check_encoders", "factor", "network_of"]
+__all__ = ["LatentBackbone", "check_text_encoders", "factor", "get_network"]
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -27,7 +27,7 @@ class LatentBackbone:
         network: a UNet or transformer.
         vae: `AutoencoderKL` or `AutoencoderTiny` of its pipeline.
         schedule: what its levels mean.
-        null_text: what it takes for the empty prompt, by name, each with a batch of 1.
+        empty_prompt: what it takes for the empty prompt, by name, each with a batch of 1.
         settings: how it is traced.
     """
 
@@ -38,34 +38,34 @@ class LatentBackbone:
         network: Any,
         vae: Any,
         schedule: Schedule,
-        null_text: Mapping[str, Tensor],
+        empty_prompt: Mapping[str, Tensor],
         settings: Settings,
     ):
         self.network, self.vae, self.schedule, self.settings = network, vae, schedule, settings
-        self.null_text = dict(null_text)
+        self.empty_prompt = dict(empty_prompt)
         self.check_parts()
         self.grids(settings.size)  # refuse a size that the network does not allow
 
     @classmethod
     def from_pipeline(
-        cls, pipe: Any, null_text: dict[str, Tensor] | None, size: tuple[int, int] | None
+        cls, pipe: Any, empty_prompt: dict[str, Tensor] | None, size: tuple[int, int] | None
     ) -> LatentBackbone:
         """Modules of the family's diffusers pipeline, as they are."""
         if getattr(pipe, "vae", None) is None:
             raise ValueError(f"from_pipeline: pipe must hold a vae, got {type(pipe).__name__} without")
-        schedule = cls.schedule_of(pipe)
-        if null_text is None:
-            null_text = cls.null_text_of(pipe)
+        schedule = cls.make_schedule(pipe)
+        if empty_prompt is None:
+            empty_prompt = cls.encode_empty_prompt(pipe)
         settings = Settings(size=size or cls.native_size(pipe))
-        return cls(network_of(pipe), pipe.vae, schedule, null_text, settings)
+        return cls(get_network(pipe), pipe.vae, schedule, empty_prompt, settings)
 
     @staticmethod
-    def needs_encoders(pipe: Any) -> bool:
-        """Whether `null_text_of` asks the pipeline's text encoders."""
+    def needs_text_encoders(pipe: Any) -> bool:
+        """Whether `encode_empty_prompt` asks the pipeline's text encoders."""
         return True
 
     @staticmethod
-    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+    def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """What stands for the empty prompt, by the pipeline's own text encoders."""
         raise NotImplementedError
 
@@ -87,20 +87,20 @@ class LatentBackbone:
                 f"from_pipeline: network must take the {self.latent_channels()} channels of a latent alone, got one of "
                 f"{self.network.config.in_channels} (for inpainting, depth or another condition); take its plain model"
             )
-        shapes = {name: tuple(x.shape) for name, x in self.null_text.items()}
+        shapes = {name: tuple(x.shape) for name, x in self.empty_prompt.items()}
         if shapes.keys() != set(self.text_names()) or any(shape[:1] != (1,) for shape in shapes.values()):
             names = " and ".join(self.text_names())
-            raise ValueError(f"from_pipeline: null_text must be {names}, each with a batch of 1, got {shapes}")
+            raise ValueError(f"from_pipeline: empty_prompt must be {names}, each with a batch of 1, got {shapes}")
 
     @staticmethod
-    def schedule_of(pipe: Any) -> Schedule:
+    def make_schedule(pipe: Any) -> Schedule:
         """What the levels mean: the straight line between image and noise."""
         return RectifiedFlow()
 
     @staticmethod
     def native_size(pipe: Any) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
-        sample = network_of(pipe).config.sample_size
+        sample = get_network(pipe).config.sample_size
         if sample is None:
             raise ValueError("from_pipeline: size must be given for a network that does not know its own, got None")
         height, width = (sample, sample) if isinstance(sample, int) else sample
@@ -120,7 +120,7 @@ class LatentBackbone:
         height, width = self.latent_size(size, patch)
         return [(height // patch, width // patch)] * len(self.attentions())
 
-    def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
+    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
         """One call of the network, all of it in the network's dtype."""
         raise NotImplementedError
 
@@ -148,25 +148,25 @@ class LatentBackbone:
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """One call of the network at levels (B,): the prediction, float32, shaped like `sample`."""
         dtype = dtype_of(self.network)
-        for name, x in self.null_text.items():  # moved once, where the network was moved
-            self.null_text[name] = x.to(sample.device, dtype if x.is_floating_point() else x.dtype)
-        null_text = {name: x.expand(len(sample), *x.shape[1:]) for name, x in self.null_text.items()}
-        return self.call(sample.to(dtype), timestep, null_text).float()
+        for name, x in self.empty_prompt.items():  # moved once, where the network was moved
+            self.empty_prompt[name] = x.to(sample.device, dtype if x.is_floating_point() else x.dtype)
+        empty_prompt = {name: x.expand(len(sample), *x.shape[1:]) for name, x in self.empty_prompt.items()}
+        return self.call(sample.to(dtype), timestep, empty_prompt).float()
 
 
-def network_of(pipe: Any) -> Any:
+def get_network(pipe: Any) -> Any:
     """The network of a pipeline; None where it has none."""
     unet = getattr(pipe, "unet", None)
     return getattr(pipe, "transformer", None) if unet is None else unet
 
 
-def check_encoders(pipe: Any, *names: str) -> None:
+def check_text_encoders(pipe: Any, *names: str) -> None:
     """ValueError where a pipeline lacks one of the text encoders that embed its empty prompt."""
     missing = [name for name in names if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"from_pipeline: pipe must hold {' and '.join(names)} to embed the empty prompt, got "
-            f"{type(pipe).__name__} without {' and '.join(missing) or 'encode_prompt'}; or give null_text"
+            f"{type(pipe).__name__} without {' and '.join(missing) or 'encode_prompt'}; or give empty_prompt"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
-from trace_fast.backbones.latent import LatentBackbone, check_encoders, factor
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["PixArtBackbone"]
@@ -17,14 +17,14 @@ class PixArtBackbone(LatentBackbone):
     """`PixArtTransformer2DModel`: one grid, the first attention of every block is self-attention."""
 
     @staticmethod
-    def schedule_of(pipe: Any) -> VariancePreserving:
+    def make_schedule(pipe: Any) -> VariancePreserving:
         """The scheduler's own levels."""
         return VariancePreserving.of(pipe.scheduler)
 
     @staticmethod
-    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+    def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        check_encoders(pipe, "text_encoder")
+        check_text_encoders(pipe, "text_encoder")
         device = device_of(pipe.transformer)
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
@@ -37,7 +37,7 @@ class PixArtBackbone(LatentBackbone):
         """One a block."""
         return [block.attn1 for block in self.network.transformer_blocks]
 
-    def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
+    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
         """The predicted noise; the second half of the channels is the predicted variance."""
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:  # of the models of 1024 pixels
@@ -49,8 +49,8 @@ class PixArtBackbone(LatentBackbone):
             }
         prediction = self.network(
             sample,
-            encoder_hidden_states=null_text["encoder_hidden_states"],
-            encoder_attention_mask=null_text["encoder_attention_mask"],
+            encoder_hidden_states=empty_prompt["encoder_hidden_states"],
+            encoder_attention_mask=empty_prompt["encoder_attention_mask"],
             timestep=timestep,
             added_cond_kwargs=added,
             return_dict=False,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import device_of
-from trace_fast.backbones.latent import LatentBackbone, check_encoders, factor
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
 
 __all__ = ["SD3Backbone"]
 
@@ -19,9 +19,9 @@ class SD3Backbone(LatentBackbone):
     """
 
     @staticmethod
-    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+    def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
-        check_encoders(pipe, "text_encoder", "text_encoder_2")  # the third may be left out
+        check_text_encoders(pipe, "text_encoder", "text_encoder_2")  # the third may be left out
         device = device_of(pipe.transformer)
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
@@ -42,12 +42,12 @@ class SD3Backbone(LatentBackbone):
             raise ValueError(f"{type(self).__name__}: size must be at most {most} pixels, got {size}")
         return grids
 
-    def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
+    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
         """The predicted velocity."""
         return self.network(
             hidden_states=sample,
-            encoder_hidden_states=null_text["encoder_hidden_states"],
-            pooled_projections=null_text["pooled_projections"],
+            encoder_hidden_states=empty_prompt["encoder_hidden_states"],
+            pooled_projections=empty_prompt["pooled_projections"],
             timestep=timestep,
             return_dict=False,
         )[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
-from trace_fast.backbones.latent import LatentBackbone, check_encoders, factor
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["UNetBackbone"]
@@ -25,34 +25,34 @@ class UNetBackbone(LatentBackbone):
     """
 
     @staticmethod
-    def schedule_of(pipe: Any) -> VariancePreserving:
+    def make_schedule(pipe: Any) -> VariancePreserving:
         """The scheduler's own levels."""
         return VariancePreserving.of(pipe.scheduler)
 
     @staticmethod
-    def needs_encoders(pipe: Any) -> bool:
+    def needs_text_encoders(pipe: Any) -> bool:
         """Not where SDXL takes zeros."""
         zeros = getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", True)
         return pipe.unet.config.addition_embed_type != "text_time" or not zeros
 
     @staticmethod
-    def null_text_of(pipe: Any) -> dict[str, Tensor]:
+    def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """SD: the embedding of "". SDXL: zeros where its pipeline says so, as for an empty negative prompt."""
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
-            check_encoders(pipe, "text_encoder")
+            check_text_encoders(pipe, "text_encoder")
             embeds, _ = pipe.encode_prompt("", device_of(pipe.unet), 1, False)
             return {"encoder_hidden_states": embeds}
         if getattr(pipe, "config", {}).get("requires_aesthetics_score"):
             raise ValueError("from_pipeline: pipe must be of a base model, got a refiner, which is told a score")
-        if not UNetBackbone.needs_encoders(pipe):
+        if not UNetBackbone.needs_text_encoders(pipe):
             pooled = config.projection_class_embeddings_input_dim - SIZES * config.addition_time_embed_dim
             tokens = 77  # of CLIP
             return {
                 "encoder_hidden_states": torch.zeros(1, tokens, config.cross_attention_dim),
                 "text_embeds": torch.zeros(1, pooled),
             }
-        check_encoders(pipe, "text_encoder_2")  # the refiner has no other
+        check_text_encoders(pipe, "text_encoder_2")  # the refiner has no other
         embeds, _, pooled, _ = pipe.encode_prompt("", device=device_of(pipe.unet), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
@@ -78,7 +78,7 @@ class UNetBackbone(LatentBackbone):
         if more := [f"{name} = {config[name]!r}" for name, given in told.items() if given]:
             raise ValueError(f"from_pipeline: unet must be told level and prompt alone, got one with {more[0]}")
         if config.addition_embed_type == "text_time":
-            sizes = config.projection_class_embeddings_input_dim - self.null_text["text_embeds"].shape[1]
+            sizes = config.projection_class_embeddings_input_dim - self.empty_prompt["text_embeds"].shape[1]
             if sizes != SIZES * config.addition_time_embed_dim:
                 raise ValueError(
                     f"from_pipeline: unet must take {SIZES} numbers for the size, got one of "
@@ -110,14 +110,14 @@ class UNetBackbone(LatentBackbone):
                 found.append((stage, order, module, level))
         return [(module, level) for _, _, module, level in sorted(found, key=lambda entry: entry[:2])]
 
-    def call(self, sample: Tensor, timestep: Tensor, null_text: dict[str, Tensor]) -> Tensor:
+    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
         """The predicted noise or velocity."""
         added = None
-        if "text_embeds" in null_text:
+        if "text_embeds" in empty_prompt:
             height, width = (side * factor(self.vae) for side in sample.shape[-2:])
             # size of the original, offset of the crop, size of the target
             sizes = constant((height, width, 0, 0, height, width), sample.device).to(sample.dtype)
-            added = {"text_embeds": null_text["text_embeds"], "time_ids": sizes.expand(len(sample), -1)}
+            added = {"text_embeds": empty_prompt["text_embeds"], "time_ids": sizes.expand(len(sample), -1)}
         guidance = None
         if width := self.network.config.time_cond_proj_dim:  # of consistency models: sines and cosines of none, 0
             guidance = sample.new_zeros(len(sample), width)
@@ -126,7 +126,7 @@ class UNetBackbone(LatentBackbone):
             sample,
             timestep,
             timestep_cond=guidance,
-            encoder_hidden_states=null_text["encoder_hidden_states"],
+            encoder_hidden_states=empty_prompt["encoder_hidden_states"],
             added_cond_kwargs=added,
             return_dict=False,
         )[0]

@@ -123,7 +123,7 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
 
     weights = hashlib.sha256()
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    for x in (*parameters, *getattr(found.backbone, "null_text", {}).values()):
+    for x in (*parameters, *getattr(found.backbone, "empty_prompt", {}).values()):
         x = x.detach().flatten()[:: max(1, x.numel() // SAMPLED)]  # of billions of numbers a part tells enough
         weights.update(x.float().cpu().numpy().tobytes())
     kind = f"{type(found).__name__} {own} {found.backbone.settings} {found.device.type}"

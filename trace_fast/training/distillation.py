@@ -596,8 +596,8 @@ class Distillation:
             "scale": 1.0,  # of the adapter's products: alpha is the rank
         }
         adapter = {name: value.detach() for name, value in self.adapters.items()}
-        null_text = getattr(self.backbone, "null_text", None)
-        save_student(folder, description, self.decoder, adapter, null_text, self.card())
+        empty_prompt = getattr(self.backbone, "empty_prompt", None)
+        save_student(folder, description, self.decoder, adapter, empty_prompt, self.card())
         return folder
 
     def card(self) -> str:

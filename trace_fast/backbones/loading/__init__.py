@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trace_fast.backbones.base import Backbone
-from trace_fast.backbones.latent import network_of
+from trace_fast.backbones.latent import get_network
 from trace_fast.backbones.registry import MODELS
 from trace_fast.io.files import write_atomically
 
-__all__ = ["OFFLOADS", "is_encoder", "is_student", "load_encoder", "load_pipeline", "null_text_file", "place"]
+__all__ = ["OFFLOADS", "is_encoder", "is_student", "load_encoder", "load_pipeline", "prompt_cache_file", "to_device"]
 
 NETWORKS = ("unet", "transformer")
 OFFLOADS = ("model", "sequential")
@@ -56,11 +56,11 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
-    null_text: dict[str, Tensor] | None = None,
+    empty_prompt: dict[str, Tensor] | None = None,
 ) -> tuple[SimpleNamespace, dict[str, Tensor]]:
     """Network, autoencoder and scheduler of a diffusers model, and what stands for the empty prompt.
 
-    The empty prompt is embedded by the model's own pipeline the first time, and kept in `null_text_file`.
+    The empty prompt is embedded by the model's own pipeline the first time, and kept in `prompt_cache_file`.
 
     Args:
         model: a name of `registry.MODELS`, a repository of the hub, or a local folder in the same layout.
@@ -71,7 +71,7 @@ def load_pipeline(
         revision: branch, tag or commit of the repository.
         variant: of the weight files, such as "fp16".
         local_files_only: never ask the hub; also HF_HUB_OFFLINE.
-        null_text: what stands for the empty prompt, where it is known.
+        empty_prompt: what stands for the empty prompt, where it is known.
 
     Raises:
         ValueError: there is no such model, or a part is missing or of an unexpected class.
@@ -82,7 +82,7 @@ def load_pipeline(
 
     source = MODELS[model].repo if model in MODELS else model
     where = {"revision": revision, "local_files_only": local_files_only}
-    with explained(model, source):
+    with hub_errors(model, source):
         index = diffusers.DiffusionPipeline.load_config(source, **where)
         part = next((name for name in NETWORKS if name in index), None)
         if part is None or "vae" not in index:
@@ -94,7 +94,7 @@ def load_pipeline(
         ]
         if missing:
             raise ValueError(f"load: model must be whole, got {source!r} without {' and '.join(missing)}")
-        check_memory(model, source, part, dtype, device, offload)
+        check_pipeline_memory(model, source, part, dtype, device, offload)
         # the keyword was renamed
         precision = "dtype" if version(diffusers) >= (0, 40) else "torch_dtype"
         options = {precision: dtype, "use_safetensors": True, "variant": variant, **where}
@@ -106,29 +106,29 @@ def load_pipeline(
             source, subfolder="scheduler", **where
         )
         pipe = SimpleNamespace(**parts, scheduler=scheduler, config=index)
-        cached = null_text_file(source, revision, index, dtype)
-        if null_text is None:
-            null_text = kept_null_text(cached, source)
-        if null_text is None:
-            family = families.get(type(network_of(pipe)).__name__)
+        cached = prompt_cache_file(source, revision, index, dtype)
+        if empty_prompt is None:
+            empty_prompt = load_cached_prompt(cached, source)
+        if empty_prompt is None:
+            family = families.get(type(get_network(pipe)).__name__)
             if family is None:
-                kind = type(network_of(pipe)).__name__
+                kind = type(get_network(pipe)).__name__
                 raise ValueError(f"load: model must be of one of {', '.join(families)}, got {kind} in {source!r}")
-            null_text = embed_nothing(diffusers, family, source, index, pipe, options)
+            empty_prompt = encode_empty_prompt(diffusers, family, source, index, pipe, options)
             cached.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(cached, "load") as file:
-                file.write(save(null_text, {"encoders": encoder_files(source)}))
+                file.write(save(empty_prompt, {"encoders": encoder_files(source)}))
     for name in (part, "vae"):
         getattr(pipe, name).requires_grad_(False)
-    return pipe, null_text
+    return pipe, empty_prompt
 
 
-def embed_nothing(
+def encode_empty_prompt(
     diffusers: Any, family: Any, source: str, index: dict[str, Any], pipe: SimpleNamespace, options: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The empty prompt through the model's own pipeline, whose text encoders are loaded where needed, and freed."""
     whole = pipe
-    if family.needs_encoders(pipe):
+    if family.needs_text_encoders(pipe):
         kind = getattr(diffusers, str(index.get("_class_name")), None)
         if kind is None:
             raise ValueError(f"load: model must be of a pipeline of diffusers, got {index.get('_class_name')!r}")
@@ -136,23 +136,25 @@ def embed_nothing(
         unwanted = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
         whole = kind.from_pretrained(source, **given, **unwanted, **options)
     with torch.no_grad():
-        null_text = {name: x.detach().clone().cpu().contiguous() for name, x in family.null_text_of(whole).items()}
+        empty_prompt = {
+            name: x.detach().clone().cpu().contiguous() for name, x in family.encode_empty_prompt(whole).items()
+        }
     del whole
     gc.collect()
-    return null_text
+    return empty_prompt
 
 
-def null_text_file(source: str, revision: str | None, index: dict[str, Any], dtype: torch.dtype) -> Path:
+def prompt_cache_file(source: str, revision: str | None, index: dict[str, Any], dtype: torch.dtype) -> Path:
     """Where the embedded empty prompt of a model is kept: $TRACE_FAST_CACHE, or trace_fast in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace_fast"
     folder = Path(os.environ.get("TRACE_FAST_CACHE") or default)
     place = str(Path(source).resolve()) if Path(source).is_dir() else source
     identity = json.dumps([place, revision, index, str(dtype)], sort_keys=True, default=str)
-    return folder / "null_text" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+    return folder / "empty_prompts" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
 
 
-def kept_null_text(cached: Path, source: str) -> dict[str, Tensor] | None:
-    """The embedded empty prompt in a file of `null_text_file`; None without one, or where encoders have changed."""
+def load_cached_prompt(cached: Path, source: str) -> dict[str, Tensor] | None:
+    """The embedded empty prompt in a file of `prompt_cache_file`; None without one, or where encoders have changed."""
     if not cached.is_file():
         return None
     with safe_open(cached, "pt") as file:
@@ -236,7 +238,7 @@ def load_encoder(
         return {} if path is None else json.loads(path.read_text())
 
     suffix = f".{variant}" if variant else ""
-    with explained(model, source), matching(source):
+    with hub_errors(model, source), checkpoint_errors(source):
         values = read("config.json", required=True)
         of_timm = "architecture" in values
         family: Any = values.get("model_type")
@@ -245,14 +247,14 @@ def load_encoder(
         prefix = re.compile("" if of_timm else PREFIXES[family])
     if of_timm:
         check_timm(model)
-    with explained(model, source), matching(source):
+    with hub_errors(model, source), checkpoint_errors(source):
         shards = read(f"model.safetensors.index{suffix}.json").get("weight_map", {})
         names = {file for key, file in shards.items() if prefix.match(key)} or {f"model{suffix}.safetensors"}
         files = [fetch(name, required=True) for name in sorted(names)]
         processor = read("preprocessor_config.json") or read("processor_config.json").get("image_processor", {})
         numbers = sum(count_numbers(file, prefix) for file in files)
-    check_room(model, [numbers], dtype, device, offload)
-    with matching(source):
+    check_memory(model, [numbers], dtype, device, offload)
+    with checkpoint_errors(source):
         weights: dict[str, Tensor] = {}
         for file in files:
             with safe_open(file, "pt") as tensors:
@@ -315,7 +317,7 @@ def check_timm(model: str) -> None:
         ) from error
 
 
-def place(backbone: Backbone, device: torch.device, offload: str | None) -> Backbone:
+def to_device(backbone: Backbone, device: torch.device, offload: str | None) -> Backbone:
     """Bring a backbone's parts to a device, or have accelerate bring them there while they run."""
     parts = [part for name in ("vae", "network") if (part := getattr(backbone, name, None))]  # in the order of running
     if offload is None:
@@ -364,7 +366,7 @@ def hub_file(
 
 
 @contextlib.contextmanager
-def matching(source: str) -> Iterator[None]:
+def checkpoint_errors(source: str) -> Iterator[None]:
     """Turn what damaged or mismatching files may cause into one line."""
     try:
         yield
@@ -373,26 +375,26 @@ def matching(source: str) -> Iterator[None]:
         raise ValueError(f"load: model must be whole and its files match, got {source!r}: {reason}") from error
 
 
-def check_memory(
+def check_pipeline_memory(
     model: str, source: str, part: str, dtype: torch.dtype, device: torch.device, offload: str | None
 ) -> None:
     """Refuse to load weights that do not fit, before any is read; a folder is measured, a known model is known."""
     if Path(source).is_dir():
         parts = [sum(map(count_numbers, Path(source, name).glob("*.safetensors"))) for name in (part, "vae")]
-        check_room(model, parts, dtype, device, offload)
+        check_memory(model, parts, dtype, device, offload)
     elif model in MODELS:
-        check_room(model, [int(MODELS[model].parameters * 1e9)], dtype, device, offload)
+        check_memory(model, [int(MODELS[model].parameters * 1e9)], dtype, device, offload)
 
 
-def check_room(
+def check_memory(
     model: str, parts: Sequence[int], dtype: torch.dtype, device: torch.device, offload: str | None = None
 ) -> None:
     """Refuse parts of so many numbers each where they do not fit."""
-    lack = lacking(parts, dtype.itemsize, device, offload)
+    lack = missing_memory(parts, dtype.itemsize, device, offload)
     if lack is None:
         return
-    ways = [f"offload={way!r}" for way in OFFLOADS if not lacking(parts, dtype.itemsize, device, way)]
-    if dtype.itemsize > 2 and not lacking(parts, 2, device, offload):
+    ways = [f"offload={way!r}" for way in OFFLOADS if not missing_memory(parts, dtype.itemsize, device, way)]
+    if dtype.itemsize > 2 and not missing_memory(parts, 2, device, offload):
         ways.insert(0, "dtype=torch.bfloat16")
     raise RuntimeError(
         f"load: {model} needs {lack[0] / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')}, "
@@ -401,7 +403,7 @@ def check_room(
     )
 
 
-def lacking(
+def missing_memory(
     parts: Sequence[int], itemsize: int, device: torch.device, offload: str | None
 ) -> tuple[int, torch.device] | None:
     """Bytes that parts of so many numbers need, and the place that does not have them; None where all fits."""
@@ -434,7 +436,7 @@ def version(module: Any) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def explained(model: str, source: str) -> Iterator[None]:
+def hub_errors(model: str, source: str) -> Iterator[None]:
     """Turn what a hub or a folder may answer into one line that says what to do."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
