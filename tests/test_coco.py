@@ -5,6 +5,7 @@ import json
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pycocotools import mask as api
 from trace_fast.evaluation.masks import NAMES
 from trace_fast.evaluation.report import mask_table
 from trace_fast.masks import coco
-from trace_fast.masks.coco import encode_masks, read_instances, read_panoptic, read_results
+from trace_fast.masks.coco import encode_masks, read_annotations, read_instances, read_panoptic, read_results
 
 DATA = Path(__file__).parent.parent / "../shared/data/dev_coco"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/dev_coco")
@@ -469,6 +470,42 @@ class TestPanoptic:
             assert f"{name} must be a readable RGB PNG, got" in line
         assert lines[2].endswith("got mode L")
         assert lines[3].endswith("4.png must be a file of the folder, got none")
+
+
+class TestWhicheverFile:
+    """`read_annotations` reads what the file is, and parses it once."""
+
+    @pytest.fixture
+    def parsed(self, monkeypatch):
+        """The JSON texts that were parsed."""
+        texts = []
+        monkeypatch.setattr(coco, "json", SimpleNamespace(loads=lambda text: texts.append(text) or json.loads(text)))
+        return texts
+
+    def test_panoptic_segments(self, panoptic, parsed):
+        data, folder, ids = panoptic
+        (folder / "x").mkdir()
+        for name in ("a.png", "b.png"):
+            (folder / name).rename(folder / "x" / name)
+        (folder / "x.json").write_text(json.dumps(data))
+        for results in (False, True):
+            segments = read_annotations(folder / "x.json", results=results)
+            np.testing.assert_array_equal(segments.images[1].segment_map(), ids)
+        assert len(parsed) == 2
+
+    def test_masks(self, tmp_path, parsed):
+        (tmp_path / "truth.json").write_text(json.dumps(annotated([POLYGON], iscrowd=1)))
+        (tmp_path / "found.json").write_text(json.dumps(results(rle(RUNS))))
+        truth = read_annotations(tmp_path / "truth.json")
+        assert truth == read_instances(annotated([POLYGON], iscrowd=1)) and truth.images[3].instances[0].iscrowd
+        assert read_annotations(tmp_path / "found.json", results=True) == read_results(results(rle(RUNS)))
+        assert len(parsed) == 2
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"annotations": [1]}', '{"annotations": 3}'])
+    def test_the_file_of_a_problem_is_named(self, tmp_path, text):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=r"^read_annotations: path must .*'.*x\.json'"):
+            read_annotations(tmp_path / "x.json")
 
 
 def test_a_table_has_blanks_where_the_truth_has_nothing():

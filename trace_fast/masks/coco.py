@@ -35,6 +35,7 @@ __all__ = [
     "Instances",
     "Panoptic",
     "encode_masks",
+    "read_annotations",
     "read_instances",
     "read_panoptic",
     "read_results",
@@ -185,7 +186,8 @@ def read_instances(path: str | os.PathLike[str] | Mapping[str, Any]) -> Instance
         >>> read_instances({"images": images, "annotations": [corner]}).images[7].masks().sum((1, 2))
         array([1])
     """
-    return _read_instances("read_instances", path, results=False)
+    op = "read_instances"
+    return _read_instances(op, *load_json(op, path), results=False)
 
 
 def read_results(path: str | os.PathLike[str] | Mapping[str, Any] | list[Any]) -> Instances:
@@ -211,7 +213,8 @@ def read_results(path: str | os.PathLike[str] | Mapping[str, Any] | list[Any]) -
         >>> results.images[7].instances[0].area
         2.0
     """
-    return _read_instances("read_results", path, results=True)
+    op = "read_results"
+    return _read_instances(op, *load_json(op, path, lists=True), results=True)
 
 
 def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: str | os.PathLike[str]) -> Panoptic:
@@ -233,7 +236,40 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
         >>> maps = (image.segment_map() for image in truth.images.values())
     """
     op = "read_panoptic"
-    data, name = load_json(op, path)
+    return _read_panoptic(op, *load_json(op, path), Path(png_folder))
+
+
+def read_annotations(path: str | os.PathLike[str], *, results: bool = False) -> Instances | Panoptic:
+    """Read a JSON file of COCO's form, whichever it is: panoptic segments or masks. It is parsed once.
+
+    Args:
+        path: a JSON file. Where an annotation has segments_info the file is panoptic, and its PNG files are in the
+            folder of its name beside it: panoptic_val2017 beside panoptic_val2017.json.
+        results: read masks as results, as `read_results` does, else as annotations, as `read_instances` does.
+
+    Returns:
+        What `read_panoptic`, `read_results` or `read_instances` returns.
+
+    Raises:
+        ValueError: the file is no JSON or has problems; all are listed, see above.
+        OSError: the file is missing or cannot be read.
+        RuntimeError: pycocotools is not installed.
+
+    Example:
+        >>> truth = read_annotations("panoptic_val2017.json")
+        >>> isinstance(truth, Panoptic)
+        True
+    """
+    op = "read_annotations"
+    data, name = load_json(op, path, lists=results)
+    entries = data.get("annotations") if isinstance(data, Mapping) else None
+    if isinstance(entries, list) and any(isinstance(entry, Mapping) and "segments_info" in entry for entry in entries):
+        return _read_panoptic(op, data, name, Path(path).with_suffix(""))
+    return _read_instances(op, data, name, results=results)
+
+
+def _read_panoptic(op: str, data: Mapping[str, Any], name: str, png_folder: Path) -> Panoptic:
+    """Read the panoptic segmentation of an object that messages call `name`."""
     problems: list[str] = []
     notes: Counter[str] = Counter()
     listed = _images(data, problems)
@@ -268,7 +304,7 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
             except ValueError as problem:
                 problems.append(f"{place}: {problem}")
             segments.append({**details, "id": segment, "category_id": category, "iscrowd": int(crowd)})
-        images[number] = ImageSegments(number, *listed[number], segments, Path(png_folder) / file_name)
+        images[number] = ImageSegments(number, *listed[number], segments, png_folder / file_name)
         problems += [f"{where}: {problem}" for problem in _png_problems(images[number])]
     notes["images without an annotation, left out"] = len(listed) - len(images)
     _refuse(op, name, problems)
@@ -327,10 +363,9 @@ def encode_masks(
     return ImageInstances(id, height, width, file_name, instances)
 
 
-def _read_instances(op: str, path: Any, *, results: bool) -> Instances:
-    """Instances of an annotation file, or, where results are read, of a list."""
+def _read_instances(op: str, data: Any, name: str, *, results: bool) -> Instances:
+    """Read the instances of an annotation file or, where results are read, of a list; messages call it `name`."""
     api = mask_api(op)
-    data, name = load_json(op, path, lists=results)
     bare = isinstance(data, list)
     if bare:
         data = {"results": data}
