@@ -32,7 +32,8 @@ from trace_fast.evaluation import edges, report, run
 from trace_fast.evaluation.data import open_photos
 from trace_fast.evaluation.methods import Method, parse_method
 from trace_fast.io.images import read_image, resize
-from trace_fast.training.distillation import DistillConfig, distill, draw_labels
+from trace_fast.training.distillation import DistillConfig, distill
+from trace_fast.training.labels import draw_labels
 
 SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
 DRAWN = (256, 256)  # pixels that labels are drawn at: as the decoder's logits

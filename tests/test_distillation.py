@@ -31,22 +31,15 @@ from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import Taps
 from trace_fast.detector import listen, reading
 from trace_fast.io import files as _files
+from trace_fast.io import visualize
 from trace_fast.io.images import resize
+from trace_fast.training import data
 from trace_fast.training import distillation as program
-from trace_fast.training.data import Photograph, list_photographs
-from trace_fast.training.distillation import (
-    LABELS,
-    Distillation,
-    DistillConfig,
-    Shards,
-    crests,
-    dice,
-    distill,
-    draw_labels,
-    in_order,
-    inject,
-    pseudo_labels,
-)
+from trace_fast.training.data import Photograph, in_order, list_photographs
+from trace_fast.training.distillation import Distillation, DistillConfig, dice, distill
+from trace_fast.training.labels import LABELS, crests, draw_labels, pseudo_labels
+from trace_fast.training.lora import inject
+from trace_fast.training.shards import Shards
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -137,7 +130,7 @@ def shards(config):
 def labels(config):
     """What the search found of each photograph of a run, by name."""
     photographs = order(config)
-    found = Shards(config, photographs).read(range(len(photographs)))
+    found = config.shards(photographs).read(range(len(photographs)))
     return {each.name: label.tolist() for each, label in zip(photographs, found, strict=True)}
 
 
@@ -394,7 +387,7 @@ class TestEveryFamily:
             return detector.decoder(taps.total(), None), prediction
 
         plain, predicted = logits()
-        live = inject(backbone.network, backbone.attentions(), DistillConfig("", Path(), Path(), rank=2))
+        live = inject(backbone.network, backbone.attentions(), 2)
         assert_close(logits()[0], plain, rtol=0, atol=1e-6)  # products start at zero
         assert set(stored) == set(live)
         for name, value in stored.items():
@@ -472,8 +465,9 @@ def order(config):
 
 def searched(run):
     """A run whose photographs have been searched."""
-    run.shards.make(Tracer.from_pretrained(run.config.model, device="cpu"), run.photographs)
-    run.shards = Shards(run.config, run.photographs)
+    tracer = Tracer.from_pretrained(run.config.model, device="cpu")
+    run.shards.make(run.config.search(tracer), run.photographs, run.config.shard)
+    run.shards = run.config.shards(run.photographs)
     return run
 
 
@@ -619,9 +613,9 @@ class TestOrder:
 
     def test_the_live_picture_is_of_photographs_that_are_not_trained_on(self, run, monkeypatch):
         rows = []
-        real = program.annotate.panel
+        real = visualize.panel
         monkeypatch.setattr(
-            program.annotate,
+            visualize,
             "panel",
             lambda columns, *more, **how: (rows.append(columns), real(columns, *more, **how))[1],
         )
@@ -708,7 +702,7 @@ DEADLY = """
 import os, signal
 from contextlib import contextmanager
 from pathlib import PosixPath
-from trace_fast.training import state as _training, distillation as distill
+from trace_fast.training import state, shards, distillation as distill
 from trace_fast.io.files import write_atomically
 
 left = {count}
@@ -722,7 +716,7 @@ def deadly(path, op):
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-distill.write_atomically = _training.write_atomically = deadly
+shards.write_atomically = state.write_atomically = deadly
 distill.distill(distill.{config!r})
 """
 
@@ -1120,9 +1114,9 @@ class TestFaults:
     def test_only_what_is_to_be_searched_is_checked(self, config, damaged, monkeypatch):
         config = replace(config, images=damaged, skip_bad=True)
         read = []
-        real = program.find_damaged
+        real = data.find_damaged
         monkeypatch.setattr(
-            program, "find_damaged", lambda some, **given: (read.append(len(some)), real(some, **given))[1]
+            data, "find_damaged", lambda some, **given: (read.append(len(some)), real(some, **given))[1]
         )
         distill(config)
         (config.output / "edges" / "000001.safetensors").unlink()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trace_fast.io.images import IMAGE_SUFFIXES, read_image
+from trace_fast.training.state import Process
 
-__all__ = ["Photograph", "find_damaged", "list_photographs"]
+__all__ = ["Photograph", "find_bad", "find_damaged", "in_order", "list_photographs"]
 
 REFUSAL = "photographs must be readable, got "
 
@@ -101,3 +104,26 @@ def find_damaged(photographs: Iterable[Photograph], quiet: bool = False) -> dict
         except ValueError as error:
             found[photograph] = str(error).removeprefix(REFUSAL)
     return found
+
+
+def in_order(photographs: Sequence[Photograph], seed: int) -> list[Photograph]:
+    """Shuffled with a seed, so that adding or removing one moves no other: by a hash of each one's name."""
+
+    def place(photograph: Photograph) -> bytes:
+        return hashlib.sha256(f"{seed} {photograph.name}".encode(errors="surrogateescape")).digest()
+
+    return sorted(photographs, key=place)
+
+
+def find_bad(photographs: Sequence[Photograph], skip: bool, process: Process) -> dict[Photograph, str]:
+    """Those that cannot be read, of which each process reads its share: refused, or told once and to be left out."""
+    found = process.gather(find_damaged(photographs[process.share], quiet=process.index > 0))
+    bad = {photograph: told for each in found for photograph, told in each.items()}
+    lines = "\n  ".join(["", *sorted(bad.values())])
+    if bad and not skip:
+        raise ValueError(f"{REFUSAL}{len(bad)} damaged or too small; --skip-bad goes on without:{lines}")
+    if bad and process.index == 0:
+        tqdm.write(
+            f"trace-fast: photographs that cannot be read are left out, {len(bad)} of them:{lines}", file=sys.stderr
+        )
+    return bad

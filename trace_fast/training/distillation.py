@@ -12,10 +12,9 @@ import itertools
 import json
 import math
 import platform
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -34,18 +31,17 @@ from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
 from trace_fast.detector import ADAPTER, CONFIG, DECODER, finest, listen, reading, save_student
 from trace_fast.io import visualize
-from trace_fast.io.files import write_atomically
 from trace_fast.io.images import resize
 from trace_fast.ops import checks
-from trace_fast.tracer import Tracer
-from trace_fast.training.data import REFUSAL, Photograph, find_damaged, list_photographs
-from trace_fast.training.state import Process, State, differences, read_progress, require_same, trapezoid
+from trace_fast.tracer import TraceOutput, Tracer
+from trace_fast.training.data import Photograph, find_bad, in_order, list_photographs
+from trace_fast.training.labels import LABELS, draw_labels
+from trace_fast.training.lora import inject
+from trace_fast.training.shards import Shards
+from trace_fast.training.state import Process, State, differences, read_progress, trapezoid
 
-__all__ = ["LABELS", "DistillConfig", "crests", "dice", "distill", "draw_labels", "pseudo_labels"]
+__all__ = ["DistillConfig", "dice", "distill"]
 
-LABELS = ("ternary", "binary", "soft", "sharp", "crisp")
-CRISP = (0.42, 12.0)  # the sharp probability that crisp labels make 0.5, and how steeply they rise there
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every self-attention that is read
 PREVIEW = 6  # photographs of the live picture, which are not trained on
 FLOW_LEVEL = 20  # of rectified flow, where the reconstruction has no gradient at 0
 STATE = "state.safetensors"
@@ -182,6 +178,16 @@ class DistillConfig:
         values["size"] = values.pop("teacher_size") or values["size"]
         return json.dumps(values)
 
+    def search(self, tracer: Tracer) -> Callable[[Tensor], TraceOutput]:
+        """Return the search of one photograph, as this configuration says."""
+        return functools.partial(
+            tracer, timestep=self.timestep, noising=self.noising, seed=self.seed, return_abdiv=True
+        )
+
+    def shards(self, photographs: Sequence[Photograph]) -> Shards:
+        """The pseudo edges of photographs, where this run keeps them."""
+        return Shards(self.edges or self.output / "edges", self.teacher(), photographs)
+
     def identity(self) -> str:
         """What a resumed run must share with the run before: all but where it runs, how far, and how often it saves.
 
@@ -193,110 +199,6 @@ class DistillConfig:
             files = [(self.start / name).read_bytes() for name in (DECODER, ADAPTER)]
             values["start"] = hashlib.sha256(b"".join(files)).hexdigest()
         return json.dumps(values)
-
-
-def pseudo_labels(abdiv: Tensor, kind: str = "ternary", interior: float = 0.16, scale: float = 0.1) -> Tensor:
-    """Pseudo edges from the divergence of each image: TRACE's ternary labels, or simpler ones.
-
-    Above the image's mean plus one standard deviation is edge, below the mean minus one is interior, the rest is left
-    out. ABDiv leans to the right, so that few cells or none may lie below: at least the lowest share `interior` is
-    interior. Of a normal distribution 0.16 lie below.
-
-    Args:
-        abdiv: (B, h, w) float, nats.
-        kind: "ternary"; "binary", where the rest is interior, too; or "soft", 1 - exp(-abdiv / scale). "sharp" and
-            "crisp" are soft here: `draw_labels` draws them to the crests.
-        interior: share of the cells, from 0 to 1.
-        scale: s, in nats.
-
-    Returns:
-        (2, B, h, w) float32: the label in [0, 1], and 1 where it counts, else 0.
-
-    Example:
-        >>> label, counts = pseudo_labels(torch.rand(2, 3, 4))
-    """
-    abdiv = abdiv.float()
-    if kind not in ("ternary", "binary"):
-        label = 1 - torch.exp(-abdiv.clamp(min=0) / scale)
-        return torch.stack([label, torch.ones_like(label)])
-    cells = abdiv.flatten(1)
-    mean, deviation = cells.mean(1)[:, None, None], cells.std(1, correction=0)[:, None, None]
-    edge = (abdiv > mean + deviation).float()
-    if kind == "binary":
-        return torch.stack([edge, torch.ones_like(edge)])
-    low = torch.maximum(mean - deviation, torch.quantile(cells, interior, dim=1)[:, None, None])
-    inside = (abdiv <= low).float() * (1 - edge)
-    return torch.stack([edge, edge + inside])
-
-
-def draw_labels(
-    abdiv: Tensor, size: Sequence[int], photographs: Tensor, kind: str, interior: float, scale: float
-) -> Tensor:
-    """Pseudo labels at another size; thresholds are those of the grid.
-
-    Args:
-        abdiv: (B, h, w) float, nats.
-        size: (height, width).
-        photographs: (B, 3, H, W) in [0, 1], to whose crests at that size sharp and crisp labels are drawn.
-        kind: one of LABELS.
-        interior: see `pseudo_labels`.
-        scale: likewise.
-
-    Returns:
-        (2, B, 1, *size) float32: the label in [0, 1], and 1 where it counts, else 0.
-    """
-    label, counts = pseudo_labels(abdiv, kind, interior, scale)
-    size = (size[0], size[1])
-
-    def carry(x: Tensor) -> Tensor:
-        return functional.interpolate(x, size, mode="bilinear", align_corners=False)
-
-    if kind not in ("ternary", "binary"):
-        label = carry(label[:, None])
-        if kind != "soft":
-            label = label * crests(resize(photographs, size)).sqrt()
-        if kind == "crisp":
-            middle, steepness = CRISP
-            label = torch.sigmoid(steepness * (label - middle))
-        return torch.stack([label, torch.ones_like(label)])
-    if size == tuple(abdiv.shape[1:]):
-        return torch.stack([label, counts])[:, :, None]
-    stretched = carry(torch.stack([label * counts, (1 - label) * counts], 1))
-    edge, inside = stretched[:, :1] > 0.5, stretched[:, 1:] > 0.5
-    return torch.stack([edge.float(), (edge | inside).float()])
-
-
-def crests(photograph: Tensor, radius: int = 3) -> Tensor:
-    """Where the contrast of a picture peaks among its surroundings, whatever its strength: about 1 on an outline.
-
-    The gradient's length over its average maximum, of the picture smoothed by one pixel. Attention tells what is a
-    boundary in tokens of several pixels; this tells in which of the pixels it lies.
-
-    Args:
-        photograph: (B, C, H, W) float in [0, 1].
-        radius: of the surroundings, in pixels.
-
-    Returns:
-        (B, 1, H, W) of the same dtype, in [0, 1]; 0 where nothing changes.
-
-    Example:
-        >>> crests(torch.rand(2, 3, 24, 32)).shape
-        torch.Size([2, 1, 24, 32])
-    """
-
-    def average(x: Tensor, kernel: Tensor) -> Tensor:
-        rows, columns = kernel.shape
-        padded = functional.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2), mode="replicate")
-        return functional.conv2d(padded, kernel.expand(x.shape[1], 1, rows, columns), groups=x.shape[1])
-
-    smooth = photograph.new_tensor([[1, 4, 6, 4, 1]]) / 16  # sigma = 1
-    slope = photograph.new_tensor([[-1, 0, 1]]) / 2
-    softened = average(average(photograph, smooth), smooth.T)
-    steepness = (average(softened, slope) ** 2 + average(softened, slope.T) ** 2).sum(1, keepdim=True).sqrt()
-    side = 2 * radius + 1
-    highest = functional.max_pool2d(steepness, side, 1, radius)
-    box = photograph.new_full((1, side), 1 / side)
-    return (steepness / (average(average(highest, box), box.T) + 1e-3)).clamp(max=1)
 
 
 def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
@@ -316,94 +218,6 @@ def dice(found: Tensor, label: Tensor, counts: Tensor) -> Tensor:
     return (1 - (2 * (found * label).sum(1) + 1) / ((found**2).sum(1) + (label**2).sum(1) + 1)).mean()
 
 
-class Shards:
-    """The pseudo edges of a list of photographs: files of up to `config.shard` each, whole or not there.
-
-    A file tells the photographs that it is of. They are found by that, so that others may come and go.
-
-    Args:
-        config: of the run.
-        photographs: all of them, in order.
-    """
-
-    def __init__(self, config: DistillConfig, photographs: Sequence[Photograph]):
-        self.config, self.photographs = config, photographs
-        self.folder = config.edges or config.output / "edges"
-
-    @functools.cached_property
-    def places(self) -> dict[str, tuple[Path, int]]:
-        """File and row of what was there when this was asked for first. A damaged file is told, and made again.
-
-        Raises:
-            ValueError: a file is of another teacher.
-        """
-        places: dict[str, tuple[Path, int]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as stored:
-                    metadata = stored.metadata() or {}
-            except (SafetensorError, OSError) as error:
-                tqdm.write(f"trace-fast: {path} is damaged and made again: {error}", file=sys.stderr)
-                continue
-            require_same("distill", "teacher and photographs", metadata.get("teacher"), self.config.teacher(), path)
-            places |= {key: (path, row) for row, key in enumerate(json.loads(metadata["photographs"]))}
-        return places
-
-    def missing(self) -> list[Photograph]:
-        """Photographs whose pseudo edges are not there.
-
-        Raises:
-            ValueError: files are there, but of other photographs alone, or of another teacher.
-        """
-        missing = [photograph for photograph in self.photographs if photograph.key not in self.places]
-        if self.places and len(missing) == len(self.photographs):
-            raise ValueError(
-                "distill: output must be empty or hold a run of the same teacher and photographs, got others alone in "
-                f"{str(self.folder)!r}"
-            )
-        return missing
-
-    def make(self, tracer: Tracer, photographs: Sequence[Photograph], share: slice = slice(None)) -> None:
-        """Search photographs that are missing; of the files of all of them, only a share is made here."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        taken = {path for path, _ in self.places.values()}
-        paths = (self.folder / f"{number:06d}.safetensors" for number in itertools.count())
-        free = (path for path in paths if path not in taken)
-        starts = range(0, len(photographs), self.config.shard)
-        parts = [(next(free), photographs[start : start + self.config.shard]) for start in starts][share]
-        with tqdm(total=sum(len(part) for _, part in parts), desc="pseudo edges", unit="image", disable=None) as bar:
-            for path, part in parts:
-                strengths, levels = [], []
-                for photograph in part:
-                    traced = tracer(
-                        photograph.read(),
-                        timestep=self.config.timestep,
-                        noising=self.config.noising,
-                        seed=self.config.seed,
-                        return_abdiv=True,
-                    )
-                    assert traced.abdiv is not None
-                    strengths.append(traced.abdiv.half().cpu())
-                    levels.append(traced.timestep.cpu())
-                    bar.update()
-                tensors = {"abdiv": torch.cat(strengths), "timestep": torch.cat(levels)}
-                keys = json.dumps([photograph.key for photograph in part])
-                with write_atomically(path, "distill") as file:
-                    file.write(save(tensors, {"teacher": self.config.teacher(), "photographs": keys}))
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """ABDiv (B, h, w) float32 of photographs by their place in the list."""
-        rows = []
-        for index in indices:
-            path, row = self.places[self.photographs[index].key]
-            rows.append(self._open(path).get_slice("abdiv")[row : row + 1])
-        return torch.cat(rows).float()
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
-    def _open(self, path: Path) -> Any:
-        return safe_open(path, "pt")
-
-
 class Distillation:
     """The state of a run: base with adapters, decoder, optimiser, progress."""
 
@@ -414,13 +228,13 @@ class Distillation:
         self.schedule = self.backbone.schedule
         self.scale = tracer.backbone.settings.edge_scale
         self.half = config.dtype == "bfloat16" or (config.dtype is None and self.device.type == "cuda")
-        self.shards = Shards(config, photographs)
+        self.shards = config.shards(photographs)
         self.level = config.level
         if self.level is None:
             self.level = FLOW_LEVEL if isinstance(self.schedule, RectifiedFlow) else 0
         torch.manual_seed(config.seed)
         self.decoder = make_decoder(config.decoder, finest(self.backbone), **config.decoder_options).to(self.device)
-        self.adapters = inject(self.backbone.network, self.backbone.attentions(), config) if config.rate else {}
+        self.adapters = inject(self.backbone.network, self.backbone.attentions(), config.rank) if config.rate else {}
         if config.start is not None:
             self.begin_as(config.start)
         groups = [
@@ -654,32 +468,6 @@ class Distillation:
         return self.export()
 
 
-def inject(network: nn.Module, attentions: Sequence[nn.Module], config: DistillConfig) -> dict[str, nn.Parameter]:
-    """Put adapters on the projections of self-attention modules; their parameters by name, float32.
-
-    Products start at zero, so that the network is unchanged at first.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    chosen = {id(module) for module in attentions}
-    targets = [
-        f"{place}.{projection}"
-        for place, module in network.named_modules()
-        if id(module) in chosen
-        for projection in PROJECTIONS
-        if projection.split(".")[0] in dict(module.named_children())
-    ]
-    network.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets), network)
-    found = {}
-    for name, parameter in network.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-            found[name.replace(".default", "")] = parameter
-    return found
-
-
 def check_student(config: DistillConfig, backbone: Backbone) -> None:
     """Refuse what the network does not allow a student, before the hours of the search."""
     if config.size is not None:
@@ -688,33 +476,10 @@ def check_student(config: DistillConfig, backbone: Backbone) -> None:
         raise ValueError(f"distill: checkpointing must be of a network of diffusers, got {config.model!r}")
 
 
-def in_order(photographs: Sequence[Photograph], seed: int) -> list[Photograph]:
-    """Shuffled with a seed, so that adding or removing one moves no other: by a hash of each one's name."""
-
-    def place(photograph: Photograph) -> bytes:
-        return hashlib.sha256(f"{seed} {photograph.name}".encode(errors="surrogateescape")).digest()
-
-    return sorted(photographs, key=place)
-
-
 def check_count(photographs: Sequence[Photograph]) -> None:
     """Refuse too few photographs."""
     if len(photographs) <= PREVIEW:
         raise ValueError(f"distill: images must be more than {PREVIEW} photographs, got {len(photographs)}")
-
-
-def find_bad(photographs: Sequence[Photograph], config: DistillConfig, process: Process) -> dict[Photograph, str]:
-    """Those that cannot be read, of which each process reads its share: refused, or told once and to be left out."""
-    found = process.gather(find_damaged(photographs[process.share], quiet=process.index > 0))
-    bad = {photograph: told for each in found for photograph, told in each.items()}
-    lines = "\n  ".join(["", *sorted(bad.values())])
-    if bad and not config.skip_bad:
-        raise ValueError(f"{REFUSAL}{len(bad)} damaged or too small; --skip-bad goes on without:{lines}")
-    if bad and process.index == 0:
-        tqdm.write(
-            f"trace-fast: photographs that cannot be read are left out, {len(bad)} of them:{lines}", file=sys.stderr
-        )
-    return bad
 
 
 def distill(config: DistillConfig) -> Path:
@@ -743,16 +508,16 @@ def distill(config: DistillConfig) -> Path:
         return found
 
     config.output.mkdir(parents=True, exist_ok=True)
-    shards = Shards(config, photographs)
+    shards = config.shards(photographs)
     missing = shards.missing()
     read_progress(config.output / STATE, config.identity(), "distill")  # refused now, not after the search
     if missing:
         teacher = tracer(config.teacher_size or config.size)
         check_student(config, teacher.backbone)
-        bad = find_bad(missing, config, process)
+        bad = find_bad(missing, config.skip_bad, process)
         photographs, missing = ([each for each in some if each not in bad] for some in (photographs, missing))
         check_count(photographs)
-        shards.make(teacher, missing, process.share)
+        shards.make(config.search(teacher), missing, config.shard, process.share)
         del teacher  # the student takes its place
         process.wait()
     return Distillation(config, tracer(config.size), photographs, process).run()
