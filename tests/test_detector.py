@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 import trace_fast
 from trace_fast import Detector, Tracer, cli
-from trace_fast.backbones import has_student, load_backbone, loading
+from trace_fast.backbones import has_student, load_backbone
+from trace_fast.backbones.loading import pipelines
 from trace_fast.decoder import Taps
 from trace_fast.detector import finest, listen, merge, reading
 
@@ -171,7 +172,7 @@ class TestRoundTrip:
 
     def test_no_text_encoder_is_loaded(self, students, monkeypatch, tmp_path):
         monkeypatch.setenv("TRACE_FAST_CACHE", str(tmp_path / "cache"))  # where an earlier embedding would be
-        monkeypatch.setattr(loading, "encode_empty_prompt", lambda *_: pytest.fail("text encoders were loaded"))
+        monkeypatch.setattr(pipelines, "encode_empty_prompt", lambda *_: pytest.fail("text encoders were loaded"))
         student = shutil.copytree(students / "sd15" / "student", tmp_path / "student")
         changed = {name: x + 1 for name, x in load_file(student / "null_text.safetensors").items()}
         save_file(changed, student / "null_text.safetensors")
@@ -476,7 +477,7 @@ class TestDamage:
 
     def test_a_missing_decoder(self, copied):
         (copied / "decoder.safetensors").unlink()
-        self.refuse(copied, r"a name, a folder or a repository .* got '.*student' without decoder\.safetensors")
+        self.refuse(copied, r"the folder of a student, got .*decoder\.safetensors")
 
     @pytest.mark.parametrize("name", ["lora.safetensors", "decoder.safetensors", "null_text.safetensors"])
     def test_a_cut_file(self, students, tmp_path, name):

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import trace_fast
 from trace_fast import Tracer, reference
-from trace_fast.backbones import loading, wrap_encoder
+from trace_fast.backbones import wrap_encoder
+from trace_fast.backbones.loading import memory
 from trace_fast.backbones.registry import MODELS
 
 SIZE = (24, 40)  # pixels: 6 x 10 patches, and of Qwen's windows of 4 x 4 patches some are smaller
@@ -525,7 +526,7 @@ class TestLoading:
         found = Tracer.from_pretrained(folder, device="cpu", size=SIZE).scan(photos())[1]
         assert torch.equal(found, traced(family, model).scan(photos())[1])
         (folder / "model-1.safetensors").unlink()
-        self.refuse(folder, "load: model must be whole, got .*no model-1.safetensors")
+        self.refuse(folder, "load: model must be complete .*, got .*no model-1.safetensors")
 
     def test_names_as_the_hub_has_them(self, tmp_path):
         # before its version 5, transformers wrote a vision model's weights under vision_model
@@ -588,27 +589,30 @@ class TestLoading:
         _, folder = saved
         torch.save({}, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-        self.refuse(folder, "load: model must be whole, got .*no model.safetensors")
+        self.refuse(folder, "load: model must be complete .*, got .*no model.safetensors")
 
     def test_a_weight_that_is_missing(self, saved):
         _, folder = saved
         weights = load_file(folder / "model.safetensors")
         del weights[next(name for name in weights if "patch_embed" in name and name.endswith("weight"))]
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        self.refuse(folder, "load: model must be whole and its files match, got .*: no weights for .*patch_embed")
+        self.refuse(
+            folder,
+            "load: model must be complete and its files must fit each other, got .*: there are no .*patch_embed",
+        )
 
     def test_a_weight_of_another_shape(self, saved):
         _, folder = saved
         config = json.loads((folder / "config.json").read_text())
         config.get("vision_config", config)["hidden_size"] = config.get("model_args", {})["embed_dim"] = 32
         (folder / "config.json").write_text(json.dumps(config))
-        self.refuse(folder, "load: model must be whole and its files match, got .*model'")
+        self.refuse(folder, "load: model must be complete and its files must fit each other, got .*model'")
 
     def test_damaged_weights(self, saved):
         _, folder = saved
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        self.refuse(folder, "load: model must be whole and its files match, got .*model'")
+        self.refuse(folder, "load: model must be complete and its files must fit each other, got .*model'")
 
     def test_another_kind_of_model(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}))
@@ -618,12 +622,12 @@ class TestLoading:
         shutil.copytree(trace_fast.__path__[0] + "/weights/mini", tmp_path / "ours")
         assert type(Tracer.from_pretrained(tmp_path / "ours", device="cpu").backbone).__name__ == "MiniBackbone"
         (tmp_path / "ours" / "config.json").write_text("{}")
-        with pytest.raises(ValueError, match="load: model must be a folder of matching files"):
+        with pytest.raises(ValueError, match="load: model must be complete and its files must fit each other"):
             Tracer.from_pretrained(tmp_path / "ours", device="cpu")
 
     def test_too_little_memory(self, saved, monkeypatch):
         _, folder = saved
-        monkeypatch.setattr(loading.os, "sysconf", lambda _: 30)  # 900 bytes
+        monkeypatch.setattr(memory.os, "sysconf", lambda _: 30)  # 900 bytes
         self.refuse(folder, r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free", RuntimeError)
 
 

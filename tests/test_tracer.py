@@ -403,7 +403,7 @@ class TestFolder:
 
     def test_missing_weights(self, folder):
         (folder / "model.safetensors").unlink()
-        self.refuse(folder, "model must be a folder of matching files")
+        self.refuse(folder, "model must be complete and its files must fit each other")
 
     def test_weights_of_another_architecture(self, folder):
         config = json.loads((folder / "config.json").read_text())
@@ -422,7 +422,7 @@ class TestFolder:
     )
     def test_damaged_configuration(self, folder, text):
         (folder / "config.json").write_text(text)
-        self.refuse(folder, "model must be a folder of matching files")
+        self.refuse(folder, "model must be complete and its files must fit each other")
 
     def test_unknown_setting(self, folder):
         config = json.loads((folder / "config.json").read_text())

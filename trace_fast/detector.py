@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from trace_fast.backbones import REPOSITORY, Backbone, load_backbone, student_folder
+from trace_fast.backbones import Backbone, fetch_student, load_backbone
 from trace_fast.backbones.base import Turns, constant, device_of, load_weights
+from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
 from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
@@ -24,8 +25,6 @@ __all__ = ["Detector"]
 
 BATCH = 8  # images of a list that share a pass, at most
 PIXELS = BATCH * 512**2  # and of how many pixels in all, as the network or its decoder sees them
-CONFIG, DECODER, ADAPTER = "config.json", "decoder.safetensors", "lora.safetensors"
-EMPTY_PROMPT = "null_text.safetensors"
 
 
 class HeardError(Exception):
@@ -94,7 +93,7 @@ class Detector:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = checks.device("load", device)
-        folder = student_folder(model) or _fetch(str(model), revision, local_files_only)
+        folder = fetch_student(model, revision=revision, local_files_only=local_files_only)
         try:
             config = json.loads((folder / CONFIG).read_text())
             source, revision = config["base"]["model"], config["base"].get("revision")
@@ -374,22 +373,3 @@ def save_student(
     for name, content in contents.items():
         with write_atomically(folder / name, "save_pretrained") as file:
             file.write(content)
-
-
-def _fetch(repository: str, revision: str | None, local_files_only: bool) -> Path:
-    """The files of a student on the hub."""
-    if Path(repository).is_dir() or not REPOSITORY.fullmatch(repository):
-        raise ValueError(
-            "load: model must be a name, a folder or a repository of the hub (owner/name) that has a student, got "
-            f"{repository!r} without {DECODER}"
-        )
-    from trace_fast.backbones.loading import hub_errors
-
-    with hub_errors(repository, repository):
-        from huggingface_hub import snapshot_download
-
-        names = [CONFIG, DECODER, ADAPTER, EMPTY_PROMPT]
-        place = snapshot_download(
-            repository, revision=revision, local_files_only=local_files_only, allow_patterns=names
-        )
-    return Path(place)

@@ -1,31 +1,81 @@
-"""Models known by a short name: where they live, what they are traced at, and on what terms."""
+"""What is known by name: network classes and the families that read them, and models of the hub.
+
+A new family is one line in a table of families, a new model of the hub is one line in `MODELS`.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-__all__ = ["MODELS", "Model"]
+__all__ = [
+    "EMBEDDED",
+    "ENCODER_FAMILIES",
+    "LANGUAGE_FAMILIES",
+    "MODELS",
+    "NETWORK_FAMILIES",
+    "PIPELINE_FAMILIES",
+    "UNSUPPORTED",
+    "Model",
+    "embedded_models",
+    "find_family",
+    "models",
+    "refusal",
+]
+
+EMBEDDED = Path(__file__).parent.parent / "weights"  # one folder per embedded model
+
+# "module:class" in this package, by the class of the network that a diffusers pipeline holds
+PIPELINE_FAMILIES: dict[str, str] = {
+    "UNet2DConditionModel": "unet:UNetBackbone",
+    "PixArtTransformer2DModel": "pixart:PixArtBackbone",
+    "SD3Transformer2DModel": "sd3:SD3Backbone",
+    "FluxTransformer2DModel": "flux:FluxBackbone",
+}
+# by the class of an encoder of transformers or timm
+ENCODER_FAMILIES: dict[str, str] = {
+    "Dinov2Model": "vit:DINOv2Backbone",
+    "Dinov2WithRegistersModel": "vit:DINOv2Backbone",
+    "DINOv3ViTModel": "vit:DINOv3Backbone",
+    "Eva": "vit:EvaBackbone",
+    "CLIPVisionModel": "vlm:CLIPBackbone",
+    "Qwen2_5_VisionTransformerPretrainedModel": "vlm:QwenBackbone",
+}
+# by the class of a whole vision-language model, whose language model is read
+LANGUAGE_FAMILIES: dict[str, str] = {
+    "LlavaForConditionalGeneration": "language:LlavaLanguageBackbone",
+    "Qwen2_5_VLForConditionalGeneration": "language:QwenLanguageBackbone",
+}
+# by the name that the config.json of a network of this package gives its family
+NETWORK_FAMILIES: dict[str, str] = {"mini": "mini:MiniBackbone"}
+# why a class of network that is known cannot be read
+UNSUPPORTED: dict[str, str] = {
+    "SanaTransformer2DModel": "its attention is linear, which computes no attention map",
+}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a hub.
+    """A model of the hub.
 
     Attributes:
-        repo: repository of the hub.
-        size: native processing size, a square of so many pixels.
-        grid: tokens along a side of its finest attention at that size.
-        parameters: of the network that is traced, in billions.
-        licence: its terms, in short; gated repositories must be accepted on the hub first.
-        gated: whether they must.
-        encoder: whether it has no noise levels, so that ABDiv alone is read.
+        repository: its name on the hub, owner/name.
+        size: side of the square that it was trained on, in pixels.
+        grid: tokens along a side of its finest self-attention at that size.
+        billions: parameters of the network that is read, in billions.
+        license: its terms, in short.
+        gated: whether the terms must be accepted on the hub before a download.
+        encoder: whether it is an encoder, which has no timesteps: ABDiv alone is read.
     """
 
-    repo: str
+    repository: str
     size: int
     grid: int
-    parameters: float
-    licence: str
+    billions: float
+    license: str
     gated: bool = False
     encoder: bool = False
 
@@ -48,3 +98,56 @@ MODELS: dict[str, Model] = {
     "llava-1.5-7b": Model("llava-hf/llava-1.5-7b-hf", 336, 24, 0.3, "Llama 2 Community", encoder=True),
     "qwen2.5-vl-7b": Model("Qwen/Qwen2.5-VL-7B-Instruct", 896, 64, 0.68, "Apache-2.0", encoder=True),
 }
+
+
+def embedded_models() -> tuple[str, ...]:
+    """Return the names of the models that are part of this package.
+
+    Returns:
+        Names in alphabetical order, each the name of a folder in `EMBEDDED`.
+    """
+    return tuple(sorted(path.parent.name for path in EMBEDDED.glob("*/config.json")))
+
+
+def models() -> tuple[str, ...]:
+    """Return the model names that `trace_fast.load` and `trace_fast.edges` know.
+
+    Returns:
+        The models that are part of this package, then those that are downloaded from the Hugging Face Hub.
+
+    Example:
+        >>> trace_fast.models()[:2]
+        ('mini', 'sd15')
+    """
+    return (*embedded_models(), *MODELS)
+
+
+def find_family(name: str, families: Mapping[str, str]) -> Any:
+    """Return the class of the family that reads a network.
+
+    Args:
+        name: class of the network, or what else is a key of `families`.
+        families: one of the tables of this module.
+
+    Returns:
+        The class, or None where the table does not have the name.
+    """
+    if name not in families:
+        return None
+    module, _, family = families[name].partition(":")
+    return getattr(importlib.import_module(f"trace_fast.backbones.{module}"), family)
+
+
+def refusal(name: str, families: Mapping[str, str]) -> str:
+    """Return the end of the error for a network that cannot be read: what it must be, and why it is not.
+
+    Args:
+        name: class of the network.
+        families: the table that does not have it.
+
+    Returns:
+        "must hold ..., got ...".
+    """
+    if name in UNSUPPORTED:
+        return f"must hold a network with attention maps, got {name}: {UNSUPPORTED[name]}"
+    return f"must hold one of {', '.join(families)}, got {name}"

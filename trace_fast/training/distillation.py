@@ -27,9 +27,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
+from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
-from trace_fast.detector import ADAPTER, CONFIG, DECODER, finest, listen, reading, save_student
+from trace_fast.detector import finest, listen, reading, save_student
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.ops import checks

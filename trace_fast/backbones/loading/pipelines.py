@@ -1,0 +1,195 @@
+"""Pipelines of diffusers by parts: network, autoencoder and schedule; the text encoders once, for the empty prompt.
+
+The only place that imports diffusers. Weights are read from safetensors alone, and code of a repository is never run.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from trace_fast.backbones.latent import get_network
+from trace_fast.backbones.loading.hub import Files, hub_errors
+from trace_fast.backbones.loading.memory import check_memory, count_parameters
+from trace_fast.backbones.loading.sources import Source
+from trace_fast.backbones.registry import MODELS, PIPELINE_FAMILIES, find_family, refusal
+from trace_fast.io.files import write_atomically
+
+__all__ = ["load_pipeline"]
+
+NETWORKS = ("unet", "transformer")
+# what old repositories of PixArt name their network; diffusers loads it as PixArtTransformer2DModel
+RENAMED = ("Transformer2DModel",)
+UNWANTED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no prompt needs
+
+
+def load_pipeline(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: str | None = None,
+    variant: str | None = None,
+    empty_prompt: dict[str, Tensor] | None = None,
+) -> tuple[SimpleNamespace, dict[str, Tensor]]:
+    """Load the network, the autoencoder and the scheduler of a diffusers model, and its embedded empty prompt.
+
+    The model's own pipeline embeds the empty prompt the first time, and the result is cached.
+
+    Args:
+        source: of kind `Kind.PIPELINE`.
+        dtype: of the weights.
+        device: where they will run, which must have memory for them; they stay in main memory here.
+        offload: how they will get there, see `to_device`.
+        variant: of the weight files, such as "fp16".
+        empty_prompt: the embedded empty prompt where it is known, by the names of the network's arguments.
+
+    Returns:
+        The parts, by the names that they have in the pipeline, with its `config`; and the embedded empty prompt.
+
+    Raises:
+        ValueError: there is no such model, or a part is missing or of an unexpected class.
+        RuntimeError: the repository is gated, the hub cannot be reached, or memory is too small; the message says what
+            to do.
+    """
+    files = source.files
+    with hub_errors(source.name, files.location):
+        import diffusers
+
+        index = diffusers.DiffusionPipeline.load_config(files.location, **files.hub_options)
+        network = find_network(index, files)
+        classes = {part: get_class(diffusers, index, part, files) for part in (network, "vae", "scheduler")}
+        if classes[network].__name__ not in RENAMED:
+            check_family(classes[network].__name__, files)
+        if (counts := count_parts(source, network, variant)) is not None:
+            check_memory(source.name, counts, dtype, device, offload)
+        # the keyword was renamed
+        precision = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+        options = {precision: dtype, "use_safetensors": True, "variant": variant, **files.hub_options}
+        pipe = SimpleNamespace(config=index)
+        for part in (network, "vae"):
+            setattr(pipe, part, classes[part].from_pretrained(files.location, subfolder=part, **options))
+            getattr(pipe, part).eval().requires_grad_(False)
+        pipe.scheduler = classes["scheduler"].from_pretrained(
+            files.location, subfolder="scheduler", **files.hub_options
+        )
+        check_family(type(get_network(pipe)).__name__, files)
+        if empty_prompt is None:
+            empty_prompt = get_empty_prompt(diffusers, pipe, files, options, dtype)
+    return pipe, empty_prompt
+
+
+def find_network(index: dict[str, Any], files: Files) -> str:
+    """Return the name of the network in a model_index.json; ValueError where the pipeline cannot be loaded."""
+    location = files.location
+    network = next((name for name in NETWORKS if name in index), None)
+    if network is None or "vae" not in index:
+        raise ValueError(f"load: model must have a unet or transformer and a vae, got {sorted(index)} in {location!r}")
+    missing = [name for name in (network, "vae", "scheduler") if not Path(location, name).is_dir()]
+    if files.is_folder and missing:
+        raise ValueError(f"load: model must be complete, got {location!r} without {' and '.join(missing)}")
+    return network
+
+
+def check_family(kind: str, files: Files) -> None:
+    """ValueError where no family reads a class of network."""
+    if kind not in PIPELINE_FAMILIES:
+        raise ValueError(f"load: model {refusal(kind, PIPELINE_FAMILIES)} in {files.location!r}")
+
+
+def get_class(diffusers: Any, index: dict[str, Any], part: str, files: Files) -> Any:
+    """Return the diffusers class of a part; ValueError where it is of another library, since no remote code is run."""
+    library, name = index.get(part) or ("", "")
+    if library != "diffusers" or not hasattr(diffusers, name):
+        raise ValueError(
+            f"load: {part} must be a class of diffusers {diffusers.__version__}, got {library}.{name} in "
+            f"{files.location!r}"
+        )
+    return getattr(diffusers, name)
+
+
+def count_parts(source: Source, network: str, variant: str | None) -> list[int] | None:
+    """Return how many weights the parts have: measured in a folder, known of a known model, else None."""
+    if source.files.is_folder:
+        file = "diffusion_pytorch_model." + (f"{variant}." if variant else "") + "safetensors"
+        return [
+            sum(
+                count_parameters(path)
+                for path in Path(source.files.location, part).glob("*.safetensors")
+                # a repository may hold other variants, too
+                if re.sub(r"-\d+-of-\d+", "", path.name) == file
+            )
+            for part in (network, "vae")
+        ]
+    return [int(MODELS[source.name].billions * 1e9)] if source.name in MODELS else None
+
+
+def get_empty_prompt(
+    diffusers: Any, pipe: SimpleNamespace, files: Files, options: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the embedded empty prompt from the cache; it is embedded and cached where the cache does not have it."""
+    cache = prompt_cache_file(files, pipe.config, dtype)
+    prompt = load_cached_prompt(cache, files)
+    if prompt is None:
+        prompt = encode_empty_prompt(diffusers, pipe, files, options)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(cache, "load") as file:
+            file.write(save(prompt, {"encoders": text_encoder_stamp(files)}))
+    return prompt
+
+
+def encode_empty_prompt(
+    diffusers: Any, pipe: SimpleNamespace, files: Files, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the empty prompt as the model's own pipeline embeds it; text encoders are loaded if needed, and freed."""
+    index = pipe.config
+    family = find_family(type(get_network(pipe)).__name__, PIPELINE_FAMILIES)
+    pipeline: Any = pipe
+    if family.needs_text_encoders(pipe):
+        kind = getattr(diffusers, str(index.get("_class_name")), None)
+        if kind is None:
+            raise ValueError(f"load: model must be of a pipeline of diffusers, got {index.get('_class_name')!r}")
+        loaded = {name: part for name, part in vars(pipe).items() if name != "config"}
+        unwanted = {name: None for name in UNWANTED if name in index}
+        pipeline = kind.from_pretrained(files.location, **loaded, **unwanted, **options)
+    with torch.no_grad():
+        prompt = family.encode_empty_prompt(pipeline)
+    prompt = {name: value.detach().clone().cpu().contiguous() for name, value in prompt.items()}
+    del pipeline
+    gc.collect()
+    return prompt
+
+
+def prompt_cache_file(files: Files, index: dict[str, Any], dtype: torch.dtype) -> Path:
+    """Return the file of an embedded empty prompt: in $TRACE_FAST_CACHE, or in trace_fast in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace_fast"
+    folder = Path(os.environ.get("TRACE_FAST_CACHE") or default)
+    location = str(Path(files.location).resolve()) if files.is_folder else files.location
+    identity = json.dumps([location, files.revision, index, str(dtype)], sort_keys=True, default=str)
+    return folder / "empty_prompts" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+
+
+def load_cached_prompt(cache: Path, files: Files) -> dict[str, Tensor] | None:
+    """Return the embedded empty prompt of a cache file; None without one, or where the text encoders have changed."""
+    if not cache.is_file():
+        return None
+    with safe_open(cache, "pt") as file:
+        stamp = (file.metadata() or {}).get("encoders")
+    return load_file(cache) if text_encoder_stamp(files) in ("", stamp) else None
+
+
+def text_encoder_stamp(files: Files) -> str:
+    """Return sizes and times of the text encoders' files in a folder; empty where it has none."""
+    stats = [path.stat() for path in sorted(Path(files.location).glob("text_encoder*/*"))]
+    return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
