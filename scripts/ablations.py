@@ -80,16 +80,16 @@ def train(config: DistillConfig, *, blind: bool, distance: bool) -> Path:
     with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
         if not blind:
             return distill(config)
-        with mock.patch.object(decoder.Taps, "total", total_of_nothing):
+        with mock.patch.object(decoder.AttentionReadout, "result", result_of_nothing):
             return distill(config)
 
 
-def total_of_nothing(taps: decoder.Taps) -> Tensor:
+def result_of_nothing(readout: decoder.AttentionReadout) -> Tensor:
     """Zeros in place of what was read."""
-    return 0 * read_total(taps)
+    return 0 * get_result(readout)
 
 
-read_total = decoder.Taps.total
+get_result = decoder.AttentionReadout.result
 
 
 def method_of(name: str, folder: Path | str, *, blind: bool) -> Method:
@@ -100,7 +100,7 @@ def method_of(name: str, folder: Path | str, *, blind: bool) -> Method:
     detector = Detector.from_pretrained(folder, device="cpu")
 
     def find(photo: Any) -> Any:
-        with mock.patch.object(decoder.Taps, "total", total_of_nothing):
+        with mock.patch.object(decoder.AttentionReadout, "result", result_of_nothing):
             return detector.edges(read_image(photo.image))[0, 0].numpy()
 
     return replace(found, edges=find, identity=f"{found.identity} blind")

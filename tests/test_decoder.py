@@ -1,6 +1,8 @@
-"""Decoders of the student: what they read without a map is what they would read from the map itself."""
+"""Decoders of the student: the readout of a map that is never stored equals that of the map, and old folders load."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from trace_fast import Detector, reference
 from trace_fast import decoder as module
-from trace_fast import reference
-from trace_fast.decoder import ConvDecoder, PixelDecoder, Taps, fold_taps, make_decoder, spread_values, waves
+from trace_fast.backbones import student_folder
+from trace_fast.decoder import (
+    AttentionReadout,
+    ConvDecoder,
+    PixelDecoder,
+    ReplicatePadConv,
+    dct_basis,
+    fold_kernel_columns,
+    make_decoder,
+    resample_values,
+    spread_values,
+    upgrade_student,
+)
 from trace_fast.testing import assert_no_worse, random_features
 
 # (h, w) of each block, in the order of a network
@@ -31,7 +45,7 @@ def grids(request):
 
 
 def features(grids, batch=2, dtype=torch.float64, peak=3.0):
-    """Query and key of every block, logits `peak` times standard normal."""
+    """Return query and key of every block; logits are `peak` times standard normal."""
     pairs = []
     for index, (height, width) in enumerate(grids):
         query, key = random_features(batch, HEADS, height * width, CHANNELS, seed=index)
@@ -47,15 +61,15 @@ def conv_decoder(grids, dtype=torch.float64):
 
 
 def read(values, grids, pairs):
-    """What `Taps` reads from blocks."""
-    taps = Taps(values, grids)
+    """Return the readout of all blocks."""
+    readout = AttentionReadout(values, grids)
     for index, (query, key) in enumerate(pairs):
-        taps.hear(index, query, key)
-    return taps.total()
+        readout.on_attention(index, query, key)
+    return readout.result()
 
 
 def aggregated_map(grids, pairs):
-    """The paper's map, (B, N, N) over the finest grid."""
+    """Return the paper's map, (B, N, N) over the finest grid."""
     finest = max(grids, key=math.prod)
     maps = [
         reference.resize_attention(reference.attention_map(query, key), grid, finest)
@@ -65,57 +79,57 @@ def aggregated_map(grids, pairs):
 
 
 def convolve(decoder, attention):
-    """The paper's decoder as it is told: a convolution over a picture of N channels."""
+    """Return the paper's decoder as it is defined: a convolution over an image of N channels."""
     kernel = decoder.values.view(1, -1, 3, 3)
     return F.conv2d(attention.mT.unflatten(2, decoder.grid), kernel, decoder.bias, padding=1)
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Read with the reference, which takes float64."""
+    """Compute readouts with the reference, which takes float64."""
     monkeypatch.setattr(module, "ops", reference)
 
 
 @pytest.mark.parametrize("peak", [3.0, 20.0])
 def test_folded_columns_are_the_convolution_over_the_map(grids, peak, exact):
     decoder, pairs = conv_decoder(grids), features(grids, peak=peak)
-    found = decoder(read(decoder.values, grids, pairs), None)
+    logits = decoder(read(decoder.values, grids, pairs), None)
     expected = convolve(decoder, aggregated_map(grids, pairs))
-    assert found.shape == (2, 1, *decoder.grid)
-    assert_close(found, expected, rtol=0, atol=1e-12)
+    assert logits.shape == (2, 1, *decoder.grid)
+    assert_close(logits, expected, rtol=0, atol=1e-12)
 
 
 def test_gradients_are_those_of_the_convolution_over_the_map(grids, exact):
     decoder, pairs = conv_decoder(grids), features(grids)
     inputs = [decoder.values, decoder.bias, *(x for pair in pairs for x in pair)]
     grad = torch.randn(2, 1, *decoder.grid, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = torch.autograd.grad(decoder(read(decoder.values, grids, pairs), None), inputs, grad)
+    gradients = torch.autograd.grad(decoder(read(decoder.values, grids, pairs), None), inputs, grad)
     expected = torch.autograd.grad(convolve(decoder, aggregated_map(grids, pairs)), inputs, grad)
     assert max(float(x.abs().max()) for x in expected) > 0.1
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, rtol=0, atol=1e-12)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        assert_close(gradient, truth, rtol=0, atol=1e-12)
 
 
-def test_joint_attention_is_read_as_its_image_part_with_rows_divided_by_their_sums(exact):
+def test_joint_attention_counts_as_its_image_part_with_rows_divided_by_their_sums(exact):
     grid, text = (3, 5), 4
-    (image,), (words,) = features([grid]), features([(1, text)])
+    (image,), (text_pair,) = features([grid]), features([(1, text)])
     decoder = conv_decoder([grid])
-    query, key = image[0], torch.cat([words[1], image[1]], 2)
+    query, key = image[0], torch.cat([text_pair[1], image[1]], 2)
     joint = (query @ key.mT * CHANNELS**-0.5).softmax(-1)[..., text:]
-    assert joint.sum(-1).mean() < 0.95  # text takes its part
+    assert joint.sum(-1).mean() < 0.95  # some attention goes to the text
     attention = (joint / joint.sum(-1, keepdim=True)).mean(1)
-    found = decoder(read(decoder.values, [grid], [image]), None)
+    logits = decoder(read(decoder.values, [grid], [image]), None)
     expected = convolve(decoder, attention)
-    assert_close(found, expected, rtol=0, atol=1e-12)
-    grad = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_close(logits, expected, rtol=0, atol=1e-12)
+    grad = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     inputs = [*image, decoder.values]
-    *of_joint, of_words = torch.autograd.grad(expected, [*inputs, words[1]], grad)
-    for one, other in zip(torch.autograd.grad(found, inputs, grad), of_joint, strict=True):
-        assert_close(one, other, rtol=0, atol=1e-12)
-    assert of_words.abs().max() < 1e-12  # no text, no gradient of it
+    *of_joint, of_text = torch.autograd.grad(expected, [*inputs, text_pair[1]], grad)
+    for gradient, truth in zip(torch.autograd.grad(logits, inputs, grad), of_joint, strict=True):
+        assert_close(gradient, truth, rtol=0, atol=1e-12)
+    assert of_text.abs().max() < 1e-12
 
 
-def test_any_linear_reading_of_the_map_is_the_map_times_its_columns(grids, exact):
+def test_the_readout_of_any_values_is_the_map_times_the_values(grids, exact):
     pairs = features(grids)
     values = torch.randn(math.prod(max(grids, key=math.prod)), 5, dtype=torch.float64)
     assert_close(read(values, grids, pairs), aggregated_map(grids, pairs) @ values, rtol=0, atol=1e-12)
@@ -136,36 +150,37 @@ def test_no_worse_than_eager(name, device, tiles):
             out = read(inputs[0], grids, list(zip(inputs[1::2], inputs[2::2], strict=True)))
         return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out).expand_as(out))
 
-    found = differentiate(module.ops, torch.float32, device)
+    results = differentiate(module.ops, torch.float32, device)
     expected = differentiate(reference, torch.float64, "cpu")
     eager = differentiate(reference, torch.float32, "cpu")
-    assert found[0].dtype == torch.float32 and found[0].device == device
-    # sums of a row cancel in the gradients of query and key: what they sum is as large as the largest of the numbers
+    assert results[0].dtype == torch.float32 and results[0].device == device
+    # in the gradients of query and key, the terms of a row cancel: they are as large as the largest factor
     largest = float(values.abs().max() * grad.abs().max())
-    for result, truth, plain in zip(found, expected, eager, strict=True):
+    for result, truth, plain in zip(results, expected, eager, strict=True):
         assert_no_worse(result, truth, plain, magnitude=largest)
 
 
-def test_a_block_that_is_heard_twice_counts_once(exact):
+def test_a_block_that_is_captured_twice_counts_once(exact):
     grids = GRIDS["UNet"]
     pairs = features(grids)
     values = torch.randn(96, 4, dtype=torch.float64)
-    taps = Taps(values, grids)
-    for index in (0, 0, 1, 2, 1, 3, 4, 4, 4):  # as the way back does under checkpointing
-        taps.hear(index, *pairs[index])
-    assert torch.equal(taps.total(), read(values, grids, pairs))
+    readout = AttentionReadout(values, grids)
+    # the backward pass under gradient checkpointing does so
+    for index in (0, 0, 1, 2, 1, 3, 4, 4, 4):
+        readout.on_attention(index, *pairs[index])
+    assert torch.equal(readout.result(), read(values, grids, pairs))
 
 
-def test_a_block_that_was_not_heard_is_no_zero(exact):
+def test_a_block_that_was_not_captured_is_an_error(exact):
     grids = GRIDS["UNet"]
-    taps = Taps(torch.randn(96, 4, dtype=torch.float64), grids)
-    taps.hear(0, *features(grids)[0])
+    readout = AttentionReadout(torch.randn(96, 4, dtype=torch.float64), grids)
+    readout.on_attention(0, *features(grids)[0])
     with pytest.raises(KeyError):
-        taps.total()
+        readout.result()
 
 
 def test_spread_values_by_hand():
-    # one row of two cells, carried to four: interpolation puts 1, 3/4, 1/4, 0 of the first there; its mass is 2
+    # one row of two tokens, resized to four: they take 1, 3/4, 1/4, 0 of the first, in sum 2
     values = torch.tensor([[8.0], [16.0], [24.0], [40.0]])
     expected = torch.tensor([[8 + 12 + 6], [4 + 18 + 40]]) / 2
     assert_close(spread_values(values, (1, 2), (1, 4)), expected)
@@ -173,25 +188,25 @@ def test_spread_values_by_hand():
     assert spread_values(values, (1, 4), (1, 4)) is values
 
 
-def test_values_that_are_all_the_same_stay_so():
+def test_constant_values_stay_constant():
     for size, target in (((2, 3), (8, 12)), ((3, 5), (7, 9)), ((1, 1), (2, 3))):
         spread = spread_values(torch.full((math.prod(target), 2), 3.5, dtype=torch.float64), size, target)
         assert_close(spread, torch.full_like(spread, 3.5), rtol=0, atol=1e-13)  # rows of the map sum to 1
 
 
-def test_fold_taps_by_hand():
-    here, there = torch.arange(1.0, 10), torch.arange(10.0, 100, 10)
-    taps = torch.stack([here, there])[None]  # 3 r + c: right of the middle is 5, below it 7, above it 1
-    assert_close(fold_taps(taps, (1, 2)), torch.tensor([[[[5.0 + 60, 50 + 4]]]]))
-    assert_close(fold_taps(taps, (2, 1)), torch.tensor([[[[5.0 + 80], [50 + 2]]]]))
-    four = torch.zeros(1, 4, 9)
-    four[0, 3] = there  # the corner below, on the right; only its own middle and what sees it count
-    assert_close(fold_taps(four, (2, 2)), torch.tensor([[[[90.0, 80], [60, 50]]]]))
+def test_fold_kernel_columns_by_hand():
+    first, second = torch.arange(1.0, 10), torch.arange(10.0, 100, 10)
+    columns = torch.stack([first, second])[None]  # column 3 r + c: right of the center is 5, below it 7, above it 1
+    assert_close(fold_kernel_columns(columns, (1, 2)), torch.tensor([[[[5.0 + 60, 50 + 4]]]]))
+    assert_close(fold_kernel_columns(columns, (2, 1)), torch.tensor([[[[5.0 + 80], [50 + 2]]]]))
+    corner = torch.zeros(1, 4, 9)
+    corner[0, 3] = second  # the token below and on the right: itself, and the outputs whose kernel covers it
+    assert_close(fold_kernel_columns(corner, (2, 2)), torch.tensor([[[[90.0, 80], [60, 50]]]]))
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (8, 12), (4, 6), (2, 9), (9, 2), (17, 1)], ids=str)
-def test_waves_are_orthogonal_and_none_is_constant(grid):
-    columns = waves(grid, 16).double()
+def test_the_cosine_basis_is_orthogonal_without_the_constant(grid):
+    columns = dct_basis(grid, 16).double()
     assert columns.shape == (math.prod(grid), 16)
     products = columns.mT @ columns
     lengths = products.diagonal()
@@ -200,11 +215,11 @@ def test_waves_are_orthogonal_and_none_is_constant(grid):
     assert_close(columns.sum(0), torch.zeros(16).double(), rtol=0, atol=1e-4)
 
 
-def test_waves_are_from_long_to_short():
-    columns = waves((32, 48), 16).unflatten(0, (32, 48))
+def test_the_cosine_basis_goes_from_low_to_high_frequency():
+    columns = dct_basis((32, 48), 16).unflatten(0, (32, 48))
     changes = [(column.diff(dim=d) < 0).diff(dim=d).sum(d).max() for column in columns.unbind(-1) for d in (0, 1)]
-    turns = torch.stack(changes).view(16, 2).sum(1)  # half-waves but one an axis
-    assert turns.diff().min() >= -1 and turns[-1] > turns[0]
+    extrema = torch.stack(changes).view(16, 2).sum(1)  # one fewer than half periods, per axis
+    assert extrema.diff().min() >= -1 and extrema[-1] > extrema[0]
     assert not torch.equal(columns[..., 0], columns[..., 1])
 
 
@@ -215,40 +230,48 @@ class TestPixelDecoder:
         return PixelDecoder((3, 5), columns=6, channels=4)
 
     @pytest.mark.parametrize("detail", [1, 2, 3])
-    def test_logits_are_as_fine_as_the_photograph(self, detail):
+    def test_logits_have_the_size_of_the_image(self, detail):
         decoder = PixelDecoder((3, 5), columns=6, channels=4, detail=detail)
-        taps, photograph = torch.randn(2, 15, 6), torch.rand(2, 3, 24 * detail, 40 * detail)
-        assert decoder(taps, photograph).shape == (2, 1, 24 * detail, 40 * detail)
+        readout, image = torch.randn(2, 15, 6), torch.rand(2, 3, 24 * detail, 40 * detail)
+        assert decoder(readout, image).shape == (2, 1, 24 * detail, 40 * detail)
 
-    def test_it_sees_both_the_map_and_the_photograph(self, decoder):
-        taps, photograph = torch.randn(1, 15, 6), torch.rand(1, 3, 48, 80)
-        base = decoder(taps, photograph)
-        assert not torch.equal(base, decoder(taps + 1, photograph))
-        changed = decoder(taps, photograph.index_fill(3, torch.tensor([0]), 0.5)) - base
-        assert changed[..., :5].abs().max() > 0 and not changed[..., 40:].any()  # where a pixel was changed
+    def test_it_depends_on_both_the_map_and_the_image(self, decoder):
+        readout, image = torch.randn(1, 15, 6), torch.rand(1, 3, 48, 80)
+        logits = decoder(readout, image)
+        assert (logits - decoder(readout + 1, image)).abs().max() > 1e-5
+        change = (decoder(readout, image.index_fill(3, torch.tensor([0]), 0.5)) - logits).abs()
+        assert change[..., :5].max() > 1e-5 and change[..., 40:].max() < 1e-7  # near the changed column alone
 
-    def test_a_plain_picture_has_no_edge_at_its_border(self, decoder):
-        taps, photograph = torch.randn(1, 1, 6).expand(1, 15, 6), torch.full((1, 3, 48, 80), 0.7)
-        found = decoder(taps, photograph)
-        assert_close(found, found[..., 24:25, 40:41].expand_as(found))
+    def test_a_constant_image_has_no_edge_at_its_border(self, decoder):
+        readout, image = torch.randn(1, 1, 6).expand(1, 15, 6), torch.full((1, 3, 48, 80), 0.7)
+        logits = decoder(readout, image)
+        assert_close(logits, logits[..., 24:25, 40:41].expand_as(logits))
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_a_picture_goes_on_beyond_its_border(kernel):
-    convolution = module.Around(3, 4, kernel).double()
-    picture = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0)).double()
-    padded = torch.from_numpy(np.pad(picture.numpy(), [(0, 0), (0, 0), *[(kernel // 2,) * 2] * 2], mode="edge"))
-    assert_close(convolution(picture), F.conv2d(padded, convolution.weight, convolution.bias))
+def test_a_convolution_repeats_border_pixels(kernel):
+    convolution = ReplicatePadConv(3, 4, kernel).double()
+    image = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0)).double()
+    padded = torch.from_numpy(np.pad(image.numpy(), [(0, 0), (0, 0), *[(kernel // 2,) * 2] * 2], mode="edge"))
+    assert_close(convolution(image), F.conv2d(padded, convolution.weight, convolution.bias))
+
+
+def test_resampled_values_by_hand():
+    values = torch.tensor([[0.0, 4.0], [8.0, 12.0]])
+    assert_close(resample_values(values, (1, 2), (1, 4))[:, 0], torch.tensor([0.0, 2, 6, 8]))
+    assert_close(resample_values(values, (2, 1), (4, 1))[:, 1], torch.tensor([4.0, 6, 10, 12]))
+    assert resample_values(values, (1, 2), (1, 2)) is values
 
 
 class TestMakeDecoder:
     def test_its_options_make_it_again(self):
-        for made in (ConvDecoder((4, 6)), PixelDecoder((4, 6), columns=8, channels=4, detail=1)):
-            again = make_decoder(grid=(4, 6), **made.options())
-            again.load_state_dict(made.state_dict())
-            assert type(again) is type(made) and again.options() == made.options() and again.detail == made.detail
+        for decoder in (ConvDecoder((4, 6)), PixelDecoder((4, 6), columns=8, channels=4, detail=1)):
+            again = make_decoder(grid=(4, 6), **decoder.options())
+            again.load_state_dict(decoder.state_dict())
+            assert type(again) is type(decoder)
+            assert again.options() == decoder.options() and again.detail == decoder.detail
 
-    def test_the_papers_has_nine_numbers_a_token_and_one(self):
+    def test_the_papers_decoder_has_nine_parameters_per_token_and_one(self):
         assert sum(x.numel() for x in make_decoder("conv", (64, 64)).parameters()) == 36_865
 
     def test_an_unknown_name(self):
@@ -256,11 +279,57 @@ class TestMakeDecoder:
             make_decoder("cnn", (4, 6))
 
     def test_an_unknown_option(self):
-        with pytest.raises(ValueError, match=r"decoder conv does not know these options: .*'columns'"):
+        with pytest.raises(ValueError, match=r"decoder conv does not have these options: .*'columns'"):
             make_decoder("conv", (4, 6), columns=4)
 
     @pytest.mark.parametrize(("grid", "columns", "most"), [((4, 6), 24, 23), ((16, 16), 65, 64)])
-    def test_columns_that_cannot_be_read(self, grid, columns, most):
+    def test_too_many_columns(self, grid, columns, most):
         make_decoder("pixels", grid, columns=most)
         with pytest.raises(ValueError, match=f"decoder pixels: columns must be from 1 to {most}, got {columns}"):
             make_decoder("pixels", grid, columns=columns)
+
+
+class TestUpgrade:
+    """Folders of format 1; the embedded student is one."""
+
+    @pytest.fixture
+    def folder(self):
+        folder = student_folder("mini")
+        config = json.loads((folder / "config.json").read_text())
+        assert "format" not in config and "level" in config
+        return folder
+
+    @pytest.fixture
+    def image(self):
+        """Return a disk on a gradient, (1, 3, 40, 56), the same on every machine."""
+        rows, columns = np.mgrid[:40, :56]
+        disk = (rows - 18) ** 2 + (columns - 24) ** 2 < 150
+        return torch.from_numpy(np.stack([rows * 4, columns * 3, 60 + 130 * disk]) / 255).float()[None]
+
+    def test_names_by_hand(self):
+        weights = {name: torch.zeros(1) for name in ("values", "tokens.0.bias", "join.1.weight", "draw.3.bias")}
+        config, renamed = upgrade_student({"level": 20, "decoder": {"name": "pixels"}}, weights)
+        assert config == {"format": 2, "timestep": 20, "decoder": {"name": "pixels"}}
+        assert list(renamed) == ["values", "tokens.0.bias", "fuse.1.weight", "refine.3.bias"]
+        assert all(value is weight for value, weight in zip(renamed.values(), weights.values(), strict=True))
+        again = upgrade_student(config, renamed)
+        assert again[0] == config and list(again[1]) == list(renamed)
+
+    def test_edges_are_those_of_the_version_that_wrote_it(self, folder, image):
+        # made by the last version that wrote format 1; instruction sets differ by 3.3e-7
+        expected = torch.from_numpy(np.load(Path(__file__).parent / "data" / "embedded_student_edges.npy"))
+        edges = Detector.from_pretrained(folder, device="cpu").edges(image)
+        assert edges.std() > 0.05
+        assert_close(edges, expected, rtol=0, atol=3e-6)
+
+    def test_the_current_format_gives_the_same_edges(self, folder, image, tmp_path):
+        detector = Detector.from_pretrained(folder, device="cpu")
+        detector.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["format"] == 2 and config["timestep"] == 0 and "level" not in config
+        assert torch.equal(Detector.from_pretrained(tmp_path, device="cpu").edges(image), detector.edges(image))
+
+    @pytest.mark.parametrize("version", [0, 3, "2"])
+    def test_an_unknown_format(self, version):
+        with pytest.raises(ValueError, match=f"its format must be 1 to 2, got {version!r}; install a newer trace_fast"):
+            upgrade_student({"format": version}, {})

@@ -24,7 +24,7 @@ import trace_fast
 from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
-from trace_fast.decoder import Taps
+from trace_fast.decoder import AttentionReadout
 from trace_fast.detector import finest, listen, merge, reading
 
 # of diffusers' own call of the hub
@@ -96,10 +96,10 @@ def is_quiet(network):
 def whole_pass(detector, images, photograph=None):
     """Logits of a network that runs to its end."""
     backbone = detector.backbone
-    taps = Taps(detector.decoder.values, reading(backbone))
-    with listen(backbone, taps.hear):
+    taps = AttentionReadout(detector.decoder.values, reading(backbone))
+    with listen(backbone, taps.on_attention):
         backbone.predict(backbone.encode(images), torch.full((len(images),), detector.level))
-    return detector.decoder(taps.total(), photograph)
+    return detector.decoder(taps.result(), photograph)
 
 
 class TestRoundTrip:
@@ -355,7 +355,7 @@ class TestOnePass:
         assert torch.equal(found, whole_pass(detector, images, details if detail else None))
 
     def test_the_network_is_told_the_students_level(self, students, tmp_path):
-        student(tmp_path / "other", students / "conv", (32, 48), level=300)
+        student(tmp_path / "other", students / "conv", (32, 48), timestep=300)
         told = []
         detector = Detector.from_pretrained(tmp_path / "other", device="cpu")
         detector.backbone.network.register_forward_pre_hook(lambda _, args: told.append(args[1].tolist()))
@@ -498,10 +498,10 @@ class TestDamage:
             ({"base": None}, ""),
             ({"base": "mini"}, ""),
             ({"base": {}}, "'model'"),
-            ({"level": "low"}, ""),
+            ({"timestep": "low"}, ""),
             ({"size": 3}, ""),
             ({"decoder": {"name": "cnn"}}, "decoder must be one of conv, pixels, got 'cnn'"),
-            ({"decoder": {"name": "conv", "columns": 3}}, "decoder conv does not know these options"),
+            ({"decoder": {"name": "conv", "columns": 3}}, "decoder conv does not have these options"),
             ({"decoder": {"name": "pixels"}}, ".*state_dict"),
             ({"decoder": {}}, ".*name"),
             ({"decoder": "conv"}, ""),

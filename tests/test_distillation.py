@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
-from trace_fast.decoder import Taps
+from trace_fast.decoder import AttentionReadout
 from trace_fast.detector import listen, reading
 from trace_fast.io import files as _files
 from trace_fast.io import visualize
@@ -381,10 +381,10 @@ class TestEveryFamily:
 
         @torch.no_grad()
         def logits():
-            taps = Taps(detector.decoder.values, reading(backbone))
-            with listen(backbone, taps.hear):
+            taps = AttentionReadout(detector.decoder.values, reading(backbone))
+            with listen(backbone, taps.on_attention):
                 prediction = backbone.predict(backbone.encode(images), level)
-            return detector.decoder(taps.total(), None), prediction
+            return detector.decoder(taps.result(), None), prediction
 
         plain, predicted = logits()
         live = inject(backbone.network, backbone.attentions(), 2)
@@ -680,10 +680,10 @@ class TestStep:
             run.train_step(images, details, abdiv)
             latent, _, level = noised[-1]
             assert torch.equal(latent, run.backbone.encode(images)) and level.tolist() == [300, 300]
-            noisy, taps = schedule.noise(*noised[-1]), Taps(run.decoder.values, reading(run.backbone))
-            with listen(run.backbone, taps.hear):
+            noisy, taps = schedule.noise(*noised[-1]), AttentionReadout(run.decoder.values, reading(run.backbone))
+            with listen(run.backbone, taps.on_attention):
                 rebuilt = schedule.denoise(noisy, run.backbone.predict(noisy, level), level)
-            found = run.decoder(taps.total(), details).sigmoid()
+            found = run.decoder(taps.result(), details).sigmoid()
             edges = dice(found, *draw_labels(abdiv, found.shape[-2:], details, "sharp", 0.16, scale=0.4))
             reconstruction = (rebuilt - latent).square().mean()
             assert_close(run.recent[-1], [edges.item(), reconstruction.item()])
@@ -1211,7 +1211,7 @@ class TestFaults:
             ({"save_minutes": float("nan")}, ValueError, "distill: save_minutes must be at least 0, got nan"),
             ({"level": "iep"}, TypeError, "distill: level must be an int, got str"),
             ({"level": 1000}, ValueError, "distill: level must be from 0 to 999, got 1000"),
-            ({"decoder_options": {"channels": 4}}, ValueError, "decoder conv does not know these options: .*channels"),
+            ({"decoder_options": {"channels": 4}}, ValueError, "decoder conv does not have these options: .*channels"),
             ({"decoder": "pixels", "decoder_options": {"columns": 65}}, ValueError, "columns must be from 1 to 64"),
             ({"decoder": "pixels", "decoder_options": {"columns": 0}}, ValueError, "columns must be at least 1, got 0"),
             ({"decoder": "pixels", "decoder_options": {"columns": "6"}}, TypeError, "columns must be an int, got str"),
@@ -1237,9 +1237,11 @@ def test_checkpointing_changes_nothing(config, family, tmp_path, monkeypatch):
     plain = replace(config, model=str(tmp_path / "model"), size=SIZE, timestep=0, epochs=1, edges=tmp_path / "edges")
     saving = replace(plain, output=config.output.with_name("saving"), checkpointing=True)
     heard = []
-    real = Taps.hear
+    real = AttentionReadout.on_attention
     monkeypatch.setattr(
-        Taps, "hear", lambda taps, index, *x: (heard.append(torch.is_grad_enabled()), real(taps, index, *x))
+        AttentionReadout,
+        "on_attention",
+        lambda taps, index, *x: (heard.append(torch.is_grad_enabled()), real(taps, index, *x)),
     )
     counts = []
     for each in (plain, saving):

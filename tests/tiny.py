@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from trace_fast.backbones import load_backbone
 from trace_fast.backbones.mini import Mini, MiniConfig
-from trace_fast.decoder import make_decoder
+from trace_fast.decoder import FORMAT, make_decoder
 from trace_fast.detector import finest, save_student
 
 SIZE = (16, 24)  # pixels; latents are half of it in the tiny autoencoder
@@ -229,7 +229,7 @@ def embedded(folder):
     return folder
 
 
-def student(folder, base, size, decoder="conv", level=0, **options):
+def student(folder, base, size, decoder="conv", timestep=0, **options):
     """The folder of a student with random adapters and decoder."""
     backbone = load_backbone(base, device=torch.device("cpu"), size=size)
     random = torch.Generator().manual_seed(5)
@@ -241,7 +241,14 @@ def student(folder, base, size, decoder="conv", level=0, **options):
         adapter[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=random) / 4
     torch.manual_seed(6)
     made = make_decoder(decoder, finest(backbone), **options)
-    config = {"base": {"model": str(base)}, "size": list(size), "level": level, "decoder": made.options(), "scale": 0.5}
+    config = {
+        "format": FORMAT,
+        "base": {"model": str(base)},
+        "size": list(size),
+        "timestep": timestep,
+        "decoder": made.options(),
+        "scale": 0.5,
+    }
     save_student(folder, config, made, adapter, getattr(backbone, "empty_prompt", None))
     return folder
 

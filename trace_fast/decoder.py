@@ -1,8 +1,9 @@
-"""What turns the attention of a one-step student into edges: read-outs of the map that never make the map.
+"""Decoders, which turn the self-attention of a one-step student into edges without ever storing an attention map.
 
-A decoder that begins with a linear reading of the (N, N) map needs only that reading. The mean over heads and blocks is
-linear, and so is carrying a block's map to the finest grid: a 3 x 3 convolution over the map as an N-channel picture,
-the paper's decoder, is nine columns that attention takes for its values (`trace_fast.ops.readout`), shifted and summed.
+A decoder whose first layer is linear in the (N, N) map needs only the output of that layer. The mean over heads and
+blocks is linear, and so is resizing the map of a block to the finest grid. The paper's decoder, a 3 x 3 convolution
+over the map as an N-channel image, therefore needs nine numbers per token: attention with nine columns of kernel
+weights in place of its values (`trace_fast.ops.readout`), shifted and summed.
 """
 
 from __future__ import annotations
@@ -20,16 +21,31 @@ from torch.nn import functional
 from trace_fast import ops, reference
 from trace_fast.ops import checks
 
-__all__ = ["DECODERS", "ConvDecoder", "Decoder", "PixelDecoder", "Taps", "fold_taps", "make_decoder", "spread_values"]
+__all__ = [
+    "DECODERS",
+    "FORMAT",
+    "AttentionReadout",
+    "ConvDecoder",
+    "Decoder",
+    "PixelDecoder",
+    "dct_basis",
+    "fold_kernel_columns",
+    "make_decoder",
+    "resample_values",
+    "spread_values",
+    "upgrade_student",
+]
+
+FORMAT = 2  # of a student's folder, in its config.json; see upgrade_student
 
 Grid = tuple[int, int]
 
 
 def spread_values(values: Tensor, size: Grid, target: Grid) -> Tensor:
-    """Values over the keys of the finest grid, as a block of a coarser grid must read them.
+    """Return values over the keys of a block, equivalent to values over the keys of a finer grid.
 
-    SA' V with SA' = U SA diag(1/c) U^T, the map carried to the finer grid (`ops.resize_attention`), is U SA V' with
-    V' = diag(1/c) U^T V: the adjoint of the spreading of keys, not an interpolation.
+    Resizing a map SA to the finer grid gives SA' = U SA diag(1/c) U^T (`ops.resize_attention`), so that SA' V equals
+    U SA V' with V' = diag(1/c) U^T V. This is the adjoint of the resizing of keys, not an interpolation.
 
     Args:
         values: (M, C) float, M = tokens of `target`.
@@ -52,72 +68,88 @@ def spread_values(values: Tensor, size: Grid, target: Grid) -> Tensor:
 
 
 def bilinear(size: int, target: int, like: Tensor) -> Tensor:
-    """Linear interpolation of `size` samples at `target` places, as a matrix (target, size)."""
+    """Return the matrix (target, size) that interpolates `size` samples linearly at `target` positions."""
     basis = torch.eye(size, dtype=like.dtype, device=like.device)[None]
     return functional.interpolate(basis, target, mode="linear", align_corners=False)[0].T
 
 
-def fold_taps(taps: Tensor, grid: Grid) -> Tensor:
-    """What a 3 x 3 convolution with zero padding makes of a map whose taps are given.
+def fold_kernel_columns(columns: Tensor, grid: Grid) -> Tensor:
+    """Return the 3 x 3 convolution with zero padding over a map, from the products of the map and the kernel's columns.
 
     Args:
-        taps: (B, N, 9) float: column 3 r + c is the map times the kernel's weights at row r, column c.
-        grid: (h, w), N = h * w.
+        columns: (B, N, 9) float; column 3 r + c is the map times the kernel's weights at row r, column c.
+        grid: (h, w) in tokens, N = h * w.
 
     Returns:
         (B, 1, h, w) of the same dtype. Differentiable.
 
     Example:
-        >>> fold_taps(torch.rand(2, 6, 9), (2, 3)).shape
+        >>> fold_kernel_columns(torch.rand(2, 6, 9), (2, 3)).shape
         torch.Size([2, 1, 2, 3])
     """
-    # a tap at row r of the kernel belongs to the output 1 - r rows below it; fold puts it r - 1 below
-    return functional.fold(taps.flip(-1).mT, grid, kernel_size=3, padding=1)
+    # row r of the kernel contributes to the output 1 - r rows below; fold adds it r - 1 rows below
+    return functional.fold(columns.flip(-1).mT, grid, kernel_size=3, padding=1)
 
 
-class Taps:
-    """What values read from the mean self-attention map of a pass, heard block by block.
+class AttentionReadout:
+    """Products of the mean self-attention map of a forward pass and a matrix, accumulated block by block.
 
-    The mean over heads and blocks of U SA_k diag(1/c) U^T V, with O(N) memory and differentiable. Give `hear` to the
-    backbone's capture, run the network, and ask for `total`. A block that is heard again, as under gradient
-    checkpointing, is read again and counts once.
+    Computes the mean over heads and blocks of U SA_k diag(1/c) U^T V with O(N) memory. Differentiable. Pass
+    `on_attention` to the backbone's capture, run the network, and call `result`. A block that is captured again, as
+    under gradient checkpointing, is computed again and counts once.
 
     Args:
         values: (N, C) float, over the keys of the finest grid.
-        grids: (h, w) of every block that will be heard, in order.
+        grids: (h, w) in tokens of every block that is captured, in order.
+
+    Example:
+        >>> readout = AttentionReadout(torch.rand(6, 9), [(2, 3)])
+        >>> readout.on_attention(0, torch.rand(1, 4, 6, 8), torch.rand(1, 4, 6, 8))
+        >>> readout.result().shape
+        torch.Size([1, 6, 9])
     """
 
     def __init__(self, values: Tensor, grids: Sequence[Grid]):
         self.grids = list(grids)
         self.finest = max(self.grids, key=math.prod)
         self.values = {grid: spread_values(values, grid, self.finest) for grid in set(self.grids)}
-        self.read: dict[int, Tensor] = {}
+        self.products: dict[int, Tensor] = {}
 
-    def hear(self, index: int, query: Tensor, key: Tensor) -> None:
-        """Read one block: query and key are (B, H, N, d)."""
-        read = ops.readout(query, key, self.values[self.grids[index]])
-        self.read.setdefault(index, read)
+    def on_attention(self, index: int, query: Tensor, key: Tensor) -> None:
+        """Multiply the attention of a block with the values.
 
-    def total(self) -> Tensor:
-        """(B, N, C) float32 over the finest grid, when every block has been heard."""
+        Args:
+            index: of the block in `grids`.
+            query: (B, H, N, d) float.
+            key: (B, H, N, d) of the same dtype.
+        """
+        product = ops.readout(query, key, self.values[self.grids[index]])
+        self.products.setdefault(index, product)
+
+    def result(self) -> Tensor:
+        """Return the mean over all blocks, (B, N, C) float32 over the finest grid.
+
+        Raises:
+            KeyError: a block was not captured.
+        """
         sums: dict[Grid, Tensor] = {}
         for index, grid in enumerate(self.grids):
-            sums[grid] = self.read[index] + sums[grid] if grid in sums else self.read[index]
-        carried = [
+            sums[grid] = self.products[index] + sums[grid] if grid in sums else self.products[index]
+        resized = [
             functional.interpolate(part.mT.unflatten(2, grid), self.finest, mode="bilinear", align_corners=False)
             for grid, part in sums.items()
         ]
-        return torch.stack(carried).sum(0).flatten(2).mT / len(self.grids)
+        return torch.stack(resized).sum(0).flatten(2).mT / len(self.grids)
 
 
 class Decoder(nn.Module):
-    """What `Detector` and `distill` need of a decoder.
+    """The interface of a decoder, as `Detector` and `distill` use it.
 
     Attributes:
-        name: in `DECODERS`.
-        detail: the photograph's side as it is looked at, as a multiple of the processing size's; 0 where it is not.
-        grid: (h, w), the tokens that the map has; fixed, since every key has values of its own.
-        values: (N, C) float, what is read from the map.
+        name: its key in `DECODERS`.
+        detail: side of the image that the decoder sees, as a multiple of the processing size; 0 if it sees none.
+        grid: (h, w) of the map in tokens. It is fixed, since every key has values of its own.
+        values: (N, C) float, multiplied with the map.
     """
 
     name: str
@@ -126,23 +158,28 @@ class Decoder(nn.Module):
     values: nn.Parameter
 
     def options(self) -> dict[str, Any]:
-        """What `make_decoder` needs beside the grid."""
+        """Return the arguments of `make_decoder` without the grid."""
         raise NotImplementedError
 
-    def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
-        """Taps (B, N, C) and a photograph (B, 3, H, W) in [0, 1] to logits (B, 1, h', w')."""
+    def forward(self, readout: Tensor, image: Tensor | None) -> Tensor:
+        """Return edge logits (B, 1, h', w').
+
+        Args:
+            readout: (B, N, C) float, the mean attention map times `values`; see `AttentionReadout`.
+            image: (B, 3, H, W) float in [0, 1] where `detail` is not 0, else None.
+        """
         raise NotImplementedError
 
 
 class ConvDecoder(Decoder):
-    """The paper's: one 3 x 3 convolution that reads the map as a picture of N channels, 9 N + 1 parameters.
+    """The paper's decoder: one 3 x 3 convolution over the map as an image of N channels, 9 N + 1 parameters.
 
     Args:
-        grid: (h, w), the tokens that the map has; fixed, since every key has weights of its own.
+        grid: (h, w) of the map in tokens. It is fixed, since every key has weights of its own.
     """
 
     name = "conv"
-    detail = 0  # the photograph itself is not looked at
+    detail = 0
 
     def __init__(self, grid: Grid):
         super().__init__()
@@ -151,26 +188,26 @@ class ConvDecoder(Decoder):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def options(self) -> dict[str, Any]:
-        """What `make_decoder` needs beside the grid."""
+        """Return the arguments of `make_decoder` without the grid."""
         return {"name": self.name}
 
-    def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
-        """(B, N, 9) read by `values` to logits (B, 1, h, w)."""
-        return fold_taps(taps, self.grid) + self.bias
+    def forward(self, readout: Tensor, image: Tensor | None) -> Tensor:
+        """Return edge logits (B, 1, h, w) from (B, N, 9); the image is not used."""
+        return fold_kernel_columns(readout, self.grid) + self.bias
 
 
 class PixelDecoder(Decoder):
-    """A small network over what the map says of each token and the photograph's own pixels.
+    """A small convolutional network over features of the tokens and the image's own pixels.
 
-    Attention tells which of the contrasts are boundaries, pixels tell where they are. Both meet at the processing size,
-    and what is found there is drawn out with the photograph's pixels, of which there are `detail` times as many a side.
+    Attention tells which contrasts are boundaries, and pixels tell where these are. Both are fused at the processing
+    size; the result is then refined with the pixels of an image that is `detail` times as high and wide.
 
     Args:
-        grid: (h, w), the tokens that the map has; fixed, since every key has values of its own.
-        columns: numbers read from each row of the map, at most 64 and fewer than tokens.
-        channels: of its convolutions; half as many at full detail.
-        detail: the photograph's side as it is looked at, and that of the logits, as a multiple of the processing
-            size's.
+        grid: (h, w) of the map in tokens. It is fixed, since every key has values of its own.
+        columns: features per token that are read from the map, at most 64 and fewer than tokens.
+        channels: of the convolutions; half as many at full detail.
+        detail: height and width of the image that the decoder sees, and of the logits, as a multiple of the processing
+            size.
     """
 
     name = "pixels"
@@ -179,83 +216,167 @@ class PixelDecoder(Decoder):
         super().__init__()
         for name, value in {"columns": columns, "channels": channels, "detail": detail}.items():
             checks.integer("decoder pixels", name, value, 1)
-        most = min(64, math.prod(grid) - 1)  # of the read-out, and of the waves
+        most = min(64, math.prod(grid) - 1)  # limits of ops.readout and of dct_basis
         if columns > most:
             raise ValueError(f"decoder pixels: columns must be from 1 to {most}, got {columns}")
         self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
-        self.values = nn.Parameter(waves(grid, columns))
+        self.values = nn.Parameter(dct_basis(grid, columns))
         few = max(1, channels // 2)
-        self.tokens = nn.Sequential(Around(columns, 2 * channels), nn.GELU(), Around(2 * channels, channels))
-        self.fine = Around(3, few, 5)
-        self.coarse = Around(few, channels, 2 * detail + 1, stride=detail)
-        self.join = nn.Sequential(
-            nn.GELU(), Around(2 * channels, channels), nn.GELU(), Around(channels, channels), nn.GELU()
+        self.tokens = nn.Sequential(
+            ReplicatePadConv(columns, 2 * channels), nn.GELU(), ReplicatePadConv(2 * channels, channels)
         )
-        # activates once more what `join` found: so the embedded student was trained
-        self.draw = nn.Sequential(nn.GELU(), Around(channels + few, few), nn.GELU(), Around(few, 1))
+        self.fine = ReplicatePadConv(3, few, 5)
+        self.coarse = ReplicatePadConv(few, channels, 2 * detail + 1, stride=detail)
+        self.fuse = nn.Sequential(
+            nn.GELU(),
+            ReplicatePadConv(2 * channels, channels),
+            nn.GELU(),
+            ReplicatePadConv(channels, channels),
+            nn.GELU(),
+        )
+        # a second GELU follows that of `fuse`, because the embedded student was trained with both
+        self.refine = nn.Sequential(
+            nn.GELU(), ReplicatePadConv(channels + few, few), nn.GELU(), ReplicatePadConv(few, 1)
+        )
 
     def options(self) -> dict[str, Any]:
-        """What `make_decoder` needs beside the grid."""
+        """Return the arguments of `make_decoder` without the grid."""
         return {"name": self.name, "columns": self.columns, "channels": self.channels, "detail": self.detail}
 
-    def forward(self, taps: Tensor, photograph: Tensor | None) -> Tensor:
-        """(B, N, columns) and (B, 3, detail * H, detail * W) in [0, 1] to logits (B, 1, detail * H, detail * W)."""
-        assert photograph is not None  # detail is not 0
-        fine = self.fine(photograph * 2 - 1)
-        pixels = self.coarse(functional.gelu(fine))
-        found = self.join(torch.cat([stretch(self.tokens(taps.mT.unflatten(2, self.grid)), pixels), pixels], 1))
-        return self.draw(torch.cat([stretch(found, fine), fine], 1))
+    def forward(self, readout: Tensor, image: Tensor | None) -> Tensor:
+        """Return edge logits (B, 1, detail * H, detail * W) from (B, N, columns) and (B, 3, detail * H, detail * W)."""
+        assert image is not None  # detail is not 0
+        fine = self.fine(image * 2 - 1)
+        coarse = self.coarse(functional.gelu(fine))
+        tokens = resize_like(self.tokens(readout.mT.unflatten(2, self.grid)), coarse)
+        fused = resize_like(self.fuse(torch.cat([tokens, coarse], 1)), fine)
+        return self.refine(torch.cat([fused, fine], 1))
 
 
-class Around(nn.Conv2d):
-    """A convolution that keeps the size, the picture going on beyond its border as it ends there: zeros are edges."""
+class ReplicatePadConv(nn.Conv2d):
+    """A convolution that keeps the size by repeating border pixels: padding with zeros would add edges there.
+
+    Args:
+        channels: of the input.
+        outputs: channels of the output.
+        kernel: height and width of the kernel, odd.
+        stride: of the output in both directions.
+    """
 
     def __init__(self, channels: int, outputs: int, kernel: int = 3, stride: int = 1):
         super().__init__(channels, outputs, kernel, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, outputs, H / stride, W / stride)."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) to (B, outputs, H / stride, W / stride)."""
         count = self.kernel_size[0] // 2
-        for axis in (2, 3):  # padding_mode="replicate" cannot be compiled with a whole student by torch 2.13
-            first, last = x.narrow(axis, 0, 1), x.narrow(axis, x.shape[axis] - 1, 1)
-            x = torch.cat([*[first] * count, x, *[last] * count], axis)
-        return super().forward(x)
+        # padding_mode="replicate" cannot be compiled with a whole student by torch 2.13
+        for axis in (2, 3):
+            first, last = features.narrow(axis, 0, 1), features.narrow(axis, features.shape[axis] - 1, 1)
+            features = torch.cat([*[first] * count, features, *[last] * count], axis)
+        return super().forward(features)
 
 
-def stretch(x: Tensor, like: Tensor) -> Tensor:
-    """Interpolate to the size of another."""
-    return functional.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+def resize_like(features: Tensor, like: Tensor) -> Tensor:
+    """Interpolate features (B, C, h, w) to the height and width of others."""
+    return functional.interpolate(features, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def waves(grid: Grid, count: int) -> Tensor:
-    """(N, count) smooth functions of the key's place, from long to short: where attention goes, told by a few numbers.
+def dct_basis(grid: Grid, count: int) -> Tensor:
+    """Return the first functions of the grid's cosine transform, from low to high frequency, without the constant.
 
-    Cosine transforms of the grid, the first ones but the constant.
+    Args:
+        grid: (h, w) in tokens.
+        count: number of functions, fewer than tokens.
+
+    Returns:
+        (N, count) float32 in [-1, 1], N = h * w.
+
+    Example:
+        >>> dct_basis((2, 3), 4).shape
+        torch.Size([6, 4])
     """
     rows, columns = ((torch.arange(side, dtype=torch.float32) + 0.5) / side for side in grid)
-    orders = sorted(itertools.product(*map(range, grid)), key=lambda o: (sum(o), o))[1:]  # the grid has no shorter ones
-    made = [torch.cos(math.pi * y * rows)[:, None] * torch.cos(math.pi * x * columns)[None] for y, x in orders[:count]]
-    return torch.stack(made, -1).flatten(0, 1)
+    frequencies = sorted(itertools.product(*map(range, grid)), key=lambda pair: (sum(pair), pair))[1 : count + 1]
+    basis = [torch.cos(math.pi * y * rows)[:, None] * torch.cos(math.pi * x * columns)[None] for y, x in frequencies]
+    return torch.stack(basis, -1).flatten(0, 1)
 
 
 DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecoder}
 
 
 def resample_values(values: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """Values of the keys of one grid, as those of another: (N, C) to (M, C), interpolated."""
+    """Interpolate values over the keys of one grid at the keys of another.
+
+    Args:
+        values: (N, C) float, N = tokens of `grid`.
+        grid: (height, width) in tokens.
+        target: (height, width) in tokens.
+
+    Returns:
+        (M, C) of the same dtype, M = tokens of `target`.
+
+    Example:
+        >>> resample_values(torch.rand(6, 9), (2, 3), (4, 5)).shape
+        torch.Size([20, 9])
+    """
     if grid == target:
         return values
-    picture = functional.interpolate(values.mT.unflatten(1, grid)[None], target, mode="bilinear", align_corners=False)
-    return picture[0].flatten(1).mT.contiguous()
+    image = functional.interpolate(values.mT.unflatten(1, grid)[None], target, mode="bilinear", align_corners=False)
+    return image[0].flatten(1).mT.contiguous()
 
 
 def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
-    """A decoder by name; ValueError or TypeError where the name is unknown, or an option is or does not fit."""
+    """Create a decoder with random weights.
+
+    Args:
+        name: "conv" or "pixels", see `DECODERS`.
+        grid: (h, w) of the map in tokens.
+        options: other arguments of the decoder's class.
+
+    Returns:
+        The decoder, float32 on the CPU.
+
+    Raises:
+        ValueError: the name or an option is unknown, or an option is out of range.
+        TypeError: an option is of another type.
+
+    Example:
+        >>> make_decoder("pixels", (4, 6), columns=8).options()
+        {'name': 'pixels', 'columns': 8, 'channels': 16, 'detail': 2}
+    """
     if name not in DECODERS:
         raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {name!r}")
     try:
         inspect.signature(DECODERS[name]).bind(grid, **options)
     except TypeError as error:
-        raise ValueError(f"decoder {name} does not know these options: {error}") from error
-    with torch.device("cpu"):  # whatever torch's defaults are
+        raise ValueError(f"decoder {name} does not have these options: {error}") from error
+    with torch.device("cpu"):  # whatever torch's default device is
         return DECODERS[name](grid, **options).float()
+
+
+def upgrade_student(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return configuration and decoder weights of a student's folder in the current format.
+
+    In format 1, of folders without a format number, the timestep is called "level", and the modules `fuse` and `refine`
+    of the decoder "join" and "draw". The embedded student is in this format.
+
+    Args:
+        config: content of config.json.
+        weights: content of decoder.safetensors.
+
+    Raises:
+        ValueError: the format is not known.
+    """
+    config = dict(config)
+    version = config.get("format", 1)
+    if version == FORMAT:
+        return config, weights
+    if version != 1:
+        raise ValueError(f"its format must be 1 to {FORMAT}, got {version!r}; install a newer trace_fast")
+    names = {"level": "timestep", "join": "fuse", "draw": "refine"}
+    config = {"format": FORMAT} | {names.get(name, name): value for name, value in config.items()}
+    renamed = {}
+    for name, value in weights.items():
+        module, dot, rest = name.partition(".")
+        renamed[names.get(module, module) + dot + rest] = value
+    return config, renamed

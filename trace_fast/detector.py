@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trace_fast.backbones import Backbone, fetch_student, load_backbone
 from trace_fast.backbones.base import Turns, constant, device_of, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
-from trace_fast.decoder import Decoder, Taps, make_decoder, resample_values
+from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
 from trace_fast.ops import checks
@@ -95,11 +95,10 @@ class Detector:
         device = checks.device("load", device)
         folder = fetch_student(model, revision=revision, local_files_only=local_files_only)
         try:
-            config = json.loads((folder / CONFIG).read_text())
+            config, weights = upgrade_student(json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER))
             source, revision = config["base"]["model"], config["base"].get("revision")
-            level, size, options = int(config["level"]), tuple(config["size"]), config["decoder"]
+            level, size, options = int(config["timestep"]), tuple(config["size"]), config["decoder"]
             adapter = load_weights(folder / ADAPTER)
-            weights = load_weights(folder / DECODER)
             empty_prompt = load_weights(folder / EMPTY_PROMPT) if (folder / EMPTY_PROMPT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
@@ -186,16 +185,16 @@ class Detector:
             mode: of `torch.compile`.
         """
         backbone, decoder = self.backbone, self.decoder
-        now: dict[str, Taps] = {}  # empty between calls, or each call would be compiled anew
+        now: dict[str, AttentionReadout] = {}  # empty between calls, or each call would be compiled anew
         # these hooks stay, since setting hooks would break the graph; the network is the detector's own
-        listen(backbone, lambda *heard: now["taps"].hear(*heard) if now else None).__enter__()
+        listen(backbone, lambda *heard: now["taps"].on_attention(*heard) if now else None).__enter__()
         timestep = constant((self.level,), self.device)
 
         def run(images: Tensor, photograph: Tensor | None) -> Tensor:
-            taps = now["taps"] = Taps(decoder.values, reading(backbone))
+            taps = now["taps"] = AttentionReadout(decoder.values, reading(backbone))
             backbone.predict(backbone.encode(images), timestep.expand(len(images)))
             now.clear()
-            return decoder(taps.total(), photograph)
+            return decoder(taps.result(), photograph)
 
         size, detail = backbone.settings.size, decoder.detail
         empty = torch.zeros(1, 3, *size, dtype=torch.float32, device=self.device)
@@ -276,11 +275,11 @@ class Detector:
     def predict(self, images: Tensor, photograph: Tensor | None) -> Tensor:
         """One pass: images (B, 3, *size) and what the decoder sees of them to logits (B, 1, h, w)."""
         backbone = self.backbone
-        taps = Taps(self.decoder.values, reading(backbone))
+        taps = AttentionReadout(self.decoder.values, reading(backbone))
         last = len(taps.grids) - 1
 
         def hear(index: int, query: Tensor, key: Tensor) -> None:
-            taps.hear(index, query, key)
+            taps.on_attention(index, query, key)
             if index == last:
                 raise HeardError
 
@@ -290,7 +289,7 @@ class Detector:
                 backbone.predict(backbone.encode(images), timestep)
         except HeardError:
             pass
-        return self.decoder(taps.total(), photograph)
+        return self.decoder(taps.result(), photograph)
 
     def resized(self, size: tuple[int, int]) -> Detector:
         """The same student at another processing size in pixels, its values interpolated; weights are shared.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
-from trace_fast.decoder import DECODERS, Taps, make_decoder, resample_values
+from trace_fast.decoder import DECODERS, FORMAT, AttentionReadout, make_decoder, resample_values, upgrade_student
 from trace_fast.detector import finest, listen, reading, save_student
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
@@ -259,9 +259,11 @@ class Distillation:
     def begin_as(self, folder: Path) -> None:
         """Take over adapters and decoder of a student; ValueError where they are of another network."""
         try:
-            size = json.loads((folder / CONFIG).read_text())["size"]
-            weights, adapter = load_weights(folder / DECODER), load_weights(folder / ADAPTER)
-            grid = finest(self.backbone, (size[0], size[1]))
+            student, weights = upgrade_student(
+                json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER)
+            )
+            adapter = load_weights(folder / ADAPTER)
+            grid = finest(self.backbone, (student["size"][0], student["size"][1]))
             weights["values"] = resample_values(weights["values"], grid, self.decoder.grid)
             self.decoder.load_state_dict(weights)
             if {name: x.shape for name, x in adapter.items()} != {name: x.shape for name, x in self.adapters.items()}:
@@ -338,13 +340,13 @@ class Distillation:
         # of the whole batch: the same for any number of processes
         noise = torch.randn(config.batch, *latent.shape[1:], generator=generator)[self.process.share].to(latent)
         noisy = schedule.noise(latent, noise, timestep)
-        taps = Taps(self.decoder.values, reading(backbone))
+        taps = AttentionReadout(self.decoder.values, reading(backbone))
         # hooks stay for the backward pass, which runs the network again under checkpointing
-        with listen(backbone, taps.hear):
+        with listen(backbone, taps.on_attention):
             with warnings.catch_warnings(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
                 prediction = backbone.predict(noisy, timestep)
-                found = self.decoder(taps.total(), details).float().sigmoid()
+                found = self.decoder(taps.result(), details).float().sigmoid()
             label, counts = self.targets(abdiv, found.shape[-2:], images if details is None else details)
             edges = dice(found, label, counts)
             rebuilt = schedule.denoise(noisy, prediction.float(), timestep)
@@ -370,11 +372,11 @@ class Distillation:
         """The live picture: photographs that are not trained on, their pseudo edges, the student's."""
         images, details, abdiv = self.load(range(PREVIEW))
         images = images.to(self.device)
-        taps = Taps(self.decoder.values, reading(self.backbone))
+        taps = AttentionReadout(self.decoder.values, reading(self.backbone))
         timestep = constant((self.level,), images.device).expand(len(images))
-        with listen(self.backbone, taps.hear):
+        with listen(self.backbone, taps.on_attention):
             self.backbone.predict(self.backbone.encode(images), timestep)
-        found = self.decoder(taps.total(), None if details is None else details.to(self.device)).float().sigmoid()
+        found = self.decoder(taps.result(), None if details is None else details.to(self.device)).float().sigmoid()
         size, rows = self.backbone.settings.size, []
         label, counts = self.targets(abdiv, found.shape[-2:], images.cpu() if details is None else details)
         label, counts = (functional.interpolate(x, size) for x in (label, counts))
@@ -404,9 +406,10 @@ class Distillation:
         config, folder = self.config, self.config.output / "student"
         place = Path(config.model)
         description = {
+            "format": FORMAT,
             "base": {"model": str(place.resolve()) if place.is_dir() else config.model, "revision": config.revision},
             "size": list(self.backbone.settings.size),
-            "level": self.level,
+            "timestep": self.level,
             "decoder": self.decoder.options(),
             "scale": 1.0,  # of the adapter's products: alpha is the rank
         }
