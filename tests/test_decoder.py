@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from trace_fast import Detector, reference
 from trace_fast import decoder as module
-from trace_fast.backbones import student_folder
+from trace_fast.backbones import fetch_student
 from trace_fast.decoder import (
     AttentionReadout,
     ConvDecoder,
@@ -294,7 +294,7 @@ class TestUpgrade:
 
     @pytest.fixture
     def folder(self):
-        folder = student_folder("mini")
+        folder = fetch_student("mini")
         config = json.loads((folder / "config.json").read_text())
         assert "format" not in config and "level" in config
         return folder
