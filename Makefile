@@ -3,20 +3,45 @@ PYTHON ?= python3
 TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+# two processes, one thread each (tests/conftest.py)
+PARALLEL := -n 2
 
 # releases of diffusers, each with the transformers and peft of its time
 MATRIX := 0.32.2/4.48.3/0.14.0 0.35.2/4.57.1/0.17.1 0.38.0/4.57.1/0.17.1
 
-.PHONY: demo test test-matrix bench gpu sanitize clean
+.DEFAULT_GOAL := help
+.PHONY: help demo build lint test-fast test test-robust test-matrix bench gpu sanitize clean
 
-demo: $(VENV)/installed
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: build ## write the edges of sample photographs to demo/
 	$(BIN)/trace-fast demo -o demo
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest tests
+build: $(VENV)/installed ## compile what changed in csrc/, in seconds; the environment is made once
+	$(BIN)/python setup.py -q build_ext --inplace
 
-# capture on older releases, each in an environment of its own; `make test` runs the latest
-test-matrix: $(VENV)/installed
+lint: build ## check format, types, stubs and words; change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest trace_fast._C --mypy-config-file scripts/stubtest.ini \
+	  --allowlist scripts/stubtest.allow --ignore-unused-allowlist
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/python scripts/terms.py
+
+test-fast: build ## run the tests that are not slow, in less than a minute
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" tests
+
+test: build ## run all tests
+	$(BIN)/python -m pytest -q $(PARALLEL) tests
+
+test-robust: build ## run the numeric tests with other last bits, instruction sets and numbers of threads
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/robust.sh $(PARALLEL)
+
+# capture on older releases, each in an environment apart; `make test` runs the latest
+test-matrix: build ## run the tests of capture with older releases of diffusers
 	set -e; for release in $(MATRIX); do \
 	  set -- $$(echo $$release | tr / ' '); folder=build/matrix-$$1; echo "== diffusers $$1"; \
 	  $(PYTHON) -m venv $$folder; \
@@ -26,14 +51,14 @@ test-matrix: $(VENV)/installed
 	  $$folder/bin/python -m pytest -q -p no:cacheprovider tests/test_backbones.py tests/test_conditioning.py; \
 	done
 
-bench: $(VENV)/installed
+bench: build ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-gpu: $(VENV)/installed
+gpu: build ## test, tune and measure on the GPU at hand
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh backbones
 
-sanitize: $(VENV)/installed
+sanitize: build ## run the tests of the native core with the address and undefined-behavior sanitizers
 	TRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	for threads in 1 2; do \
 	  OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
@@ -42,13 +67,14 @@ sanitize: $(VENV)/installed
 	    -x -s -k '(native or contours) and not large' || exit 1; \
 	done
 
+clean: ## remove what was made: environment, builds, demo
+	rm -rf build demo dist $(VENV) *.egg-info trace_fast/_C*.so
+
 # timm without its torchvision: the registry has that for CUDA alone, and beside another torch it cannot be imported
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt $(TORCH) torch
-	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[demo,test]'
 	$(BIN)/pip install -c constraints.txt --no-deps timm
 	touch $@
-
-clean:
-	rm -rf build demo dist $(VENV) *.egg-info trace_fast/_C*.so

@@ -1,7 +1,7 @@
-"""Builds trace_fast._C from csrc/ with ninja; metadata is in pyproject.toml, and torch is not needed to build.
+"""Build trace_fast._C from csrc/ with ninja; metadata is in pyproject.toml, and torch is not needed to build.
 
 TRACE_FAST_CUDA=1 adds the GPU kernels, for which nvcc must be on PATH. TRACE_FAST_SANITIZE=1 builds with the address
-and undefined-behaviour sanitizers. Each is apart from the ordinary build.
+and undefined-behavior sanitizers. Each has a build folder apart from the ordinary one.
 """
 
 import os
@@ -39,61 +39,72 @@ if SANITIZE:
 
 
 class NinjaBuild(build_ext):
-    """Writes one ninja file and runs it; the folder stays, so that a second build compiles only what changed."""
+    """A build by ninja, whose folder stays, so that a second build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension: there is only trace_fast._C."""
-        kind = ("cuda" if CUDA else "cpu") + ("-sanitize" if SANITIZE else "")
-        folder = Path("build", f"ninja-{kind}").resolve()
+        variant = ("cuda" if CUDA else "cpu") + ("-sanitize" if SANITIZE else "")
+        folder = Path("build", f"ninja-{variant}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = folder / target.name
 
-        compiler = os.environ.get("CXX", "c++")
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        system = " -undefined dynamic_lookup" if sys.platform == "darwin" else " -ldl"
-        lines = [
-            f"flags = {FLAGS} {'-DTRACE_FAST_CUDA' if CUDA else ''} {os.environ.get('CXXFLAGS', '')}",
-            f"headers = {' '.join(shlex.quote(f'-I{path}') for path in includes)}",
-            "rule compile",
-            f"  command = {compiler} $flags $isa $headers -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule compile_cuda",
-            f"  command = nvcc {NVCC_FLAGS} -DTRACE_FAST_CUDA -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {compiler} -shared $flags{system} $in $libraries {os.environ.get('LDFLAGS', '')} -o $out",
-        ]
-        objects = []
-
-        def add(source: str, name: str, isa: str = "", rule: str = "compile") -> None:
-            path = str(Path(source).resolve()).replace(" ", "$ ").replace(":", "$:")
-            lines.extend([f"build {name}.o: {rule} {path}", f"  isa = {isa}"])
-            objects.append(f"{name}.o")
-
-        for source in CORE:
-            add(source, Path(source).stem)
-        for source in CPU:
-            for isa, flags in ISAS.items():
-                add(source, f"{Path(source).stem}.{isa}", f"-DTRACE_FAST_ISA=Isa::{isa} {flags}")
-        for source in GPU if CUDA else []:
-            add(source, f"{Path(source).stem}.cuda", rule="compile_cuda")
-        lines.append(f"build {built.name}: link {' '.join(objects)}")
-        if CUDA:
-            lines.append(f"  libraries = {cudart()}")
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-
+        (folder / "build.ninja").write_text("\n".join([*rules(), *edges(target.name)]) + "\n")
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
-        shutil.copyfile(built, target)
+        # a process that has loaded the old file keeps it
+        part = target.with_suffix(".part")
+        shutil.copyfile(folder / target.name, part)
+        os.replace(part, target)
 
 
-def cudart() -> str:
-    """How to link CUDA's runtime statically: nvcc says where it is."""
-    told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
-    line = next(line for line in told.stderr.splitlines() if "LIBRARIES=" in line)
+def rules() -> list[str]:
+    """Return the variables and rules of the ninja file."""
+    compiler = os.environ.get("CXX", "c++")
+    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    system = " -undefined dynamic_lookup" if sys.platform == "darwin" else " -ldl"
+    return [
+        f"flags = {FLAGS} {'-DTRACE_FAST_CUDA' if CUDA else ''} {os.environ.get('CXXFLAGS', '')}",
+        f"headers = {' '.join(shlex.quote(f'-I{path}') for path in includes)}",
+        "rule compile",
+        "  description = compile $out",
+        f"  command = {compiler} $flags $isa $headers -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile_cuda",
+        "  description = compile $out",
+        f"  command = nvcc {NVCC_FLAGS} -DTRACE_FAST_CUDA -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  description = link $out",
+        f"  command = {compiler} -shared $flags{system} $in $libraries {os.environ.get('LDFLAGS', '')} -o $out",
+    ]
+
+
+def edges(library: str) -> list[str]:
+    """Return the lines of the ninja file that compile every source and link the library."""
+    # source, name of the object, flags of the instruction set, rule
+    sources = [(source, Path(source).stem, "", "compile") for source in CORE]
+    for source in CPU:
+        for isa, flags in ISAS.items():
+            sources.append((source, f"{Path(source).stem}.{isa}", f"-DTRACE_FAST_ISA=Isa::{isa} {flags}", "compile"))
+    if CUDA:
+        sources += [(source, f"{Path(source).stem}.cuda", "", "compile_cuda") for source in GPU]
+
+    lines = []
+    for source, name, isa, rule in sources:
+        path = str(Path(source).resolve()).replace(" ", "$ ").replace(":", "$:")
+        lines += [f"build {name}.o: {rule} {path}", f"  isa = {isa}"]
+    lines.append(f"build {library}: link {' '.join(f'{name}.o' for _, name, *_ in sources)}")
+    if CUDA:
+        lines.append(f"  libraries = {cuda_runtime()}")
+    return lines
+
+
+def cuda_runtime() -> str:
+    """Return the options that link CUDA's runtime statically, from the folder that nvcc names."""
+    dry_run = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    line = next(line for line in dry_run.stderr.splitlines() if "LIBRARIES=" in line)
     return f"{line.partition('=')[2].replace(chr(34), '')} -lcudart_static -ldl -lrt"
 
 

@@ -1,4 +1,8 @@
-"""Fixtures every test file may use."""
+"""Fixtures every test file may use, and three environment variables that make the suite run as on another machine.
+
+TRACE_FAST_TEST_ULP=1 changes the last bit of torch's results (see rounding.py), TRACE_FAST_TEST_INSTRUCTION_SET names
+the instruction set of the native core where a test does not choose one, and OMP_NUM_THREADS is the number of threads.
+"""
 
 import importlib.util
 import math
@@ -6,8 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# the processes of pytest-xdist share the cores; decided before anything imports torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
+import rounding
 import torch
 
 from trace_fast import _C
@@ -15,6 +24,10 @@ from trace_fast import _C
 # without a GPU the Triton kernels run in numpy; decided before anything imports triton
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRACE_FAST_TEST_ULP") == "1":
+    rounding.install()
+if name := os.environ.get("TRACE_FAST_TEST_INSTRUCTION_SET"):
+    _C.set_instruction_set(name)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
 IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), pytest.param("triton", marks=needs_triton)]

@@ -392,7 +392,9 @@ class TestNoising:
         # the scheduler's betas are float32
         expected = pipe.scheduler.alphas_cumprod
         torch.testing.assert_close(signal.flatten().square(), expected, rtol=0, atol=2e-5)
-        assert 0 < signal[-1] < 1e-3 and sigma[-1] == 1
+        # the last sigma rounds to 1 or to the number below it, as the last bit of abar falls
+        assert 0 < signal[-1] < 1e-3
+        assert 1 - torch.finfo(torch.float32).eps <= sigma[-1] <= 1
         sample = schedule.noise(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([999]))
         assert schedule.denoise(sample, torch.ones(1, 1, 1, 1), torch.tensor([999])).isfinite().all()
 
