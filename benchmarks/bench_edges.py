@@ -17,7 +17,7 @@ from PIL import Image
 import trace_fast
 from trace_fast import Detector, Tracer, ops, reference
 from trace_fast.io import images as image
-from trace_fast.tracer import TIMESTEPS, probability
+from trace_fast.tracer import TIMESTEPS, edge_probability
 
 HEIGHT, WIDTH = 480, 640
 EDGES = "edges of 640 x 480, mini"
@@ -56,7 +56,7 @@ def bench_search(measure, tracer, path, noising):
     assert torch.equal(output.kl, kl)
     chosen = kl[0].argmax() + 1
     scale = tracer.backbone.settings.edge_scale
-    assert torch.equal(output.edges, probability(abdiv[:, chosen], scale, (HEIGHT, WIDTH)))
+    assert torch.equal(output.edges, edge_probability(abdiv[:, chosen], scale, (HEIGHT, WIDTH)))
     measure(EDGES, f"search, {noising}", search)
 
 
@@ -92,7 +92,7 @@ def bench_stage(measure, tracer, path, maps, stage):
         return [ops.step_kl_abdiv(previous, current, height, width) for previous, current in itertools.pairwise(maps)]
 
     def post():
-        return probability(strength, backbone.settings.edge_scale, (HEIGHT, WIDTH))
+        return edge_probability(strength, backbone.settings.edge_scale, (HEIGHT, WIDTH))
 
     strength = divergence()[0][1]
     if stage == "forward_capture":

@@ -98,7 +98,7 @@ def whole_pass(detector, images, photograph=None):
     backbone = detector.backbone
     taps = AttentionReadout(detector.decoder.values, reading(backbone))
     with listen(backbone, taps.on_attention):
-        backbone.predict(backbone.encode(images), torch.full((len(images),), detector.level))
+        backbone.predict(backbone.encode(images), torch.full((len(images),), detector.timestep))
     return detector.decoder(taps.result(), photograph)
 
 
@@ -108,7 +108,7 @@ class TestRoundTrip:
         again = Detector.from_pretrained(tmp_path / "new" / "folder", device="cpu")
         images = photograph(batch=2)
         assert torch.equal(again.edges(images), detector.edges(images))
-        assert again.config == detector.config and again.level == detector.level
+        assert again.config == detector.config and again.timestep == detector.timestep
 
     def test_files_are_those_of_the_folder_it_came_from(self, detector, folder, tmp_path):
         detector.save_pretrained(tmp_path)
@@ -179,7 +179,7 @@ class TestRoundTrip:
         first, second = (Detector.from_pretrained(x, device="cpu") for x in (students / "sd15" / "student", student))
         assert all(torch.equal(second.backbone.empty_prompt[name], x) for name, x in changed.items())
         images = torch.rand(1, 3, *SIZE)
-        assert not torch.equal(first.predict(images, None), second.predict(images, None))  # it is used
+        assert not torch.equal(first._forward(images, None), second._forward(images, None))  # it is used
 
     @pytest.mark.parametrize("revision", ["abc123", None])
     def test_the_base_is_read_at_the_revision_that_was_distilled(self, copied, monkeypatch, revision):
@@ -221,9 +221,9 @@ class TestCall:
             assert_close(torch.as_tensor(found).view(1, 1, *size), detector.edges(tensor[None]), rtol=0, atol=1e-6)
 
     def test_images_of_a_list_share_passes(self, detector, monkeypatch):
-        passes, real = [], detector._run
+        passes, real = [], detector._forward
         monkeypatch.setattr(
-            detector, "_run", lambda images, detail: (passes.append(len(images)), real(images, detail))[1]
+            detector, "_forward", lambda images, detail: (passes.append(len(images)), real(images, detail))[1]
         )
         images = [photograph(20 + index)[0] for index in range(10)]
         detector(images)
@@ -269,7 +269,7 @@ class TestCall:
         images = photograph(*size)
         small = torch.nn.functional.interpolate(images, scale_factor=detail, mode="bilinear") if detail else None
         with torch.no_grad():
-            logits = detector.predict(images, small)
+            logits = detector._forward(images, small)
         options = {"mode": "bilinear", "align_corners": False, "antialias": logits.shape[-1] > size[1]}
         stretched = torch.nn.functional.interpolate(logits, size, **options)
         assert_close(detector.edges(images), stretched.sigmoid(), rtol=0, atol=1e-6)
@@ -278,7 +278,7 @@ class TestCall:
         detector = Detector.from_pretrained(students / "pixels", device="cpu")
         logits = torch.full((1, 1, 64, 96), -6.0)
         logits[..., 5::11] = 6.0  # lines of a pixel, at every place in turn against the photograph's pixels
-        monkeypatch.setattr(detector, "_run", lambda *_: logits)
+        monkeypatch.setattr(detector, "_forward", lambda *_: logits)
         row = detector.edges(photograph(21, 32))[0, 0, 10]
         strengths = row[1:-1][(row[1:-1] > row[:-2]) & (row[1:-1] >= row[2:])]
         assert len(strengths) == 8 and strengths.max() < 8 * strengths.min()
@@ -351,7 +351,7 @@ class TestOnePass:
         size, detail = detector.backbone.settings.size, detector.decoder.detail
         images, details = photograph(*size, batch=2), photograph(size[0] * detail, size[1] * detail, batch=2)
         with torch.no_grad():
-            found = detector.predict(images, details if detail else None)
+            found = detector._forward(images, details if detail else None)
         assert torch.equal(found, whole_pass(detector, images, details if detail else None))
 
     def test_the_network_is_told_the_students_level(self, students, tmp_path):
@@ -656,7 +656,7 @@ class TestStages:
 
     @pytest.mark.parametrize("stage", [0, 3, "2", True, [1]])
     def test_a_stage_that_is_none(self, students, stage):
-        with pytest.raises(ValueError, match=re.escape(f"edges: stage must be 1, 2 or None, got {stage!r}")):
+        with pytest.raises(ValueError, match=re.escape(f"load: stage must be 1, 2 or None, got {stage!r}")):
             trace_fast.edges(photograph(), model=students / "conv", stage=stage)
 
 

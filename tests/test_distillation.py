@@ -395,7 +395,7 @@ class TestEveryFamily:
         expected, prediction = logits()
         assert (expected - plain).abs().max() > 1e-3 and (prediction - predicted).abs().max() > 1e-3
         with torch.no_grad():
-            assert_close(detector.predict(images, None), expected, rtol=1e-4, atol=1e-5)
+            assert_close(detector._forward(images, None), expected, rtol=1e-4, atol=1e-5)
             # and the rest of the network, which the student does not run
             whole = detector.backbone.predict(backbone.encode(images), level)
         assert_close(whole, prediction, rtol=1e-3, atol=1e-4)
@@ -453,7 +453,7 @@ def test_a_student_finds_what_its_search_found(config):
     images, _, abdiv = run.load(range(6, 10))  # those it was trained on
     label = pseudo_labels(abdiv, "soft", scale=run.scale)[0]
     with torch.no_grad():
-        found = detector.predict(images, None)[:, 0].sigmoid()
+        found = detector._forward(images, None)[:, 0].sigmoid()
     together = torch.corrcoef(torch.stack([found.flatten(), label.flatten()]))[0, 1]
     assert together > 0.6
 

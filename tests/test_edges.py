@@ -109,20 +109,20 @@ def test_bad_images(image, error, message):
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 0), (torch.bfloat16, 2e-3)], ids=str)
 def test_torchs_default_dtype_changes_nothing(photograph, stage, dtype, apart):
     expected = trace_fast.edges(photograph, stage=stage)
-    api._load.cache_clear()
+    api._load_once.cache_clear()
     torch.set_default_dtype(dtype)
     try:
         found = trace_fast.edges(photograph, stage=stage)
         kl = trace_fast.Tracer.from_pretrained(device="cpu")(photograph, timestep="iep", noising="gaussian").kl
     finally:
         torch.set_default_dtype(torch.float32)
-        api._load.cache_clear()
+        api._load_once.cache_clear()
     assert found.dtype == np.float32 and kl.dtype == torch.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=apart)
 
 
 def test_torchs_default_device_changes_nothing(photograph, expected):
-    api._load.cache_clear()
+    api._load_once.cache_clear()
     torch.set_default_device("meta")
     try:
         found = trace_fast.edges(photograph, device="cpu")
@@ -152,7 +152,7 @@ def test_the_bad_one_of_a_list_is_told(photograph):
 def test_bad_options(photograph):
     with pytest.raises(TypeError, match=r"trace: seed must be an int, got float"):
         trace_fast.edges(photograph, stage=1, seed=1.5)
-    with pytest.raises(TypeError, match="edges: model must be a name or a folder, got NoneType"):
+    with pytest.raises(TypeError, match=r"load: model must be a name, a folder, .* got NoneType"):
         trace_fast.edges(photograph, model=None)
     with pytest.raises(ValueError, match=r"output_type must be .* got 'jpg'"):
         trace_fast.edges(photograph, output_type="jpg")

@@ -18,7 +18,7 @@ from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.mini import Attention, Mini, MiniBackbone, MiniConfig
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
-from trace_fast.tracer import TIMESTEPS, probability
+from trace_fast.tracer import TIMESTEPS, edge_probability
 
 LEVELS = (0, 99, 299, 899)
 
@@ -322,7 +322,7 @@ def test_edges_are_a_monotone_map_at_the_inputs_size(tracer):
 
 
 def test_a_divergence_that_rounding_left_below_zero_is_no_edge():
-    edges = probability(torch.tensor([[[-1e-6, -1e-6], [0.0, 0.5]]]), 0.1, (5, 7))
+    edges = edge_probability(torch.tensor([[[-1e-6, -1e-6], [0.0, 0.5]]]), 0.1, (5, 7))
     assert edges.shape == (1, 1, 5, 7)
     assert edges.min() == 0 and edges.max() == 1 - torch.exp(torch.tensor(-5.0))
 
@@ -342,12 +342,12 @@ def test_seed_matters_for_gaussian_noising_alone(tracer, images):
         ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer level, got 'peak'"),
         ({"timestep": True}, TypeError, "timestep must be 'iep' or an integer level, got True"),
         ({"timestep": 1000}, ValueError, "timestep must be from 0 to 999, got 1000"),
-        ({"timesteps": (99, 0)}, ValueError, r"timesteps must be rising levels from 0 to 999, got \(99, 0\)"),
-        ({"timesteps": ()}, ValueError, "timesteps must be rising levels"),
-        ({"timesteps": (0, 1000)}, ValueError, "timesteps must be rising levels"),
+        ({"timesteps": (99, 0)}, ValueError, r"timesteps must rise and be from 0 to 999, got \(99, 0\)"),
+        ({"timesteps": ()}, ValueError, "timesteps must rise and be from 0 to 999"),
+        ({"timesteps": (0, 1000)}, ValueError, "timesteps must rise and be from 0 to 999"),
         ({"timesteps": (0, 9.5)}, TypeError, "timesteps must be a sequence of integers"),
         ({"timesteps": 5}, TypeError, "timesteps must be a sequence of integers, got 5"),
-        ({"timesteps": (0,), "timestep": "iep"}, ValueError, "timesteps must be at least two levels"),
+        ({"timesteps": (0,), "timestep": "iep"}, ValueError, "timesteps must be at least two for a KL curve"),
         ({"timesteps": (99, 199), "noising": "inversion"}, ValueError, "timesteps must start at 0 for inversion"),
         ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian, got 'ddpm'"),
     ],

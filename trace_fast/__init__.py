@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from trace_fast import io, masks, ops, reference
-from trace_fast.api import edges
+from trace_fast.api import edges, load
 from trace_fast.backbones import models
 from trace_fast.detector import Detector
 from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
@@ -31,6 +31,7 @@ __all__ = [
     "evaluation",
     "instances",
     "io",
+    "load",
     "masks",
     "models",
     "ops",

@@ -1,95 +1,211 @@
-"""`trace_fast.edges`: one function, whichever stage of TRACE a model has."""
+"""`trace_fast.load` and `trace_fast.edges`: which stage of TRACE serves a model is decided here and nowhere else."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trace_fast.backbones import has_student, models
+from trace_fast.backbones import find_source, models
 from trace_fast.detector import Detector
 from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image
+from trace_fast.model import EdgeModel
 from trace_fast.tracer import Tracer
 
-__all__ = ["edge_finder", "edges"]
+__all__ = ["edges", "load"]
 
 
-def edge_finder(model: str | Path, stage: int | None = None, device: str | None = None) -> Callable[..., Tensor]:
-    """What finds the edges of images, loaded: images (B, 3, H, W) in [0, 1] to (B, 1, H, W) float32; see `edges`.
+def load(
+    model: Any = "mini",
+    *,
+    stage: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
+    offload: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+) -> Tracer | Detector:
+    """Load a model that finds instance edges: the one-step student where there is one, else the search.
 
-    The last four are kept, those of a folder until its files change.
+    Both have the same interface: `model(image)` takes anything that `trace_fast.edges` takes, `model.edges(pixels)`
+    takes and returns tensors, `model.to(device)` moves it, and `device`, `dtype`, `size` and `timestep` describe it.
+
+    Args:
+        model: a name of `trace_fast.models()`, a repository of the hub (owner/name), or a local folder: a student's, or
+            one in the layout of diffusers, or of transformers, timm or ours with config.json and model.safetensors.
+            Also a pipeline of diffusers or an encoder of transformers or timm, which is used as it is; a Tracer or a
+            Detector is returned as it is.
+        stage: 1 for the search (`Tracer`), 2 for the student (`Detector`); None is 2 where the model has or is a
+            student, else 1.
+        device: where to run; None is the GPU where there is one, else the CPU.
+        dtype: of the weights; None is bfloat16 on a GPU, and float32 on the CPU and for networks of this package.
+        size: processing size in pixels, (height, width); None is the model's own, or the one that a student was trained
+            at.
+        offload: for a card that is too small. "model" keeps the weights in main memory and moves autoencoder and
+            network to the device in turn, whole, while they run (diffusers' `enable_model_cpu_offload`); "sequential"
+            does so layer by layer, which needs little of the device and is slower by far
+            (`enable_sequential_cpu_offload`).
+        revision: branch, tag or commit of a repository.
+        variant: of the weight files, such as "fp16".
+        local_files_only: never ask the hub; HF_HUB_OFFLINE=1 does the same.
+
+    Returns:
+        A `Tracer` (stage 1) or a `Detector` (stage 2).
+
+    Raises:
+        TypeError: `model` or `dtype` is of a kind that is not listed.
+        ValueError: the name, `stage` or `offload` is unknown, the model has no such stage, files are damaged or do not
+            fit each other, or an option that chooses what to load is given with a model that is loaded already.
+        RuntimeError: the device is not present, the repository is gated or out of reach, a package is needed and not
+            installed, or memory is too small; the message says what to do.
+
+    Example:
+        >>> trace_fast.load("mini", device="cpu", size=(96, 128))
+        Detector('mini', size=(96, 128), timestep=0, device='cpu', dtype=torch.float32)
     """
+    check_stage(stage)
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "offload": offload,
+        "revision": revision,
+        "variant": variant,
+        "local_files_only": local_files_only or None,
+    }
     if not isinstance(model, (str, Path)):
-        raise TypeError(f"edges: model must be a name or a folder, got {type(model).__name__}")
+        return use_loaded(model, stage, size, options)
+    options["local_files_only"] = local_files_only
+    if stage is None:
+        source = find_source(model, revision=revision, local_files_only=local_files_only)
+        stage = 1 if source.student is None else 2
+    return (Tracer if stage == 1 else Detector).from_pretrained(model, size=size, **options)
+
+
+def use_loaded(
+    model: Any, stage: int | None, size: tuple[int, int] | None, options: dict[str, Any]
+) -> Tracer | Detector:
+    """Return a model that is in memory already as a Tracer or Detector; refuse options that choose what to load."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"load: {name} must be None for a model that is loaded already, got {value!r} with a "
+                f"{type(model).__name__}"
+            )
+    if isinstance(model, EdgeModel):
+        edge_model: Any = model if size is None else model.resized(size)
+    elif isinstance(model, nn.Module):
+        edge_model = Tracer.from_encoder(model, size=size)
+    elif hasattr(model, "unet") or hasattr(model, "transformer"):
+        edge_model = Tracer.from_pipeline(model, size=size)
+    else:
+        raise TypeError(
+            "load: model must be a name, a folder, a Tracer, a Detector, a pipeline of diffusers or an encoder, got "
+            f"{type(model).__name__}"
+        )
+    loaded_stage = 2 if isinstance(edge_model, Detector) else 1
+    if stage not in (None, loaded_stage):
+        raise ValueError(f"load: stage must be {loaded_stage} or None for this {type(model).__name__}, got {stage}")
+    return edge_model
+
+
+def check_stage(stage: Any) -> None:
+    """Refuse a stage that is not 1, 2 or None."""
     if not (stage is None or (isinstance(stage, int) and not isinstance(stage, bool) and stage in (1, 2))):
-        raise ValueError(f"edges: stage must be 1, 2 or None, got {stage!r}")
-    if model in models() or not Path(model).is_dir():
-        return _load(str(model), stage, device, ())
-    folder = Path(model).resolve()
-    files = [path for pattern in ("*.*", "*/*.*") for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return _load(str(folder), stage, device, tuple(path.stat().st_mtime_ns for path in files))
-
-
-@functools.lru_cache(maxsize=4)
-def _load(model: str, stage: int | None, device: str | None, _: tuple[int, ...]) -> Callable[..., Tensor]:
-    if stage == 2 or (stage is None and has_student(model)):
-        detector = Detector.from_pretrained(model, device=device)
-        return lambda pixels, **_: detector.edges(pixels)
-    tracer = Tracer.from_pretrained(model, device=device)
-    return lambda pixels, seed=0: tracer(pixels, seed=seed).edges
+        raise ValueError(f"load: stage must be 1, 2 or None, got {stage!r}")
 
 
 def edges(
     image: Any,
     *,
-    model: str | Path = "mini",
+    model: Any = "mini",
     stage: int | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
     seed: int = 0,
     output_type: str | None = None,
 ) -> Any:
-    """Instance edges of an image: where one object ends and the next begins.
+    """Return the instance edges of an image: where one object ends and the next begins.
 
-    Stage 1 is the search: 1 - exp(-ABDiv / s) of the self-attention of a diffusion model, read at the noise level that
-    the model's settings say (TRACE, sections 3.1 and 3.2). Stage 2 is its one-step student (section 3.3).
+    Stage 1 is the search: 1 - exp(-ABDiv / s) of the self-attention of a diffusion model, read at the timestep that the
+    model's settings say (TRACE, sections 3.1 and 3.2). Stage 2 is its one-step student (section 3.3).
 
     Args:
         image: a path, a PIL image of any mode, an (H, W) or (H, W, C) array with C = 1, 3 or 4, uint8, uint16 or float
             in [0, 1], a (C, H, W) or (B, C, H, W) tensor likewise, or a list of any of these, sizes mixed.
-        model: a name of `trace_fast.models()`, a repository of the hub, or a local folder. With stage 2, those of a
-            student, too. The last four used are kept loaded.
-        stage: 1, 2, or None for 2 where the model has or is a student, and 1 where there is none.
-        device: where to run; default a tensor's own device, else the GPU where there is one, else the CPU.
-        seed: of the noise, where the search uses any.
+        model: a name of `trace_fast.models()`, a repository of the hub, a local folder, or a model in memory; see
+            `trace_fast.load`. The last four names and folders used are kept loaded. A pipeline's empty prompt is
+            embedded at every call: `load` it once for many images.
+        stage: 1, 2, or None for 2 where the model has or is a student, else 1.
+        device: where to run; None is a tensor's own device, else the GPU where there is one, else the CPU.
+        dtype: of the weights; see `trace_fast.load`.
+        size: processing size in pixels, (height, width); None is the model's own.
+        seed: seed of the Gaussian noise, where the search draws any.
         output_type: "np", "pt" or "pil" instead of the kind that follows from the input.
 
     Returns:
         Probability in [0, 1] at the input's size, float32: (H, W) array for a path, PIL image or array; (B, 1, H, W)
-        tensor on the input's device for a tensor; a list for a list. As "pil", a greyscale 8-bit picture.
+        tensor on the input's device for a tensor; a list for a list. As "pil", a grayscale 8-bit picture.
 
     Raises:
         TypeError: the image is of a kind or dtype that is not listed.
-        ValueError: its shape or values are not usable, `model` is unknown or damaged, or has no such stage.
+        ValueError: its shape or values are not usable, or `load` refuses the model.
 
     Example:
         >>> import numpy, trace_fast
         >>> trace_fast.edges(numpy.zeros((48, 64, 3), "uint8")).shape
         (48, 64)
     """
-    if isinstance(image, (list, tuple)):
-        if not image:
-            raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        found = []
-        for index, item in enumerate(image):
-            with error_context(index):
-                found.append(edges(item, model=model, stage=stage, device=device, seed=seed, output_type=output_type))
-        return found
     check_output_type(output_type)
-    if device is None:
-        device = image.device if isinstance(image, Tensor) else "cuda" if torch.cuda.is_available() else "cpu"
-    find = edge_finder(model, stage, str(device))
-    return convert_edges(find(read_image(image), seed=seed), image, output_type)
+    named = isinstance(model, (str, Path))
+    loaded = None if named else load(model, stage=stage, device=device, dtype=dtype, size=size)
+
+    def find_edges(item: Any) -> Any:
+        place = item.device if device is None and isinstance(item, Tensor) else device
+        edge_model = loaded or load_cached(model, stage, place, dtype, size)
+        return convert_edges(edge_model.edges(read_image(item), seed=seed), item, output_type)
+
+    if not isinstance(image, (list, tuple)):
+        return find_edges(image)
+    if not image:
+        raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
+    results = []
+    for index, item in enumerate(image):
+        with error_context(index):
+            results.append(find_edges(item))
+    return results
+
+
+def load_cached(
+    model: str | Path,
+    stage: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    size: tuple[int, int] | None,
+) -> Tracer | Detector:
+    """Return a model by name from the last four that were used; a folder is read again after its files change."""
+    check_stage(stage)
+    name = str(model)
+    times: tuple[int, ...] = ()
+    if name not in models() and Path(model).is_dir():
+        folder = Path(model).resolve()
+        files = [path for pattern in ("*.*", "*/*.*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+        name, times = str(folder), tuple(path.stat().st_mtime_ns for path in files)
+    return _load_once(name, stage, None if device is None else str(device), dtype, size, times)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_once(
+    model: str,
+    stage: int | None,
+    device: str | None,
+    dtype: torch.dtype | None,
+    size: tuple[int, int] | None,
+    _: tuple[int, ...],
+) -> Tracer | Detector:
+    return load(model, stage=stage, device=device, dtype=dtype, size=size)

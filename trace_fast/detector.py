@@ -1,13 +1,13 @@
-"""Stage 2 of TRACE: the one-step student, whose attention a tiny decoder reads in a single pass."""
+"""Stage 2 of TRACE: the one-step student, whose attention a small decoder reads in a single pass."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save
@@ -19,28 +19,29 @@ from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY
 from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
+from trace_fast.model import EdgeModel
 from trace_fast.ops import checks
 
 __all__ = ["Detector"]
 
 BATCH = 8  # images of a list that share a pass, at most
-PIXELS = BATCH * 512**2  # and of how many pixels in all, as the network or its decoder sees them
+PIXELS = BATCH * 512**2  # pixels of a pass, at most, as the network or its decoder sees them
 
 
-class HeardError(Exception):
-    """Every attention that a decoder reads has been heard: what the network would still do is not needed."""
+class StopForward(Exception):  # noqa: N818 (no error)
+    """Raised after the last attention that a decoder reads, to skip what the network would still compute."""
 
 
-class Detector:
+class Detector(EdgeModel):
     """Instance edges in one pass: the student of `Tracer`, distilled by `trace_fast.distill` (TRACE, section 3.3).
 
-    The network runs once, at one noise level, and only as far as the last attention that is read; no attention map is
-    made. Calls do not depend on one another, and calls from several threads take turns.
+    The network runs once, at one timestep, and only as far as the last attention that is read; no attention map is
+    made. Calls do not depend on one another, and calls from several threads run one after the other.
 
     Args:
         backbone: the network, with its adapter merged into the weights.
-        decoder: what reads its attention, one of `trace_fast.decoder`.
-        level: noise level that the network is told; the image itself is not noised.
+        decoder: the module that reads its attention, one of `trace_fast.decoder`.
+        timestep: given to the network; the image itself is not noised.
         name: of the student, for messages.
         config: what `save_pretrained` writes beside the weights: see `Detector.from_pretrained`.
         adapter: the low-rank matrices that were merged, by name.
@@ -51,16 +52,17 @@ class Detector:
         backbone: Backbone,
         decoder: Decoder,
         *,
-        level: int = 0,
+        timestep: int = 0,
         name: str = "custom",
         config: dict[str, Any] | None = None,
         adapter: dict[str, Tensor] | None = None,
     ):
-        self.backbone, self.level, self.name = backbone, level, name
+        super().__init__(backbone, name)
+        self._timestep = timestep
         self.decoder = decoder.to(device_of(backbone.network)).eval().requires_grad_(False)
         self.config, self.adapter = dict(config or {}), dict(adapter or {})
         self._lock = Turns()  # hooks sit on the network, which all threads share
-        self._run: Any = self.predict
+        self._forward: Callable[[Tensor, Tensor | None], Tensor] = StudentPass(backbone, self.decoder, timestep)
 
     @classmethod
     def from_pretrained(
@@ -69,57 +71,67 @@ class Detector:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+        offload: str | None = None,
         revision: str | None = None,
+        variant: str | None = None,
         local_files_only: bool = False,
     ) -> Detector:
-        """Read a student: "mini", a local folder, or a repository of the hub that holds one.
+        """Load a student: "mini", a local folder, or a repository of the hub; see `trace_fast.load` for the arguments.
 
         The folder has config.json, decoder.safetensors and lora.safetensors, and null_text.safetensors where the
         network takes a prompt. The base model is not in it: it is loaded from where config.json says, its text encoders
         are not needed, and the adapter is merged into its weights, so that the student is as fast as its base.
-
-        Args:
-            model: name of an embedded student, folder, or repository (owner/name).
-            device: where to run; default the GPU where there is one, else the CPU.
-            dtype: of the base model's weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this
-                package.
-            revision: branch, tag or commit of the repository.
-            local_files_only: never ask the hub, neither for the student nor for its base.
+        `revision` is that of the student's repository, `variant` that of the base's weight files. At a `size` other
+        than the one that the student was trained at, its values are interpolated.
 
         Raises:
             ValueError: there is no student of that name, or its files are damaged or do not fit each other.
-            RuntimeError: the device is not there, a repository is out of reach, or memory is too small.
+            RuntimeError: the device is not present, a repository is out of reach, or memory is too small.
+
+        Example:
+            >>> Detector.from_pretrained("mini", device="cpu").edges(torch.rand(1, 3, 48, 64)).shape
+            torch.Size([1, 1, 48, 64])
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         device = checks.device("load", device)
         folder = fetch_student(model, revision=revision, local_files_only=local_files_only)
+        refusal = f"load: model must be the folder of a student, got {str(folder)!r}: "
         try:
             config, weights = upgrade_student(json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER))
-            source, revision = config["base"]["model"], config["base"].get("revision")
-            level, size, options = int(config["timestep"]), tuple(config["size"]), config["decoder"]
+            base, base_revision = config["base"]["model"], config["base"].get("revision")
+            timestep, trained_size, options = int(config["timestep"]), tuple(config["size"]), config["decoder"]
             adapter = load_weights(folder / ADAPTER)
             empty_prompt = load_weights(folder / EMPTY_PROMPT) if (folder / EMPTY_PROMPT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
-            raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
+            raise ValueError(f"{refusal}{error}") from error
+
+        def prepare(backbone: Backbone) -> None:
+            try:
+                merge(backbone.network, adapter, config.get("scale", 1.0))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{refusal}{error}") from error
+            if hasattr(backbone, "vae"):  # its convolutions are faster so
+                backbone.vae.to(memory_format=torch.channels_last)
+
         backbone = load_backbone(
-            source,
+            base,
             device=device,
             dtype=dtype,
-            size=size,
-            revision=revision,
+            size=trained_size,
+            offload=offload,
+            revision=base_revision,
+            variant=variant,
             local_files_only=local_files_only,
             empty_prompt=empty_prompt,
+            prepare=prepare,
         )
         try:
             decoder = make_decoder(grid=finest(backbone), **options)
             decoder.load_state_dict(weights)
-            merge(backbone.network, adapter, config.get("scale", 1.0))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"load: model must be the folder of a student, got {str(folder)!r}: {error}") from error
-        if hasattr(backbone, "vae"):  # its convolutions are faster so
-            backbone.vae.to(memory_format=torch.channels_last)
-        return cls(backbone, decoder, level=level, name=str(model), config=config, adapter=adapter)
+            raise ValueError(f"{refusal}{error}") from error
+        detector = cls(backbone, decoder, timestep=timestep, name=str(model), config=config, adapter=adapter)
+        return detector if size is None else detector.resized(size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `from_pretrained` reads: decoder, adapter, empty prompt and configuration, not the base model.
@@ -128,8 +140,7 @@ class Detector:
             folder: made where it is missing; files of the same names are replaced.
 
         Raises:
-            ValueError: nothing says what the base model is, of a detector that was not read or distilled but put
-                together.
+            ValueError: the configuration does not name the base model, as of a detector made by hand.
         """
         if "base" not in self.config:
             raise ValueError(f"save_pretrained: config must name the base model, got {self.config}")
@@ -161,46 +172,31 @@ class Detector:
             return str(hub.upload_folder(repo_id=repository, folder_path=folder))
 
     @property
-    def device(self) -> torch.device:
-        """Where the network runs."""
-        return device_of(self.backbone.network)
+    def timestep(self) -> int:
+        """The timestep that the network is given, an integer from 0 to 999."""
+        return self._timestep
 
-    def to(self, device: torch.device | str) -> Detector:
-        """Move network, autoencoder and decoder; returns the detector."""
-        if isinstance(device, torch.dtype):
-            raise TypeError(f"to: device must be a torch device, got {device}; give from_pretrained a dtype")
-        device = checks.device("to", device)
-        for module in (self.backbone.network, getattr(self.backbone, "vae", None), self.decoder):
-            if module is not None:
-                module.to(device)
-        return self
-
-    def compile(self, mode: str = "reduce-overhead") -> Detector:
-        """Compile the whole of a pass; returns the detector.
+    def compile(self, mode: str = "reduce-overhead") -> Self:
+        """Compile the whole pass, in place, and return the detector.
 
         The first call of each batch size takes as long as compiling does. On a GPU "reduce-overhead" records a CUDA
-        graph. A compiled pass runs the network to its end, whose last part is not needed.
+        graph. A compiled pass runs the network to its end, though its last part is not needed.
 
         Args:
-            mode: of `torch.compile`.
+            mode: see `torch.compile`.
+
+        Raises:
+            RuntimeError: the model is offloaded; such a model cannot be compiled.
         """
-        backbone, decoder = self.backbone, self.decoder
-        now: dict[str, AttentionReadout] = {}  # empty between calls, or each call would be compiled anew
-        # these hooks stay, since setting hooks would break the graph; the network is the detector's own
-        listen(backbone, lambda *heard: now["taps"].on_attention(*heard) if now else None).__enter__()
-        timestep = constant((self.level,), self.device)
-
-        def run(images: Tensor, photograph: Tensor | None) -> Tensor:
-            taps = now["taps"] = AttentionReadout(decoder.values, reading(backbone))
-            backbone.predict(backbone.encode(images), timestep.expand(len(images)))
-            now.clear()
-            return decoder(taps.result(), photograph)
-
-        size, detail = backbone.settings.size, decoder.detail
+        if any(hasattr(module, "_hf_hook") for module in self._modules()):
+            raise RuntimeError("compile: the model must not be offloaded; load it again without `offload`")
+        student = CompilablePass(self.backbone, self.decoder, self.timestep)
+        size, detail = self.size, self.decoder.detail
         empty = torch.zeros(1, 3, *size, dtype=torch.float32, device=self.device)
-        with torch.no_grad():  # once as it is: what the hooks note of the first pass would ask for a second compilation
-            run(empty, resize(empty, (size[0] * detail, size[1] * detail)) if detail else None)
-        self._run = torch.compile(run, mode=mode)
+        photo = resize(empty, (size[0] * detail, size[1] * detail)) if detail else None
+        with torch.no_grad():  # once uncompiled: what the first pass sets up would cause a second compilation
+            student(empty, photo)
+        self._forward = torch.compile(student, mode=mode)
         return self
 
     def __call__(
@@ -210,15 +206,15 @@ class Detector:
         detect_resolution: int | None = None,
         output_type: str | None = None,
     ) -> Any:
-        """Edge probability of one image, of a batch, or of a list; called as ControlNet's annotators are.
+        """Return the edge probability of one image, of a batch, or of a list; called as ControlNet's annotators are.
 
         Args:
-            image: as in `trace_fast.edges`; images of a list share passes, whatever their sizes, as far as memory
+            image: as in `trace_fast.edges`. Images of a list share passes, whatever their sizes, as far as memory
                 allows: eight of a network at 512 pixels and the paper's decoder, one at a time where a decoder sees
                 2048 pixels. A batch is one pass.
-            detect_resolution: side in pixels that the image is squashed to, a multiple of what the network allows;
-                None is what the student was trained with. For another one the decoder's values, which belong to the
-                grid they were trained on, are interpolated.
+            detect_resolution: side in pixels of the square that the image is resized to, a multiple of what the network
+                allows; None is what the student was trained with. For another one the decoder's values, which belong to
+                the grid they were trained on, are interpolated.
             output_type: "np", "pt" or "pil" instead of the kind that follows from the input.
 
         Returns:
@@ -234,81 +230,140 @@ class Detector:
             return convert_edges(self.edges(read_image(image)), image, output_type)
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        found = []
-        height, width = (side * max(1, self.decoder.detail) for side in self.backbone.settings.size)
+        outputs = []
+        height, width = (side * max(1, self.decoder.detail) for side in self.size)
         batch = max(1, min(BATCH, PIXELS // (height * width)))
         for start in range(0, len(image), batch):
-            some, pictures = image[start : start + batch], []
-            for index, item in enumerate(some, start):
+            items, pixels = image[start : start + batch], []
+            for index, item in enumerate(items, start):
                 with error_context(index):
-                    pictures.append(read_image(item))
-            parts = self.edges_of(pictures)
-            found += [convert_edges(part, item, output_type) for part, item in zip(parts, some, strict=True)]
-        return found
+                    pixels.append(read_image(item))
+            edges = self._edges_of_list(pixels)
+            outputs += [convert_edges(one, item, output_type) for one, item in zip(edges, items, strict=True)]
+        return outputs
 
-    def edges(self, pixels: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] to edge probability (B, 1, H, W) float32, on the device of the images.
+    def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
+        """Return the edge probability of a batch of images.
 
         The host does not wait for the device, unless the images are elsewhere.
+
+        Args:
+            pixels: (B, 3, H, W) float32 in [0, 1].
+            seed: has no effect, since a student draws no noise; so a detector is called as a tracer is.
+
+        Returns:
+            (B, 1, H, W) float32 in [0, 1], on the device of `pixels`.
         """
-        return self.edges_of([pixels])[0]
+        return self._edges_of_list([pixels])[0]
 
     @torch.no_grad()
-    def edges_of(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """Edges of images of several sizes, each (B, 3, H, W), in one pass; see `edges`."""
-        size, detail = self.backbone.settings.size, self.decoder.detail
-        images = [pixels.to(self.device) for pixels in pictures]
+    def _edges_of_list(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Return the edges of images of several sizes, each (B, 3, H, W), from one pass."""
+        size, detail = self.size, self.decoder.detail
+        on_device = [pixels.to(self.device) for pixels in images]
 
-        def squash(side: tuple[int, int]) -> Tensor:
-            return torch.cat([resize(pixels, side) for pixels in images])
+        def resize_all(target: tuple[int, int]) -> Tensor:
+            return torch.cat([resize(pixels, target) for pixels in on_device])
 
-        photographs = squash((size[0] * detail, size[1] * detail)) if detail else None
+        photos = resize_all((size[0] * detail, size[1] * detail)) if detail else None
         with self._lock:
-            logits = self._run(squash(size), photographs).float()
-        found = []
-        for part, pixels in zip(logits.split([len(pixels) for pixels in pictures]), pictures, strict=True):
-            # logits, not probabilities: edges stay sharp where they are stretched
+            logits = self._forward(resize_all(size), photos).float()
+        edges = []
+        for part, pixels in zip(logits.split([len(pixels) for pixels in images]), images, strict=True):
+            # logits, not probabilities, so that edges stay sharp where they are enlarged
             height, width = pixels.shape[-2:]
-            found.append(resize(part, (height, width)).sigmoid().to(pixels.device))
-        return found
+            edges.append(resize(part, (height, width)).sigmoid().to(pixels.device))
+        return edges
 
-    def predict(self, images: Tensor, photograph: Tensor | None) -> Tensor:
-        """One pass: images (B, 3, *size) and what the decoder sees of them to logits (B, 1, h, w)."""
-        backbone = self.backbone
-        taps = AttentionReadout(self.decoder.values, reading(backbone))
-        last = len(taps.grids) - 1
+    def resized(self, size: tuple[int, int]) -> Self:
+        """Return the same student at another processing size, its values interpolated; weights are shared.
 
-        def hear(index: int, query: Tensor, key: Tensor) -> None:
-            taps.on_attention(index, query, key)
-            if index == last:
-                raise HeardError
-
-        timestep = constant((self.level,), images.device).expand(len(images))
-        try:
-            with listen(backbone, hear):
-                backbone.predict(backbone.encode(images), timestep)
-        except HeardError:
-            pass
-        return self.decoder(taps.result(), photograph)
-
-    def resized(self, size: tuple[int, int]) -> Detector:
-        """The same student at another processing size in pixels, its values interpolated; weights are shared.
+        Args:
+            size: (height, width) in pixels, in multiples that the network allows.
 
         Raises:
             ValueError: the network does not allow the size.
         """
-        if size == self.backbone.settings.size:
+        if size == self.size:
             return self
-        backbone = copy.copy(self.backbone)
-        backbone.settings = replace(self.backbone.settings, size=size)
+        detector = super().resized(size)
         decoder = copy.copy(self.decoder)
         decoder._parameters = dict(self.decoder._parameters)
-        decoder.grid = finest(backbone)
+        decoder.grid = finest(detector.backbone)
         decoder.values = nn.Parameter(resample_values(self.decoder.values, self.decoder.grid, decoder.grid))
-        config = {**self.config, "size": list(size)} if self.config else None
-        found = Detector(backbone, decoder, level=self.level, name=self.name, config=config, adapter=self.adapter)
-        found._lock = self._lock  # the network is the same
-        return found
+        detector.decoder = decoder
+        detector.config = {**self.config, "size": list(size)} if self.config else {}
+        detector._forward = StudentPass(detector.backbone, decoder, self.timestep)
+        return detector
+
+    def _modules(self) -> list[nn.Module]:
+        compiled = [self._forward] if isinstance(self._forward, nn.Module) else []
+        return [*super()._modules(), self.decoder, *compiled]
+
+
+class StudentPass(nn.Module):
+    """One pass of a student, from images to logits: network, capture of its attention, decoder.
+
+    Args:
+        backbone: the network.
+        decoder: the module that reads its attention.
+        timestep: given to the network.
+    """
+
+    def __init__(self, backbone: Backbone, decoder: Decoder, timestep: int):
+        super().__init__()
+        self.backbone, self.decoder, self.timestep = backbone, decoder, timestep
+
+    def forward(self, images: Tensor, photo: Tensor | None) -> Tensor:
+        """Return logits (B, 1, h, w) of images (B, 3, *size) and, where the decoder sees it, of the photo itself.
+
+        The network stops after the last attention that is read.
+        """
+        readout = AttentionReadout(self.decoder.values, reading(self.backbone))
+        last = len(readout.grids) - 1
+
+        def on_attention(index: int, query: Tensor, key: Tensor) -> None:
+            readout.on_attention(index, query, key)
+            if index == last:
+                raise StopForward
+
+        timestep = constant((self.timestep,), images.device).expand(len(images))
+        with contextlib.suppress(StopForward), listen(self.backbone, on_attention):
+            self.backbone.predict(self.backbone.encode(images), timestep)
+        return self.decoder(readout.result(), photo)
+
+
+class CompilablePass(StudentPass):
+    """`StudentPass` for `torch.compile`: it runs the network to its end, and its hooks are set once.
+
+    Setting hooks during a pass would break the graph. They are set on a copy of the network that shares all weights, so
+    that the network itself stays without.
+    """
+
+    timesteps: Tensor
+
+    def __init__(self, backbone: Backbone, decoder: Decoder, timestep: int):
+        own: Any = copy.copy(backbone)
+        shared: dict[int, Any] = {id(x): x for x in (*own.network.parameters(), *own.network.buffers())}
+        own.network = copy.deepcopy(own.network, shared)
+        super().__init__(own, decoder, timestep)
+        place = device_of(own.network)
+        self.network = own.network  # moves with the pass, as its timestep does
+        self.register_buffer("timesteps", torch.tensor([timestep], device=place), persistent=False)
+        self.readout: AttentionReadout | None = None  # of the pass that runs
+        listen(own, self.on_attention).__enter__()
+
+    def on_attention(self, index: int, query: Tensor, key: Tensor) -> None:
+        """Read the attention of one block."""
+        if self.readout is not None:
+            self.readout.on_attention(index, query, key)
+
+    def forward(self, images: Tensor, photo: Tensor | None) -> Tensor:
+        """Return logits (B, 1, h, w), as `StudentPass` does."""
+        readout = self.readout = AttentionReadout(self.decoder.values, reading(self.backbone))
+        self.backbone.predict(self.backbone.encode(images), self.timesteps.expand(len(images)))
+        self.readout = None
+        return self.decoder(readout.result(), photo)
 
 
 def reading(backbone: Backbone, size: tuple[int, int] | None = None) -> list[tuple[int, int]]:

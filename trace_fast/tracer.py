@@ -1,4 +1,4 @@
-"""Stage 1 of TRACE: noise an image step by step, find t*, read the instance edges out of self-attention."""
+"""Stage 1 of TRACE: noise an image step by step, find t*, and read instance edges out of self-attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,25 +17,29 @@ from torch.nn import functional
 
 from trace_fast import ops
 from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pipeline
-from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant, device_of
+from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant
 from trace_fast.backbones.capture import heard
-from trace_fast.io.images import read_image, resize
+from trace_fast.io.images import error_context, read_image, resize
+from trace_fast.model import EdgeModel
 from trace_fast.ops import checks
+
+if TYPE_CHECKING:
+    from trace_fast.io.images import ImageLike
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
 
 TIMESTEPS = (0, *range(99, 1000, 100))  # stride 100 of a 1000-step schedule, and the image itself
-MAP_BYTES = 2**30  # attention maps held at once when independent levels run as a batch, where no GPU tells its room
+MAP_BYTES = 2**30  # attention maps held at once when independent timesteps run as a batch, on a CPU
 
 
 @dataclass(frozen=True)
 class TraceOutput:
-    """What `Tracer` found in one image or in a batch of one size.
+    """The result of `Tracer` for one image, or for a batch of one size.
 
     Attributes:
         edges: (B, 1, H, W) float32 in [0, 1], edge probability at the input's size.
-        timestep: (B,) int64, the noise level whose attention was read: t*, or the fixed level.
-        timesteps: (T,) int64, the levels that were visited, rising.
+        timestep: (B,) int64, the timestep whose attention was read: t*, or the fixed one.
+        timesteps: (T,) int64, all timesteps at which the network ran, rising.
         kl: (B, T - 1) float32, nats; kl[:, k] = KL(SA(timesteps[k]) || SA(timesteps[k + 1])). None unless measured.
         abdiv: (B, h, w) float32, nats, at `timestep`; None unless asked for.
         model: name or folder of the backbone.
@@ -53,19 +57,30 @@ class TraceOutput:
     size: tuple[int, int]
 
 
-class Tracer:
+class TraceOptions(TypedDict, total=False):
+    """Keyword arguments of a call of `Tracer`."""
+
+    timestep: str | int | None
+    timesteps: Sequence[int] | None
+    noising: str | None
+    seed: int
+    return_kl: bool
+    return_abdiv: bool
+
+
+class Tracer(EdgeModel):
     """Instance edges from the self-attention of a diffusion model, without training (TRACE, sections 3.1 and 3.2).
 
-    Holds a backbone and nothing else: calls do not depend on one another. Calls from several threads take turns.
+    A tracer holds a backbone and nothing else: calls do not depend on one another, and calls from several threads run
+    one after the other.
 
     Args:
-        backbone: what is read.
+        backbone: the network whose self-attention is read.
         name: recorded in the output.
     """
 
     def __init__(self, backbone: Backbone, *, name: str = "custom"):
-        self.backbone = backbone
-        self.name = name
+        super().__init__(backbone, name)
         self._lock = Turns()  # hooks sit on the network, which all threads share
 
     @classmethod
@@ -81,33 +96,21 @@ class Tracer:
         variant: str | None = None,
         local_files_only: bool = False,
     ) -> Tracer:
-        """Read a model: a name of `trace_fast.models()`, a repository of the hub, or a local folder.
+        """Load a model for the search, whether it has a student or not; see `trace_fast.load` for the arguments.
 
         A diffusers model is loaded by parts: network, autoencoder, scheduler. Its text encoders embed the empty prompt
         the first time and are freed; the embedding is kept in the user's cache. Of a vision-language model of
         transformers, only the files that hold the vision tower are fetched, and only the tower is read from them.
 
-        Args:
-            model: name, repository (owner/name), or a folder in the layout of diffusers, or of transformers, timm or
-                ours with config.json and model.safetensors.
-            device: where to run; default the GPU where there is one, else the CPU.
-            dtype: of the weights; default bfloat16 on a GPU, float32 on the CPU and for networks of this package.
-            size: processing size in pixels, (height, width); default the model's own.
-            offload: for a card that is too small. "model" keeps the weights in main memory and brings autoencoder and
-                network to the device in turn, whole, while they run (diffusers' `enable_model_cpu_offload`);
-                "sequential" does so layer by layer, which needs little of the device and is slower by far
-                (`enable_sequential_cpu_offload`).
-            revision: branch, tag or commit of a repository.
-            variant: of its weight files, such as "fp16".
-            local_files_only: never ask the hub; HF_HUB_OFFLINE=1 does the same.
-
         Raises:
-            ValueError: unknown name or offload, or damaged or mismatching files.
-            RuntimeError: the device is not there, the repository is gated or out of reach, timm is needed and is not
-                there, or memory is too small.
+            ValueError: the name or `offload` is unknown, or files are damaged or do not fit each other.
+            RuntimeError: the device is not present, the repository is gated or out of reach, timm is needed and not
+                installed, or memory is too small.
+
+        Example:
+            >>> Tracer.from_pretrained("mini", device="cpu", size=(96, 128)).size
+            (96, 128)
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         device = checks.device("load", device)
         hub: dict[str, Any] = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
         backbone = load_backbone(model, device=device, dtype=dtype, size=size, offload=offload, **hub)
@@ -121,7 +124,7 @@ class Tracer:
         size: tuple[int, int] | None = None,
         empty_prompt: dict[str, Tensor] | None = None,
     ) -> Tracer:
-        """Trace with the network of a diffusers pipeline, which stays as it is: dtype, processors, adapters, place.
+        """Trace with the network of a diffusers pipeline, which stays as it is: dtype, processors, adapters, device.
 
         Stable Diffusion 1.5 and SDXL, PixArt-alpha, Stable Diffusion 3 and 3.5, FLUX.1. The empty prompt is embedded
         once, here, by the pipeline's own text encoders, which may be freed afterwards. On a card that is too small for
@@ -130,8 +133,8 @@ class Tracer:
         Args:
             pipe: the pipeline, or any object with its `vae`, `scheduler` and `unet` or `transformer`.
             size: processing size in pixels, (height, width); None is the model's own.
-            empty_prompt: what the network takes for the empty prompt, by the name of its argument, each with a batch of
-                1, where the pipeline holds no text encoders.
+            empty_prompt: the network's arguments for the empty prompt by name, each with a batch of 1, where the
+                pipeline holds no text encoders.
 
         Raises:
             TypeError: the pipeline's network is of another class.
@@ -159,22 +162,22 @@ class Tracer:
         """Trace with an encoder of transformers or timm, which stays as it is: device, dtype, attention, adapters.
 
         DINOv2, DINOv3, EVA02 (timm's class Eva), and the vision towers of LLaVA (CLIP's) and Qwen2.5-VL. An encoder has
-        no noise levels, so that ABDiv alone is read, at level 0 (TRACE's comparison of backbones).
+        no timesteps, so ABDiv alone is read, at timestep 0 (TRACE's comparison of backbones).
 
         Args:
             model: the encoder, or a model that holds it, such as a whole vision-language model.
             read: "vision" for the encoder, or "language" for the language model of LLaVA or Qwen2.5-VL: the image's
                 tokens pass through it behind the one token that begins a text or an image, and the map is the softmax
                 over all of the image's keys. The model's causal mask is left out of it, since under the mask a token
-                sees only what is above it and to its left, and opposite neighbours could not be compared. Its grid is
+                sees only what is above it and to its left, and opposite neighbors could not be compared. Its grid is
                 the tower's, of Qwen2.5-VL in units of 2 x 2 patches.
             size: processing size in pixels, (height, width), in multiples of a patch; None is the model's own, for
                 Qwen2.5-VL 64 x 64 patches. A model of timm takes others only if made with `dynamic_img_size=True`.
-            blocks: layers of what is read whose maps are averaged; None for all, or where some of an encoder attend
-                inside windows alone, for all of full attention.
-            mean: of the pixels that the model was trained on, red, green, blue, in [0, 1] (`image_mean` of its image
-                processor); None for what a model of timm knows, else for ImageNet's, or CLIP's where the tower is of a
-                vision-language model.
+            blocks: indices of the layers whose maps are averaged; None for all, or where some layers of an encoder
+                attend inside windows alone, for all of full attention.
+            mean: mean of the pixels that the model was trained on, red, green, blue, in [0, 1] (`image_mean` of its
+                image processor); None for what a model of timm knows, else for ImageNet's, or CLIP's where the tower is
+                of a vision-language model.
             std: standard deviation likewise (`image_std`).
 
         Raises:
@@ -190,9 +193,17 @@ class Tracer:
         return cls(backbone, name=type(getattr(model, "_orig_mod", model)).__name__)
 
     @property
-    def device(self) -> torch.device:
-        """Where the network runs: where it is, or where accelerate brings it or its layers."""
-        return device_of(self.backbone.network)
+    def timestep(self) -> int | str:
+        """The timestep that is read unless a call says otherwise: an integer, or "iep" for the peak of the KL curve."""
+        return self.backbone.settings.timestep
+
+    @overload
+    def __call__(self, image: ImageLike, **options: Unpack[TraceOptions]) -> TraceOutput: ...
+
+    @overload
+    def __call__(
+        self, image: list[ImageLike] | tuple[ImageLike, ...], **options: Unpack[TraceOptions]
+    ) -> list[TraceOutput]: ...
 
     @torch.no_grad()
     def __call__(
@@ -205,20 +216,23 @@ class Tracer:
         seed: int = 0,
         return_kl: bool = False,
         return_abdiv: bool = False,
-    ) -> TraceOutput:
-        """Trace one image, or a batch of one size.
+    ) -> TraceOutput | list[TraceOutput]:
+        """Trace one image, a batch of one size, or a list of images of any sizes.
 
         Args:
-            image: path, PIL image, HW or HWC array, CHW or BCHW tensor (see `trace_fast.edges`).
-            timestep: "iep" reads the level where the KL divergence between consecutive maps peaks (t*); an integer
-                reads that level; None does what the backbone's settings prefer.
-            timesteps: levels of the search, rising, 0 (the image) to 999 (noise); default 0, 99, 199, ..., 999.
-                Inversion sets out from the image, so its first level is 0.
-            noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
-                An encoder has one level, 0, and no noising.
-            seed: of the gaussian noise; the same noise serves every level and image.
-            return_kl: measure the KL curve also where a fixed level is read.
+            image: path, PIL image, HW or HWC array, CHW or BCHW tensor, or a list of these (see `trace_fast.edges`).
+            timestep: "iep" reads the timestep where the KL divergence between consecutive maps peaks (t*); an integer
+                reads that one; None follows the backbone's settings.
+            timesteps: timesteps of the search, rising, 0 (the image) to 999 (noise); default 0, 99, 199, ..., 999.
+                Inversion starts from the image, so its first timestep is 0.
+            noising: "inversion" or "gaussian"; None follows the backbone's settings. An encoder has one timestep, 0,
+                and no noising.
+            seed: seed of the Gaussian noise; the same noise serves every timestep and image.
+            return_kl: measure the KL curve also where a fixed timestep is read.
             return_abdiv: keep the divergence at the token grid.
+
+        Returns:
+            The result for the image or the batch; a list of results for a list.
 
         Raises:
             TypeError, ValueError: an argument is not what is said above.
@@ -227,31 +241,58 @@ class Tracer:
         checks.integer("trace", "seed", seed, 0)
         if self.backbone.schedule is None:
             check_encoder(self.name, timestep=timestep, return_kl=return_kl)
-        levels, noising = self._plan(timesteps, noising)
+        all_timesteps, noising = self._plan(timesteps, noising)
         fixed = check_timestep(settings.timestep if timestep is None else timestep)
-        if (fixed is None or return_kl) and len(levels) < 2:
-            raise ValueError(f"trace: timesteps must be at least two levels for a KL curve, got {levels}")
-        if fixed is not None:  # inversion must pass through the levels before it
-            needed = levels if return_kl else [level for level in levels if level < fixed and noising == "inversion"]
-            levels = tuple(sorted({*needed, fixed}))
-        pixels = read_image(image)
-        kl, abdiv = self.scan(pixels, timesteps=levels, noising=noising, seed=seed)
-        if fixed is None:
-            chosen = kl.argmax(1) + 1  # the noisier map of the winning pair
-        else:
-            chosen = torch.full((len(abdiv),), levels.index(fixed), device=abdiv.device)
-        visited = constant(levels, abdiv.device)
-        strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
-        return TraceOutput(
-            edges=probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
-            timestep=visited[chosen],
-            timesteps=visited.clone(),  # the constant is shared by all searches
-            kl=kl if return_kl or fixed is None else None,
-            abdiv=strength if return_abdiv else None,
-            model=self.name,
-            noising=noising,
-            size=settings.size,
-        )
+        if (fixed is None or return_kl) and len(all_timesteps) < 2:
+            raise ValueError(f"trace: timesteps must be at least two for a KL curve, got {all_timesteps}")
+        if fixed is not None:  # inversion must pass through the timesteps before it
+            needed = all_timesteps if return_kl else [t for t in all_timesteps if t < fixed and noising == "inversion"]
+            all_timesteps = tuple(sorted({*needed, fixed}))
+
+        def trace(pixels: Tensor) -> TraceOutput:
+            kl, abdiv = self.scan(pixels, timesteps=all_timesteps, noising=noising, seed=seed)
+            if fixed is None:
+                chosen = kl.argmax(1) + 1  # the noisier map of the pair with the largest divergence
+            else:
+                chosen = torch.full((len(abdiv),), all_timesteps.index(fixed), device=abdiv.device)
+            shared = constant(all_timesteps, abdiv.device)
+            strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
+            return TraceOutput(
+                edges=edge_probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
+                timestep=shared[chosen],
+                timesteps=shared.clone(),  # the constant is shared by all searches
+                kl=kl if return_kl or fixed is None else None,
+                abdiv=strength if return_abdiv else None,
+                model=self.name,
+                noising=noising,
+                size=settings.size,
+            )
+
+        if not isinstance(image, (list, tuple)):
+            return trace(read_image(image))
+        if not image:
+            raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
+        outputs = []
+        for index, item in enumerate(image):
+            with error_context(index):
+                outputs.append(trace(read_image(item)))
+        return outputs
+
+    def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
+        """Return the edge probability of a batch of images, searched as the backbone's settings say.
+
+        Args:
+            pixels: (B, 3, H, W) float32 in [0, 1].
+            seed: seed of the Gaussian noise, where the search draws any.
+
+        Returns:
+            (B, 1, H, W) float32 in [0, 1], on the device of `pixels`.
+
+        Example:
+            >>> Tracer.from_pretrained("mini", device="cpu").edges(torch.rand(1, 3, 48, 64)).shape
+            torch.Size([1, 1, 48, 64])
+        """
+        return self(pixels, seed=seed).edges
 
     @torch.no_grad()
     def scan(
@@ -264,21 +305,21 @@ class Tracer:
         blocks: Sequence[int] | None = None,
         batch: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Visit noise levels and measure every step and map: TRACE, Eq. 1 and 2.
+        """Run the network at every timestep, and measure the KL of each step and the ABDiv of each map (Eq. 1 and 2).
 
-        The network runs once for every level, gaussian levels in batches. Blocks are added up in place, so that
+        The network runs once for every timestep, Gaussian ones in batches. Blocks are added up in place, so that
         attention takes `batch + 1` maps, 4 (batch + 1) B N^2 bytes, plus one of every coarser grid: 128 MiB for an
         image and N = 4096 with inversion. The host never waits for the device, and once a call has been made, another
         like it can be captured in a CUDA graph.
 
         Args:
-            images: (B, 3, H, W) float32 in [0, 1], squashed to the processing size.
-            timesteps: levels, rising, in 0 .. 999; default 0, 99, 199, ..., 999, of an encoder 0. Inversion goes
-                through exactly these levels, from the image at 0.
-            noising: "inversion" or "gaussian"; None does what the backbone's settings prefer.
-            seed: of the gaussian noise.
-            blocks: indices of the self-attention blocks that are averaged; None does what the settings prefer.
-            batch: gaussian levels that run at once; None takes as many as half of the free memory holds maps of (the
+            images: (B, 3, H, W) float32 in [0, 1]; they are resized to the processing size.
+            timesteps: rising, in 0 .. 999; default 0, 99, 199, ..., 999, of an encoder 0. Inversion goes through
+                exactly these, from the image at 0.
+            noising: "inversion" or "gaussian"; None follows the backbone's settings.
+            seed: seed of the Gaussian noise.
+            blocks: indices of the self-attention blocks that are averaged; None follows the settings.
+            batch: Gaussian timesteps that run at once; None takes as many as half of the free memory holds maps of (the
                 driver is asked, so give a number where a graph is captured). Inversion runs one by one.
 
         Returns:
@@ -287,9 +328,15 @@ class Tracer:
 
         Raises:
             TypeError, ValueError: an argument is not what is said above.
+
+        Example:
+            >>> tracer = Tracer.from_pretrained("mini", device="cpu")
+            >>> kl, abdiv = tracer.scan(torch.rand(2, 3, 48, 64), timesteps=(0, 99))
+            >>> kl.shape, abdiv.shape
+            (torch.Size([2, 1]), torch.Size([2, 2, 32, 32]))
         """
         settings, schedule = self.backbone.settings, self.backbone.schedule
-        levels, noising = self._plan(timesteps, noising)
+        all_timesteps, noising = self._plan(timesteps, noising)
         chosen = check_blocks(settings.blocks if blocks is None else blocks, len(self.backbone.attentions()))
         grids = [self.backbone.grids(settings.size)[index] for index in chosen]
         height, width = max(grids, key=math.prod)
@@ -297,15 +344,15 @@ class Tracer:
         if noising != "gaussian":
             batch = 1
         elif batch is None:
-            batch = self._room() // (4 * count * tokens**2) - 1
-        batch = min(len(levels), max(1, batch))
+            batch = self._map_memory() // (4 * count * tokens**2) - 1
+        batch = min(len(all_timesteps), max(1, batch))
 
         latent = self.backbone.encode(resize(images.to(self.device), settings.size))
-        visited = constant(levels, self.device)
+        shared = constant(all_timesteps, self.device)
         noise = unit_noise(int(seed), (1, *latent.shape[1:]), self.device).to(latent)
         checks.memory("trace", "images", latent, 4 * (batch + 1) * count * tokens**2)
         maps = latent.new_empty((batch, count, tokens, tokens), dtype=torch.float32)
-        before = torch.empty_like(maps[0])  # the last map of the levels gone by
+        before = torch.empty_like(maps[0])  # the last map of the timesteps before these
         kls, strengths = [], []
 
         def measure(previous: Tensor, current: Tensor) -> None:
@@ -314,11 +361,11 @@ class Tracer:
             strengths.append(strength)
 
         sample = latent
-        for start in range(0, len(levels), batch):
-            timestep = visited[start : start + batch, None].expand(-1, count).flatten()  # (L * B,)
+        for start in range(0, len(all_timesteps), batch):
+            timestep = shared[start : start + batch, None].expand(-1, count).flatten()  # (T' * B,)
             if schedule is not None and noising == "gaussian":
                 sample = schedule.noise(latent.repeat(len(timestep) // count, 1, 1, 1), noise, timestep)
-            current = maps[: len(timestep) // count]  # (L, B, N, N)
+            current = maps[: len(timestep) // count]  # (T', B, N, N)
             prediction = self._attend(current.flatten(0, 1), sample, timestep, chosen, grids)
             if start == 0:
                 strengths.append(ops.abdiv(current[0], height, width))
@@ -326,13 +373,13 @@ class Tracer:
                 measure(before, current[0])
             if len(current) > 1:
                 measure(current[:-1].flatten(0, 1), current[1:].flatten(0, 1))
-            if start + batch < len(levels):
+            if start + batch < len(all_timesteps):
                 if batch == 1:
                     before, maps = maps[0], before[None]
                 else:
                     before.copy_(current[-1])
                 if schedule is not None and noising == "inversion":
-                    following = visited[start + 1].expand(count)
+                    following = shared[start + 1].expand(count)
                     sample = schedule.invert(sample, prediction, timestep, following)
         kl = torch.cat(kls).unflatten(0, (-1, count)).T if kls else maps.new_empty((count, 0))
         abdiv = torch.cat(strengths).unflatten(0, (-1, count)).transpose(0, 1)
@@ -348,8 +395,8 @@ class Tracer:
     ) -> Tensor:
         """Run the network once; `total` (B, N, N) becomes the mean self-attention map over heads and `blocks`.
 
-        `grids` are those of the blocks. Blocks of a coarser grid share a map of their own, which is carried to the
-        finest grid when all have been heard.
+        `grids` are those of the blocks. Blocks of a coarser grid share a map of their own, which is resized to the
+        finest grid after the last block.
         """
         finest = max(grids, key=math.prod)
         totals = {finest: total}
@@ -358,13 +405,13 @@ class Tracer:
         modules = self.backbone.attentions()
         tokens = [math.prod(grid) for grid in grids]
 
-        def add(index: int, query: Tensor, key: Tensor) -> None:
+        def accumulate(index: int, query: Tensor, key: Tensor) -> None:
             ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
 
         def attend() -> Tensor:
             for each in totals.values():
                 each.zero_()
-            with self._lock, self.backbone.capture([modules[index] for index in blocks], add, tokens):
+            with self._lock, self.backbone.capture([modules[index] for index in blocks], accumulate, tokens):
                 return self.backbone.predict(sample, timestep)
 
         prediction = heard(attend)
@@ -374,62 +421,62 @@ class Tracer:
         return prediction
 
     def _plan(self, timesteps: Sequence[int] | None, noising: str | None) -> tuple[tuple[int, ...], str]:
-        """Levels to visit and how they are reached, checked."""
+        """Return the timesteps to run at and the way of noising, checked."""
         if self.backbone.schedule is None:
-            asked = None if timesteps is None else check_timesteps(timesteps, "none")
-            check_encoder(self.name, timesteps=asked, noising=noising)
+            requested = None if timesteps is None else check_timesteps(timesteps, "none")
+            check_encoder(self.name, timesteps=requested, noising=noising)
             return (0,), "none"
         noising = check_noising(self.backbone.settings.noising if noising is None else noising)
         return check_timesteps(timesteps, noising), noising
 
-    def _room(self) -> int:
-        """Bytes that attention maps may take: half of what is free, or will be, on a GPU, MAP_BYTES elsewhere."""
+    def _map_memory(self) -> int:
+        """Return the bytes that attention maps may take: on a GPU half of what is free or will be, else MAP_BYTES."""
         if self.device.type != "cuda":
             return MAP_BYTES
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        coming = sum(p.numel() * p.element_size() for p in self.backbone.network.parameters() if p.is_cpu)
-        return (torch.cuda.mem_get_info(self.device)[0] + kept - coming) // 2
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        offloaded = sum(p.numel() * p.element_size() for p in self.backbone.network.parameters() if p.is_cpu)
+        return (torch.cuda.mem_get_info(self.device)[0] + cached - offloaded) // 2
 
 
-@functools.lru_cache(maxsize=64)  # a CUDA graph reads it from where it was
+@functools.lru_cache(maxsize=64)  # a CUDA graph reads the noise at its first address
 def unit_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal float32, the same on every device, copied there once."""
+    """Return standard normal float32 numbers, the same on every device, copied there once."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(device)
 
 
-def probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:
-    """Edge probability 1 - exp(-ABDiv / scale) at `size`: (B, h, w) nats to (B, 1, *size) float32 in [0, 1]."""
+def edge_probability(abdiv: Tensor, scale: float, size: Sequence[int]) -> Tensor:
+    """Return 1 - exp(-ABDiv / scale) at `size`: (B, h, w) nats to (B, 1, *size) float32 in [0, 1]."""
     strength = functional.interpolate(abdiv[:, None], tuple(size), mode="bilinear")
     return 1 - torch.exp(-strength.clamp(min=0) / scale)  # rounding may leave a divergence just below zero
 
 
 def check_timesteps(timesteps: Sequence[int] | None, noising: str) -> tuple[int, ...]:
-    """Levels as integers, rising, in range; from 0 for inversion."""
+    """Return the timesteps as integers; refuse those that do not rise or are out of range, or no 0 for inversion."""
     try:
-        levels = TIMESTEPS if timesteps is None else tuple(operator.index(level) for level in timesteps)
+        integers = TIMESTEPS if timesteps is None else tuple(operator.index(timestep) for timestep in timesteps)
     except TypeError:
         raise TypeError(f"trace: timesteps must be a sequence of integers, got {timesteps!r}") from None
-    rising = all(low < high for low, high in itertools.pairwise(levels))
-    if not levels or not rising or levels[0] < 0 or levels[-1] >= STEPS:
-        raise ValueError(f"trace: timesteps must be rising levels from 0 to {STEPS - 1}, got {timesteps!r}")
-    if noising == "inversion" and levels[0] != 0:
+    rising = all(low < high for low, high in itertools.pairwise(integers))
+    if not integers or not rising or integers[0] < 0 or integers[-1] >= STEPS:
+        raise ValueError(f"trace: timesteps must rise and be from 0 to {STEPS - 1}, got {timesteps!r}")
+    if noising == "inversion" and integers[0] != 0:
         raise ValueError(f"trace: timesteps must start at 0 for inversion, got {timesteps!r}")
-    return levels
+    return integers
 
 
-def check_encoder(name: str, **asked: Any) -> None:
-    """Refuse what an encoder cannot do without noise levels."""
+def check_encoder(name: str, **options: Any) -> None:
+    """Refuse options that need noise, which an encoder does not have."""
     allowed = {"timestep": 0, "timesteps": (0,), "noising": "none", "return_kl": False}
-    for argument, value in asked.items():
-        if value is not None and value != allowed[argument]:
+    for option, value in options.items():
+        if value is not None and value != allowed[option]:
             raise ValueError(
-                f"trace: {argument} must be {allowed[argument]} for {name}, an encoder without noise levels, "
-                f"got {value!r}"
+                f"trace: {option} must be {allowed[option]} for {name}, an encoder without timesteps, got {value!r}"
             )
 
 
 def check_blocks(blocks: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Return the indices of the blocks, all where None; refuse those that repeat or are out of range."""
     chosen = tuple(range(count)) if blocks is None else tuple(blocks)
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= index < count for index in chosen):
         raise ValueError(f"trace: blocks must be distinct indices from 0 to {count - 1}, got {blocks!r}")

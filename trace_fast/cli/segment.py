@@ -56,7 +56,6 @@ def run_segment(
     from PIL import Image
 
     import trace_fast
-    from trace_fast.api import edge_finder
     from trace_fast.io import visualize
     from trace_fast.io.files import write_atomically
     from trace_fast.io.images import read_image
@@ -64,12 +63,12 @@ def run_segment(
 
     given = None if masks is None else _read_labels(masks)
     with refuse_failures():
-        find = edge_finder(model, device=device)
+        edge_model = trace_fast.load(model, device=device)
     open_folder(output)
 
     def write(image: Path, paths: dict[str, Path]) -> None:
         photo = read_image(image)
-        found = find(photo)
+        found = edge_model.edges(photo)
         if given is None:
             stack, _ = trace_fast.instances(found, threshold=threshold)
             labels = paint_labels(stack, range(1, len(stack) + 1)).cpu().numpy()

@@ -108,7 +108,7 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
     found: Detector | Tracer
     if timestep == "" and has_student(model):
         found = detector = Detector.from_pretrained(model, device=device)
-        modules, own = [detector.backbone.network, detector.decoder], f"level {detector.level}"
+        modules, own = [detector.backbone.network, detector.decoder], f"level {detector.timestep}"
 
         def find(photo: Photo) -> np.ndarray:
             assert photo.image is not None  # checked before
@@ -119,6 +119,7 @@ def _of_model(name: str, spec: str, device: str | None) -> Method:
         options: dict[str, Any] = {} if timestep == "" else {"timestep": timestep}
 
         def find(photo: Photo) -> np.ndarray:
+            assert photo.image is not None  # checked before
             return tracer(photo.image, **options).edges[0, 0].cpu().numpy()
 
     weights = hashlib.sha256()

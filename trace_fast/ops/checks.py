@@ -104,12 +104,14 @@ def one_of(op: str, name: str, value: Any, *accepted: Any) -> None:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(str, accepted))}, got {value}")
 
 
-def device(op: str, value: torch.device | str) -> torch.device:
-    """Require a device that is there."""
+def device(op: str, value: torch.device | str | None) -> torch.device:
+    """Return a device that is present; None is the GPU where there is one, else the CPU."""
+    if value is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(value)
+        place = torch.device(value)
     except RuntimeError as error:
         raise ValueError(f"{op}: device must be a torch device, got {value!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"{op}: device must be present, got '{found}' where torch sees no GPU; use 'cpu'")
-    return found
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{op}: device must be present, got '{place}' where torch sees no GPU; use 'cpu'")
+    return place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def load_backbone(
     variant: str | None = None,
     local_files_only: bool = False,
     empty_prompt: dict[str, Tensor] | None = None,
+    prepare: Callable[[Backbone], None] | None = None,
 ) -> Backbone:
     """Load a model by its name, folder or repository, and move it to a device.
 
@@ -49,6 +51,7 @@ def load_backbone(
         local_files_only: never ask the hub.
         empty_prompt: the embedded empty prompt of a diffusers model, by the names of the network's arguments, each with
             a batch of 1. Its text encoders are then not needed.
+        prepare: called with the backbone while its weights are in main memory, before it is moved or offloaded.
 
     Returns:
         The backbone, in evaluation mode and without gradients.
@@ -67,25 +70,28 @@ def load_backbone(
     if offload not in (None, *OFFLOADS):
         raise ValueError(f"load: offload must be one of {', '.join(OFFLOADS)}, or None, got {offload!r}")
     source = find_source(model, revision=revision, local_files_only=local_files_only)
+    precision = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if source.kind is Kind.NETWORK:
         backbone = load_network(source, size)
         backbone.network.eval().requires_grad_(False).to(dtype or torch.float32)
-        return to_device(backbone, device, offload)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if source.kind is Kind.ENCODER:
-        network, pixels = load_encoder(source, device=device, dtype=dtype, offload=offload, variant=variant)
-        return to_device(wrap_encoder(network, size=size, **pixels), device, offload)
-    if source.kind is Kind.PIPELINE:
+    elif source.kind is Kind.ENCODER:
+        network, pixels = load_encoder(source, device=device, dtype=precision, offload=offload, variant=variant)
+        backbone = wrap_encoder(network, size=size, **pixels)
+    elif source.kind is Kind.PIPELINE:
         pipe, empty_prompt = load_pipeline(
-            source, device=device, dtype=dtype, offload=offload, variant=variant, empty_prompt=empty_prompt
+            source, device=device, dtype=precision, offload=offload, variant=variant, empty_prompt=empty_prompt
         )
-        return to_device(wrap_pipeline(pipe, empty_prompt, size), device, offload)
-    if source.kind is Kind.STUDENT:
+        backbone = wrap_pipeline(pipe, empty_prompt, size)
+    elif source.kind is Kind.STUDENT:
         raise ValueError(f"load: model must be a base model, got the student {source.name!r}; load it as a Detector")
-    raise ValueError(
-        f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "
-        f"config.json and model.safetensors or in the layout of diffusers, got {source.name!r}"
-    )
+    else:
+        raise ValueError(
+            f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "
+            f"config.json and model.safetensors or in the layout of diffusers, got {source.name!r}"
+        )
+    if prepare is not None:
+        prepare(backbone)
+    return to_device(backbone, device, offload)
 
 
 def load_network(source: Source, size: tuple[int, int] | None) -> Backbone:

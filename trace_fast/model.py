@@ -1,0 +1,110 @@
+"""What `Tracer` and `Detector` have in common: a backbone, where and at which size it runs, and `edges`."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from trace_fast.backbones import Backbone
+from trace_fast.backbones.base import device_of, dtype_of
+from trace_fast.ops import checks
+
+__all__ = ["EdgeModel"]
+
+
+class EdgeModel(abc.ABC):
+    """A model that turns images into instance edges.
+
+    Args:
+        backbone: the network whose self-attention is read.
+        name: of the model, for outputs and messages.
+    """
+
+    def __init__(self, backbone: Backbone, name: str):
+        self.backbone = backbone
+        self.name = name
+
+    @abc.abstractmethod
+    def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
+        """Return the edge probability of a batch of images.
+
+        Args:
+            pixels: (B, 3, H, W) float32 in [0, 1].
+            seed: seed of the Gaussian noise, where the model draws any.
+
+        Returns:
+            (B, 1, H, W) float32 in [0, 1], on the device of `pixels`.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the network runs on, which is not where offloaded weights are kept."""
+        return device_of(self.backbone.network)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return dtype_of(self.backbone.network)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The processing size in pixels, (height, width), that images are resized to."""
+        return self.backbone.settings.size
+
+    @property
+    @abc.abstractmethod
+    def timestep(self) -> int | str:
+        """The timestep whose attention is read: an integer from 0 to 999, or "iep" where it is searched."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move all modules to a device, in place, and return the model.
+
+        Args:
+            device: where to run from now on.
+
+        Raises:
+            TypeError: `device` is a dtype; choose a dtype when you load the model.
+            ValueError: `device` is no torch device.
+            RuntimeError: the device is not present, or the model is offloaded, so that its place is managed already.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"to: device must be a torch device, got {device}; give `dtype` when the model is loaded")
+        target = checks.device("to", device)
+        if any(hasattr(module, "_hf_hook") for module in self._modules()):
+            raise RuntimeError("to: the model must not be offloaded; load it again with the device that you want")
+        for module in self._modules():
+            module.to(target)
+        return self
+
+    def resized(self, size: tuple[int, int]) -> Self:
+        """Return the same model at another processing size; weights are shared.
+
+        Args:
+            size: (height, width) in pixels, in multiples that the network allows.
+
+        Raises:
+            ValueError: the network does not allow the size.
+        """
+        if size == self.size:
+            return self
+        model = copy.copy(self)
+        model.backbone = copy.copy(self.backbone)
+        model.backbone.settings = replace(self.backbone.settings, size=size)
+        model.backbone.grids(size)  # refuses a size that the network does not allow
+        return model
+
+    def _modules(self) -> list[nn.Module]:
+        """Return the modules that run."""
+        parts = [self.backbone.network, getattr(self.backbone, "vae", None)]
+        return [part for part in parts if part is not None]
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name!r}, size={self.size}, timestep={self.timestep!r}, "
+            f"device='{self.device}', dtype={self.dtype})"
+        )
