@@ -231,7 +231,7 @@ class TestOffload:
         for name, value in (("memory_reserved", 500), ("memory_allocated", 100), ("mem_get_info", (2**30, 2**31))):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
         needed = sum(4 * weight.numel() for weight in tracer.backbone.network.parameters())
-        assert needed > 8_000_000 and tracer._room() == (2**30 + 400 - needed) // 2
+        assert needed > 8_000_000 and tracer._map_memory() == (2**30 + 400 - needed) // 2
 
     @pytest.mark.parametrize("offload", ["cpu", True])
     def test_an_unknown_way_is_refused(self, offload):
