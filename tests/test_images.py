@@ -1,9 +1,11 @@
-"""The door: every accepted kind of image gives the same tensor, everything else one clear error before any work."""
+"""Input conversion: images and edge maps of every accepted kind give the same tensor, all others one clear error."""
 
 import io
 import re
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from subprocess import run
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trace_fast.io.images import MAX_PIXELS, convert_edges, read_image, resize
+from trace_fast import instances, propagate, seeds
+from trace_fast.io.images import MAX_PIXELS, convert_edges, error_context, read_edge_map, read_image, resize
+from trace_fast.io.visualize import overlay, panel, write_png
 
 HEIGHT, WIDTH = 20, 31
 
@@ -25,10 +29,11 @@ def channels_first(pixels):
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def assert_is(found, expected, atol=0.0):
-    assert found.dtype == torch.float32
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def assert_is(image, expected, atol=2.0**-23):
+    """By default up to one rounding of a number near 1, far below the step of 16 bits."""
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    torch.testing.assert_close(image, expected, rtol=0, atol=atol)
 
 
 class TestArrays:
@@ -38,21 +43,21 @@ class TestArrays:
     def test_uint16(self, pixels):
         assert_is(read_image(pixels.astype(np.uint16) * 257), channels_first(pixels))
 
-    @pytest.mark.parametrize(("dtype", "atol"), [("float16", 5e-4), ("float32", 0), ("float64", 1e-7)])
+    @pytest.mark.parametrize(("dtype", "atol"), [("float16", 5e-4), ("float32", 2.0**-23), ("float64", 2.0**-23)])
     def test_float(self, pixels, dtype, atol):
         assert_is(read_image((pixels / 255).astype(dtype)), channels_first(pixels), atol)
 
-    def test_grey_is_repeated(self, pixels):
-        grey = pixels[..., :1]
-        expected = channels_first(grey).repeat(1, 3, 1, 1)
-        assert_is(read_image(grey), expected)
-        assert_is(read_image(grey[..., 0]), expected)
+    def test_gray_is_repeated(self, pixels):
+        gray = pixels[..., :1]
+        expected = channels_first(gray).repeat(1, 3, 1, 1)
+        assert_is(read_image(gray), expected)
+        assert_is(read_image(gray[..., 0]), expected)
 
     def test_alpha_is_flattened_on_white(self):
         rgba = np.zeros((HEIGHT, WIDTH, 4), np.float32)
         rgba[..., 0], rgba[..., 3] = 1, 0.25
         expected = torch.tensor([1, 0.75, 0.75]).reshape(1, 3, 1, 1).expand(1, 3, HEIGHT, WIDTH)
-        assert_is(read_image(rgba), expected, 1e-7)
+        assert_is(read_image(rgba), expected)
 
     @pytest.mark.parametrize(
         "view",
@@ -82,8 +87,8 @@ class TestArrays:
     def test_rounding_is_clamped(self):
         image = np.full((HEIGHT, WIDTH), 1 + 2e-7, np.float32)
         image[0] = -2e-7
-        found = read_image(image)
-        assert (found.min(), found.max()) == (0, 1)
+        values = read_image(image)
+        assert (values.min(), values.max()) == (0, 1)
 
     @pytest.mark.parametrize(
         "dtype", ["bool", "int8", "int16", "int32", "int64", "uint32", "complex64", "object", "str"]
@@ -119,7 +124,7 @@ class TestArrays:
             read_image(image)
 
     @pytest.mark.parametrize(
-        ("value", "told"),
+        ("value", "limits"),
         [
             (np.nan, "from nan to nan"),
             (np.inf, "from 0 to inf"),
@@ -129,10 +134,10 @@ class TestArrays:
         ],
     )
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_values(self, value, told, dtype):
+    def test_values(self, value, limits, dtype):
         image = np.zeros((HEIGHT, WIDTH, 3), dtype)
         image[3, 7, 1] = value
-        with pytest.raises(ValueError, match=r"must be finite and in \[0, 1\] as a float, got values .*" + told):
+        with pytest.raises(ValueError, match=r"must be finite and in \[0, 1\] as a float, got values .*" + limits):
             read_image(image)
 
     def test_values_beyond_float32(self):
@@ -153,23 +158,24 @@ class TestTensors:
         assert_is(read_image(image), channels_first(pixels))
 
     @pytest.mark.parametrize(
-        ("dtype", "atol"), [(torch.float16, 5e-4), (torch.bfloat16, 4e-3), (torch.float32, 0), (torch.float64, 0)]
+        ("dtype", "atol"),
+        [(torch.float16, 5e-4), (torch.bfloat16, 4e-3), (torch.float32, 2.0**-23), (torch.float64, 2.0**-23)],
     )
     def test_float(self, pixels, dtype, atol):
         assert_is(read_image(channels_first(pixels).to(dtype)), channels_first(pixels), atol)
 
-    def test_two_dimensions_are_a_grey_image(self, pixels):
-        grey = torch.from_numpy(pixels[..., 0])
+    def test_two_dimensions_are_a_gray_image(self, pixels):
+        gray = torch.from_numpy(pixels[..., 0])
         expected = channels_first(pixels[..., :1]).repeat(1, 3, 1, 1)
-        assert_is(read_image(grey), expected)
-        assert_is(read_image(grey[None]), expected)
+        assert_is(read_image(gray), expected)
+        assert_is(read_image(gray[None]), expected)
 
     def test_alpha_is_flattened_on_white(self):
         rgba = torch.zeros(2, 4, HEIGHT, WIDTH, dtype=torch.uint8)
         rgba[1, 3] = 51
-        found = read_image(rgba)
-        assert_is(found[0], torch.ones(3, HEIGHT, WIDTH))
-        assert_is(found[1], torch.full((3, HEIGHT, WIDTH), 0.8))
+        transparent, translucent = read_image(rgba)
+        assert_is(transparent, torch.ones(3, HEIGHT, WIDTH))
+        assert_is(translucent, torch.full((3, HEIGHT, WIDTH), 0.8))
 
     def test_view(self, pixels):
         image = torch.from_numpy(np.repeat(pixels, 2, axis=0)).permute(2, 0, 1)[:, ::2]
@@ -177,9 +183,9 @@ class TestTensors:
 
     @pytest.mark.gpu
     def test_stays_on_its_device(self, pixels):
-        found = read_image(torch.from_numpy(pixels).permute(2, 0, 1).cuda())
-        assert found.device.type == "cuda"
-        assert_is(found.cpu(), channels_first(pixels))
+        image = read_image(torch.from_numpy(pixels).permute(2, 0, 1).cuda())
+        assert image.device.type == "cuda"
+        assert_is(image.cpu(), channels_first(pixels))
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.uint32, torch.complex64])
     def test_other_dtypes(self, dtype):
@@ -222,7 +228,7 @@ class TestTensors:
 
 class TestPictures:
     @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr", "HSV", "1", "P", "RGBX"])
-    def test_opaque_modes_are_what_pillow_makes_of_them(self, pixels, mode):
+    def test_opaque_modes_are_converted_by_pillow(self, pixels, mode):
         picture = Image.fromarray(pixels).convert(mode)
         assert_is(read_image(picture), channels_first(np.array(picture.convert("RGB"))))
 
@@ -236,24 +242,24 @@ class TestPictures:
         assert_is(read_image(picture), expected)
 
     @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
-    def test_transparent_colour_is_white(self, mode, tmp_path):
+    def test_transparent_color_is_white(self, mode, tmp_path):
         picture = Image.new(mode, (WIDTH, HEIGHT))
         if mode == "P":
             picture.putpalette([0, 0, 0, 10, 20, 30])
         picture.paste(1 if mode != "RGB" else (10, 20, 30), (0, 0, 10, HEIGHT))
         picture.save(tmp_path / "x.png", transparency=0 if mode != "RGB" else (0, 0, 0))
-        found = read_image(tmp_path / "x.png")
-        assert (found[..., 10:] == 1).all()
-        assert (found[..., :10] < 0.5).all()
+        image = read_image(tmp_path / "x.png")
+        assert (image[..., 10:] > 0.999).all()
+        assert (image[..., :10] < 0.5).all()
 
     @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-    def test_deep_grey_is_divided_by_65535(self, mode):
-        grey = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
-        little = Image.fromarray(grey)
-        big = Image.frombytes("I;16B", (WIDTH, HEIGHT), grey.astype(">u2").tobytes())
+    def test_deep_gray_is_divided_by_65535(self, mode):
+        gray = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+        little = Image.fromarray(gray)
+        big = Image.frombytes("I;16B", (WIDTH, HEIGHT), gray.astype(">u2").tobytes())
         picture = {"I;16": little, "I;16B": big, "I": little.convert("I")}[mode]
         assert picture.mode == mode
-        expected = torch.from_numpy(grey.astype(np.float32) / 65535).repeat(1, 3, 1, 1)
+        expected = torch.from_numpy(gray.astype(np.float32) / 65535).repeat(1, 3, 1, 1)
         assert_is(read_image(picture), expected)
 
     def test_mode_i_beyond_16_bits(self):
@@ -267,7 +273,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_exif_orientation(self, pixels, orientation):
-        # how each orientation is stored, by the EXIF standard: row 0 and column 0 of the file are ...
+        # how the EXIF standard stores each orientation: row 0 and column 0 of the file are ...
         stored = {
             1: pixels,  # top, left
             2: pixels[:, ::-1],  # top, right
@@ -289,10 +295,10 @@ class TestPictures:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", exif=exif)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, about the damage
+            warnings.simplefilter("ignore")  # Pillow warns of the damage
             assert read_image(Image.open(file)).shape == (1, 3, HEIGHT, WIDTH)
 
-    def test_picture_is_left_as_it_was(self, pixels):
+    def test_the_picture_is_not_changed(self, pixels):
         picture = Image.fromarray(pixels)
         read_image(picture).zero_()
         np.testing.assert_array_equal(np.array(picture), pixels)
@@ -310,22 +316,22 @@ class TestPictures:
 
 class TestFiles:
     @pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
-    @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
-    def test_lossless_files(self, pixels, tmp_path, ending, kind):
+    @pytest.mark.parametrize("path_type", [str, Path])
+    def test_lossless_files(self, pixels, tmp_path, ending, path_type):
         path = tmp_path / f"name with spaces, ünïcode.{ending}"
         Image.fromarray(pixels).save(path, lossless=True)
-        assert_is(read_image(kind(path)), channels_first(pixels))
+        assert_is(read_image(path_type(path)), channels_first(pixels))
 
     def test_cmyk_jpeg(self, tmp_path):
         Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)).save(tmp_path / "x.jpg")
-        found = read_image(tmp_path / "x.jpg")
-        assert (found[:, 0] > 0.95).all()
-        assert (found[:, 1:] < 0.05).all()
+        image = read_image(tmp_path / "x.jpg")
+        assert (image[:, 0] > 0.95).all()
+        assert (image[:, 1:] < 0.05).all()
 
     def test_first_frame_of_an_animation(self, tmp_path):
-        frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue")]
+        frames = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "blue")]
         frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-        assert read_image(tmp_path / "x.gif")[0, :, 3, 4].tolist() == [1, 0, 0]
+        assert read_image(tmp_path / "x.gif")[0, :, 3, 4].tolist() == pytest.approx([1, 0, 0])
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"^edges: image must be an existing file, got '.*no\.png'$"):
@@ -342,7 +348,7 @@ class TestFiles:
             read_image(tmp_path / "x.jpg")
 
     @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "bmp"])
-    def test_every_truncation_is_told_with_the_name(self, pixels, tmp_path, ending):
+    def test_truncated_files_are_named(self, pixels, tmp_path, ending):
         path = tmp_path / f"cut.{ending}"
         Image.fromarray(pixels).save(path)
         whole = path.read_bytes()
@@ -351,7 +357,7 @@ class TestFiles:
             with pytest.raises(ValueError, match=rf"^edges: image must be .*cut\.{ending}'"):
                 read_image(path)
 
-    def test_damaged_bytes_are_read_or_told(self, pixels, tmp_path):
+    def test_damaged_files_are_read_or_named(self, pixels, tmp_path):
         path, generator = tmp_path / "bad.png", np.random.default_rng(1)
         Image.fromarray(pixels).save(path)
         whole = np.frombuffer(path.read_bytes(), np.uint8)
@@ -360,7 +366,7 @@ class TestFiles:
             damaged[generator.integers(8, len(whole), 5)] = generator.integers(0, 256, 5)
             path.write_bytes(damaged.tobytes())
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own, about sizes
+                warnings.simplefilter("ignore")  # Pillow warns of sizes
                 try:
                     assert read_image(path).isfinite().all()
                 except ValueError as error:
@@ -393,7 +399,7 @@ def test_empty_list(image):
         read_image(image)
 
 
-class TestFromTensor:
+class TestConvertEdges:
     @pytest.fixture
     def edges(self):
         return torch.rand(1, 1, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -404,9 +410,9 @@ class TestFromTensor:
 
     @pytest.mark.parametrize("image", ["x.png", Image.new("L", (WIDTH, HEIGHT)), np.zeros((HEIGHT, WIDTH, 3))])
     def test_everything_but_a_tensor_gives_an_array(self, edges, image):
-        found = convert_edges(edges, image)
-        assert (type(found), found.dtype, found.shape) == (np.ndarray, np.float32, (HEIGHT, WIDTH))
-        np.testing.assert_array_equal(found, edges[0, 0])
+        array = convert_edges(edges, image)
+        assert (type(array), array.dtype, array.shape) == (np.ndarray, np.float32, (HEIGHT, WIDTH))
+        np.testing.assert_array_equal(array, edges[0, 0])
 
     @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (3, HEIGHT, WIDTH), (1, 3, HEIGHT, WIDTH)])
     def test_a_tensor_gives_a_tensor(self, edges, shape):
@@ -418,7 +424,8 @@ class TestFromTensor:
         np.testing.assert_array_equal(convert_edges(batch, image, "np"), batch[:, 0])
         pictures = convert_edges(batch, image, "pil")
         assert [picture.size for picture in pictures] == [(WIDTH, HEIGHT)] * 3
-        np.testing.assert_array_equal(np.array(pictures[2]), np.rint(batch[2, 0].numpy() * 255))
+        # rounded to the nearest level
+        np.testing.assert_allclose(np.array(pictures[2], dtype=float), batch[2, 0].double() * 255, rtol=0, atol=0.501)
 
     def test_a_batch_of_one_is_a_batch(self, edges):
         image = torch.zeros(1, 3, HEIGHT, WIDTH)
@@ -432,8 +439,7 @@ class TestFromTensor:
         assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
 
     def test_half_precision_and_gradients(self, edges):
-        found = convert_edges(edges.half().requires_grad_(), "x.png")
-        assert found.dtype == np.float32
+        assert convert_edges(edges.half().requires_grad_(), "x.png").dtype == np.float32
 
     @pytest.mark.gpu
     def test_returns_to_the_device_of_the_image(self, edges):
@@ -446,14 +452,146 @@ class TestFromTensor:
             convert_edges(edges, "x.png", "numpy")
 
 
+def propagate_all(edges):
+    return propagate(np.ones((1, HEIGHT, WIDTH), bool), edges, threshold=0.5, min_area=1)
+
+
+READERS = {
+    "read_edge_map": lambda edges: read_edge_map("read_edge_map", edges),
+    "write_png": lambda edges: written_bytes(edges),
+    "overlay": lambda edges: overlay(np.zeros((HEIGHT, WIDTH)), edges).tobytes(),
+    "propagate": propagate_all,
+    "instances": lambda edges: instances(edges, threshold=0.5)[0],
+    "seeds": lambda edges: seeds(edges, 3, threshold=0.5).points,
+}
+# these take edges as they take any image
+IMAGE_READERS = {
+    "read_image": read_image,
+    "panel": lambda edges: panel([edges], [""]).tobytes(),
+}
+
+
+def written_bytes(edges):
+    with tempfile.TemporaryDirectory() as folder:
+        write_png(f"{folder}/x.png", edges)
+        return Path(folder, "x.png").read_bytes()
+
+
+def with_value(value, dtype=np.float32):
+    """Edges that divide an image, and one pixel of a given value."""
+    edges = np.zeros((HEIGHT, WIDTH), dtype)
+    edges[:, 12] = 1
+    edges[3, 12] = value
+    return edges
+
+
+class TestEdgeMaps:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("read", [*READERS.values(), *IMAGE_READERS.values()], ids=[*READERS, *IMAGE_READERS])
+    def test_rounding_is_clamped_everywhere(self, read, dtype):
+        expected = read(with_value(1, dtype))
+        for value in (1 + 5e-5, 1 + 1e-7):
+            result = read(with_value(value, dtype))
+            assert result == expected if isinstance(result, bytes) else np.array_equal(result, expected)
+        expected = read(with_value(0, dtype))
+        result = read(with_value(-5e-5, dtype))
+        assert result == expected if isinstance(result, bytes) else np.array_equal(result, expected)
+
+    @pytest.mark.parametrize(
+        ("value", "limits"),
+        [
+            (1.01, "0 to 1.01"),
+            (1 + 2e-4, "0 to 1.0002"),
+            (-0.5, "-0.5 to 1"),
+            (np.nan, "nan to nan"),
+            (np.inf, "0 to inf"),
+        ],
+    )
+    @pytest.mark.parametrize("name", [*READERS, *IMAGE_READERS])
+    def test_values_outside_are_refused_everywhere(self, name, value, limits):
+        requirement = "edges: image" if name in IMAGE_READERS else f"{name}: edges"
+        with pytest.raises(
+            ValueError, match=rf"^{requirement} must be finite and in \[0, 1\].*, got values from {limits}"
+        ):
+            (READERS | IMAGE_READERS)[name](with_value(value))
+
+    @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "complex64", "object"])
+    @pytest.mark.parametrize("name", READERS)
+    def test_dtypes_are_refused_everywhere(self, name, dtype):
+        message = f"^{name}: edges must be float16, bfloat16, float32 or float64, got {dtype}$"
+        with pytest.raises(TypeError, match=message):
+            READERS[name](with_value(1).astype(dtype))
+        if dtype != "object":
+            with pytest.raises(TypeError, match=message):
+                READERS[name](torch.from_numpy(with_value(1).astype(dtype)))
+
+    @pytest.mark.parametrize("other", [[[0.5]], "edges.png", None, Image.new("F", (WIDTH, HEIGHT))])
+    @pytest.mark.parametrize("name", READERS)
+    def test_types_are_refused_everywhere(self, name, other):
+        with pytest.raises(
+            TypeError, match=f"^{name}: edges must be an array or a tensor, got {type(other).__name__}$"
+        ):
+            READERS[name](other)
+
+    @pytest.mark.parametrize("shape", [(), (5,), (0, 5), (3, 0, 5), (1, 3, 4, 5), (1, 1, 1, 4, 5)])
+    @pytest.mark.parametrize("name", READERS)
+    def test_shapes_are_refused_everywhere(self, name, shape):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{name}: edges must be \(H, W\), \(B, H, W\) or \(B, 1, H, W\) and not empty, got shape "
+            + re.escape(f"{shape}")
+            + "$",
+        ):
+            READERS[name](np.zeros(shape, np.float32))
+
+    @pytest.mark.parametrize("name", [name for name in READERS if name != "overlay"])
+    def test_a_batch_is_refused_where_one_image_is_needed(self, name):
+        with pytest.raises(ValueError, match=f"^{name}: edges must be of one image, got 3$"):
+            READERS[name](torch.zeros(3, 1, HEIGHT, WIDTH))
+
+    @pytest.mark.parametrize(
+        "convert",
+        [
+            lambda edges: edges[None],
+            lambda edges: edges[None, None],
+            lambda edges: edges.astype(">f8"),
+            lambda edges: edges.astype(np.float16),
+            lambda edges: edges[::-1, ::-1].copy()[::-1, ::-1],
+            lambda edges: np.asfortranarray(edges),
+            torch.from_numpy,
+            lambda edges: torch.from_numpy(edges)[None, None].bfloat16().requires_grad_(),
+        ],
+    )
+    @pytest.mark.parametrize("name", READERS)
+    def test_shapes_and_layouts(self, name, convert):
+        edges = with_value(0.25)  # in every dtype exactly
+        result, expected = READERS[name](convert(edges)), READERS[name](edges)
+        assert result == expected if isinstance(result, bytes) else np.array_equal(result, expected)
+
+    def test_edges_are_not_changed_and_memory_is_not_shared(self):
+        for edges in (with_value(0.25), torch.from_numpy(with_value(0.25))):
+            read_edge_map("overlay", edges).fill_(0)
+            assert edges.max() == 1
+
+    @pytest.mark.gpu
+    def test_edges_stay_on_their_device(self):
+        assert read_edge_map("overlay", torch.zeros(1, 1, 4, 5, device="cuda")).device.type == "cuda"
+
+
+def test_errors_name_the_image_of_a_list():
+    with pytest.raises(FileNotFoundError) as caught, error_context(7):
+        read_image("missing.png")
+    assert caught.value.__notes__ == ["image 7 of the list, counted from 0"]
+
+
 class TestResize:
     def test_size_and_range(self):
         image = torch.rand(2, 3, 31, 17)
         for size in [(1, 1), (2, 3), (16, 24), (64, 96), (31, 18)]:
-            found = resize(image, size)
-            assert found.shape == (2, 3, *size)
-            assert found.min() >= -1e-6
-            assert found.max() <= 1 + 1e-6
+            resized = resize(image, size)
+            assert resized.shape == (2, 3, *size)
+            assert resized.min() >= -1e-6
+            assert resized.max() <= 1 + 1e-6
 
     def test_same_size_is_the_same_image(self):
         image = torch.rand(1, 3, 24, 40)

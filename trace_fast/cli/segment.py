@@ -57,7 +57,6 @@ def run_segment(
 
     import trace_fast
     from trace_fast.io import visualize
-    from trace_fast.io.files import write_atomically
     from trace_fast.io.images import read_image
     from trace_fast.masks.formats import open_masks, paint_labels
 
@@ -76,9 +75,7 @@ def run_segment(
             labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode)
         if labels.max(initial=0) > 65535:
             raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
-        with write_atomically(paths[""], "segment") as file:
-            # half the time of the usual level
-            Image.fromarray(labels.astype(np.uint16)).save(file, format="PNG", compress_level=3)
+        visualize.write_picture(paths[""], Image.fromarray(labels.astype(np.uint16)))
         if overlay:
             visualize.write_picture(paths["_overlay"], visualize.draw_masks(photo[0], open_masks(labels)[0].masks))
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writing of files: a file is complete under its name, or not there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,22 @@ __all__ = ["write_atomically"]
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when the block ends well, and in one step; else `path` is as it was."""
+    """Write a file that appears under its name in one step, when the block ends without an exception.
+
+    Args:
+        path: the file; replaced if it exists. Where the block raises, it is left as it was.
+        op: name of the calling function, for the message.
+
+    Yields:
+        A binary file to write to.
+
+    Raises:
+        FileNotFoundError: the folder of path does not exist.
+
+    Example:
+        >>> with write_atomically("scores.json", "evaluate") as file:
+        ...     file.write(b"{}")
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{op}: path must be in an existing folder, got '{path}'")

@@ -1,4 +1,4 @@
-"""The door for images: files, PIL, NumPy and torch come in, float32 RGB (B, 3, H, W) in [0, 1] goes on."""
+"""Conversion of inputs: images of every accepted kind become float32 RGB, and edge maps float32, both in [0, 1]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trace_fast.io.arrays import array_to_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,23 +28,37 @@ __all__ = [
     "check_output_type",
     "convert_edges",
     "error_context",
+    "read_edge_map",
+    "read_edge_maps",
     "read_image",
     "resize",
 ]
 
-# what folders are searched for
+# names of image files in folders end in one of these
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE = 16  # smallest accepted side, in pixels
 MAX_PIXELS = 178_956_970  # largest accepted image: where Pillow refuses a file as a decompression bomb
 OUTPUT_TYPES = ("np", "pt", "pil")
 
-# what float resampling may overshoot by; clamped, not refused
-_ROUNDING = 1e-4
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# resampling leaves [0, 1] by rounding errors, which are clamped and not refused
+ROUNDING = 1e-4
 
 
 @contextlib.contextmanager
 def error_context(index: int) -> Iterator[None]:
-    """Add to an error which image of a list it is of."""
+    """Name the image that an error belongs to, as a note on the exception.
+
+    Args:
+        index: position of the image in the caller's list, from 0.
+
+    Example:
+        >>> with error_context(2):
+        ...     read_image("missing.jpg")
+        Traceback (most recent call last):
+        FileNotFoundError: edges: image must be an existing file, got 'missing.jpg'
+        image 2 of the list, counted from 0
+    """
     try:
         yield
     except Exception as error:
@@ -53,27 +69,27 @@ def error_context(index: int) -> Iterator[None]:
 def read_image(image: ImageLike) -> Tensor:
     """Read one image of any accepted kind as float32 RGB in [0, 1].
 
-    Grey is repeated to RGB, alpha is flattened on white. uint8 is divided by 255, uint16 by 65535; floats must
-    lie in [0, 1] already (what rounding adds, up to 1e-4, is clamped).
+    Gray images are repeated to RGB, and transparent ones are composited on white. uint8 is divided by 255 and uint16 by
+    65535. Floats must be in [0, 1] already; rounding errors of up to 1e-4 are clamped.
 
     Args:
         image: one of
-            - str or path: a file Pillow can read; of an animation the first frame;
-            - PIL image of any mode, its EXIF orientation honoured; modes I;16 and I are read as uint16, F as float;
+            - str or path: a file that Pillow can read; the first frame of an animation;
+            - PIL image of any mode, rotated by its EXIF orientation; modes I;16 and I are read as uint16, F as float;
             - NumPy array (H, W) or (H, W, C), uint8, uint16, float16, float32 or float64;
             - tensor (H, W), (C, H, W) or (B, C, H, W), uint8, uint16, float16, bfloat16, float32 or float64.
-            C is 1 (grey), 3 (RGB) or 4 (RGBA). Arrays are channels last and tensors channels first, always: a side
-            has at least 16 pixels, so a wrong layout is never mistaken for a right one. An image has at most
-            `MAX_PIXELS` pixels whatever its kind: one limit for files and for arrays.
+            C is 1 (gray), 3 (RGB) or 4 (RGBA). Arrays are always channels last and tensors channels first. Each side
+            must have at least 16 pixels, so that a wrong layout is never taken for a right one. Images of every kind
+            may have at most `MAX_PIXELS` pixels.
 
     Returns:
-        (B, 3, H, W) float32 in [0, 1], never sharing memory with `image`; B = 1 except for a (B, C, H, W) tensor.
-        On the device of a tensor, otherwise on the CPU.
+        (B, 3, H, W) float32 in [0, 1], which never shares memory with `image`; B = 1 except for a (B, C, H, W) tensor.
+        It is on the device of a tensor, otherwise on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: neither of these kinds, or a dtype that is not listed (bool and signed integers have no range).
-        ValueError: shape, size or range; a folder; a file that is damaged or not an image (the message names it).
+        FileNotFoundError: the file does not exist.
+        TypeError: image is of another kind, or of a dtype that is not listed (bool and signed integers have no range).
+        ValueError: the shape, size or range is not accepted, or the path is a folder, a damaged file or not an image.
 
     Example:
         >>> read_image(np.zeros((48, 64), dtype=np.uint8)).shape
@@ -91,20 +107,20 @@ def read_image(image: ImageLike) -> Tensor:
 
 
 def convert_edges(edges: Tensor, image: ImageLike, output_type: str | None = None) -> Any:
-    """Give edges back as the kind of thing their image was.
+    """Convert edges to the kind of their image, or to a given kind.
 
     Args:
         edges: (B, 1, H, W) float in [0, 1].
-        image: what `read_image` read; only its kind matters.
+        image: the argument of `read_image`; only its kind matters.
         output_type: None follows the image: "pt" for a tensor, "np" for everything else.
 
     Returns:
         - "np": float32 array, (B, H, W) for a (B, C, H, W) tensor, (H, W) for every other image;
-        - "pt": float32 tensor (B, 1, H, W), on the device of a tensor image, otherwise where the edges are;
+        - "pt": float32 tensor (B, 1, H, W), on the device of a tensor image, otherwise on the device of the edges;
         - "pil": PIL image of mode L, 255 = edge; a list of B for a (B, C, H, W) tensor.
 
     Raises:
-        ValueError: output_type is something else.
+        ValueError: output_type is not one of these.
 
     Example:
         >>> convert_edges(torch.rand(1, 1, 48, 64), "photo.jpg").shape
@@ -126,24 +142,30 @@ def convert_edges(edges: Tensor, image: ImageLike, output_type: str | None = Non
 
 
 def check_output_type(output_type: str | None) -> None:
-    """Refuse an unknown output type; for callers that want to do so before they compute anything.
+    """Require a known output type; callers check it before they compute anything.
+
+    Args:
+        output_type: None or one of `OUTPUT_TYPES`.
 
     Raises:
-        ValueError: output_type is neither None nor one of `OUTPUT_TYPES`.
+        ValueError: output_type is neither.
+
+    Example:
+        >>> check_output_type("pil")
     """
     if output_type is not None and output_type not in OUTPUT_TYPES:
         raise ValueError(f"edges: output_type must be 'np', 'pt', 'pil' or None, got {output_type!r}")
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resample to a given size with an antialiased bilinear filter; the aspect ratio is not kept.
+    """Resample images with an antialiased bilinear filter; the aspect ratio is not kept.
 
     Args:
         image: (B, C, H, W) float.
         size: (height, width) in pixels.
 
     Returns:
-        (B, C, height, width) of the same dtype; the image itself where it has that size already.
+        (B, C, height, width) of the same dtype; the image itself if it has that size already.
 
     Raises:
         ValueError: image is not (B, C, H, W), or a side of size is below 1.
@@ -161,9 +183,68 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
+def read_edge_map(op: str, edges: np.ndarray | Tensor) -> Tensor:
+    """Read the edges of one image as float32 in [0, 1].
+
+    This is the one reader of edge maps: every function that takes edges accepts the same shapes, dtypes and values.
+
+    Args:
+        op: name of the calling function, for the message.
+        edges: (H, W), (1, H, W) or (1, 1, H, W) float in [0, 1], array or tensor on any device; rounding errors of up
+            to 1e-4 are clamped.
+
+    Returns:
+        (H, W) float32 on the device of a tensor, otherwise on the CPU; without gradients, and not sharing memory.
+
+    Raises:
+        TypeError: edges is not an array or a tensor, or not of floats.
+        ValueError: the shape is another, there are several images, or a value is not finite or outside [0, 1].
+
+    Example:
+        >>> read_edge_map("overlay", np.zeros((1, 48, 64), dtype=np.float16)).shape
+        torch.Size([48, 64])
+    """
+    maps = read_edge_maps(op, edges)
+    if len(maps) != 1:
+        raise ValueError(f"{op}: edges must be of one image, got {len(maps)}")
+    return maps[0]
+
+
+def read_edge_maps(op: str, edges: np.ndarray | Tensor) -> Tensor:
+    """Read the edges of several images of one size as float32 in [0, 1].
+
+    Args:
+        op: name of the calling function, for the message.
+        edges: (H, W), (B, H, W) or (B, 1, H, W), see `read_edge_map`.
+
+    Returns:
+        (B, H, W) float32, see `read_edge_map`.
+
+    Raises:
+        TypeError, ValueError: see `read_edge_map`.
+
+    Example:
+        >>> read_edge_maps("overlay", torch.zeros(2, 1, 48, 64)).shape
+        torch.Size([2, 48, 64])
+    """
+    if not isinstance(edges, (np.ndarray, Tensor)):
+        raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}")
+    dtype = str(edges.dtype).removeprefix("torch.") if isinstance(edges, Tensor) else edges.dtype.name
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: edges must be float16, bfloat16, float32 or float64, got {dtype}")
+    values = (edges.detach() if isinstance(edges, Tensor) else array_to_tensor(edges)).to(torch.float32)
+    maps = values[:, 0] if values.ndim == 4 and values.shape[1] == 1 else values[None] if values.ndim == 2 else values
+    if maps.ndim != 3 or not maps.numel():
+        raise ValueError(
+            f"{op}: edges must be (H, W), (B, H, W) or (B, 1, H, W) and not empty, got shape {tuple(values.shape)}"
+        )
+    return _clamp_to_unit(f"{op}: edges must be finite and in [0, 1]", maps)
+
+
 def _from_torch(image: Tensor) -> Tensor:
-    kinds = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if image.dtype not in kinds:
+    """Check a tensor image and add the dimensions that it lacks: (B, C, H, W)."""
+    dtypes = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if image.dtype not in dtypes:
         raise TypeError(
             f"edges: image must be a tensor of uint8, uint16, float16, bfloat16, float32 or float64, got {image.dtype}"
         )
@@ -182,6 +263,7 @@ def _from_torch(image: Tensor) -> Tensor:
 
 
 def _from_array(image: np.ndarray) -> Tensor:
+    """Check an array image and copy it to a tensor (1, C, H, W)."""
     if image.dtype.name not in ("uint8", "uint16", "float16", "float32", "float64"):
         raise TypeError(
             f"edges: image must be an array of uint8, uint16, float16, float32 or float64, got {image.dtype}"
@@ -192,12 +274,13 @@ def _from_array(image: np.ndarray) -> Tensor:
             f"edges: image must be an array (H, W) or (H, W, C) with C = 1, 3 or 4, got shape {image.shape}{hint}"
         )
     _check_size(image.shape[0], image.shape[1])
-    # a copy in native byte order with positive strides, which is what torch takes
+    # torch takes native byte order and positive strides
     pixels = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(pixels.reshape(*image.shape[:2], -1)).permute(2, 0, 1)[None]
 
 
 def _from_file(path: str | os.PathLike[str]) -> Tensor:
+    """Read an image file: (1, C, H, W)."""
     from PIL import Image, UnidentifiedImageError
 
     name = repr(os.fsdecode(path))
@@ -218,6 +301,7 @@ def _from_file(path: str | os.PathLike[str]) -> Tensor:
 
 
 def _from_object(image: object) -> Tensor:
+    """Read a PIL image, or refuse an object of any other type: (1, C, H, W)."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -228,14 +312,16 @@ def _from_object(image: object) -> Tensor:
 
 
 def _from_pil(picture: Image.Image, name: str) -> Tensor:
+    """Decode a PIL image of any mode: (1, C, H, W) uint8, uint16 or float32."""
     from PIL import ImageOps
 
     _check_size(picture.height, picture.width, f" in {name}")
     try:
         picture.load()
-    except Exception as error:  # damage may show only now, since Pillow opens a file by its header alone
+    except Exception as error:  # Pillow opens a file by its header, so that damage shows only here
         raise ValueError(f"edges: image must be readable to its end, got {name}: {error}") from error
-    with contextlib.suppress(Exception):  # damaged EXIF data beside sound pixels: taken as upright
+    # pixels with damaged EXIF data are taken as upright
+    with contextlib.suppress(Exception):
         picture = ImageOps.exif_transpose(picture)
 
     if picture.mode.startswith("I"):
@@ -246,7 +332,7 @@ def _from_pil(picture: Image.Image, name: str) -> Tensor:
         return torch.from_numpy(pixels.astype(np.uint16))[None, None]
     if picture.mode == "F":
         return torch.from_numpy(np.array(picture))[None, None]
-    if picture.mode == "La":  # the one premultiplied mode that Pillow converts in two steps
+    if picture.mode == "La":  # Pillow converts this premultiplied mode in two steps
         picture = picture.convert("LA")
     has_alpha = picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info
     pixels = np.array(picture.convert("RGBA" if has_alpha else "RGB"))
@@ -254,6 +340,7 @@ def _from_pil(picture: Image.Image, name: str) -> Tensor:
 
 
 def _check_size(height: int, width: int, where: str = "") -> None:
+    """Require an image that is neither too small nor too large."""
     if height < MIN_SIDE or width < MIN_SIDE:
         raise ValueError(
             f"edges: image must be at least {MIN_SIDE} pixels high and wide, got {height} x {width}{where}"
@@ -263,21 +350,26 @@ def _check_size(height: int, width: int, where: str = "") -> None:
 
 
 def _to_unit(planes: Tensor) -> Tensor:
-    """(B, C, H, W) of an accepted dtype to float32 in [0, 1]."""
+    """Scale (B, C, H, W) of an accepted dtype to float32 in [0, 1]."""
     values = planes.to(torch.float32)
     if planes.dtype == torch.uint8:
         return values / 255
     if planes.dtype == torch.uint16:
         return values / 65535
+    return _clamp_to_unit("edges: image must be finite and in [0, 1] as a float", values)
+
+
+def _clamp_to_unit(requirement: str, values: Tensor) -> Tensor:
+    """Clamp rounding errors outside [0, 1], and refuse what is farther outside."""
     low, high = (bound.item() for bound in values.aminmax())
-    # one comparison that a NaN fails too
-    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
-        raise ValueError(f"edges: image must be finite and in [0, 1] as a float, got values from {low:g} to {high:g}")
+    # NaN fails the comparison
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        raise ValueError(f"{requirement}, got values from {low:g} to {high:g}")
     return values.clamp(0, 1)
 
 
 def _to_rgb(values: Tensor) -> Tensor:
-    """(B, 1 | 3 | 4, H, W) to contiguous (B, 3, H, W): grey repeated, alpha flattened on white."""
+    """Convert (B, 1 | 3 | 4, H, W) to contiguous (B, 3, H, W): repeat gray, composite alpha on white."""
     if values.shape[1] == 1:
         return values.repeat(1, 3, 1, 1)
     if values.shape[1] == 4:
