@@ -1,13 +1,13 @@
-"""What each choice of the distillation is worth: students of the embedded model, one choice changed at a time.
+"""Measure each choice of the distillation: students of the embedded model, one choice changed at a time.
 
     python scripts/ablations.py --images PHOTOGRAPHS --data ../shared/data/dev_coco -o build/ablations
 
-Every student sees as many photographs for as many steps. They are scored by `trace-fast evaluate`'s functions, beside
-their teachers. A control is a student whose decoder sees the photograph and no attention; the embedded student stands
-there as it is, and with attention blanked, and so does a control without a model, the colour gradient of the photograph
-at the size that students draw at. In rows "L2" the squared distance of attention rows takes the place of their
-divergence, scaled to the same mean (as in the paper's comparison of KL and L2). Interrupt it at will: shards, students
-and counts that are there are kept.
+All students are trained on the same number of photographs for the same number of steps, and scored by the functions of
+`trace-fast evaluate` beside their teachers. One control is a student whose decoder reads the photograph and no
+attention; another, without a model, is the color gradient of the photograph at the size of the labels. The embedded
+student is scored as it is and with its attention set to zero. In rows "L2" the squared distance of attention rows
+takes the place of their divergence, scaled to the same mean (as in the paper's comparison of KL and L2). An
+interrupted run continues where it stopped: finished shards, students and counts stay.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from trace_fast.io.images import read_image, resize
 from trace_fast.training.distillation import DistillConfig, distill
 from trace_fast.training.labels import draw_labels
 
-SMALL, LARGE = (128, 128), (256, 256)  # pixels that teachers work at; students always at the small size
-DRAWN = (256, 256)  # pixels that labels are drawn at: as the decoder's logits
+SMALL, LARGE = (128, 128), (256, 256)  # input sizes of teachers, in pixels; students have the small one
+LABEL_SIZE = (256, 256)  # in pixels, that of the decoder's logits
 BASE: dict[str, Any] = {
     "teacher_size": LARGE,
     "timestep": 0,
@@ -66,50 +66,50 @@ divergence = ops.abdiv
 
 
 def squared_distance(attention: Tensor, height: int, width: int) -> Tensor:
-    """ABDiv with the squared distance of rows in place of their divergence, and its mean: (B, N, N) to (B, h, w)."""
+    """Return ABDiv with the squared distance of rows in place of their divergence, and its mean: (B, h, w)."""
     maps = attention.unflatten(1, (height, width))
     rows, columns = torch.arange(height), torch.arange(width)
     down = maps[:, (rows + 1).clamp(max=height - 1)] - maps[:, (rows - 1).clamp(min=0)]
     across = maps[:, :, (columns + 1).clamp(max=width - 1)] - maps[:, :, (columns - 1).clamp(min=0)]
-    found = (down**2).sum(-1) + (across**2).sum(-1)
-    return found * (divergence(attention, height, width).mean((1, 2)) / found.mean((1, 2)))[:, None, None]
+    distance = (down**2).sum(-1) + (across**2).sum(-1)
+    return distance * (divergence(attention, height, width).mean((1, 2)) / distance.mean((1, 2)))[:, None, None]
 
 
 def train(config: DistillConfig, *, blind: bool, distance: bool) -> Path:
-    """A student; its folder. Blind ones read zeros for attention; `distance` changes what the search measures."""
+    """Train a student; return its folder. Blind ones read zeros for attention; `distance`: the search measures L2."""
     with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
         if not blind:
             return distill(config)
-        with mock.patch.object(decoder.AttentionReadout, "result", result_of_nothing):
+        with mock.patch.object(decoder.AttentionReadout, "result", blank_result):
             return distill(config)
 
 
-def result_of_nothing(readout: decoder.AttentionReadout) -> Tensor:
-    """Zeros in place of what was read."""
+def blank_result(readout: decoder.AttentionReadout) -> Tensor:
+    """Return zeros in place of the readout."""
     return 0 * get_result(readout)
 
 
 get_result = decoder.AttentionReadout.result
 
 
-def method_of(name: str, folder: Path | str, *, blind: bool) -> Method:
-    """A student as something that makes edge maps."""
-    found = parse_method(f"{name}={folder}", device="cpu")
+def make_student_method(name: str, folder: Path | str, *, blind: bool) -> Method:
+    """Return a student as a method of the evaluation; a blind one reads zeros for attention."""
+    method = parse_method(f"{name}={folder}", device="cpu")
     if not blind:
-        return found
+        return method
     detector = Detector.from_pretrained(folder, device="cpu")
 
     def find(photo: Any) -> Any:
-        with mock.patch.object(decoder.AttentionReadout, "result", result_of_nothing):
+        with mock.patch.object(decoder.AttentionReadout, "result", blank_result):
             return detector.edges(read_image(photo.image))[0, 0].numpy()
 
-    return replace(found, edges=find, identity=f"{found.identity} blind")
+    return replace(method, edges=find, identity=f"{method.identity} blind")
 
 
 def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = False, sharp: bool = False) -> Method:
-    """The embedded model's search at a size; sharp: as labels of that name are made of it."""
+    """Return the embedded model's search at a size; sharp: sharpened as labels are."""
     tracer = Tracer.from_pretrained("mini", device="cpu", size=size)
-    name = f"teacher at {size[0]} pixels, {'t*' if timestep == 'iep' else f'level {timestep}'}"
+    name = f"teacher at {size[0]} pixels, {'t*' if timestep == 'iep' else f'timestep {timestep}'}"
     name += ", L2" * distance + ", sharpened" * sharp
 
     def find(photo: Any) -> Any:
@@ -117,24 +117,26 @@ def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = Fals
             if not sharp:
                 return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
             whole = read_image(photo.image)
-            small = resize(whole, DRAWN)
+            small = resize(whole, LABEL_SIZE)
             abdiv = tracer(small, timestep=timestep, return_abdiv=True).abdiv
-            label = draw_labels(abdiv, DRAWN, small, "sharp", 0.0, tracer.backbone.settings.edge_scale)[0]
+            label = draw_labels(abdiv, LABEL_SIZE, small, "sharp", 0.0, tracer.backbone.settings.edge_scale)[0]
             return resize(label, tuple(whole.shape[-2:]))[0, 0].numpy()
 
-    return Method(name, f"{name} {DRAWN} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False)
+    return Method(
+        name, f"{name} {LABEL_SIZE} {tracer.backbone.settings}", find, lambda photo: photo.image, threads=False
+    )
 
 
 def gradient() -> Method:
-    """The control without a model: length of the colour gradient, smoothed by one pixel, at the labels' size."""
+    """Return the control without a model: length of the color gradient, smoothed by one pixel, at the labels' size."""
 
     def find(photo: Any) -> Any:
         whole = read_image(photo.image)
-        smooth = gaussian_filter(resize(whole, DRAWN)[0].numpy(), (0, 1, 1))
+        smooth = gaussian_filter(resize(whole, LABEL_SIZE)[0].numpy(), (0, 1, 1))
         length = np.square(np.gradient(smooth, axis=(1, 2))).sum((0, 1)) ** 0.25  # a square root spreads it
         return resize(torch.from_numpy(length)[None, None], tuple(whole.shape[-2:]))[0, 0].clamp(0, 1).numpy()
 
-    name = f"colour gradient at {DRAWN[0]} pixels (control)"
+    name = f"color gradient at {LABEL_SIZE[0]} pixels (control)"
     return Method(name, name, find, lambda photo: photo.image, threads=False)
 
 
@@ -142,14 +144,14 @@ def main() -> None:
     """Train, score, and write ablations.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="photographs to distil from")
+    add("--images", type=Path, required=True, help="photographs to distill from")
     add("--data", type=Path, required=True, help="photographs with instances, to score on")
     add("-o", "--output", type=Path, required=True)
-    add("--edges", type=Path, help="folder of shards that are there already; one for each teacher")
-    add("--photographs", type=int, default=128, help="to distil from")
+    add("--edges", type=Path, help="folder of finished shards, one folder for each teacher")
+    add("--photographs", type=int, default=128, help="number of photographs to distill from")
     add("--epochs", type=float, default=4)
-    add("--every", type=int, default=1, help="score every so many photographs")
-    add("--only", nargs="*", choices=STUDENTS, help="these students alone")
+    add("--every", type=int, default=1, help="score one photograph in this many")
+    add("--only", nargs="*", choices=STUDENTS, help="train and score only these students")
     options = parser.parse_args()
     origin = provenance() | {"command": shlex.join(["python", "scripts/ablations.py", *sys.argv[1:]])}
 
@@ -161,8 +163,8 @@ def main() -> None:
         teacher(SMALL, 0),
         teacher(SMALL, "iep"),
         teacher(SMALL, 0, distance=True),
-        method_of("embedded student", "mini", blind=False),
-        method_of("embedded student, attention blanked", "mini", blind=True),
+        make_student_method("embedded student", "mini", blind=False),
+        make_student_method("embedded student, attention blanked", "mini", blind=True),
     ]
     for name, changes in students.items():
         values = {**BASE, "blind": False, "distance": False, **changes}
@@ -181,9 +183,9 @@ def main() -> None:
             device="cpu",
             **values,
         )
-        methods.append(method_of(name, train(config, blind=blind, distance=distance), blind=blind))
+        methods.append(make_student_method(name, train(config, blind=blind, distance=distance), blind=blind))
     photos = run.check(open_photos(options.data)[0][:: options.every], methods)[0]
-    scores = {each.name: edges.score(run.count_all(photos, each, options.output / "counts")) for each in methods}
+    scores = {method.name: edges.score(run.count_all(photos, method, options.output / "counts")) for method in methods}
     report.write_report(options.output, scores, photos, methods, command=origin["command"], notes=[])
     rows = {
         name: {"ods": score.ods, "ois": score.ois, "ap": score.ap, "cldice": score.cldice}

@@ -1,4 +1,4 @@
-"""What a GPU can do at best, measured: products, copies and exponentials. Floors of kernels are counted in them."""
+"""The measured limits of a GPU: products, copies and exponentials a second. Floors of kernels are counted in them."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ class Ceilings:
         self.flops, self.bandwidth, self.exponentials = flops, bandwidth, exponentials
 
     def attention(self, shape: Shape, passes: int) -> float:
-        """So many passes over the maps of all heads of one block: products or exponentials, whichever take longer."""
+        """Return the time of passes over the maps of all heads of one block: products or exponentials, the longer."""
         entries = passes * shape.heads * shape.tokens**2
         return max(2 * entries * shape.channels / self.flops, entries / self.exponentials)
 
     def traffic(self, size: float) -> float:
-        """Bytes read and written."""
+        """Return the time to read and write this many bytes."""
         return size / self.bandwidth
 
 
 @triton.jit
 def exp2_kernel(out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNT exponentials of each of BLOCK numbers, one after another; numbers do not wait for one another."""
+    """Compute COUNT exponentials of each of BLOCK numbers, one after another; numbers do not wait for one another."""
     x = tl.arange(0, BLOCK) * 1e-3
     for _ in range(COUNT):
         x = tl.exp2(-x)
     tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), x)
 
 
-SLOW = 0.05  # seconds; what takes longer is timed a few times, and does not mind a full cache
+SLOW = 0.05  # seconds; a longer call is timed a few times, and a full cache makes no difference
 
 
 def event_times(call: Callable[[], object], milliseconds: int = 200) -> list[float]:
-    """Seconds of a call on the GPU by its own clock, three at least, the L2 cache flushed before each."""
+    """Return seconds of a call by the clock of the GPU, three at least, the L2 cache flushed before each."""
     if timed(call) > SLOW:
         return [timed(call) for _ in range(3)]
     times = triton.testing.do_bench(call, warmup=50, rep=milliseconds, return_mode="all")
@@ -57,7 +57,7 @@ def event_times(call: Callable[[], object], milliseconds: int = 200) -> list[flo
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call on the GPU."""
+    """Return the seconds of one call on the GPU."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -67,7 +67,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def replay(call: Callable[[], object]) -> Callable[[], object]:
-    """A call as a CUDA graph, so that the time of small kernels is theirs and not Python's; outputs are dropped."""
+    """Record a call as a CUDA graph, so that small kernels are timed without Python; outputs are dropped."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -81,7 +81,7 @@ def replay(call: Callable[[], object]) -> Callable[[], object]:
 
 @functools.cache
 def measured() -> Ceilings:
-    """The ceilings of the present GPU, measured once a process."""
+    """Measure the ceilings of the present GPU, once a process."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)

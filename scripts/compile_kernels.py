@@ -1,8 +1,8 @@
-"""Compile every Triton kernel and tile configuration for sm_80 and sm_90, without a GPU, and tabulate what they take.
+"""Compile every Triton kernel and tile configuration for sm_80 and sm_90, without a GPU, and tabulate their resources.
 
 `python scripts/compile_kernels.py` writes benchmarks/results/kernels.json: registers a thread, bytes spilled to
 local memory and shared memory of a program, as ptxas reports them, and how busy its hottest loop keeps a scheduler. The
-launchers themselves run, so that what is compiled is what is shipped: only the last step, the launch, is left out.
+launchers themselves run, so that the shipped kernels are compiled: only the last step, the launch, is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 90)
 CHANNELS = (40, 64, 72, 80, 128, 160, 256)
 TOKENS, HEADS, COLUMNS = 1024, 8, 9
 
-# why a configuration spills and is kept all the same; the first that applies
+# why a configuration that spills stays; the first that applies
 REASONS = (
     (lambda row: not row["shipped"], "a tuning candidate, not shipped"),
     (
@@ -49,27 +49,27 @@ REASONS = (
 
 
 class Absent:
-    """Stands for the driver of a GPU that is not there."""
+    """A stand-in for the driver of a GPU that is not there."""
 
     def __init__(self, architecture: int):
         self.target = GPUTarget("cuda", architecture, 32)
 
     def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
+        """Return the target of the compiler."""
         return self.target
 
     def get_current_device(self) -> int:
-        """Compiled kernels are kept by device: one for each architecture."""
+        """Return one device for each architecture, since compiled kernels are cached by device."""
         return self.target.arch
 
     def get_current_stream(self, _: int) -> int:
-        """Nothing is launched on it."""
+        """Return a stream, on which nothing is launched."""
         return 0
 
 
 @contextlib.contextmanager
 def compiling(architecture: int) -> Iterator[dict[str, Any]]:
-    """Launches inside compile for an architecture and nothing more; yields the kernels by name."""
+    """Compile the launches inside for an architecture, without running them; yield the kernels by name."""
     compiled: dict[str, Any] = {}
     run = JITFunction.run
 
@@ -85,7 +85,7 @@ def compiling(architecture: int) -> Iterator[dict[str, Any]]:
 
 
 def resources(kernel: Any, architecture: int) -> dict[str, int]:
-    """Registers, spilled bytes and shared memory of a compiled kernel, and what a warp issues in its hottest loop."""
+    """Return registers, spilled bytes, shared memory and hottest loop of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(kernel.asm["ptx"])
@@ -101,7 +101,7 @@ def resources(kernel: Any, architecture: int) -> dict[str, int]:
 
 
 def hottest_loop(code: str) -> dict[str, int]:
-    """Instructions that a warp issues in one turn of the loop with the most exponentials or logarithms, and those.
+    """Count the instructions of a warp in one pass of the loop with the most exponentials or logarithms, and those.
 
     The special-function unit takes 8 clocks of a scheduler for one of a warp's, so that a loop is bound by 8 * special
     or by issued, whichever is more.
@@ -123,7 +123,7 @@ def hottest_loop(code: str) -> dict[str, int]:
 
 
 class Case(NamedTuple):
-    """One kernel to compile: what the table says of it, its configuration, and the launcher to call."""
+    """One kernel to compile: its row of the table, its configuration, and the launcher to call."""
 
     row: dict[str, Any]
     config: Config
@@ -132,7 +132,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel, dtype of the features or maps, head size and configuration."""
+    """Yield every kernel, dtype of the features or maps, head size and configuration."""
     for channels, dtype in itertools.product(CHANNELS, (torch.bfloat16, torch.float32)):
         yield from attention_cases(dtype, HEADS, TOKENS, channels)
     for dtype in (torch.float32, torch.bfloat16):
@@ -148,7 +148,7 @@ def cases() -> Iterator[Case]:
 
 
 def attention_cases(dtype: torch.dtype, heads: int, tokens: int, channels: int, device: str = "cpu") -> Iterator[Case]:
-    """The attention kernels at one shape, in every configuration that is shipped or to be tried for it."""
+    """Yield the attention kernels at one shape, in every configuration that is shipped or to be tried for it."""
     query, key = torch.randn(2, 1, tokens, heads, channels, device=device).to(dtype).transpose(2, 3)
     x = attention.Features(query, key, channels**-0.5)
     values, grad = torch.randn(tokens, COLUMNS, device=device), torch.randn(1, tokens, COLUMNS, device=device)
@@ -172,7 +172,7 @@ def attention_cases(dtype: torch.dtype, heads: int, tokens: int, channels: int, 
 
 @contextlib.contextmanager
 def only(kernel: str, config: Config) -> Iterator[None]:
-    """Inside, an attention kernel finds no other configuration."""
+    """Let an attention kernel pick this configuration alone."""
     pick = attention.Features.pick
     attention.Features.pick = lambda self, name, grid: config if name == kernel else pick(self, name, grid)
     try:
@@ -182,24 +182,24 @@ def only(kernel: str, config: Config) -> Iterator[None]:
 
 
 def name(dtype: torch.dtype) -> str:
-    """Such as bfloat16."""
+    """Return the name of a dtype, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def compile_case(case: Case, architecture: int) -> Any:
-    """The compiled kernel of a case."""
+    """Compile the kernel of a case."""
     with only(case.row["kernel"], case.config), compiling(architecture) as compiled:
         case.launch()
     return compiled[case.row["kernel"]]
 
 
 def tabulate(selected: Iterable[Case], architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """A row for each case and architecture."""
+    """Return a row for each case and architecture."""
     rows = []
     for architecture, case in tqdm(list(itertools.product(architectures, selected)), unit="kernel", disable=None):
-        found = resources(compile_case(case, architecture), architecture)
-        row = {**case.row, "sm": architecture, "tile": list(case.config), **found}
-        if found["spilled"]:
+        taken = resources(compile_case(case, architecture), architecture)
+        row = {**case.row, "sm": architecture, "tile": list(case.config), **taken}
+        if taken["spilled"]:
             row["reason"] = next((why for applies, why in REASONS if applies(row)), "")  # tests ask for one
         rows.append(row)
     return rows
@@ -212,7 +212,7 @@ def main() -> None:
     output = parser.parse_args().output
     rows = tabulate(cases())
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    columns = "tile is rows, columns, warps, stages and, where not 0, one exponential in so many as a polynomial"
+    columns = "tile is rows, columns, warps, stages and, where not 0, n: one exponential in n is a polynomial"
     part = output.with_suffix(".part")
     part.write_text(f'{{"triton": "{triton.__version__}", "columns": "{columns}", "kernels": [\n  {lines}\n]}}\n')
     os.replace(part, output)

@@ -1,4 +1,4 @@
-"""Masks made worse in known ways, and edges that are right: what boundary-guided propagation can do, apart from edges.
+"""Write masks with known faults and edges without any, to measure boundary-guided propagation apart from edges.
 
     python scripts/degrade.py --data ../shared/data/dev_coco -o build/degraded
     trace-fast evaluate --data ../shared/data/dev_coco --table backbones --baseline build/degraded/degraded.json \
@@ -25,7 +25,7 @@ SMALLEST, STRIP = 200, 0.08  # pixels; of the root of the area, either side of t
 
 
 def touching(masks: np.ndarray) -> list[list[int]]:
-    """Groups of masks (M, H, W) that touch, directly or through others."""
+    """Return the groups of masks (M, H, W) that touch, directly or through others."""
     labels = np.zeros(masks.shape[1:], int)
     for number, mask in enumerate(masks, 1):
         labels[mask] = number
@@ -41,25 +41,25 @@ def touching(masks: np.ndarray) -> list[list[int]]:
 
 
 def degrade(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Masks (M, H, W) merged where they touch, else cut."""
-    made = []
+    """Merge masks (M, H, W) where they touch, and cut the others."""
+    degraded = []
     rows, columns = np.mgrid[: masks.shape[1], : masks.shape[2]]
     for group in touching(masks):
         mask = masks[[number - 1 for number in group]].any(0)
         area = int(mask.sum())
         if len(group) > 1 or area < SMALLEST:
-            made.append(mask)
+            degraded.append(mask)
             continue
         y, x = np.argwhere(mask)[generator.integers(area)]
         angle = generator.uniform(0, np.pi)
         side = (rows - y) * np.sin(angle) + (columns - x) * np.cos(angle)
         parts = [mask & (sign * side > STRIP * area**0.5) for sign in (1, -1)]
-        made += [part for part in parts if part.any()]
-    return np.stack(made)
+        degraded += [part for part in parts if part.any()]
+    return np.stack(degraded)
 
 
 def write_oracle(photo: Photo, folder: Path) -> None:
-    """The contours of a photo as an edge map."""
+    """Write the contours of a photo as an edge map."""
     drawn = photo.contours().drawn.any(0)
     Image.fromarray(drawn.astype(np.uint8) * 255).save(folder / f"{photo.name}.png")
 

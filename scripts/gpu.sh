@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What needs a GPU, in stages, one a call, each within ten minutes:
+# Test, tune and measure on a GPU, in stages, one a call, each within ten minutes:
 #
 #   scripts/gpu.sh kernels      tests on the device, tile tuning, benchmarks of every kernel
 #   scripts/gpu.sh backbones    full-size networks with random weights: latency and memory; needs diffusers
-#   scripts/gpu.sh mini DIR     trains the embedded model on the photographs of DIR; another call goes on
+#   scripts/gpu.sh mini DIR     trains the embedded model on the photographs of DIR; another call continues
 #
 # Run it in an environment with torch, triton, pytest, pytest-benchmark and a C++ compiler; nothing is downloaded. Results
 # land in benchmarks/results/ (tuning-<gpu>.json, speed-gpu.json, backbones-gpu-<model>.json, gpu-<stage>.log), in the
 # tables of benchmarks/README.md, and weights in build/mini-gpu. A step that fails does not stop the next; the exit status
-# says whether one did. Where there is no git history, TRACE_FAST_COMMIT says what is measured.
+# says whether one did. Where there is no git history, TRACE_FAST_COMMIT names the commit.
 set -u
 cd "$(dirname "$0")/.."
 unset TRITON_INTERPRET TRACE_FAST_BACKEND
@@ -36,14 +36,14 @@ step 120 python3 -m pip install -q --no-deps --no-build-isolation -e .
 case $stage in
   kernels)
     step 230 python3 -m pytest -q -W default $several --durations=5 \
-      -k 'triton or gpu or graph or synchronising or cuda' \
+      -k 'triton or gpu or graph or synchroni or cuda' \
       tests/test_{attention,readout,divergence,dispatch,tracer,regions}.py
     step 120 python3 scripts/tune_kernels.py
     step 160 python3 -m pytest -q -W default benchmarks/bench_attention.py benchmarks/bench_divergence.py -k cuda \
       --benchmark-only --benchmark-json=$results/speed-gpu.json
     ;;
   backbones)
-    # what was measured before a step ran out of its seconds is kept
+    # the measurements before a step ran out of its seconds stay
     for entry in SD1.5:60 SDXL:80 PixArt:60 SD3.5-M:90 SD3.5-L:100 FLUX.1:120; do
       model=${entry%:*}
       step "${entry#*:}" python3 -m pytest -q -W default benchmarks/bench_backbones.py -k "$model" --benchmark-only \

@@ -1,9 +1,9 @@
 """Peak memory of one search on every full-size backbone, without weights and without a GPU.
 
 `python scripts/memory.py` writes benchmarks/results/memory.json. Networks of the published configurations are built
-on the meta device in bfloat16 and searched there, with the very code that runs on a GPU; every tensor is counted from
-the operation that makes it to its end. Attention is fused, as on a GPU: its result alone is counted. What an allocator
-rounds up and kernels keep to themselves is not in it.
+on the meta device in bfloat16 and searched there, with the code that runs on a GPU; every tensor is counted from the
+operation that allocates it to its end. Attention is fused, as on a GPU: its result alone is counted. The rounding of an
+allocator and the workspaces of kernels are not in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trace_fast.io.files import write_atomically
 from trace_fast.ops import dispatch
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "memory.json"
-LEVELS = (0, 99, 199)  # the peak is the same at every step
+TIMESTEPS = (0, 99, 199)  # the peak is the same at every step
 
 SD_VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -130,7 +130,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, tuple[int
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, while they live."""
+    """A count of the bytes of the storages that operations allocate, while they live."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,10 +139,11 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given | self.known:
-                self.begin(x.untyped_storage())
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = {tensor.untyped_storage()._cdata for tensor in leaves}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in inputs | self.known:
+                self.begin(leaf.untyped_storage())
         return result
 
     def begin(self, storage: torch.UntypedStorage) -> None:
@@ -159,7 +160,7 @@ class Peak(TorchDispatchMode):
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Bytes of weights, and the peaks beside them: encoding, the network alone, the whole search."""
+    """Return the bytes of the weights, and the peaks beside them: encoding, the network alone, the whole search."""
     kind, config, autoencoder, empty_prompt, side = MODELS[name]
     with torch.device("meta"):
         network = getattr(diffusers, kind)(**config).to(torch.bfloat16).eval().requires_grad_(False)
@@ -189,7 +190,7 @@ def measure(name: str) -> dict[str, Any]:
             "maps": 2 * 4 * math.prod(grid) ** 2,
             "encode": peak(lambda: backbone.encode(images)),
             "forward": peak(lambda: backbone.predict(latent, timestep)),
-            "search": peak(lambda: tracer.scan(images, timesteps=LEVELS, noising="inversion")),
+            "search": peak(lambda: tracer.scan(images, timesteps=TIMESTEPS, noising="inversion")),
             "every_head": sum(
                 2 * module.heads * math.prod(size) ** 2
                 for module, size in zip(backbone.attentions(), backbone.grids(backbone.settings.size), strict=True)
@@ -198,7 +199,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """Attention that never holds its map, as far as memory goes."""
+    """Allocate what fused attention does, which never holds its map."""
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 

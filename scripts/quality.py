@@ -2,19 +2,19 @@
 
     python scripts/quality.py --data ../shared/data/dev_coco -o build/quality
 
-Truth: instance maps are squashed to 256 x 256 (nearest neighbour); a pixel is on a boundary where a 4-neighbour has
+Truth: instance maps are resized to 256 x 256 (nearest neighbor); a pixel is on a boundary where a 4-neighbor has
 another label and neither is a crowd; boundaries are dilated by 2 % of the side in all (3 pixels each way). A cell of
-the 32 x 32 grid is positive where at least half of it is covered. Cells that a grown crowd touches are
-left out, and so are photos without a positive cell. Panoptic segments are treated alike; what is unlabelled counts as
-one more segment. Every map is averaged to the same grid. Nothing is thinned or matched: these figures are not those of
-the ODS/OIS benchmark of edges.
+the 32 x 32 grid is positive where at least half of it is covered. Cells that a dilated crowd touches are left out, and
+so are photos without a positive cell. Panoptic segments are treated alike; unlabeled pixels count as one more segment.
+Every map is averaged to the same grid. Nothing is thinned or matched: these figures are not those of the ODS/OIS
+benchmark of edges.
 
 Figures: per photo, average precision (AP) and the best F over thresholds (OIS), averaged over photos; over the cells of
 all photos, the best F of one threshold (ODS). Brackets hold 95 % of 1,000 bootstrap resamples of the photos. Gaps to
 the control are paired by photo, with the standard error of the mean.
 
-The control is the exact analogue of ABDiv with attention rows replaced by colours: of the photo squashed to the model's
-own token grid, the absolute RGB difference of opposite neighbours, summed over both axes. What a model adds is its gap.
+The control is the exact analog of ABDiv with attention rows replaced by colors: of the photo resized to the model's own
+token grid, the absolute RGB difference of opposite neighbors, summed over both axes. The gain of a model is its gap.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ CROWD = 65535
 THRESHOLDS = 512  # quantiles of the pooled scores that ODS tries
 RESAMPLES, SEED = 1000, 0
 BATCH, SHEET = 4, 12  # photos in one scan, and on the contact sheet
-LEVELS = (0, 99, 199, 299)  # of which block subsets, random weights and checkpoints take their best
-CONTROL, SOBEL, PIDINET = "colour difference (control)", "Sobel, 128 px", "PiDiNet, native size"
+CANDIDATES = (0, 99, 199, 299)  # timesteps of which block subsets, random weights and checkpoints take their best
+CONTROL, SOBEL, PIDINET = "color difference (control)", "Sobel, 128 px", "PiDiNet, native size"
 CEILING, DEFAULT = "ground truth itself (ceiling)", "ABDiv, as the settings of the model say"
 
 
 def boundaries(labels: Tensor) -> Tensor:
-    """Pixels of an integer map (h, w) with a 4-neighbour of another label; borders of crowds do not count."""
+    """Return the pixels of an integer map (h, w) with a 4-neighbor of another label; borders of crowds do not count."""
     edge = torch.zeros(labels.shape, dtype=torch.bool)
     for values, marked in ((labels, edge), (labels.T, edge.T)):
         differs = (values[1:] != values[:-1]) & (values[1:] != CROWD) & (values[:-1] != CROWD)
@@ -68,7 +68,7 @@ def boundaries(labels: Tensor) -> Tensor:
 
 
 def target(labels: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cells (GRID, GRID) of a label map (SIDE, SIDE): positive (bool), valid (bool), share of thin boundary."""
+    """Return cells (GRID, GRID) of a label map (SIDE, SIDE): positive (bool), valid (bool), share of thin boundary."""
     cell = SIDE // GRID
     thin = torch.stack([boundaries(labels), labels == CROWD])[:, None].float()
     grown = functional.max_pool2d(thin, 2 * GROWTH + 1, stride=1, padding=GROWTH)
@@ -86,30 +86,30 @@ class Truth:
 
     @classmethod
     def read(cls, folder: Path, ids: list[int]) -> Truth:
-        """Targets of the label maps `<id>.png` in a folder, ids padded to 12 digits."""
+        """Read the targets of the label maps `<id>.png` in a folder, ids padded to 12 digits."""
         paths = [folder / f"{id_:012d}.png" for id_ in ids]
-        squashed = [np.asarray(Image.open(path).resize((SIDE, SIDE), Image.Resampling.NEAREST)) for path in paths]
-        cells = [target(torch.from_numpy(labels.astype(np.int64))) for labels in squashed]
+        labels = [np.asarray(Image.open(path).resize((SIDE, SIDE), Image.Resampling.NEAREST)) for path in paths]
+        cells = [target(torch.from_numpy(image.astype(np.int64))) for image in labels]
         return cls(*(np.stack(maps).reshape(len(paths), -1) for maps in zip(*cells, strict=True)))
 
 
 def ap_and_best_f(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
-    """Average precision (sum over thresholds of precision times the gain in recall) and best F; inputs are (cells,)."""
+    """Return average precision (sum over thresholds of precision times gain in recall) and best F of (cells,)."""
     order = np.argsort(-scores, kind="stable")
     scores, hits = scores[order], np.cumsum(positive[order])
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # equal scores are taken or left together
-    found, hits, total = last + 1, hits[last], hits[-1]
-    return (hits / found * np.diff(hits, prepend=0)).sum() / total, (2 * hits / (found + total)).max()
+    detected, hits, total = last + 1, hits[last], hits[-1]
+    return (hits / detected * np.diff(hits, prepend=0)).sum() / total, (2 * hits / (detected + total)).max()
 
 
 def per_photo(scores: np.ndarray, truth: Truth) -> np.ndarray:
-    """(2, n): AP and best F of every photo; scores are (n, cells)."""
+    """Return AP and best F of every photo, (2, n); scores are (n, cells)."""
     rows = zip(scores, truth.positive, truth.valid, strict=True)
     return np.array([ap_and_best_f(row[valid], positive[valid]) for row, positive, valid in rows]).T
 
 
 def pooled_best_f(scores: np.ndarray, truth: Truth, weights: np.ndarray) -> np.ndarray:
-    """Best F of one threshold for all photos: (R,) for R weightings (R, n) of the photos; scores are (n, cells)."""
+    """Return the best F of one threshold for all photos, (R,), weighted by (R, n); scores are (n, cells)."""
     thresholds = np.unique(np.quantile(scores[truth.valid], np.linspace(0, 1, THRESHOLDS, endpoint=False)))
     passed = np.searchsorted(thresholds, scores, side="right")  # how many thresholds a cell reaches
 
@@ -118,12 +118,12 @@ def pooled_best_f(scores: np.ndarray, truth: Truth, weights: np.ndarray) -> np.n
         counts = [np.bincount(row[use], minlength=len(thresholds) + 1) for row, use in rows]
         return np.cumsum(np.array(counts)[:, ::-1], 1)[:, ::-1][:, 1:]  # (n, thresholds)
 
-    found, hits, total = above(truth.valid), above(truth.positive), truth.positive.sum(1)
-    return (2 * (weights @ hits) / (weights @ found + (weights @ total)[:, None])).max(1)
+    detected, hits, total = above(truth.valid), above(truth.positive), truth.positive.sum(1)
+    return (2 * (weights @ hits) / (weights @ detected + (weights @ total)[:, None])).max(1)
 
 
 def measure(scores: np.ndarray, truth: Truth, control: np.ndarray) -> dict[str, Any]:
-    """Every figure of a method; scores and those of the control are (n, cells)."""
+    """Return every figure of a method; its scores and those of the control are (n, cells)."""
     (ap, ois), count = per_photo(scores, truth), len(scores)
     resampled = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), RESAMPLES)
     weights = np.concatenate([np.ones((1, count)), resampled])  # the photos as they are, then the resamples
@@ -135,13 +135,13 @@ def measure(scores: np.ndarray, truth: Truth, control: np.ndarray) -> dict[str, 
 
 
 def to_grid(maps: Tensor) -> np.ndarray:
-    """Maps (n, h, w) averaged to (n, GRID * GRID), or stretched where they are coarser."""
+    """Average maps (n, h, w) to (n, GRID * GRID); interpolate those that are coarser."""
     pool = resize if maps.shape[-1] < GRID else functional.adaptive_avg_pool2d
     return pool(maps[:, None], (GRID, GRID)).flatten(1).numpy()
 
 
-def colour_difference(image: Tensor) -> Tensor:
-    """(B, 3, h, w) -> (B, h, w): |right - left| + |below - above| over the channels, neighbours clamped to the grid."""
+def color_difference(image: Tensor) -> Tensor:
+    """Return |right - left| + |below - above| over the channels, (B, 3, h, w) to (B, h, w), clamped to the grid."""
     padded = functional.pad(image, (1, 1, 1, 1), mode="replicate")
     across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
     along = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
@@ -149,12 +149,12 @@ def colour_difference(image: Tensor) -> Tensor:
 
 
 def classic_maps(photo: Tensor, pidinet: np.ndarray, tokens: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Maps, on the grid, that need no model of ours: of a photo (1, 3, H, W); `pidinet` (H, W) is PiDiNet's."""
+    """Return the maps of a photo (1, 3, H, W), on the grid, that need no diffusion model; `pidinet` is (H, W)."""
     sizes = (128, 128), (SIDE, SIDE), photo.shape[-2:]
     small, middle, native = (color.rgb2gray(resize(photo, size)[0].numpy(), channel_axis=0) for size in sizes)
     marks = [feature.canny(middle, 1, 0.4 * high, high) for high in 0.05 * np.arange(1, 7)]
     maps = {
-        CONTROL: colour_difference(resize(photo, tokens))[0].numpy(),
+        CONTROL: color_difference(resize(photo, tokens))[0].numpy(),
         "Canny, 256 px, six thresholds averaged": filters.gaussian(np.mean(marks, 0), 2),
         "Sobel, native size": filters.sobel(native),
         SOBEL: filters.sobel(small),
@@ -165,7 +165,7 @@ def classic_maps(photo: Tensor, pidinet: np.ndarray, tokens: tuple[int, int]) ->
 
 @dataclass
 class Photos:
-    """The photographs in memory: images (n, 3, *size), targets, and the peers' maps (n, cells) by name."""
+    """The photos in memory: images (n, 3, *size), targets, and maps (n, cells) of other methods by name."""
 
     ids: list[int]
     images: Tensor
@@ -176,7 +176,7 @@ class Photos:
 
     @classmethod
     def read(cls, data: Path, size: tuple[int, int], tokens: tuple[int, int], limit: int | None = None) -> Photos:
-        """All photos, or `limit` of them evenly by id, less those without a positive cell."""
+        """Read all photos, or `limit` of them evenly by id, without those that have no positive cell."""
         ids = sorted(entry["id"] for entry in json.loads((data / "manifest.json").read_text()))
         ids = [ids[row] for row in np.linspace(0, len(ids) - 1, min(limit or len(ids), len(ids))).round().astype(int)]
         used = Truth.read(data / "inst", ids).positive.any(1)
@@ -197,7 +197,7 @@ class Photos:
 
 
 def scan(tracer: Tracer, images: Tensor, label: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """`Tracer.scan` in batches: KL curves (n, T - 1) and maps on the grid (T, n, cells)."""
+    """Scan in batches; return KL curves (n, T - 1) and maps on the grid (T, n, cells)."""
     curves, maps = [], []
     for batch in tqdm(images.split(BATCH), desc=label, unit="batch"):
         kl, abdiv = tracer.scan(batch, **options)
@@ -207,7 +207,7 @@ def scan(tracer: Tracer, images: Tensor, label: str, **options: Any) -> tuple[np
 
 
 def trace(tracer: Tracer, photos: Photos) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Maps (n, cells) of every way to read the model, by name, and what its KL curves say."""
+    """Return maps (n, cells) of every way to read the model, by name, and findings about its KL curves."""
     images, backbone, settings = photos.images, tracer.backbone, tracer.backbone.settings
     batches = tqdm(images.split(BATCH), desc="settings of the model", unit="batch")
     rows = {DEFAULT: np.concatenate([to_grid(tracer(batch, return_abdiv=True).abdiv.cpu()) for batch in batches])}
@@ -216,11 +216,11 @@ def trace(tracer: Tracer, photos: Photos) -> tuple[dict[str, np.ndarray], dict[s
         curves, maps = scan(tracer, images, noising, noising=noising)
         chosen = curves.argmax(1) + 1  # the noisier map of the winning pair
         rows[f"ABDiv, {noising}, t*"] = maps[chosen, np.arange(len(chosen))]
-        rows |= {f"ABDiv, {noising}, level {level}": maps[step] for step, level in enumerate(TIMESTEPS)}
+        rows |= {f"ABDiv, {noising}, timestep {t}": maps[step] for step, t in enumerate(TIMESTEPS)}
         findings[noising] = {
-            "best_level": TIMESTEPS[best_map(maps, photos.truth)],
+            "best_timestep": TIMESTEPS[best_map(maps, photos.truth)],
             "interior_share": float(np.mean((chosen > 1) & (chosen < len(TIMESTEPS) - 1))),
-            "t_star": {level: int((chosen == step).sum()) for step, level in enumerate(TIMESTEPS) if step},
+            "t_star": {t: int((chosen == step).sum()) for step, t in enumerate(TIMESTEPS) if step},
             "kl": {"mean": curves.mean(0).tolist(), "percentiles_10_90": np.percentile(curves, [10, 90], 0).tolist()},
         }
     torch.manual_seed(SEED)
@@ -235,33 +235,35 @@ def trace(tracer: Tracer, photos: Photos) -> tuple[dict[str, np.ndarray], dict[s
         "all blocks, random weights": (untrained, every),
     }
     for name, (which, subset) in variants.items():
-        level, scores = best_of(which, photos, name, blocks=subset)
-        rows[f"ABDiv, gaussian, level {level}, {name}"] = scores
+        timestep, scores = scan_best(which, photos, name, blocks=subset)
+        rows[f"ABDiv, gaussian, timestep {timestep}, {name}"] = scores
     return rows, findings
 
 
-def best_of(tracer: Tracer, photos: Photos, label: str, **options: Any) -> tuple[int, np.ndarray]:
-    """The best of LEVELS with gaussian noising, and its maps (n, cells)."""
-    _, maps = scan(tracer, photos.images, label, timesteps=LEVELS, noising="gaussian", **options)
+def scan_best(tracer: Tracer, photos: Photos, label: str, **options: Any) -> tuple[int, np.ndarray]:
+    """Return the best of CANDIDATES with gaussian noising, and its maps (n, cells)."""
+    _, maps = scan(tracer, photos.images, label, timesteps=CANDIDATES, noising="gaussian", **options)
     best = best_map(maps, photos.truth)
-    return LEVELS[best], maps[best]
+    return CANDIDATES[best], maps[best]
 
 
 def best_map(maps: np.ndarray, truth: Truth) -> int:
+    """Return the index of the map with the highest mean AP, of maps (T, n, cells)."""
     return int(np.argmax([per_photo(scores, truth)[0].mean() for scores in maps]))
 
 
 def scaling(folder: Path, photos: Photos) -> list[dict[str, Any]]:
-    """Figures of every checkpoint `images-*`, each at its best level."""
+    """Return the figures of every checkpoint `images-*`, each at its best timestep."""
     points = []
     for path in sorted(folder.glob("images-*")):
-        level, scores = best_of(Tracer.from_pretrained(path), photos, path.name)
+        timestep, scores = scan_best(Tracer.from_pretrained(path), photos, path.name)
         figures = measure(scores, photos.truth, photos.classics[CONTROL])
-        points.append({"images": int(path.name.removeprefix("images-")), "level": level} | figures)
+        points.append({"images": int(path.name.removeprefix("images-")), "timestep": timestep} | figures)
     return points
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the figures as a table in Markdown."""
     lines = ["| | AP | OIS | ODS | AP minus control |", "|---|---|---|---|---|"]
     for name, figures in rows.items():
         line = f"| {name}"
@@ -272,52 +274,54 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """Return the whole report as Markdown."""
     tracing, methods = report["tracing"], report["methods"]
-    best = [f"ABDiv, {noising}, level {tracing[noising]['best_level']}" for noising in NOISINGS]
-    short = [name for name in methods if name in best or not re.fullmatch(r"ABDiv, \w+, level \d+", name)]
+    best = [f"ABDiv, {noising}, timestep {tracing[noising]['best_timestep']}" for noising in NOISINGS]
+    short = [name for name in methods if name in best or not re.fullmatch(r"ABDiv, \w+, timestep \d+", name)]
     parts = [
         f"# Quality of `{report['model']}`\n\n## Instance boundaries, {report['photos']} photos",
         table({name: methods[name] for name in short}),
-        f"Best levels are chosen on these very photos.\n\n## Panoptic boundaries, {report['panoptic_photos']} photos",
+        f"The best timesteps are chosen on these photos.\n\n## Panoptic boundaries, {report['panoptic_photos']} photos",
         table({name: report["panoptic"][name] for name in short}),
-        "## Noise levels",
+        "## Timesteps",
         table({name: methods[name] for name in methods if name not in short or name in best}),
     ]
     for noising in NOISINGS:
         share = tracing[noising]["interior_share"]
         parts.append(f"With {noising} noising, t* lies strictly inside the grid on {share:.1%} of the photos.")
     if report["scaling"]:
-        rows = {f"{point['images']:,} images, level {point['level']}": point for point in report["scaling"]}
-        parts += ["## Scaling: the best level of each checkpoint", table(rows)]
+        rows = {f"{point['images']:,} images, timestep {point['timestep']}": point for point in report["scaling"]}
+        parts += ["## Scaling: the best timestep of each checkpoint", table(rows)]
     where = ", ".join(f"{name} {value}" for name, value in (report["machine"] | report["versions"]).items())
     return "\n\n".join([*parts, f"Made by `{report['command']}`; commit {report['commit']}; {where}.\n"])
 
 
 def plot_kl(tracing: dict[str, Any], path: Path) -> None:
-    """Left: mean KL curve with the 10 to 90 % band of the photos. Right: how often each level is t*."""
+    """Draw the mean KL curve with the 10 to 90 % band of the photos, and how often each timestep is t*."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for offset, noising in zip((-18, 18), NOISINGS, strict=True):
         kl, counts = tracing[noising]["kl"], tracing[noising]["t_star"]
         left.plot(TIMESTEPS[1:], kl["mean"], "o-", label=noising)
         left.fill_between(TIMESTEPS[1:], *kl["percentiles_10_90"], alpha=0.2, linewidth=0)
-        right.bar([level + offset for level in counts], counts.values(), 36, label=noising)
-    left.set(xlabel="noise level t", ylabel="KL(SA(previous) || SA(t)), nats", yscale="log", xticks=TIMESTEPS[1:])
+        right.bar([timestep + offset for timestep in counts], counts.values(), 36, label=noising)
+    left.set(xlabel="timestep t", ylabel="KL(SA(previous) || SA(t)), nats", yscale="log", xticks=TIMESTEPS[1:])
     right.set(xlabel="t*", ylabel="photos", xticks=TIMESTEPS[1:])
     left.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
 def plot_scaling(points: list[dict[str, Any]], path: Path) -> None:
+    """Draw the gap to the control over the number of training images."""
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     errors = [1.96 * point["gap_error"] for point in points]
     axes.errorbar([p["images"] for p in points], [p["gap"] for p in points], errors, fmt="o-", capsize=3)
-    axes.axhline(0, color="grey", linestyle="--")
-    axes.set(xscale="log", xlabel="training images seen", ylabel="AP of ABDiv minus AP of the control (95 %)")
+    axes.axhline(0, color="gray", linestyle="--")
+    axes.set(xscale="log", xlabel="training images", ylabel="AP of ABDiv minus AP of the control (95 %)")
     figure.savefig(path, dpi=120)
 
 
 def plot_sheet(photos: Photos, columns: dict[str, np.ndarray], path: Path) -> None:
-    """Photos evenly by id, in two halves side by side; black is the 98th percentile of a method over all photos."""
+    """Draw photos evenly by id, in two halves side by side; black is the 98th percentile of a method."""
     rows = np.linspace(0, len(photos.ids) - 1, min(SHEET, len(photos.ids))).round().astype(int)
     height, width = -(-len(rows) // 2), len(columns) + 1
     size = (3.2 * width, 1.65 * height)
@@ -335,6 +339,7 @@ def plot_sheet(photos: Photos, columns: dict[str, np.ndarray], path: Path) -> No
 
 
 def provenance() -> dict[str, Any]:
+    """Return the command, commit, machine and versions of this run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     processor = [*re.findall(r"model name\s*: (.*)", info), platform.processor()][0]
@@ -349,12 +354,13 @@ def provenance() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Score every method and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with manifest.json, images, inst, panoptic and pidinet")
     add("--model", default="mini", help="name, or folder with config.json and model.safetensors")
     add("--checkpoints", type=Path, help="folder of checkpoints images-*, for the scaling curve")
-    add("--limit", type=int, help="use so many photos, evenly by id")
+    add("--limit", type=int, help="number of photos to use, evenly by id")
     add("-o", "--output", type=Path, default=Path("build/quality"))
     options = parser.parse_args()
     if options.limit is not None and options.limit < SHEET:

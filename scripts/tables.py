@@ -1,11 +1,11 @@
 """Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python scripts/tables.py`.
 
-`speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are made by the commands that stand beside their tables,
-with `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `scripts/quality.py` (it
-is that run's quality.json), `ablations.json` by `scripts/ablations.py`, `kernels.json` by
-`scripts/compile_kernels.py`, `memory.json` by `scripts/memory.py`, `speed-gpu.json` and a
-`backbones-gpu-<model>.json` each by `scripts/gpu.sh`; `edges-*.json` are the report.json of `trace-fast evaluate`,
-`propagation.json` and `propagation-walk.json` its masks.json, and `commit` was added to each.
+`speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are written by the commands beside their tables, with
+`--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `scripts/quality.py` (it is that
+run's quality.json), `ablations.json` by `scripts/ablations.py`, `kernels.json` by `scripts/compile_kernels.py`,
+`memory.json` by `scripts/memory.py`, `speed-gpu.json` and a `backbones-gpu-<model>.json` each by `scripts/gpu.sh`;
+`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and `propagation-walk.json` its
+masks.json, and `commit` was added to each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REGIONS = ("label_regions", "flood_fill", "random_walk", "merge_masks")
 PROVIDERS = ("encode", "forward", "capture", "search", "eager", "student", "student, compiled")  # of backbones
 SHOWN = {  # rows of the quality table, in this order
     "chance, random numbers": "chance",
-    "colour difference (control)": "colour difference of the same grid, the control",
+    "color difference (control)": "color difference of the same grid, the control",
     "Canny, 256 px, six thresholds averaged": "Canny",
     "Sobel, 128 px": "Sobel",
     "PiDiNet, native size": "PiDiNet, trained on human edges",
@@ -40,17 +40,17 @@ SPEED = "pytest benchmarks/bench_{attention,divergence,edges}.py --benchmark-onl
 
 
 def speed(results: dict[str, Any]) -> str:
-    """Benchmarks of the ops on attention and of edges, but the student's."""
+    """Return the benchmarks of the ops on attention and of edges, without the student's."""
     return grouped(results, SPEED, lambda group: not group.startswith("the student"))
 
 
 def student(results: dict[str, Any]) -> str:
-    """The student beside its teacher."""
+    """Return the benchmarks of the student beside its teacher."""
     return grouped(results, SPEED, lambda group: group.startswith("the student"))
 
 
 def ablations(results: dict[str, Any] | None) -> str:
-    """Students with one choice changed, best first."""
+    """Return the scores of students with one choice changed, best first."""
     if results is None:
         return "Not run to its end yet: `scripts/ablations.py` fills the table."
     rows = sorted(results["rows"].items(), key=lambda row: -row[1]["ods"])
@@ -62,18 +62,18 @@ def ablations(results: dict[str, Any] | None) -> str:
 
 
 def regions(results: dict[str, Any]) -> str:
-    """Benchmarks of the ops on regions and masks."""
+    """Return the benchmarks of the ops on regions and masks."""
     return grouped(results, "pytest benchmarks/bench_regions.py --benchmark-only", lambda x: x.startswith(REGIONS))
 
 
 def evaluation(results: dict[str, Any]) -> str:
-    """Benchmarks of scoring edges."""
+    """Return the benchmarks of scoring edges."""
     return grouped(results, "pytest benchmarks/bench_evaluation.py --benchmark-only", lambda _: True)
 
 
 def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool]) -> str:
-    """Benchmarks grouped as they were run, fastest first; ratios are to the eager reference of the same run."""
-    machine, commit = results["machine_info"], commit_of(results)
+    """Return benchmarks grouped as they were run, fastest first; ratios are to the eager reference of the same run."""
+    machine, commit = results["machine_info"], describe_commit(results)
     lines = [
         f"Measured on {machine['cpu']['brand_raw']}, {machine['threads']} threads, {machine['instruction_set']}, "
         f"torch {machine['versions']['torch']}, commit `{commit}`, by `{command}`. Memory is what one call adds at "
@@ -96,19 +96,19 @@ def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool])
     return "\n".join(lines)
 
 
-def commit_of(results: dict[str, Any]) -> str:
-    """What benchmarks ran on, and whether it was changed."""
+def describe_commit(results: dict[str, Any]) -> str:
+    """Return the commit that benchmarks ran on, and whether it was changed."""
     commit = results["commit_info"]
     return str(commit["id"])[:7] + (" with changes" if commit.get("dirty") else "")
 
 
 def quality(results: dict[str, Any]) -> str:
-    """The methods of `SHOWN` and the model's own rows, by average precision."""
+    """Return the methods of `SHOWN` and the rows of the model, by average precision."""
     methods = results["methods"]
-    levels = [name for name in methods if re.fullmatch(r"ABDiv, \w+, level \d+", name)]
-    best = max(levels, key=lambda name: methods[name]["ap"])
-    own = [name for name in methods if name.startswith("ABDiv") and name not in levels]
-    names = {**SHOWN, **{name: name for name in own}, best: f"{best} (best level, chosen on these photographs)"}
+    fixed = [name for name in methods if re.fullmatch(r"ABDiv, \w+, timestep \d+", name)]
+    best = max(fixed, key=lambda name: methods[name]["ap"])
+    own = [name for name in methods if name.startswith("ABDiv") and name not in fixed]
+    names = {**SHOWN, **{name: name for name in own}, best: f"{best} (best timestep, chosen on these photographs)"}
     rows = sorted((methods[name]["ap"], name) for name in names)
     lines = ["| method | AP | 95 % | best F a photo | gap to the control |", "| --- | ---: | ---: | ---: | ---: |"]
     for _, name in rows:
@@ -123,29 +123,29 @@ def quality(results: dict[str, Any]) -> str:
     settings = tracing["settings"]
     lines += [
         "",
-        "The paper's noise level is no use at this size: the KL curve peaks at the first or the last step almost "
-        f"always (t* lies strictly inside the grid for {shares} noising). `mini` therefore reads level "
-        f'{settings["timestep"]} unless told otherwise; `timestep="iep"` searches.',
+        "The timestep that the paper chooses is no use at this size: the KL curve peaks at the first or the last step "
+        f"almost always (t* lies strictly inside the grid for {shares} noising). `mini` therefore reads timestep "
+        f'{settings["timestep"]} by default; `timestep="iep"` searches.',
     ]
     lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)
 
 
 def edges(results: dict[str, Any]) -> str:
-    """Scores of edge maps; which contours were found at the threshold of ODS."""
+    """Return the scores of edge maps, and the recall of contours at the threshold of ODS."""
     images = next(iter(results["methods"].values()))["images"]
     source = f"{images} images; commit `{results['commit'][:7]}`; `{results['command']}`."
     return f"{edge_table(results['methods'])}\n\n{source}"
 
 
 def propagation(results: dict[str, Any]) -> str:
-    """Masks before and after."""
+    """Return the scores of masks before and after propagation."""
     source = f"Commit `{results['commit'][:7]}`; `{results['command']}`."
     return f"{mask_table(results['results'])}\n\n{source}"
 
 
 def gpu(results: dict[str, Any] | None) -> str:
-    """The bars of the GPU kernels and what was measured; empty slots where there is no run yet."""
+    """Return the goals of the GPU kernels and their measurements, which are empty where there is no run yet."""
     bars = [
         ("`accumulate_attention`, all blocks of SD1.5 @512, over its floor", "at most 1.5", "SD1.5 @512", over_floor),
         (
@@ -167,7 +167,7 @@ def gpu(results: dict[str, Any] | None) -> str:
         rates = machine["ceilings"]
         lines += [
             f"{machine['gpu']}, torch {versions['torch']}, triton {versions['triton']}, commit "
-            f"`{commit_of(results)}`. Ceilings of the same run: {rates['flops'] / 1e12:.0f} TFLOP/s, "
+            f"`{describe_commit(results)}`. Ceilings of the same run: {rates['flops'] / 1e12:.0f} TFLOP/s, "
             f"{rates['bandwidth'] / 1e12:.2f} TB/s, {rates['exponentials'] / 1e12:.2f} T exponentials/s.",
             "",
         ]
@@ -190,28 +190,32 @@ class Times:
         }
 
     def over_blocks(self, model: str, provider: str, key: str) -> float:
-        """Sum of a fact of accumulate_attention over all blocks of a model; KeyError unless all were measured."""
+        """Sum a fact of accumulate_attention over all blocks of a model; KeyError unless all were measured."""
         start = f"accumulate_attention, {model}:"
-        found = [x for (group, name), x in self.cases.items() if group.startswith(start) and name == provider]
-        if len(found) < len(SHAPES[model]):
+        blocks = [case for (group, name), case in self.cases.items() if group.startswith(start) and name == provider]
+        if len(blocks) < len(SHAPES[model]):
             raise KeyError(provider)
-        return sum(x["blocks"] * x[key] for x in found)
+        return sum(block["blocks"] * block[key] for block in blocks)
 
 
 def over_floor(times: Times, model: str) -> float:
+    """Return the time of all blocks over their floor."""
     return times.over_blocks(model, "triton", "seconds") / times.over_blocks(model, "triton", "floor")
 
 
 def over_eager(times: Times, model: str) -> float:
+    """Return the time of plain torch over the time of the kernels, all blocks."""
     return times.over_blocks(model, "eager", "seconds") / times.over_blocks(model, "triton", "seconds")
 
 
 def share_of_copy(times: Times, _: str) -> float:
+    """Return the bandwidth of the divergence as a share of a copy's."""
     case = times.cases["step_kl_abdiv, N = 4096, torch.float32", "triton"]
     return float(case["floor"] / case["seconds"])
 
 
 def over_sdpa(times: Times, _: str) -> float:
+    """Return the time of the readout over the time of torch's attention, for the slowest shape."""
     groups = {group for group, _ in times.cases if group.startswith("readout, ")}
     other = "scaled_dot_product_attention"
     if not groups:
@@ -219,38 +223,40 @@ def over_sdpa(times: Times, _: str) -> float:
     return max(
         times.cases[group, "triton"]["seconds"]
         / min(
-            x["seconds"] for (name, provider), x in times.cases.items() if name == group and provider.startswith(other)
+            case["seconds"]
+            for (name, provider), case in times.cases.items()
+            if name == group and provider.startswith(other)
         )
         for group in groups
     )
 
 
 def backbones(results: list[dict[str, Any]]) -> str:
-    """Latency and memory of the full-size backbones on a GPU, in the order of `memory.json`."""
+    """Return latency and memory of the full-size backbones on a GPU, in the order of `memory.json`."""
     if not results:
         return "No GPU has run the full-size backbones yet: `scripts/gpu.sh backbones` fills the table."
-    machine, commits = results[0]["machine_info"], {commit_of(run) for run in results}
+    machine, commits = results[0]["machine_info"], {describe_commit(run) for run in results}
     lines = [
         f"{machine['gpu']}, torch {machine['versions']['torch']}, bfloat16, one image, commit "
         f"`{'`, `'.join(sorted(commits))}`, by `scripts/gpu.sh backbones`. Random weights prove latency and wiring, "
         "never quality. Milliseconds: `capture` is a forward with every map added up, `share` what that adds to the "
-        "plain forward (aim: at most 25 %); `search` is ten levels by inversion, `eager` the same with maps in plain "
-        "torch (aim: 4 times as long). GiB: what a search adds to the weights at its peak.",
+        "plain forward (aim: at most 25 %); `search` is ten timesteps by inversion, `eager` the same with maps in "
+        "plain torch (aim: 4 times as long). GiB: what a search adds to the weights at its peak.",
         "",
         "| model | encode | forward | capture | share | search | eager | eager / it | GiB | student | compiled |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     cases = [case for run in results for case in run["benchmarks"]]
     for model in [row["model"] for row in json.loads((RESULTS / "memory.json").read_text())["models"]]:
-        found = {
+        facts = {
             case["extra_info"]["provider"]: case["extra_info"]
             for case in cases
             if case["group"] == f"{model}, random weights"
         }
-        if not found:
+        if not facts:
             continue
-        ms = {name: 1e3 * found[name]["seconds"] if name in found else math.nan for name in PROVIDERS}
-        memory = found["search"]["peak_memory"] / 2**30 if "search" in found else math.nan
+        ms = {name: 1e3 * facts[name]["seconds"] if name in facts else math.nan for name in PROVIDERS}
+        memory = facts["search"]["peak_memory"] / 2**30 if "search" in facts else math.nan
         numbers = [
             *(f"{ms[name]:.1f}" for name in ("encode", "forward", "capture")),
             f"{ms['capture'] / ms['forward'] - 1:.0%}",
@@ -265,7 +271,7 @@ def backbones(results: list[dict[str, Any]]) -> str:
 
 
 def kernels(results: dict[str, Any]) -> str:
-    """Registers, spilled bytes and shared memory of what is shipped for sm_90, half precision and mini's float32."""
+    """Return registers, spilled bytes and shared memory of the shipped kernels for sm_90."""
     lines = [
         f"Triton {results['triton']}, as ptxas reports. All rows, sm_80 too, are in `results/kernels.json`.",
         "",
@@ -284,7 +290,7 @@ def kernels(results: dict[str, Any]) -> str:
 
 
 def memory(results: dict[str, Any]) -> str:
-    """Weights and peaks of the full-size backbones, in GiB."""
+    """Return weights and peaks of the full-size backbones, in GiB."""
     lines = [
         f"Counted on the meta device by `scripts/memory.py`, bfloat16, one image, torch {results['torch']}, "
         f"diffusers {results['diffusers']}. Beside the weights: the peaks of encoding, of one plain forward, and of a "
@@ -321,11 +327,11 @@ TABLES = (
 
 
 def main() -> None:
-    """Replace what stands between the markers."""
+    """Replace the text between the markers of each table."""
     for page, name, file, table in TABLES:
         path = ROOT / page
-        found = [json.loads(source.read_text()) for source in sorted(RESULTS.glob(file))]
-        content = table(found if "*" in file else found[0] if found else None)
+        runs = [json.loads(source.read_text()) for source in sorted(RESULTS.glob(file))]
+        content = table(runs if "*" in file else runs[0] if runs else None)
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         filled = re.sub(
             pattern,

@@ -1,7 +1,7 @@
 """Time every tile configuration of the attention kernels on the present GPU: `python scripts/tune_kernels.py`.
 
-Writes benchmarks/results/tuning-<gpu>.json and prints, for each kernel and head size, what is shipped beside the best.
-Take the best over into CONFIGS of kernels/jit/attention.py by hand, where it wins by more than the spread.
+Writes benchmarks/results/tuning-<gpu>.json and prints, for each kernel and head size, the shipped tile beside the best.
+Copy the best into CONFIGS of kernels/jit/attention.py by hand, where it wins by more than the spread.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """Heads, tokens and channels of the backbones, each once, from the most work to the least."""
-    found = {shape[1:] for shapes in SHAPES.values() for shape in shapes if shape.tokens >= 256}
-    return sorted(found, key=lambda shape: -shape[0] * shape[1] ** 2)
+    """Return heads, tokens and channels of the backbones, each once, from the most work to the least."""
+    distinct = {shape[1:] for shapes in SHAPES.values() for shape in shapes if shape.tokens >= 256}
+    return sorted(distinct, key=lambda shape: -shape[0] * shape[1] ** 2)
 
 
 def time_case(case: Case) -> tuple[float, float]:
-    """Median and spread of a configuration, in milliseconds."""
+    """Return median and spread of a configuration, in milliseconds."""
     with only(case.row["kernel"], case.config):
         times = event_times(case.launch, milliseconds=40)
     low, median, high = statistics.quantiles(times, n=4)
@@ -38,22 +38,22 @@ def time_case(case: Case) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Time, print, write."""
+    """Time every configuration of every shape; print and write the results."""
     rows: list[dict[str, Any]] = []
     try:
         for heads, tokens, channels in tqdm(shapes(), unit="shape", disable=None):
-            found = []
+            timed = []
             for case in attention_cases(torch.bfloat16, heads, tokens, channels, "cuda"):
                 median, spread = time_case(case)
                 row = {**case.row, "heads": heads, "tokens": tokens, "tile": list(case.config)}
-                found.append({**row, "picked": case.picked, "median_ms": median, "spread_ms": spread})
-            rows += found  # whole shapes
+                timed.append({**row, "picked": case.picked, "median_ms": median, "spread_ms": spread})
+            rows += timed  # whole shapes
     finally:
         report(rows)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print what is shipped beside the best, and write all."""
+    """Print the shipped configurations beside the best, and write all."""
     for key in dict.fromkeys((row["kernel"], row["heads"], row["tokens"], row["channels"]) for row in rows):
         group = [row for row in rows if (row["kernel"], row["heads"], row["tokens"], row["channels"]) == key]
         best, picked = min(group, key=lambda row: row["median_ms"]), next(row for row in group if row["picked"])

@@ -1,4 +1,4 @@
-"""What the kernels are measured on: the self-attention of the backbones; and tiles to try beside the shipped ones."""
+"""Shapes that the kernels are measured on, the self-attention of the backbones, and more tiles to try."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["EXTRA", "SHAPES", "Shape"]
 
 
 class Shape(NamedTuple):
-    """So many blocks of one shape in one forward pass."""
+    """A number of blocks of one shape in one forward pass."""
 
     blocks: int
     heads: int

@@ -1,4 +1,4 @@
-"""What is shipped, what importing it costs, and what the native core is made of."""
+"""The contents of the distributions, the cost of an import, and the code of the native core."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ HEAVY = ("PIL", "accelerate", "diffusers", "matplotlib", "peft", "timm", "transf
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
-    """Run Python in a process of its own; its output."""
+    """Run Python in a separate process; return its output."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -34,7 +34,7 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    """The source distribution, unpacked."""
+    """Build the source distribution; return the folder it is unpacked in."""
     folder = tmp_path_factory.mktemp("sdist")
     python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})")
     (archive,) = folder.glob("*.tar.gz")
@@ -45,7 +45,7 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> list[str]:
-    """Names in the wheel that the source distribution builds, without optimisation to save time."""
+    """Build a wheel from the source distribution, without optimization to save time; return the names in it."""
     folder = tmp_path_factory.mktemp("wheel")
     python(
         "-c",
@@ -59,7 +59,7 @@ def wheel(sdist, tmp_path_factory) -> list[str]:
         return names.namelist()
 
 
-def test_sdist_holds_what_a_build_needs(sdist):
+def test_sdist_holds_the_files_of_a_build(sdist):
     needed = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "kernels/jit/__init__.py"]
     needed += [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert [name for name in needed if not (sdist / name).is_file()] == []
@@ -82,7 +82,7 @@ def test_wheel_installs_one_package(wheel):
 
 
 def test_import_is_lean():
-    # what torch itself imports is not ours to avoid
+    # torch's imports cannot be avoided
     new = python("-c", "import sys, torch; old = set(sys.modules); import trace_fast; print(*set(sys.modules) - old)")
     assert sorted({name.split(".")[0] for name in new.split()} & set(HEAVY)) == []
 
@@ -139,7 +139,7 @@ def test_kernels_use_whole_registers():
         assert any("vpsrad" in line and register in line for line in lines)
 
 
-@pytest.mark.parametrize("threads", ["torch's", "its own"])
+@pytest.mark.parametrize("threads", ["torch's", "its"])
 def test_threads_of_the_core_are_torchs_where_torch_is_loaded(threads):
     # the core alone, which finds an OpenMP runtime in the process or starts threads itself
     code = f"""
@@ -151,12 +151,12 @@ core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
 maps = np.random.default_rng(0).random((2, 3, 96, 96), dtype=np.float32)
 maps /= maps.sum(-1, keepdims=True)
-found = [np.full(3, np.nan, np.float32) for _ in range(3)]
-for threads, kl in zip((1, 2, 5), found):
+results = [np.full(3, np.nan, np.float32) for _ in range(3)]
+for threads, kl in zip((1, 2, 5), results):
     core.step_kl(maps[0].ctypes.data, maps[1].ctypes.data, 3, 96, kl.ctypes.data, threads)
 exact = (maps[0].astype(float) * np.log(maps[0].astype(float) / maps[1])).sum(-1).mean(-1)
-np.testing.assert_allclose(found[0], exact, rtol=1e-5)
-assert all((kl == found[0]).all() for kl in found)
+np.testing.assert_allclose(results[0], exact, rtol=1e-5)
+assert all((kl == results[0]).all() for kl in results)
 assert ("torch" in sys.modules) == {threads == "torch's"}
 """
     python("-c", code)

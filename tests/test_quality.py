@@ -1,4 +1,4 @@
-"""scripts/quality.py: metrics by hand, ground truth of a drawn map, peers on real photographs."""
+"""scripts/quality.py: metrics by hand, ground truth of a drawn map, other methods on real photographs."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_metrics_agree_with_a_search_over_thresholds(seed):
     rows = [0, 0, 2]
     cells = valid[rows].flatten()
     pooled = search(scores[rows].flatten()[cells], positive[rows].flatten()[cells])
-    found = quality.pooled_best_f(scores, truth(positive, valid), np.array([[2, 0, 1]]))
-    assert found == pytest.approx([max(f for *_, f in pooled)])
+    best_f = quality.pooled_best_f(scores, truth(positive, valid), np.array([[2, 0, 1]]))
+    assert best_f == pytest.approx([max(f for *_, f in pooled)])
 
 
 def test_measure_pairs_the_gap_by_photo():
@@ -95,13 +95,13 @@ def test_target_of_a_drawn_map():
     assert thin.sum() == pytest.approx(32 * 2 / 8)
 
 
-def test_control_is_abdiv_with_colours():
+def test_control_is_abdiv_with_colors():
     image = torch.zeros(1, 3, 3, 4)
     image[0, 0, :, 2:] = 1.0
     image[0, 1, 2:] = 0.5
     # columns 1 and 2 see the step of 1; rows 1 and 2 see the step of a half
     expected = [[0.0, 1.0, 1.0, 0.0], [0.5, 1.5, 1.5, 0.5], [0.5, 1.5, 1.5, 0.5]]
-    assert quality.colour_difference(image)[0].tolist() == expected
+    assert quality.color_difference(image)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("side", [8, 32, 48, 96])
