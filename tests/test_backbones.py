@@ -13,7 +13,6 @@ from tiny import SIZE, TEXT, flux, pixart, sd15, sd35, sdxl
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import wrap_pipeline
-from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 
 # how many self-attentions each has, and which of the tokens that SDPA receives are the image's, for N of them
@@ -58,13 +57,11 @@ def run(backbone, oracle=None):
 
 
 def captured(backbone, forward=run):
-    """Prediction, and (index, query, key) in the order in which blocks were heard."""
-    found = []
-    grids = backbone.grids(backbone.settings.size)
-    tokens = [h * w for h, w in grids]
-    with Capture(backbone.attentions(), lambda *heard: found.append(heard), tokens):
+    """Prediction, and (index, query, key) in the order in which blocks were read."""
+    inputs = []
+    with backbone.capture(lambda *block: inputs.append(block)):
         prediction = forward(backbone)
-    return prediction, found
+    return prediction, inputs
 
 
 def assert_alike(found, heard):
@@ -258,7 +255,7 @@ def test_merged_tokens_are_told():
     attention = backbone.attentions()[0]
     forward = attention.forward
     attention.forward = lambda hidden_states, **options: forward(hidden_states[:, ::2], **options).repeat(1, 2, 1)
-    with pytest.raises(RuntimeError, match=r"must see all 96 tokens of the image, got 48; undo what merges tokens"):
+    with pytest.raises(RuntimeError, match=r"must receive all 96 tokens of the image, got 48; undo what merges tokens"):
         captured(backbone)
 
 

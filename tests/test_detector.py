@@ -25,7 +25,7 @@ from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
 from trace_fast.decoder import AttentionReadout
-from trace_fast.detector import finest, listen, merge, reading
+from trace_fast.detector import finest, merge, reading
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -97,7 +97,7 @@ def whole_pass(detector, images, photograph=None):
     """Logits of a network that runs to its end."""
     backbone = detector.backbone
     taps = AttentionReadout(detector.decoder.values, reading(backbone))
-    with listen(backbone, taps.on_attention):
+    with backbone.capture(taps.on_attention):
         backbone.predict(backbone.encode(images), torch.full((len(images),), detector.timestep))
     return detector.decoder(taps.result(), photograph)
 

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import AttentionReadout
-from trace_fast.detector import listen, reading
+from trace_fast.detector import reading
 from trace_fast.io import files as _files
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
@@ -382,7 +382,7 @@ class TestEveryFamily:
         @torch.no_grad()
         def logits():
             taps = AttentionReadout(detector.decoder.values, reading(backbone))
-            with listen(backbone, taps.on_attention):
+            with backbone.capture(taps.on_attention):
                 prediction = backbone.predict(backbone.encode(images), level)
             return detector.decoder(taps.result(), None), prediction
 
@@ -681,7 +681,7 @@ class TestStep:
             latent, _, level = noised[-1]
             assert torch.equal(latent, run.backbone.encode(images)) and level.tolist() == [300, 300]
             noisy, taps = schedule.noise(*noised[-1]), AttentionReadout(run.decoder.values, reading(run.backbone))
-            with listen(run.backbone, taps.on_attention):
+            with run.backbone.capture(taps.on_attention):
                 rebuilt = schedule.denoise(noisy, run.backbone.predict(noisy, level), level)
             found = run.decoder(taps.result(), details).sigmoid()
             edges = dice(found, *draw_labels(abdiv, found.shape[-2:], details, "sharp", 0.16, scale=0.4))

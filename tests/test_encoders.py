@@ -111,16 +111,10 @@ def run(backbone, context=None):
 
 
 def captured(backbone, context=None):
-    """Features, and (index, query, key) of the blocks that are read, in the order in which they were heard."""
-    modules, found = backbone.attentions(), []
-    blocks = range(len(modules)) if backbone.settings.blocks is None else backbone.settings.blocks
-    grids = backbone.grids(backbone.settings.size)
-    with backbone.capture(
-        [modules[block] for block in blocks],
-        lambda *heard: found.append(heard),
-        [grids[block][0] * grids[block][1] for block in blocks],
-    ):
-        return run(backbone, context), found
+    """Features, and (index, query, key) of the blocks that are read, in the order in which they ran."""
+    inputs = []
+    with backbone.capture(lambda *block: inputs.append(block)):
+        return run(backbone, context), inputs
 
 
 def image_tokens(family, calls):
@@ -459,10 +453,8 @@ class TestRefusals:
 
     def test_a_block_that_does_not_run(self):
         _, backbone = make("dinov2")
-        layers = backbone.network.encoder.layer
-        backbone.network.encoder.layer = layers[:2]
-        modules = [layer.attention for layer in layers]
-        with pytest.raises(RuntimeError, match="got 1 of 3 modules"), backbone.capture(modules, lambda *_: None):
+        backbone.network.encoder.layer[1].forward = lambda hidden_states, *_, **__: hidden_states
+        with pytest.raises(RuntimeError, match="got nothing from 1 of 3 modules"), backbone.capture(lambda *_: None):
             run(backbone)
 
 
@@ -656,11 +648,11 @@ class TestLanguage:
         with torch.no_grad(), oracle:
             expected = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
         found = []
-        with torch.no_grad(), backbone.capture(backbone.attentions(), lambda *heard: found.append(heard)):
+        with torch.no_grad(), backbone.capture(lambda *block: found.append(block)):
             assert torch.equal(backbone.predict(normalised, torch.zeros(1)), expected)
-        for (_, *heard), (query, key) in zip(found, oracle.calls[-3:], strict=True):
-            assert torch.equal(heard[0], query)
-            assert torch.equal(heard[1], key.repeat_interleave(query.shape[1] // key.shape[1], 1))
+        for (_, *read), (query, key) in zip(found, oracle.calls[-3:], strict=True):  # the image follows one token
+            assert torch.equal(read[0], query[:, :, 1:])
+            assert torch.equal(read[1], key.repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, 1:])
 
     def test_what_another_reading_needs(self, family):
         model, _ = make(family)

@@ -7,7 +7,8 @@ import torch
 from oracle import AttentionOracle
 
 from trace_fast import reference
-from trace_fast.backbones.capture import Capture
+from trace_fast.backbones import Settings
+from trace_fast.backbones.capture import CaptureError
 from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
@@ -25,6 +26,11 @@ def network():
 @pytest.fixture
 def sample():
     return torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def backbone(network):
+    return MiniBackbone(network, Settings(size=(20, 28)))
 
 
 LEVEL = torch.tensor([99, 700])
@@ -49,8 +55,6 @@ def test_config_rejects_heads_that_do_not_fit():
 
 @pytest.mark.parametrize("size", [(21, 28), (0, 28), (20, 26)])
 def test_grid_rejects_sizes_that_are_no_multiples_of_the_patch(network, size):
-    from trace_fast.backbones import Settings
-
     with pytest.raises(ValueError, match="size must be positive multiples of 4 pixels"):
         MiniBackbone(network, Settings(size=(20, 28))).grid(size)
 
@@ -68,10 +72,9 @@ def test_rotary_keeps_lengths_and_sees_only_relative_positions():
     assert (scores[0, 1, 1, 3] - scores[0, 1, 1, 2]).abs() > 1e-4
 
 
-def test_capture_hands_over_exactly_what_attention_receives(network, sample):
+def test_capture_passes_on_exactly_what_attention_receives(network, backbone, sample):
     seen = {}
-    modules = [block.attn for block in network.blocks]
-    with AttentionOracle() as oracle, Capture(modules, lambda i, q, k: seen.update({i: (q.clone(), k.clone())})):
+    with AttentionOracle() as oracle, backbone.capture(lambda i, q, k: seen.update({i: (q.clone(), k.clone())})):
         network(sample, LEVEL)
     assert sorted(seen) == [0, 1, 2] and len(oracle.calls) == 3
     for index, (query, key) in enumerate(oracle.calls):
@@ -79,45 +82,41 @@ def test_capture_hands_over_exactly_what_attention_receives(network, sample):
         assert torch.equal(seen[index][0], query) and torch.equal(seen[index][1], key)
 
 
-def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, sample):
-    modules = [block.attn for block in network.blocks]
+def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, backbone, sample):
     plain = network(sample, LEVEL)
-    with Capture(modules, lambda *_: None) as capture:
+    with backbone.capture(lambda *_: None) as capture:
         captured = network(sample, LEVEL)
-    assert capture.heard == [True] * 3
+    assert capture.captured == [True] * 3
     assert torch.equal(plain, captured)
     for module in network.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_capture_removes_its_hooks_after_an_error(network, sample):
-    with pytest.raises(ZeroDivisionError), Capture([block.attn for block in network.blocks], lambda *_: 1 / 0):
+def test_capture_removes_its_hooks_after_an_error(network, backbone, sample):
+    with pytest.raises(ZeroDivisionError), backbone.capture(lambda *_: 1 / 0):
         network(sample, LEVEL)
     for module in network.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_capture_refuses_fused_projections_and_sets_no_hook(network):
-    fused = network.blocks[1].attn
-    fused.norm_q = fused.to_q = None
-    with (
-        pytest.raises(RuntimeError, match="unfuse their projections"),
-        Capture([network.blocks[0].attn, fused], lambda *_: None),
-    ):
+def test_capture_refuses_layers_that_are_not_declared_and_sets_no_hook(network, backbone):
+    network.blocks[1].attn.norm_q = None
+    message = r"must have the layers norm_q and norm_k, .* got Attention with norm_k, to_k, to_out, to_q, to_v;"
+    with pytest.raises(CaptureError, match=message), backbone.capture(lambda *_: None):
         pass
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
-def test_capture_complains_of_a_silent_module(network, sample):
-    modules = [network.blocks[0].attn, Mini(network.config).blocks[0].attn]
+def test_capture_complains_of_a_module_that_does_not_run(network, backbone, sample):
+    network.blocks[1].forward = lambda x, *_: x
     with (
-        pytest.raises(RuntimeError, match=r"got nothing from 1 of 2 modules \(Attention\)"),
-        Capture(modules, lambda *_: None),
+        pytest.raises(CaptureError, match=r"got nothing from 1 of 3 modules \(Attention\)"),
+        backbone.capture(lambda *_: None),
     ):
         network(sample, LEVEL)
 
 
-def test_captured_map_is_the_networks_own(network, sample):
+def test_captured_map_is_the_networks_own(network, backbone, sample):
     """The value path of a block, computed from the captured map alone, is what the block computed."""
     seen, values, outputs = {}, {}, {}
     attention = network.blocks[1].attn
@@ -125,7 +124,7 @@ def test_captured_map_is_the_networks_own(network, sample):
         attention.to_v.register_forward_hook(lambda _, __, out: values.update(v=out)),
         attention.to_out[0].register_forward_hook(lambda _, args, __: outputs.update(mixed=args[0])),
     ]
-    with Capture([attention], lambda _, q, k: seen.update(q=q, k=k)):
+    with backbone.capture(lambda _, q, k: seen.update(q=q, k=k), [1]):
         network(sample, LEVEL)
     for handle in handles:
         handle.remove()

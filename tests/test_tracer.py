@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 import trace_fast
 from trace_fast import Tracer, reference
 from trace_fast.backbones import Settings
-from trace_fast.backbones.capture import Capture
 from trace_fast.backbones.mini import Attention, Mini, MiniBackbone, MiniConfig
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
@@ -242,7 +241,7 @@ def test_blocks_of_several_grids_meet_on_the_finest(blocks, grid):
     maps = []
     for level in (0, 499):
         found = []
-        with Capture(tracer.backbone.attentions(), lambda _, q, k, found=found: found.append((q, k))), torch.no_grad():
+        with tracer.backbone.capture(lambda _, q, k, found=found: found.append((q, k))), torch.no_grad():
             timestep = torch.full((2,), level)
             noise = torch.randn((1, 3, 20, 28), generator=torch.Generator().manual_seed(0))
             tracer.backbone.predict(tracer.backbone.schedule.noise(images * 2 - 1, noise, timestep), timestep)

@@ -14,7 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from trace_fast.backbones import Backbone, fetch_student, load_backbone
-from trace_fast.backbones.base import Turns, constant, device_of, load_weights
+from trace_fast.backbones.base import constant, device_of, load_weights
+from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
 from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
 from trace_fast.io.files import write_atomically
@@ -26,10 +27,6 @@ __all__ = ["Detector"]
 
 BATCH = 8  # images of a list that share a pass, at most
 PIXELS = BATCH * 512**2  # pixels of a pass, at most, as the network or its decoder sees them
-
-
-class StopForward(Exception):  # noqa: N818 (no error)
-    """Raised after the last attention that a decoder reads, to skip what the network would still compute."""
 
 
 class Detector(EdgeModel):
@@ -61,7 +58,6 @@ class Detector(EdgeModel):
         self._timestep = timestep
         self.decoder = decoder.to(device_of(backbone.network)).eval().requires_grad_(False)
         self.config, self.adapter = dict(config or {}), dict(adapter or {})
-        self._lock = Turns()  # hooks sit on the network, which all threads share
         self._forward: Callable[[Tensor, Tensor | None], Tensor] = StudentPass(backbone, self.decoder, timestep)
 
     @classmethod
@@ -266,7 +262,7 @@ class Detector(EdgeModel):
             return torch.cat([resize(pixels, target) for pixels in on_device])
 
         photos = resize_all((size[0] * detail, size[1] * detail)) if detail else None
-        with self._lock:
+        with network_lock(self.backbone.network):
             logits = self._forward(resize_all(size), photos).float()
         edges = []
         for part, pixels in zip(logits.split([len(pixels) for pixels in images]), images, strict=True):
@@ -328,7 +324,7 @@ class StudentPass(nn.Module):
                 raise StopForward
 
         timestep = constant((self.timestep,), images.device).expand(len(images))
-        with contextlib.suppress(StopForward), listen(self.backbone, on_attention):
+        with contextlib.suppress(StopForward), self.backbone.capture(on_attention):
             self.backbone.predict(self.backbone.encode(images), timestep)
         return self.decoder(readout.result(), photo)
 
@@ -351,7 +347,7 @@ class CompilablePass(StudentPass):
         self.network = own.network  # moves with the pass, as its timestep does
         self.register_buffer("timesteps", torch.tensor([timestep], device=place), persistent=False)
         self.readout: AttentionReadout | None = None  # of the pass that runs
-        listen(own, self.on_attention).__enter__()
+        own.capture(self.on_attention).attach()
 
     def on_attention(self, index: int, query: Tensor, key: Tensor) -> None:
         """Read the attention of one block."""
@@ -376,13 +372,6 @@ def reading(backbone: Backbone, size: tuple[int, int] | None = None) -> list[tup
 def finest(backbone: Backbone, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """The grid of the aggregated map."""
     return max(reading(backbone, size), key=lambda grid: grid[0] * grid[1])
-
-
-def listen(backbone: Backbone, hear: Any) -> Any:
-    """The context in which blocks that are read are heard."""
-    modules, blocks = backbone.attentions(), backbone.settings.blocks
-    chosen = modules if blocks is None else [modules[index] for index in blocks]
-    return backbone.capture(chosen, hear, [height * width for height, width in reading(backbone)])
 
 
 def merge(network: nn.Module, adapter: dict[str, Tensor], scale: float) -> None:

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from trace_fast import ops
 from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pipeline
-from trace_fast.backbones.base import STEPS, Turns, check_noising, check_timestep, constant
-from trace_fast.backbones.capture import heard
+from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
+from trace_fast.backbones.capture import run_captured
 from trace_fast.io.images import error_context, read_image, resize
 from trace_fast.model import EdgeModel
 from trace_fast.ops import checks
@@ -81,7 +81,6 @@ class Tracer(EdgeModel):
 
     def __init__(self, backbone: Backbone, *, name: str = "custom"):
         super().__init__(backbone, name)
-        self._lock = Turns()  # hooks sit on the network, which all threads share
 
     @classmethod
     def from_pretrained(
@@ -402,8 +401,6 @@ class Tracer(EdgeModel):
         totals = {finest: total}
         for grid in set(grids) - {finest}:
             totals[grid] = total.new_empty(len(total), math.prod(grid), math.prod(grid))
-        modules = self.backbone.attentions()
-        tokens = [math.prod(grid) for grid in grids]
 
         def accumulate(index: int, query: Tensor, key: Tensor) -> None:
             ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
@@ -411,10 +408,10 @@ class Tracer(EdgeModel):
         def attend() -> Tensor:
             for each in totals.values():
                 each.zero_()
-            with self._lock, self.backbone.capture([modules[index] for index in blocks], accumulate, tokens):
+            with self.backbone.capture(accumulate, blocks):
                 return self.backbone.predict(sample, timestep)
 
-        prediction = heard(attend)
+        prediction = run_captured(attend)
         for grid, coarse in totals.items():
             if grid != finest:
                 ops.accumulate_resized(total, coarse, grid, finest, 1.0)

@@ -1,23 +1,23 @@
-"""What the tracer needs to know of a network: the one protocol every family implements."""
+"""What the tracer needs to know of a network: the base class of every family."""
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import operator
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.capture import AttentionLayout, Capture, CaptureError, OnAttention
 from trace_fast.backbones.schedule import Schedule
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "STEPS",
     "Backbone",
     "Settings",
-    "Turns",
     "check_noising",
     "check_timestep",
     "constant",
@@ -36,22 +35,6 @@ __all__ = [
 
 STEPS = 1000  # noise levels are 0 .. STEPS - 1, from image to noise
 NOISINGS = ("inversion", "gaussian")
-
-
-class Turns:
-    """A lock for calls from several threads; what holds it can be copied and pickled, with one of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
-        return Turns, ()
 
 
 def check_timestep(timestep: Any) -> int | None:
@@ -118,45 +101,90 @@ class Settings:
         return cls(**{**values, **lists})
 
 
-class Backbone(Protocol):
-    """A denoising network, or an encoder, whose self-attention can be read.
+class Backbone(abc.ABC):
+    """A denoising network, or an encoder, whose self-attention can be read. A family is a subclass in its own file.
+
+    A family declares what the attention modules of its networks are made of; `registry` names it.
 
     Attributes:
+        LAYOUTS: the kinds of self-attention module that these networks have.
         network: the module that is run; it stays in evaluation mode and needs no gradients.
         settings: how it prefers to be traced.
-        schedule: what its noise levels mean; None for an encoder, which has none and is read at 0 alone.
+        schedule: what its timesteps mean; None for an encoder, which has none and is read at 0 alone.
     """
 
+    LAYOUTS: ClassVar[tuple[AttentionLayout, ...]]
+    network: Any
     settings: Settings
+    schedule: Schedule | None
 
-    @property
-    def schedule(self) -> Schedule | None:
-        """What its noise levels mean; None for an encoder."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The module that is run."""
-
+    @abc.abstractmethod
     def attentions(self) -> list[nn.Module]:
-        """The self-attention modules, in the order in which they run."""
+        """Return the self-attention modules, in the order in which they run."""
 
+    @abc.abstractmethod
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Token grid (h, w) of every self-attention, in the same order, at a processing size (height, width) in pixels.
+        """Return the token grid (h, w) of every self-attention, in the same order.
 
-        Raises ValueError where the network does not allow the size.
+        Args:
+            size: processing size in pixels, (height, width).
+
+        Raises:
+            ValueError: the network does not allow the size.
         """
 
+    @abc.abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, ...)."""
+        """Return clean latents (B, C, ...) of images (B, 3, H, W) in [0, 1]."""
 
+    @abc.abstractmethod
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """One call of the network at levels (B,): the prediction, shaped like `sample`, or an encoder's features."""
+        """Call the network at timesteps (B,): the prediction, shaped like `sample`, or an encoder's features."""
 
-    @property
-    def capture(
-        self,
-    ) -> Callable[[Sequence[nn.Module], Callable[[int, Tensor, Tensor], None], Sequence[int]], Capture]:
-        """Makes the context in which modules hand query and key to a sink, from (modules, sink, tokens): `Capture`."""
+    @abc.abstractmethod
+    def attention_inputs(self, module: nn.Module, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, T, d) exactly as attention receives them.
+
+        Args:
+            module: a self-attention module.
+            query: what its layer `AttentionLayout.query` returned.
+            key: what its layer `AttentionLayout.key` returned.
+            rotary: the rotary embedding that the module received; None if there is none.
+
+        Returns:
+            Query, of T tokens in the order of the module's sequence, and key, of which several heads may share one.
+        """
+
+    def image_tokens(self, count: int) -> slice:
+        """Return where the image's tokens stand in what `attention_inputs` returns: at its end, by default."""
+        return slice(-count, None)
+
+    def find_layout(self, module: nn.Module) -> AttentionLayout:
+        """Return the layout of a self-attention module.
+
+        Raises:
+            CaptureError: it has other layers than the family declares.
+        """
+        for layout in self.LAYOUTS:
+            if layout.fits(module):
+                return layout
+        declared = " or ".join(" and ".join(dict.fromkeys((layout.query, layout.key))) for layout in self.LAYOUTS)
+        others = sorted(set().union(*(layout.others for layout in self.LAYOUTS)))
+        children = ", ".join(sorted(name for name, _ in module.named_children()))
+        raise CaptureError(
+            f"Capture: every self-attention must have the layers {declared}, and beside them none but "
+            f"{', '.join(others)}, got {type(module).__name__} with {children or 'no layers'}; this version of "
+            f"{type(module).__module__.partition('.')[0]} may be too old or too new"
+        )
+
+    def capture(self, on_attention: OnAttention, blocks: Sequence[int] | None = None) -> Capture:
+        """Return the context in which blocks pass their query and key to `on_attention`; see `Capture`.
+
+        Args:
+            on_attention: called as on_attention(index, query, key).
+            blocks: indices of the blocks that are read; None for those of the settings.
+        """
+        return Capture(self, on_attention, self.settings.blocks if blocks is None else blocks)
 
 
 @functools.lru_cache(maxsize=64)

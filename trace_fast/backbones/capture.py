@@ -2,140 +2,218 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.rotary import apply_rotary
+if TYPE_CHECKING:
+    from trace_fast.backbones.base import Backbone
 
-__all__ = ["Capture", "UnheardError", "heard"]
+__all__ = [
+    "AttentionLayout",
+    "Capture",
+    "CaptureError",
+    "OnAttention",
+    "StopForward",
+    "network_lock",
+    "run_captured",
+    "unwrap_compiled",
+]
 
 Result = TypeVar("Result")
+OnAttention = Callable[[int, Tensor, Tensor], None]
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_TABLE = threading.Lock()  # of the dictionary itself
+_STANCE = threading.Lock()  # torch has one stance for all threads, and two that overlap would leave the wrong one
 
 
-class UnheardError(RuntimeError):
-    """A self-attention was not heard from: it did not run, or was compiled before there were hooks."""
+class CaptureError(RuntimeError):
+    """A self-attention could not be read: its layers are not the declared ones, or they did not run."""
+
+
+class StopForward(Exception):  # noqa: N818 (it is a signal, not an error)
+    """Raised by `on_attention` to end a pass early: what the network would still compute is not needed."""
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """The layers of one kind of self-attention module, as its family declares them.
+
+    Attributes:
+        query: name of the last layer that makes the query, a norm or a projection.
+        key: name of the last layer that makes the key; the same as `query` where one projection makes both.
+        others: names of all other layers that such a module may have. None of them may come between `query` or `key`
+            and the attention itself; a module with a layer that is not declared is refused.
+        adapters: names of the projections that low-rank adapters train; an index follows a dot, as in "to_out.0".
+        rotary: keyword argument in which the module receives its rotary embedding; None if there is none.
+        fused: attribute of the module that is true while its projections are fused. The separate projections do not
+            run then, so that the capture calls them itself. None if `query` and `key` run all the same.
+    """
+
+    query: str
+    key: str
+    others: frozenset[str]
+    adapters: tuple[str, ...] = ()
+    rotary: str | None = None
+    fused: str | None = None
+
+    def fits(self, module: nn.Module) -> bool:
+        """Return whether a module has the layers `query` and `key`, and none that is not declared."""
+        children = {name for name, _ in module.named_children()}
+        return {self.query, self.key} <= children <= {self.query, self.key, *self.others}
+
+
+class _ThreadState(threading.local):
+    """Whether the current thread runs inside a capture; torch.compile guards on it, so a graph knows its thread."""
+
+    inside = False
 
 
 class Capture:
-    """Context in which every self-attention of a network hands its query and key to a function.
+    """Context in which self-attention modules pass their query and key to a function.
 
-    Forward hooks sit on the last layers before the product: `norm_q` and `norm_k` where the module has them, else
-    `to_q` and `to_k`; a rotary embedding passed to the module as `image_rotary_emb` is applied as the module does.
-    Where projections are fused, `to_q` and `to_k` are silent and are called on the module's input as well. Attention
-    processors and backends are left alone, and the hooks are removed on the way out, also after an error.
+    Forward hooks keep what the layers give that a family declares (`Backbone.LAYOUTS`), and the rotary embedding; the
+    family's `attention_inputs` makes of them what attention receives, exactly. Attention processors, backends and
+    configurations are neither replaced nor written to, and the hooks are removed at the end, also after an error.
+
+    Only calls of the thread that entered the context are read: another thread may run the same network meanwhile, and
+    neither notices the other. The lock of the network (`network_lock`) is held inside the context.
 
     Args:
-        modules: attention modules, in the order of their blocks, with `to_q`, `to_k`, `heads` and perhaps `norm_q`,
-            `norm_k`, whose outputs are (B, N, H * d), (B, N, H, d) or, for diffusers' `Attention`, (B, H, N, d).
-        sink: called once per module and forward pass as sink(index, query, key), both (B, H, N, d). They are the
-            network's own tensors: use them before returning, never write to them.
-        tokens: how many of each module's tokens are the image's, the last of its sequence; None for all.
+        backbone: the network whose attention is read.
+        on_attention: called as on_attention(index, query, key) once for each block and forward pass, with the position
+            among `blocks` and two tensors (B, H, N, d) of the image's tokens. They are the network's own tensors: use
+            them before returning, and never write to them.
+        blocks: indices of the blocks that are read; None for all.
 
     Raises:
-        UnheardError: some module has no to_q or to_k, or was never heard from when the block ends without an error
-            (because it was skipped, say).
-        RuntimeError: a module sees fewer tokens than the image has.
+        CaptureError: a module has layers that its family does not declare, or, at the end of the context, did not run.
+        RuntimeError: a module receives fewer tokens than the image has.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        sink: Callable[[int, Tensor, Tensor], None],
-        tokens: Sequence[int] | None = None,
-    ):
-        self.modules = list(modules)
-        self.sink = sink
-        self.tokens: Sequence[int | None] = [None] * len(self.modules) if tokens is None else tokens
-        self.heard = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
+    def __init__(self, backbone: Backbone, on_attention: OnAttention, blocks: Sequence[int] | None = None):
+        modules, grids = backbone.attentions(), backbone.grids(backbone.settings.size)
+        chosen = range(len(modules)) if blocks is None else blocks
+        self.backbone = backbone
+        self.on_attention = on_attention
+        self.modules = [modules[block] for block in chosen]
+        self.tokens = [math.prod(grids[block]) for block in chosen]
+        self.captured = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
+        self._layouts = [backbone.find_layout(module) for module in self.modules]
+        self._lock = network_lock(backbone.network)
+        self._thread = _ThreadState()
+        self._every_thread = False
+        self._trains = False
         self._handles: list[Any] = []
 
+    def attach(self) -> None:
+        """Set the hooks for good, and read the calls of every thread: for a network that nothing else runs."""
+        self._every_thread = True
+        for index in range(len(self.modules)):
+            self._watch(index)
+
     def __enter__(self) -> Capture:
-        leaves = [self._leaves(module) for module in self.modules]  # before any hook is set
-        for index, (module, (query, key)) in enumerate(zip(self.modules, leaves, strict=True)):
-            self._watch(index, module, query, key)
+        self._lock.acquire()
+        self._trains = torch.is_grad_enabled()
+        self._thread.inside = True
+        for index in range(len(self.modules)):
+            self._watch(index)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         while self._handles:
             self._handles.pop().remove()
-        silent = [module for module, heard in zip(self.modules, self.heard, strict=True) if not heard]
+        self._thread.inside = False
+        self._lock.release()
+        silent = [module for module, captured in zip(self.modules, self.captured, strict=True) if not captured]
         if error is None and silent:
-            raise UnheardError(self._complain(silent))
+            kinds = ", ".join(sorted({type(module).__name__ for module in silent}))
+            raise CaptureError(
+                f"Capture: every self-attention must run and call its declared layers, got nothing from {len(silent)} "
+                f"of {len(self.modules)} modules ({kinds}); if their projections are fused, separate them "
+                "(unfuse_qkv_projections)"
+            )
 
-    def _complain(self, modules: Sequence[nn.Module]) -> str:
-        kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
-        return (
-            f"Capture: every self-attention must pass through its to_q and to_k, got nothing from {len(modules)} of "
-            f"{len(self.modules)} modules ({kinds}); run them all and unfuse their projections (unfuse_qkv_projections)"
-        )
+    def _is_own_call(self) -> bool:
+        """Return whether the thread that runs a module is the one whose calls are read."""
+        if self._every_thread or self._thread.inside:
+            return True
+        if not self._trains or torch.compiler.is_compiling():
+            return False
+        # autograd runs a checkpointed block again in a thread of its own
+        return torch._C._current_graph_task_id() >= 0
 
-    def _leaves(self, module: nn.Module) -> list[nn.Module]:
-        """The last layers before the product: of the query, of the key."""
-        found = [getattr(module, f"norm_{x}", None) or getattr(module, f"to_{x}", None) for x in "qk"]
-        leaves = [leaf for leaf in found if leaf is not None]
-        if len(leaves) < 2:
-            raise UnheardError(self._complain([module]))
-        return leaves
+    def _watch(self, index: int) -> None:
+        """Set the hooks on one module."""
+        module, layout, backbone = self.modules[index], self._layouts[index], self.backbone
+        query, key = module.get_submodule(layout.query), module.get_submodule(layout.key)
+        values: dict[str, Any] = {}  # of the call that runs
 
-    def _watch(self, index: int, module: nn.Module, query: nn.Module, key: nn.Module) -> None:
-        seen: dict[str, Any] = {}
-        # the class that most diffusers networks share puts heads before tokens, others after
-        heads_first = type(module).__module__ == "diffusers.models.attention_processor"
-
-        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.clear()
-            seen["rotary"] = kwargs.get("image_rotary_emb")
-            if getattr(module, "fused_projections", False) and query is module.to_q:
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            # kwargs are missing in another thread that meets the hook while it is set or removed
+            if kwargs is None or not self._is_own_call():
+                return
+            values.clear()
+            values["rotary"] = None if layout.rotary is None else kwargs.get(layout.rotary)
+            if layout.fused is not None and getattr(module, layout.fused, False):
                 hidden = args[0] if args else kwargs["hidden_states"]
                 query(hidden), key(hidden)  # for the hooks below
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                x = output
-                if x.dim() == 3 and x.shape[-1] == getattr(module, "inner_dim", x.shape[-1]):
-                    x = x.unflatten(-1, (module.heads, -1))
-                elif x.dim() == 3:  # a norm that is given (B * H, N, d)
-                    x = x.unflatten(0, (-1, module.heads)).transpose(1, 2)
-                elif heads_first:
-                    x = x.transpose(1, 2)
-                count = self.tokens[index] or x.shape[1]
-                if x.shape[1] < count:
-                    raise RuntimeError(
-                        f"Capture: every self-attention must see all {count} tokens of the image, got {x.shape[1]}; "
-                        "undo what merges tokens (tomesd.remove_patch)"
-                    )
-                x = x[:, x.shape[1] - count :]  # (B, N, H, d)
-                if seen["rotary"] is not None:
-                    x = apply_rotary(x, tuple(part[-count:] for part in seen["rotary"]))
-                seen[name] = x
+                if self._is_own_call():
+                    values[name] = output
 
             return hook
 
         def finish(*_: Any) -> None:
-            if "query" in seen and "key" in seen:
-                self.heard[index] = True
-                self.sink(index, seen["query"].transpose(1, 2), seen["key"].transpose(1, 2))
-            seen.clear()
+            if not self._is_own_call():
+                return
+            if "query" in values and "key" in values:
+                inputs = backbone.attention_inputs(module, values["query"], values["key"], values["rotary"])
+                self.captured[index] = True
+                self.on_attention(index, *self._image_part(index, *inputs))
+            values.clear()
 
         self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         self._handles.append(query.register_forward_hook(keep("query")))
         self._handles.append(key.register_forward_hook(keep("key")))
         self._handles.append(module.register_forward_hook(finish))
 
+    def _image_part(self, index: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image's tokens of query and key, with a key for every head."""
+        count = self.tokens[index]
+        if query.shape[2] < count:
+            raise RuntimeError(
+                f"Capture: every self-attention must receive all {count} tokens of the image, got {query.shape[2]}; "
+                "undo what merges tokens (tomesd.remove_patch)"
+            )
+        if (sharing := query.shape[1] // key.shape[1]) > 1:  # heads that share a key
+            key = key.repeat_interleave(sharing, 1)
+        image = self.backbone.image_tokens(count)
+        return query[:, :, image], key[:, :, image]
 
-def heard(call: Callable[[], Result]) -> Result:
-    """What `call` returns, which runs a network in a `Capture`, if need be a second time, as it is written.
 
-    What a compiled network was compiled to before there were hooks goes by them, and torch takes it again.
+def run_captured(call: Callable[[], Result]) -> Result:
+    """Return the result of a call that runs a network in a `Capture`, which is repeated uncompiled if need be.
+
+    A graph that was compiled before the hooks were set does not run them, and torch would use it again.
+
+    Args:
+        call: takes no arguments; called a second time where the first raises `CaptureError`.
     """
     try:
         return call()
-    except UnheardError:
-        with torch.compiler.set_stance("force_eager"):
+    except CaptureError:
+        with _STANCE, torch.compiler.set_stance("force_eager"):
             result = call()
     warnings.warn(
         "trace: this network was compiled and has run without being traced, so it is traced uncompiled, in a second "
@@ -143,3 +221,21 @@ def heard(call: Callable[[], Result]) -> Result:
         stacklevel=2,
     )
     return result
+
+
+def network_lock(module: nn.Module) -> threading.RLock:
+    """Return the lock of a network or an autoencoder: one for all objects that use it, compiled or not.
+
+    A thread may hold it more than once. It is no part of the module, which can be copied and pickled as before; a copy
+    has a lock of its own.
+
+    Args:
+        module: a module, or what `torch.compile` makes of it.
+    """
+    with _TABLE:
+        return _LOCKS.setdefault(unwrap_compiled(module), threading.RLock())
+
+
+def unwrap_compiled(module: Any) -> Any:
+    """Return the module that `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)

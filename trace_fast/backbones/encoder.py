@@ -1,115 +1,38 @@
-"""What the encoders share: no noise levels, hooks that replay the way from projections to the product, pixels in."""
+"""What the encoders share: no timesteps, and attention modules as transformers writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, dtype_of
-from trace_fast.backbones.capture import Capture, UnheardError
+from trace_fast.backbones.base import Backbone, Settings, dtype_of
+from trace_fast.backbones.capture import AttentionLayout
 
-__all__ = ["CLIP", "EncoderBackbone", "EncoderCapture", "pair"]
+__all__ = ["CLIP", "EncoderBackbone", "pair"]
 
 # mean and standard deviation of pixels, red, green, blue
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OTHERS = frozenset(("v_proj", "o_proj", "out_proj", "proj"))
 
 
-class EncoderCapture(Capture):
-    """`Capture` for the self-attention of encoders of transformers and timm.
-
-    Forward hooks keep what the family's `LEAVES` give, such as the projections `q_proj` and `k_proj`, and the
-    rotary embedding that the module is called with; the family's `product` then does what the module does with
-    them, by the model's own function. So all of it is local to the modules: whichever attention implementation the
-    user chose (eager, sdpa, flash, flex, a kernel of the hub) is called under its own name, the configuration is
-    never written to, and other models and threads notice nothing. Putting a listener into transformers'
-    `AttentionInterface` instead would see the product's own arguments, but the interface belongs to the process,
-    its names decide elsewhere which masks are made and whether windows are cut, and it is not asked about eager
-    attention in every version. The price is that a layer between projection and product, such as a norm that a
-    later version may add, is not replayed: a module with a child that is not known is refused.
-
-    Args:
-        family: the backbone whose modules they are.
-        modules: attention modules, in the order of their blocks.
-        sink: see `Capture`.
-        tokens: how many of each module's tokens are the image's, the last of its sequence: class and register tokens
-            come first and are dropped. The softmax over what is left is the image's part of the whole softmax, its
-            rows renormalised.
-    """
-
-    def __init__(
-        self,
-        family: EncoderBackbone,
-        modules: Sequence[nn.Module],
-        sink: Callable[[int, Tensor, Tensor], None],
-        tokens: Sequence[int] | None,
-    ):
-        super().__init__(modules, sink, tokens)
-        self.family = family
-
-    def _complain(self, modules: Sequence[nn.Module]) -> str:
-        kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
-        children = sorted({name for module in modules for name, _ in module.named_children()})
-        leaves = " or ".join(" and ".join(dict.fromkeys(names)) for names in self.family.LEAVES)
-        library = type(modules[0]).__module__.partition(".")[0]
-        return (
-            f"Capture: every self-attention must run, and have {leaves}, and beside them none but "
-            f"{', '.join(sorted(self.family.OTHERS))}, got {len(modules)} of {len(self.modules)} modules ({kinds}) "
-            f"that were not heard from or differ, with {', '.join(children) or 'no layers'}; this version of "
-            f"{library} may be too old or too new"
-        )
-
-    def _leaves(self, module: nn.Module) -> list[nn.Module]:
-        children = dict(module.named_children())
-        for names in self.family.LEAVES:
-            if set(names) <= set(children) <= {*names, *self.family.OTHERS}:
-                return [children[name] for name in names]
-        raise UnheardError(self._complain([module]))
-
-    def _watch(self, index: int, module: nn.Module, to_query: nn.Module, to_key: nn.Module) -> None:
-        seen: dict[str, Any] = {}
-
-        def begin(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
-            seen.clear()
-            seen["position"] = kwargs.get(self.family.POSITION)
-
-        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                seen[name] = output
-
-            return hook
-
-        def finish(*_: Any) -> None:
-            if "query" in seen and "key" in seen:
-                query, key = self.family.product(module, seen["query"], seen["key"], seen["position"])
-                sharing = query.shape[1] // key.shape[1]
-                if sharing > 1:  # heads that share a key
-                    key = key.repeat_interleave(sharing, 1)
-                count = self.tokens[index] or query.shape[2]
-                self.heard[index] = True
-                self.sink(index, query[:, :, -count:], key[:, :, -count:])
-            seen.clear()
-
-        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        self._handles.append(to_query.register_forward_hook(keep("query")))
-        self._handles.append(to_key.register_forward_hook(keep("key")))
-        self._handles.append(module.register_forward_hook(finish))
-
-
-class EncoderBackbone:
+class EncoderBackbone(Backbone):
     """An encoder as the tracer sees it: the sample is the normalised image, the level always 0.
 
-    The network is used as it is, on its device and in its dtype. Families say how large its patches are, how it is
-    called and what it does between projection and product.
+    The network is used as it is, on its device and in its dtype. Families say how large its patches are and how it is
+    called.
+
+    The layers between projection and attention are replayed by the model's own functions, locally to each module:
+    whichever attention implementation the user chose (eager, sdpa, flash, flex, a kernel of the hub) is called under
+    its own name. An entry in transformers' `AttentionInterface` would receive the arguments of attention themselves,
+    but the interface belongs to the process, its names decide elsewhere which masks are made and whether windows are
+    cut, and eager attention does not ask it in every version.
 
     Attributes:
-        LEAVES: names of the layers that query and key are heard from, (the query's, the key's); whichever a module has.
-        OTHERS: names of a module's other layers, none of which comes between those and the product.
-        POSITION: the argument in which a module is given its rotary embedding.
-        COLOURS: mean and standard deviation of the pixels that the family was trained on.
+        COLORS: mean and standard deviation of the pixels that the family was trained on.
 
     Args:
         network: the vision model alone.
@@ -121,11 +44,12 @@ class EncoderBackbone:
         ValueError: the network does not allow the size.
     """
 
-    schedule: ClassVar[None] = None  # no noise levels
-    LEAVES: ClassVar[tuple[tuple[str, str], ...]] = (("q_proj", "k_proj"), ("qkv", "qkv"))
-    OTHERS: ClassVar = {"v_proj", "o_proj", "out_proj", "proj"}
-    POSITION: ClassVar = "position_embeddings"
-    COLOURS: ClassVar = IMAGENET
+    LAYOUTS: ClassVar[tuple[AttentionLayout, ...]] = (
+        AttentionLayout("q_proj", "k_proj", OTHERS, rotary="position_embeddings"),
+        AttentionLayout("qkv", "qkv", OTHERS, rotary="position_embeddings"),
+    )
+    COLORS: ClassVar = IMAGENET
+    schedule = None  # there are no timesteps
 
     def __init__(
         self,
@@ -137,7 +61,7 @@ class EncoderBackbone:
         self.network, self.settings = network, settings
         self.mean, self.std = (
             torch.tensor(default if values is None else values, dtype=torch.float32).reshape(-1, 1, 1)  # (3, 1, 1)
-            for values, default in zip((mean, std), self.COLOURS, strict=True)
+            for values, default in zip((mean, std), self.COLORS, strict=True)
         )
         self.grids(settings.size)  # refuse a size that the network does not allow
 
@@ -175,7 +99,7 @@ class EncoderBackbone:
         return [
             module
             for module in self.network.modules()
-            if any(all(hasattr(module, name) for name in names) for names in self.LEAVES)
+            if any(hasattr(module, layout.query) and hasattr(module, layout.key) for layout in self.LAYOUTS)
         ]
 
     def token(self) -> tuple[int, int]:
@@ -208,23 +132,10 @@ class EncoderBackbone:
         """The network's features of normalised images in its dtype."""
         return self.network(pixels)[0]
 
-    def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
-        """Query and key of the product, (B, H, T, d), from what the leaves give, here projections (B, T, H * d).
-
-        Where projections are fused, both are the same tensor. `position` is the module's rotary embedding or None.
-        Several heads may share a key.
-        """
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, T, d), here of projections (B, T, H * d) without positions."""
         query, key = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (query, key))
         return query, key
-
-    def capture(
-        self,
-        modules: Sequence[nn.Module],
-        sink: Callable[[int, Tensor, Tensor], None],
-        tokens: Sequence[int] | None = None,
-    ) -> Capture:
-        """See `Backbone.capture`."""
-        return EncoderCapture(self, modules, sink, tokens)
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:

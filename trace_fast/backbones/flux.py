@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trace_fast.backbones.base import device_of
-from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
+from trace_fast.backbones.capture import AttentionLayout
+from trace_fast.backbones.latent import OTHERS, PROJECTIONS, LatentBackbone, check_text_encoders
+from trace_fast.backbones.rotary import apply_rotary
 
 __all__ = ["FluxBackbone"]
 
@@ -26,6 +28,7 @@ class FluxBackbone(LatentBackbone):
         guidance: strength that guidance-distilled models (dev) are told; 1 is none, as befits the empty prompt.
     """
 
+    LAYOUTS: ClassVar = (AttentionLayout("norm_q", "norm_k", OTHERS, PROJECTIONS, rotary="image_rotary_emb"),)
     guidance: float = 1.0
 
     @staticmethod
@@ -38,6 +41,13 @@ class FluxBackbone(LatentBackbone):
     def attentions(self) -> list[nn.Module]:
         """Double blocks, then single blocks."""
         return [block.attn for block in (*self.network.transformer_blocks, *self.network.single_transformer_blocks)]
+
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, T, d): of the image in double blocks, of text and image in single blocks."""
+        count = query.shape[1]
+        rotary = tuple(part[-count:] for part in rotary)  # of text and image
+        query, key = (apply_rotary(x, rotary).transpose(1, 2) for x in (query, key))
+        return query, key
 
     @staticmethod
     def native_size(pipe: Any) -> tuple[int, int]:

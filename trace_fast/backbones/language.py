@@ -27,7 +27,7 @@ class LanguageBackbone(EncoderBackbone):
     `network` is the whole model. Its way of making masks makes the host wait for the device.
     """
 
-    COLOURS: ClassVar = CLIP
+    COLORS: ClassVar = CLIP
 
     @staticmethod
     def config(network: Any) -> Any:
@@ -61,10 +61,10 @@ class LanguageBackbone(EncoderBackbone):
             logits_to_keep=1,
         )[0]
 
-    def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
-        """Query and key of the product, (B, H, T, d), turned by the model's own function."""
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, T, d), their positions applied by the model's own function."""
         model: Any = sys.modules[type(module).__module__]
-        return model.apply_rotary_pos_emb(*super().product(module, query, key, position), *position)
+        return model.apply_rotary_pos_emb(*super().attention_inputs(module, query, key, rotary), *rotary)
 
 
 class LlavaLanguageBackbone(LanguageBackbone):

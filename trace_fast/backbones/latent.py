@@ -9,16 +9,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Settings, constant, dtype_of
-from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.base import Backbone, Settings, constant, dtype_of
+from trace_fast.backbones.capture import AttentionLayout, network_lock, unwrap_compiled
 from trace_fast.backbones.schedule import RectifiedFlow, Schedule
 
 __all__ = ["LatentBackbone", "check_text_encoders", "factor", "get_network"]
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# layers of diffusers' attention classes that do not lie between the last of query and key and the attention itself
+OTHERS = frozenset(
+    (
+        *("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_added_qkv", "norm_added_q", "norm_added_k"),
+        *("group_norm", "spatial_norm", "norm_cross", "processor"),
+    )
+)
 
 
-class LatentBackbone:
+class LatentBackbone(Backbone):
     """A diffusers network that denoises the latents of an autoencoder; families say how it is called.
 
     Modules are used as they are, on their device and in their dtype; levels and latents between calls are float32.
@@ -31,7 +40,10 @@ class LatentBackbone:
         settings: how it is traced.
     """
 
-    capture: ClassVar = Capture
+    LAYOUTS: ClassVar[tuple[AttentionLayout, ...]] = (
+        AttentionLayout("norm_q", "norm_k", OTHERS, PROJECTIONS),
+        AttentionLayout("to_q", "to_k", OTHERS, PROJECTIONS, fused="fused_projections"),
+    )
 
     def __init__(
         self,
@@ -79,7 +91,7 @@ class LatentBackbone:
 
     def check_parts(self) -> None:
         """TypeError or ValueError where the parts are not those of a plain text-to-image pipeline."""
-        kind = type(getattr(self.vae, "_orig_mod", self.vae)).__name__
+        kind = type(unwrap_compiled(self.vae)).__name__
         if kind not in AUTOENCODERS:
             raise TypeError(f"from_pipeline: vae must be one of {', '.join(AUTOENCODERS)}, got {kind}")
         if self.network.config.in_channels != self.latent_channels():
@@ -110,6 +122,10 @@ class LatentBackbone:
         """The self-attention modules, in the order in which they run."""
         raise NotImplementedError
 
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, T, d) of diffusers' `Attention`, of whose tokens all are the image's."""
+        return heads_before_tokens(module, query), heads_before_tokens(module, key)
+
     def patch(self) -> int:
         """Latents along a side of a token."""
         return self.network.config.patch_size
@@ -134,7 +150,7 @@ class LatentBackbone:
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, h, w) float32: the mode, shifted and scaled."""
         config = self.vae.config
-        with upcast(self.vae) as vae:
+        with network_lock(self.vae), upcast(self.vae) as vae:
             found = vae.encode((images * 2 - 1).to(vae.dtype))
             latent = (found.latents if hasattr(found, "latents") else found.latent_dist.mode()).float()
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:  # a channel each
@@ -173,6 +189,15 @@ def check_text_encoders(pipe: Any, *names: str) -> None:
 def factor(vae: Any) -> int:
     """Pixels along a side of one latent."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def heads_before_tokens(module: Any, output: Tensor) -> Tensor:
+    """Return (B, H, T, d) of what a layer of diffusers' `Attention` gives, whose shape depends on its processor."""
+    if output.dim() == 4:  # a norm of (B, H, T, d)
+        return output
+    if output.shape[-1] == module.inner_dim:  # a projection, (B, T, H * d)
+        return output.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+    return output.unflatten(0, (-1, module.heads))  # a norm of (B * H, T, d)
 
 
 @contextlib.contextmanager

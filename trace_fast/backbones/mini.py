@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import Settings, dtype_of, load_weights
-from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.base import Backbone, Settings, dtype_of, load_weights
+from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -150,10 +150,18 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class MiniBackbone:
+class MiniBackbone(Backbone):
     """`Mini` as the tracer sees it: pixels are the latent, every block's attention is read."""
 
-    capture: ClassVar = Capture
+    LAYOUTS: ClassVar = (
+        AttentionLayout(
+            "norm_q",
+            "norm_k",
+            others=frozenset(("to_q", "to_k", "to_v", "to_out")),
+            adapters=("to_q", "to_k", "to_v", "to_out.0"),
+            rotary="image_rotary_emb",
+        ),
+    )
 
     def __init__(self, network: Mini, settings: Settings):
         self.network = network
@@ -184,6 +192,11 @@ class MiniBackbone:
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Every block sees the same grid."""
         return [self.grid(size)] * len(self.attentions())
+
+    def attention_inputs(self, module: nn.Module, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, N, d), with their positions."""
+        query, key = (apply_rotary(x, rotary).transpose(1, 2) for x in (query, key))
+        return query, key
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels from [0, 1] to [-1, 1]."""

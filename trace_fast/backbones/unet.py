@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
+from trace_fast.backbones.capture import unwrap_compiled
 from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -100,8 +101,7 @@ class UNetBackbone(LatentBackbone):
         """Self-attention modules with their level, 0 for the finest."""
         deepest = len(self.network.config.block_out_channels) - 1
         found = []
-        network = getattr(self.network, "_orig_mod", self.network)  # a compiled network is wrapped
-        for order, (name, module) in enumerate(network.named_modules()):
+        for order, (name, module) in enumerate(unwrap_compiled(self.network).named_modules()):
             if match := ATTENTION.fullmatch(name):
                 _, down, up = match.groups()
                 # down blocks, then the middle, then up blocks, whatever the order of attributes

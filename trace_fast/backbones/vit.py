@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import Settings
+from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 
 __all__ = ["DINOv2Backbone", "DINOv3Backbone", "EvaBackbone"]
@@ -20,25 +21,30 @@ class DINOv2Backbone(EncoderBackbone):
 class DINOv3Backbone(EncoderBackbone):
     """`DINOv3ViTModel`: positions are rotary, of the patches alone, and go with any size."""
 
-    def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
-        """Query and key of the product, (B, H, T, d), turned by the model's own function."""
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, T, d), their positions applied by the model's own function."""
         from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
-        return apply_rotary_pos_emb(*super().product(module, query, key, position), *position)
+        return apply_rotary_pos_emb(*super().attention_inputs(module, query, key, rotary), *rotary)
 
 
 class EvaBackbone(EncoderBackbone):
     """`timm.models.eva.Eva`: EVA02, and what else is of that class.
 
-    Query and key are heard from their norms, which are there, as identities, also where a model has none: fused
+    Query and key are read from their norms, which are there, as identities, also where a model has none: fused
     projections are not called as layers. Without `dynamic_img_size` the model takes one size. Means and deviations are
     those of its `pretrained_cfg`.
     """
 
-    LEAVES: ClassVar = (("q_norm", "k_norm"),)
-    OTHERS: ClassVar = {"qkv", "q_proj", "k_proj", "v_proj", "attn_drop", "norm", "gate", "proj", "proj_drop"}
-    POSITION: ClassVar = "rope"
-    COLOURS: ClassVar = CLIP
+    LAYOUTS: ClassVar = (
+        AttentionLayout(
+            "q_norm",
+            "k_norm",
+            others=frozenset(("qkv", "q_proj", "k_proj", "v_proj", "attn_drop", "norm", "gate", "proj", "proj_drop")),
+            rotary="rope",
+        ),
+    )
+    COLORS: ClassVar = CLIP
 
     def __init__(
         self,
@@ -78,12 +84,12 @@ class EvaBackbone(EncoderBackbone):
         """Features of the image, or logits where the model has a head."""
         return self.network(pixels)
 
-    def product(self, module: Any, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
-        """Query and key of the patches, (B, H, N, d), turned by the model's own function, from norms (B, H, T, d)."""
-        first = module.num_prefix_tokens  # class and register tokens are not turned
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key of the patches, (B, H, N, d), their positions applied by the model's own function."""
+        first = module.num_prefix_tokens  # class and register tokens have no position
         query, key = query[:, :, first:], key[:, :, first:]
-        if position is not None:
+        if rotary is not None:
             from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
-            query, key = (apply_rot_embed_cat(x, position, half=module.rotate_half).type_as(x) for x in (query, key))
+            query, key = (apply_rot_embed_cat(x, rotary, half=module.rotate_half).type_as(x) for x in (query, key))
         return query, key

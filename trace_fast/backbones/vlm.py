@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trace_fast.backbones.base import Settings, constant, device_of
-from trace_fast.backbones.capture import Capture
+from trace_fast.backbones.capture import Capture, OnAttention
 from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 
 __all__ = ["CLIPBackbone", "QwenBackbone", "qwen_patches", "qwen_size"]
@@ -22,7 +22,7 @@ class CLIPBackbone(EncoderBackbone):
     All blocks are read, also the last, whose output LLaVA does not use.
     """
 
-    COLOURS: ClassVar = CLIP
+    COLORS: ClassVar = CLIP
 
     def call(self, pixels: Tensor) -> Tensor:
         """Features of every token."""
@@ -38,7 +38,7 @@ class QwenBackbone(EncoderBackbone):
     cutting windows makes the host wait for the device.
     """
 
-    COLOURS: ClassVar = CLIP
+    COLORS: ClassVar = CLIP
 
     def __init__(
         self,
@@ -69,32 +69,32 @@ class QwenBackbone(EncoderBackbone):
         patches, grid = qwen_patches(pixels, self.network.config)
         return self.network(patches, grid_thw=grid)[0]
 
-    def product(self, module: nn.Module, query: Tensor, key: Tensor, position: Any) -> tuple[Tensor, Tensor]:
-        """Query and key of the product, (B, H, N, d), in the order of the windows, from a projection (B * N, 3 H d)."""
+    def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Return query and key (B, H, N, d), in the order of the windows, of a projection (B * N, 3 H d)."""
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
         query, key, _ = query.unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # (B * N, H, d)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position)
+        query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
         height, width = self.grids(self.settings.size)[0]
         query, key = (x.unflatten(0, (-1, height * width)).transpose(1, 2) for x in (query, key))
         return query, key
 
-    def capture(
-        self,
-        modules: Sequence[nn.Module],
-        sink: Callable[[int, Tensor, Tensor], None],
-        tokens: Sequence[int] | None = None,
-    ) -> Capture:
-        """See `Backbone.capture`; ValueError for a block of windows. The sink hears of tokens row by row."""
-        self._check_blocks([index for index, module in enumerate(self.attentions()) if module in modules])
+    def capture(self, on_attention: OnAttention, blocks: Sequence[int] | None = None) -> Capture:
+        """See `Backbone.capture`; tokens are passed on row by row.
+
+        Raises:
+            ValueError: a block attends inside windows alone.
+        """
+        chosen = self.settings.blocks if blocks is None else blocks
+        self._check_blocks(range(len(self.attentions())) if chosen is None else chosen)
         config, merge = self.network.config, self.network.config.spatial_merge_size
         window = config.window_size // merge // self.token()[0]
         places = raster_places(*self.grids(self.settings.size)[0], merge, window, device_of(self.network))
 
         def in_raster(index: int, query: Tensor, key: Tensor) -> None:
-            sink(index, query[:, :, places], key[:, :, places])
+            on_attention(index, query[:, :, places], key[:, :, places])
 
-        return super().capture(modules, in_raster, tokens)
+        return super().capture(in_raster, blocks)
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         full = tuple(self.network.config.fullatt_block_indexes)

@@ -30,7 +30,7 @@ from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, FORMAT, AttentionReadout, make_decoder, resample_values, upgrade_student
-from trace_fast.detector import finest, listen, reading, save_student
+from trace_fast.detector import finest, reading, save_student
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.ops import checks
@@ -342,7 +342,7 @@ class Distillation:
         noisy = schedule.noise(latent, noise, timestep)
         taps = AttentionReadout(self.decoder.values, reading(backbone))
         # hooks stay for the backward pass, which runs the network again under checkpointing
-        with listen(backbone, taps.on_attention):
+        with backbone.capture(taps.on_attention):
             with warnings.catch_warnings(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
                 prediction = backbone.predict(noisy, timestep)
@@ -374,7 +374,7 @@ class Distillation:
         images = images.to(self.device)
         taps = AttentionReadout(self.decoder.values, reading(self.backbone))
         timestep = constant((self.level,), images.device).expand(len(images))
-        with listen(self.backbone, taps.on_attention):
+        with self.backbone.capture(taps.on_attention):
             self.backbone.predict(self.backbone.encode(images), timestep)
         found = self.decoder(taps.result(), None if details is None else details.to(self.device)).float().sigmoid()
         size, rows = self.backbone.settings.size, []
