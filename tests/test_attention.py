@@ -406,7 +406,7 @@ def test_empty_batch(device):
         (
             {"query": torch.ones(1, 2, 6, 257), "key": torch.ones(1, 2, 6, 257)},
             ValueError,
-            "query must be at most 256 channels a head, got 257",
+            "query must be at most 256 channels per head, got 257",
         ),
         ({"key": torch.ones(1, 2, 6, 4, device="meta")}, ValueError, "key must be on {device} like query, got meta"),
         ({"total": torch.ones(1, 6, 6, device="meta")}, ValueError, "total must be on {device} like query, got meta"),

@@ -1,65 +1,93 @@
-"""The ops under torch.compile and the checks torch has for registered ops, on every path, but for `readout`."""
+"""Every op under torch.compile, and the checks that torch has for registered ops, on the native core and on Triton."""
 
 import pytest
 import torch
+from op_examples import CPU_OPS, EACH_BACKEND, NATIVE_OPS, TRITON_OPS, example
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from trace_fast import ops
 from trace_fast.testing import random_features, random_maps
 
-REGISTERED = torch.ops.trace_fast
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of registered ops, with arguments as they are before the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "trace_fast":
+            self.calls.append((function, tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)))
+        return function(*arguments, **options or {})
 
 
-def samples(device="cpu"):
-    previous, current = (x.to(device) for x in random_maps(2, 6))
-    query, key = (x.to(device) for x in random_features(2, 3, 6, 4))
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
+def strided(tensor):
+    """The same values with other strides."""
+    return tensor.mT.contiguous().mT
+
+
+def inputs(device):
+    """Arguments beside those of the examples: strides, half precision, and options."""
+    previous, current = (maps.to(device) for maps in random_maps(2, 6))
+    query, key = (features.to(device) for features in random_features(2, 3, 6, 4))
     total, fine = torch.zeros(2, 6, 6, device=device), torch.zeros(2, 24, 24, device=device)
-    return [
-        (REGISTERED.accumulate_attention, (total, query, key, 0.5, 0.25)),
-        (REGISTERED.accumulate_attention, (total, *strided, 0.5, 0.25)),
-        (REGISTERED.accumulate_attention, (total.bfloat16(), query.half(), key.bfloat16(), 0.5, 0.25)),
-        (REGISTERED.accumulate_resized, (fine, current, 2, 3, 4, 6, 0.5)),
-        (REGISTERED.accumulate_resized, (fine.bfloat16(), current.mT, 2, 3, 4, 6, 0.5)),
-        (REGISTERED.step_kl, (previous, current)),
-        (REGISTERED.step_kl, (previous.mT, current.bfloat16())),
-        (REGISTERED.abdiv, (current, 2, 3)),
-        (REGISTERED.abdiv, (current.mT, 3, 2)),
-        (REGISTERED.step_kl_abdiv, (previous, current, 2, 3)),
-        (REGISTERED.step_kl_abdiv, (previous.bfloat16(), current.bfloat16(), 2, 3)),
-    ]
+    masks = (torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.6).to(device)
+    edges = torch.linspace(0, 1, 21, device=device).view(3, 7)
+    values = torch.randn(6, 9, device=device, dtype=torch.float16)
+    return {
+        "accumulate_attention strided": (total, strided(query), strided(key), 0.5, 0.25),
+        "accumulate_attention half": (total.bfloat16(), query.half(), key.bfloat16(), 0.5, 0.25),
+        "accumulate_resized strided": (fine.bfloat16(), current.mT, (2, 3), (4, 6), 0.5),
+        "step_kl strided": (previous.mT, current.bfloat16()),
+        "abdiv strided": (current.mT, 3, 2),
+        "step_kl_abdiv half": (previous.bfloat16(), current.bfloat16(), 2, 3),
+        "readout half": (query.half(), strided(key).half(), values, -0.5),
+        "label_regions strided": (masks.mT, 8),
+        "flood_fill strided": (masks.int().mT, ~masks.mT, 8, True),
+        "random_walk batched": (masks.float().mT[:, None], edges.mT.expand(2, 7, 3), 5, 10.0, 3),
+        "merge_masks strided": (masks.mT, 0.1, torch.ones(2, device=device)),
+    }
 
 
-@pytest.mark.parametrize("sample", range(len(samples())))
-def test_opcheck(sample, device):
-    op, arguments = samples(device)[sample]
-    torch.library.opcheck(op.default, arguments)
+@EACH_BACKEND
+@pytest.mark.parametrize("case", [*TRITON_OPS, *NATIVE_OPS, *inputs("cpu")])
+def test_opcheck(case, device, request):
+    op = case.split()[0]
+    if op in NATIVE_OPS and "triton" in request.node.name:
+        pytest.skip("there is no triton kernel")
+    arguments, options = (inputs(device)[case], {}) if case != op else example(op, device)
+    with Recorder() as recorder:
+        getattr(ops, op)(*arguments, **options)
+    assert recorder.calls
+    for function, registered_arguments in recorder.calls:
+        torch.library.opcheck(function, registered_arguments)
 
 
-def region_samples():
-    masks = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.6
-    seeds, edges = masks.flip(-1).int(), torch.linspace(0, 1, 21).view(3, 7)
-    groups = torch.tensor([0, 0])
-    return [
-        (REGISTERED.label_regions, (masks, 4)),
-        (REGISTERED.label_regions, (masks.mT, 8)),
-        (REGISTERED.flood_fill, (seeds, masks, 4, False)),
-        (REGISTERED.flood_fill, (seeds.mT, masks.mT, 8, True)),
-        (REGISTERED.random_walk, (masks.float()[None], edges[None], 3, 2.0, 4)),
-        (REGISTERED.random_walk, (masks.float().mT[:, None], edges.mT.expand(2, 7, 3), 5, 10.0, 3)),
-        (REGISTERED.merge_masks, (masks, 0.1)),
-        (REGISTERED.merge_masks, (masks.mT, 0.1)),
-        (REGISTERED.unite_masks, (masks.mT, groups, 1)),
-    ]
+@pytest.mark.parametrize("op", CPU_OPS)
+def test_ops_for_scoring_are_not_registered(op):
+    arguments, options = example(op)
+    with Recorder() as recorder:
+        getattr(ops, op)(*arguments, **options)
+    assert recorder.calls == []
 
 
-@pytest.mark.parametrize("sample", range(len(region_samples())))
-def test_opcheck_of_regions(sample):
-    op, arguments = region_samples()[sample]
-    torch.library.opcheck(op.default, arguments)
+@EACH_BACKEND
+@pytest.mark.parametrize("op", [*TRITON_OPS, *NATIVE_OPS])
+def test_compiled_without_a_graph_break(op, device, request):
+    if op in NATIVE_OPS and "triton" in request.node.name:
+        pytest.skip("there is no triton kernel")
+    # how many unions there are depends on the masks
+    fullgraph = op != "merge_masks"
+    (arguments, options), (copies, _) = example(op, device), example(op, device)
+    compiled = torch.compile(getattr(ops, op), fullgraph=fullgraph, backend="aot_eager", dynamic=False)
+    results = compiled(*arguments, **options), arguments
+    # the same kernel on the same numbers
+    torch.testing.assert_close(results, (getattr(ops, op)(*copies, **options), copies), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_regions_compiled_without_a_graph_break(backend):
+def test_regions_compiled_by_inductor():
     def stage(masks, edges):
         barrier = (edges > 0.5)[None]
         labels, counts = ops.label_regions(barrier, 8)
@@ -67,13 +95,12 @@ def test_regions_compiled_without_a_graph_break(backend):
         return labels, counts, filled, ops.random_walk(masks, edges, 3, 2, 4)
 
     masks = torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(stage, fullgraph=True, backend=backend)
-    for result, expected in zip(compiled(masks, masks[0]), stage(masks, masks[0]), strict=True):
-        assert torch.equal(result, expected)
+    compiled = torch.compile(stage, fullgraph=True, backend="inductor")
+    torch.testing.assert_close(compiled(masks, masks[0]), stage(masks, masks[0]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_without_a_graph_break(backend, device):
+@EACH_BACKEND
+def test_attention_compiled_by_inductor(device):
     def stage(before, query, key):
         current = ops.attention_map(query, key)
         ops.accumulate_attention(current, query, key, 0.5)
@@ -82,7 +109,7 @@ def test_compiled_without_a_graph_break(backend, device):
         fine = ops.resize_attention(current, (2, 3), (4, 6))
         return fine, *ops.step_kl_abdiv(before, current, 2, 3), ops.step_kl(before, current), ops.abdiv(current, 2, 3)
 
-    arguments = [x.to(device) for x in (random_maps(2, 6)[0], *random_features(2, 3, 6, 4))]
-    compiled = torch.compile(stage, fullgraph=True, backend=backend)
-    for result, expected in zip(compiled(*arguments), stage(*arguments), strict=True):
-        assert torch.equal(result, expected)
+    arguments = [tensor.to(device) for tensor in (random_maps(2, 6)[0], *random_features(2, 3, 6, 4))]
+    compiled = torch.compile(stage, fullgraph=True, backend="inductor")
+    # between the ops inductor has its own code, whose last bits the divergences of peaked maps magnify
+    torch.testing.assert_close(compiled(*arguments), stage(*arguments), rtol=1e-5, atol=1e-6)

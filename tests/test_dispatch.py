@@ -1,217 +1,235 @@
-"""Which implementation serves: the table, the variable that forces one, and what happens when it is missing."""
+"""The registry of ops: documentation, the table of backends, the variable that forces one, and missing backends."""
+
+import doctest
+import inspect
 
 import pytest
 import torch
+from op_examples import CPU_OPS, NATIVE_OPS, TRITON_OPS, example, kernel_modules
 
 import trace_fast
 from trace_fast import _C, ops, reference
 from trace_fast.ops import dispatch
 from trace_fast.testing import random_maps
 
-
-def arguments(device="cpu"):
-    """Small arguments of every op."""
-    query, key = torch.ones(2, 1, 2, 6, 4, device=device)
-    attention = torch.full((1, 6, 6), 1 / 6, device=device)
-    resize = attention, (2, 3), (4, 6)
-    masks = torch.ones(2, 3, 4, dtype=torch.bool, device=device)
-    return {
-        "attention_map": (query, key),
-        "accumulate_attention": (attention.clone(), query, key, 0.5),
-        "accumulate_resized": (torch.zeros(1, 24, 24, device=device), *resize, 0.5),
-        "resize_attention": resize,
-        "readout": (query, key, torch.ones(6, 3, device=device)),
-        "step_kl": (attention, attention),
-        "abdiv": (attention, 2, 3),
-        "step_kl_abdiv": (attention, attention, 2, 3),
-        "label_regions": (masks,),
-        "flood_fill": (masks.int(), ~masks),
-        "random_walk": (masks.float(), torch.zeros(3, 4, device=device)),
-        "merge_masks": (masks,),
-    }
+# what else the native core has
+SETTINGS = {"has_cuda", "instruction_set", "instruction_sets", "set_instruction_set"}
 
 
-# what an op calls: names in `_C`, and kernels by module in `trace_fast.kernels`
-NATIVE = {op: {op} for op in dispatch.OPS}
-NATIVE |= {"attention_map": {"accumulate_attention"}, "resize_attention": {"accumulate_resized"}}
-NATIVE |= {"merge_masks": {"merge_masks", "unite_masks"}}
-TRITON = {
-    "attention_map": {"row_statistics_kernel", "add_probabilities_kernel"},
-    "accumulate_attention": {"row_statistics_kernel", "add_probabilities_kernel"},
-    "accumulate_resized": {"accumulate_resized_kernel"},
-    "resize_attention": {"accumulate_resized_kernel"},
-    "readout": {"readout_kernel"},
-    "step_kl": {"divergence_kernel", "finish_kernel"},
-    "abdiv": {"divergence_kernel", "finish_kernel"},
-    "step_kl_abdiv": {"divergence_kernel", "finish_kernel"},
-}
-CUDA = [op for op in dispatch.OPS if op not in TRITON]  # those whose GPU kernels are in the native core
+def run(op, device="cpu"):
+    """Run an op on the example of its documentation."""
+    arguments, options = example(op, device)
+    return getattr(ops, op)(*arguments, **options)
 
 
-class Spied:
-    """A kernel that notes its name when it is launched."""
+class SpiedKernel:
+    """A Triton kernel that records each launch."""
 
-    def __init__(self, name, kernel, launched):
-        self.name, self.kernel, self.launched = name, kernel, launched
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
 
     def __getitem__(self, grid):
-        self.launched.add(self.name)
+        self.launched.append("triton")
         return self.kernel[grid]
-
-
-def spied(name, function, launched):
-    """A native entry point that notes its name when it is called."""
-
-    def call(*arguments):
-        launched.add(name)
-        function(*arguments)
-
-    return call
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the native entry points and the Triton kernels that have run."""
-    kernels = pytest.importorskip("trace_fast.kernels.attention"), pytest.importorskip("trace_fast.kernels.divergence")
-    names = set()
-    for module in kernels:
+    """What has run: "triton", "native" or "native on cuda" for each launch of a kernel."""
+    pytest.importorskip("triton")
+    launches = []
+
+    def spy(name, function):
+        def call(*arguments):
+            launches.append("native on cuda" if name.startswith("cuda_") else "native")
+            return function(*arguments)
+
+        return call
+
+    for module in kernel_modules():
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Spied(name, kernel, names))
-    for name in {name for found in NATIVE.values() for name in found} | {"readout_backward"}:
-        monkeypatch.setattr(_C, name, spied(name, getattr(_C, name), names))
-    return names
+                monkeypatch.setattr(module, name, SpiedKernel(kernel, launches))
+    for name, function in list(vars(_C).items()):
+        if callable(function) and not name.startswith("_") and name not in SETTINGS:
+            monkeypatch.setattr(_C, name, spy(name, function))
+    return launches
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
-def test_what_is_forced_runs_and_nothing_else(op, device, launched, request):
-    native = "native" in request.node.name
-    if op in CUDA and not native:
-        with pytest.raises(RuntimeError, match=f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND"):
-            getattr(ops, op)(*arguments(device)[op])
-    else:
-        getattr(ops, op)(*arguments(device)[op])
-        assert launched == (NATIVE if native else TRITON)[op]
+class TestDeclaration:
+    def test_ops_and_reference_have_the_same_names(self):
+        assert ops.__all__ is reference.__all__
+        assert set(dispatch.CUDA_BACKENDS) == set(ops.__all__)
+        assert sorted(ops.__all__) == ops.__all__
+
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_signatures_agree(self, op):
+        assert inspect.signature(getattr(ops, op)) == inspect.signature(getattr(reference, op))
+
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_documentation_is_that_of_the_reference_and_what_the_op_adds(self, op):
+        text, specification = (
+            [line for line in inspect.getdoc(getattr(module, op)).splitlines() if line] for module in (ops, reference)
+        )
+        sections = ["Args:", "Returns:", "Note:", "Raises:", "Example:"]
+        if inspect.signature(getattr(ops, op)).return_annotation is None:
+            sections.remove("Returns:")
+        assert [line for line in text if line in sections] == sections
+        assert [line for line in text if line in specification] == specification
+        assert "fastest implementation" not in "".join(text)
+
+    @pytest.mark.parametrize("module", [ops, reference], ids=lambda module: module.__name__)
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_examples(self, op, module):
+        function, output = getattr(module, op), []
+        test = doctest.DocTestParser().get_doctest(function.__doc__, {"torch": torch, op: function}, op, None, 0)
+        assert test.examples
+        assert doctest.DocTestRunner().run(test, out=output.append).failed == 0, "".join(output)
 
 
-def test_gradients_run_what_is_forced(device, launched, request):
-    query, key, values = arguments(device)["readout"]
-    out = ops.readout(query.requires_grad_(), key, values)
-    launched.clear()
-    out.sum().backward()
-    triton = {"readout_keys_kernel", "readout_queries_kernel"}
-    assert launched == ({"readout_backward"} if "native" in request.node.name else triton)
+class TestTable:
+    def test_by_default(self, instruction_set, monkeypatch):
+        monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
+        monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+        table = trace_fast.backends()
+        cuda = dict.fromkeys(TRITON_OPS, "triton") | dict.fromkeys(CPU_OPS, "unavailable")
+        cuda |= dict.fromkeys(NATIVE_OPS, "native (cuda)" if _C.has_cuda() else "reference")
+        assert table == {op: {"cpu": f"native ({instruction_set})", "cuda": cuda[op]} for op in ops.__all__}
+        assert str(table).splitlines()[0].split() == ["op", "cpu", "cuda"]
+
+    def test_reference_forced(self, monkeypatch):
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+        cuda = dict.fromkeys(ops.__all__, "reference") | dict.fromkeys(CPU_OPS, "unavailable")
+        assert trace_fast.backends() == {op: {"cpu": "reference", "cuda": cuda[op]} for op in ops.__all__}
+
+    def test_native_forced(self, instruction_set, monkeypatch):
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
+        cuda = dict.fromkeys(NATIVE_OPS, "native (cuda)" if _C.has_cuda() else "unavailable")
+        expected = {
+            op: {"cpu": f"native ({instruction_set})", "cuda": cuda.get(op, "unavailable")} for op in ops.__all__
+        }
+        assert trace_fast.backends() == expected
+
+    @pytest.mark.parametrize("interpreted", [False, True])
+    def test_triton_forced(self, interpreted, monkeypatch):
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+        monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+        monkeypatch.setattr(dispatch, "_interprets", lambda: interpreted)
+        triton = {"cpu": "triton (interpreted)" if interpreted else "unavailable", "cuda": "triton"}
+        others = {"cpu": "unavailable", "cuda": "unavailable"}
+        assert trace_fast.backends() == {op: triton if op in TRITON_OPS else others for op in ops.__all__}
 
 
-def test_table(instruction_set, monkeypatch):
-    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
-    table = trace_fast.backends()
-    assert set(table) == set(ops.__all__) - set(ops.contours.__all__)  # which are for the CPU alone
-    cuda = "native (cuda)" if _C.has_cuda() else "reference"
-    for op, row in table.items():
-        assert row == {"cpu": f"native ({instruction_set})", "cuda": cuda if op in CUDA else "triton"}
-    assert str(table).splitlines()[0].split() == ["op", "cpu", "cuda"]
+class TestChoice:
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_what_is_forced_runs_and_nothing_else(self, op, device, launched, request):
+        native = "native" in request.node.name
+        device = "cpu" if op in CPU_OPS else device
+        if not native and op not in TRITON_OPS:
+            with pytest.raises(RuntimeError, match=f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND"):
+                run(op, device)
+        else:
+            run(op, device)
+            assert set(launched) == {"native" if native else "triton"}
 
+    @pytest.mark.parametrize("device", ["native-cuda"], indirect=True)
+    @pytest.mark.parametrize("op", NATIVE_OPS)
+    def test_native_forced_on_a_gpu(self, op, device, launched):
+        run(op, device)
+        assert set(launched) == {"native on cuda"}
 
-@pytest.mark.parametrize(
-    ("choice", "row", "regions"),
-    [
-        ("reference", {"cpu": "reference", "cuda": "reference"}, {"cpu": "reference", "cuda": "reference"}),
-        (
-            "native",
-            {"cpu": "native (baseline)", "cuda": "unavailable"},
-            {"cpu": "native (baseline)", "cuda": "native (cuda)" if _C.has_cuda() else "unavailable"},
-        ),
-        ("triton", {"cpu": "unavailable", "cuda": "triton"}, {"cpu": "unavailable", "cuda": "unavailable"}),
-    ],
-)
-def test_table_of_what_is_forced(choice, row, regions, monkeypatch):
-    monkeypatch.setenv("TRACE_FAST_BACKEND", choice)
-    monkeypatch.setattr(_C, "instruction_set", lambda: "baseline")
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "_interprets", lambda: False)
-    assert trace_fast.backends() == {op: regions if op in CUDA else row for op in dispatch.OPS}
-    monkeypatch.setattr(dispatch, "_interprets", lambda: True)
-    interpreted = {**row, "cpu": "triton (interpreted)"} if choice == "triton" else row
-    assert trace_fast.backends()["abdiv"] == interpreted
-
-
-def test_native_serves_the_cpu_by_default(monkeypatch, launched):
-    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    for op, values in arguments().items():
+    def test_gradients_run_what_is_forced(self, device, launched, request):
+        (query, key, values), _ = example("readout", device)
+        out = ops.readout(query.requires_grad_(), key, values)
         launched.clear()
-        getattr(ops, op)(*values)
-        assert launched == NATIVE[op]
+        out.sum().backward()
+        assert set(launched) == {"native" if "native" in request.node.name else "triton"}
+
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_is_made_once_per_call(self, op, monkeypatch):
+        choose, questions = dispatch.choose, []
+
+        def counted(*arguments):
+            questions.append(arguments)
+            return choose(*arguments)
+
+        monkeypatch.setattr(dispatch, "choose", counted)
+        run(op)
+        assert len(questions) == 1
+
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_native_serves_the_cpu_by_default(self, op, monkeypatch, launched):
+        monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
+        run(op)
+        assert set(launched) == {"native"}
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("op", TRITON_OPS)
+    def test_triton_serves_the_gpu_by_default(self, op, monkeypatch, launched):
+        monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
+        run(op, "cuda")
+        assert set(launched) == {"triton"}
+
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_reference_can_be_forced(self, op, monkeypatch, launched):
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+        (arguments, options), (copies, _) = example(op), example(op)
+        results = getattr(ops, op)(*arguments, **options), arguments
+        expected = getattr(reference, op)(*copies, **options), copies
+        # the same code; arguments are compared because some are updated in place
+        torch.testing.assert_close(results, expected, rtol=0, atol=0)
+        assert launched == []
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_serves_the_gpu_by_default(monkeypatch, launched):
-    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    values = arguments("cuda")
-    for op, kernels in TRITON.items():
-        launched.clear()
-        getattr(ops, op)(*values[op])
-        assert launched == kernels
+class TestMissing:
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_native_kernel_of_a_device(self, op, monkeypatch):
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
+        if op in CPU_OPS:
+            with pytest.raises(ValueError, match=f"{op}: .* must be on the cpu, got meta"):
+                run(op, "meta")
+        else:
+            with pytest.raises(RuntimeError, match=r"\w+: there is no native kernel on meta; unset TRACE_FAST_BACKEND"):
+                run(op, "meta")
+        monkeypatch.setattr(dispatch, "_CUDA", False)
+        messages = dict.fromkeys(NATIVE_OPS, "the native core is built without CUDA; build it")
+        messages |= dict.fromkeys(TRITON_OPS, "there is no native kernel on cuda")
+        messages |= dict.fromkeys(CPU_OPS, "there is no kernel on cuda; move the tensors to the cpu")
+        with pytest.raises(RuntimeError, match=f"{op}: {messages[op]}"):
+            dispatch.choose(op, "cuda")
 
+    @pytest.mark.parametrize("op", TRITON_OPS)
+    def test_triton_kernel_of_a_device(self, op, monkeypatch):
+        launch = pytest.importorskip("trace_fast.kernels.launch")
+        monkeypatch.setattr(launch, "INTERPRETED", False)
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+        for device in ("cpu", "meta"):
+            match = rf"\w+: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, or set TRITON_INTERPRET=1"
+            with pytest.raises(RuntimeError, match=match):
+                run(op, device)
 
-def test_reference_can_be_forced(monkeypatch, launched):
-    monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
-    for op, values in arguments().items():
-        copies = [[x.clone() if isinstance(x, torch.Tensor) else x for x in values] for _ in range(2)]
-        result, expected = getattr(ops, op)(*copies[0]), getattr(reference, op)(*copies[1])
-        if op.startswith("accumulate"):
-            result, expected = copies[0][0], copies[1][0]
-        torch.testing.assert_close(result, expected, rtol=0, atol=0)
-    assert launched == set()
-
-
-@pytest.mark.parametrize("op", dispatch.OPS)
-def test_native_forced_and_missing_raises(op, monkeypatch):
-    monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
-    with pytest.raises(RuntimeError, match=r"\w+: there is no native kernel on meta; unset TRACE_FAST_BACKEND"):
-        getattr(ops, op)(*arguments("meta")[op])
-    monkeypatch.setattr(dispatch, "_CUDA", False)
-    missing = "the native core is built without CUDA; build it" if op in CUDA else "there is no native kernel on cuda"
-    with pytest.raises(RuntimeError, match=f"{op}: {missing}"):
-        dispatch.choose(op, "cuda")
-
-
-@pytest.mark.parametrize("op", TRITON)
-def test_triton_forced_where_it_does_not_run_raises(op, monkeypatch):
-    launch = pytest.importorskip("trace_fast.kernels.launch")
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
-    for device in ("cpu", "meta"):
-        match = rf"\w+: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, or set TRITON_INTERPRET=1"
+    @pytest.mark.parametrize("op", TRITON_OPS)
+    def test_triton(self, op, monkeypatch):
+        monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+        match = r"\w+: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
         with pytest.raises(RuntimeError, match=match):
-            getattr(ops, op)(*arguments(device)[op])
+            run(op)
+        # nor does a GPU on which nothing was forced fall back
+        monkeypatch.delenv("TRACE_FAST_BACKEND")
+        with pytest.raises(RuntimeError, match=f"{op}: triton is not installed"):
+            dispatch.choose(op, "cuda")
+        assert trace_fast.backends()[op]["cuda"] == "unavailable"
 
-
-@pytest.mark.parametrize("op", TRITON)
-def test_triton_that_is_not_installed_raises(op, monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
-    monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
-    match = r"\w+: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
-    with pytest.raises(RuntimeError, match=match):
-        getattr(ops, op)(*arguments()[op])
-    # nor does a GPU that nothing was forced on fall back
-    monkeypatch.delenv("TRACE_FAST_BACKEND")
-    with pytest.raises(RuntimeError, match=f"{op}: triton is not installed"):
-        dispatch.choose(op, "cuda")
-    assert trace_fast.backends()[op]["cuda"] == "unavailable"
-
-
-@pytest.mark.parametrize("op", dispatch.OPS)
-def test_missing_build_raises_unless_the_reference_is_asked_for(op, monkeypatch):
-    monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "_build_error", ImportError("no _C"))
-    with pytest.raises(RuntimeError, match=r"\w+: the native core is not built \(no _C\); run .*=reference"):
-        getattr(ops, op)(*arguments()[op])
-    assert trace_fast.backends()[op]["cpu"] == "unavailable"
-    monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
-    getattr(ops, op)(*arguments()[op])
+    @pytest.mark.parametrize("op", ops.__all__)
+    def test_native_core(self, op, monkeypatch):
+        monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
+        monkeypatch.setattr(dispatch, "_build_error", ImportError("no _C"))
+        with pytest.raises(RuntimeError, match=r"\w+: the native core is not built \(no _C\); run .*=reference"):
+            run(op)
+        assert trace_fast.backends()[op]["cpu"] == "unavailable"
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
+        run(op)
 
 
 def test_unknown_choice_raises(monkeypatch):

@@ -321,7 +321,7 @@ class TestLabels:
     def test_memory(self, monkeypatch):
         monkeypatch.setattr(checks, "MEMORY", 11)
         open_masks(np.array([[5, 0, 5]]))
-        with pytest.raises(ValueError, match=r"masks must leave room in 0.0 GiB of memory, got \(2, 3\): 0.0 GiB more"):
+        with pytest.raises(ValueError, match=r"masks must be small enough for 0.0 GiB of memory, got \(2, 3\)"):
             open_masks(np.array([[5, 0, 5], [0, 0, 9]]))
 
 

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from op_examples import EACH_BACKEND
 from torch.testing import assert_close
 
 from trace_fast import _C, ops, reference
@@ -306,11 +308,11 @@ def test_empty_batch(device):
         ({"values": torch.ones(5, 3)}, ValueError, r"readout: values must be \(N, C\) with N = 6, got \(5, 3\)"),
         ({"values": torch.ones(1, 6, 3)}, ValueError, r"values must be \(N, C\) with N = 6, got \(1, 6, 3\)"),
         ({"values": torch.ones(6, 0)}, ValueError, r"values must be \(N, C\) with N = 6, got \(6, 0\)"),
-        ({"values": torch.ones(6, 65)}, ValueError, "readout: values must be at most 64 columns, got 65"),
+        ({"values": torch.ones(6, 65)}, ValueError, "readout: values must be at most 64 columns wide, got 65"),
         (
             {"query": torch.ones(1, 2, 6, 257), "key": torch.ones(1, 2, 6, 257)},
             ValueError,
-            "readout: query must be at most 256 channels a head, got 257",
+            "readout: query must be at most 256 channels per head, got 257",
         ),
         ({"key": torch.ones(1, 2, 6, 4, device="meta")}, ValueError, "key must be on {device} like query, got meta"),
         ({"values": torch.ones(6, 3, device="meta")}, ValueError, "values must be on {device} like query, got meta"),
@@ -331,22 +333,25 @@ def samples(device):
     query, key = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))
     half = query.bfloat16(), key.bfloat16(), values
     differentiable = tuple(x.clone().requires_grad_() for x in (query, key, values))
-    parts, lse = torch.ops.trace_fast.readout(query, key, values, 0.5)[1:]
+    backend = os.environ["TRACE_FAST_BACKEND"]
+    parts, lse = torch.ops.trace_fast.readout(query, key, values, 0.5, backend)[1:]
     return [
-        (torch.ops.trace_fast.readout, (query, key, values, 0.5)),
-        (torch.ops.trace_fast.readout, (*half, -0.5)),
-        (torch.ops.trace_fast.readout, (*differentiable, 0.5)),
-        (torch.ops.trace_fast.readout_backward, (grad, query, key, values, parts, lse, 0.5)),
-        (torch.ops.trace_fast.readout_backward, (grad.mT.contiguous().mT, *half, parts, lse, 0.5)),
+        (torch.ops.trace_fast.readout, (query, key, values, 0.5, backend)),
+        (torch.ops.trace_fast.readout, (*half, -0.5, backend)),
+        (torch.ops.trace_fast.readout, (*differentiable, 0.5, backend)),
+        (torch.ops.trace_fast.readout_backward, (grad, query, key, values, parts, lse, 0.5, backend)),
+        (torch.ops.trace_fast.readout_backward, (grad.mT.contiguous().mT, *half, parts, lse, 0.5, backend)),
     ]
 
 
+@EACH_BACKEND
 @pytest.mark.parametrize("sample", range(5))
 def test_opcheck(sample, device):
     op, arguments = samples(device)[sample]
     torch.library.opcheck(op.default, arguments)
 
 
+@EACH_BACKEND
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_graph_break(backend, device):
     *inputs, grad = (x.to(device) for x in random_inputs(2, 3, 6, 4, 9))

@@ -133,7 +133,7 @@ def test_maps_beyond_the_memory_are_refused(tracer, monkeypatch):
     monkeypatch.setattr("trace_fast.ops.checks.MEMORY", room)
     tracer(torch.rand(1, 3, 24, 40))
     monkeypatch.setattr("trace_fast.ops.checks.MEMORY", room - 1)
-    with pytest.raises(ValueError, match=r"trace: images must leave room in .* GiB of memory, got \(1, 3, 24, 40\)"):
+    with pytest.raises(ValueError, match=r"images must be small enough for .* GiB of memory, got \(1, 3, 24, 40\)"):
         tracer(torch.rand(1, 3, 24, 40))
 
 

@@ -1,35 +1,12 @@
-"""The ops: checked, and served by the implementation that `trace_fast.backends()` names, registered with torch.
+"""The ops of `trace_fast.reference`, checked, fast and registered with torch; `trace_fast.backends()` shows what runs.
 
-Those on contours are for scoring, on the CPU alone: plain functions of the native core or the reference. Same names and
-signatures as `trace_fast.reference`, which is their specification.
+An op is declared once, by `register` in one of the modules below.
 """
 
-from trace_fast.ops.attention import (
-    accumulate_attention,
-    accumulate_resized,
-    attention_map,
-    readout,
-    resize_attention,
-)
-from trace_fast.ops.contours import count_matches, match_contours, suppress_nonmaxima, thin
-from trace_fast.ops.divergence import abdiv, step_kl, step_kl_abdiv
-from trace_fast.ops.regions import flood_fill, label_regions, merge_masks, random_walk
+from trace_fast import reference
+from trace_fast.ops.attention import *
+from trace_fast.ops.contours import *
+from trace_fast.ops.divergence import *
+from trace_fast.ops.regions import *
 
-__all__ = [
-    "abdiv",
-    "accumulate_attention",
-    "accumulate_resized",
-    "attention_map",
-    "count_matches",
-    "flood_fill",
-    "label_regions",
-    "match_contours",
-    "merge_masks",
-    "random_walk",
-    "readout",
-    "resize_attention",
-    "step_kl",
-    "step_kl_abdiv",
-    "suppress_nonmaxima",
-    "thin",
-]
+__all__ = reference.__all__

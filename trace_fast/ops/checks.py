@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["contiguous", "device", "grid", "image", "integer", "memory", "number", "one_of", "same_device", "tensor"]
 
-# bytes that this machine has
+# bytes of memory of this machine
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -24,32 +24,34 @@ def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int],
         op: name of the op, for the message.
         name: name of the argument, for the message.
         value: the argument.
-        shape: letters for the sizes, all at least 1 but the batch and the number of masks.
-        sizes: what the letters stand for; letters seen for the first time are added.
+        shape: one letter per axis; every size is at least 1, except for B (batch) and M (number of masks).
+        sizes: sizes of the letters that earlier arguments have fixed; those of new letters are added.
         dtypes: the dtypes accepted.
     """
-    accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a {accepted} tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
+    # messages are only put together where a check fails: this runs in every call of an op
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a {accepted} tensor, got {type(value).__name__}")
         raise TypeError(f"{op}: {name} must be {accepted}, got {str(value.dtype).removeprefix('torch.')}")
-    letters = shape.split()
-    known = {letter: sizes[letter] for letter in letters if letter in sizes}
+    letters, bound = shape.split(), sizes.copy()
     fits = value.ndim == len(letters) and all(
-        sizes.setdefault(letter, size) == size and (size > 0 or letter in "BM")
+        bound.setdefault(letter, size) == size and (size > 0 or letter in "BM")
         for letter, size in zip(letters, value.shape, strict=True)
     )
     if not fits:
-        where = "".join(f"{', ' if i else ' with '}{letter} = {known[letter]}" for i, letter in enumerate(known))
+        fixed = ", ".join(f"{letter} = {sizes[letter]}" for letter in dict.fromkeys(letters) if letter in sizes)
+        where = f" with {fixed}" if fixed else ""
         raise ValueError(f"{op}: {name} must be ({', '.join(letters)}){where}, got {tuple(value.shape)}")
+    sizes.update(bound)
 
 
 def same_device(op: str, **tensors: Tensor) -> None:
-    """Require tensors, given by name, on the device of the first."""
-    (first, reference), *others = tensors.items()
+    """Require that tensors, given by name, are on the device of the first."""
+    (first_name, first), *others = tensors.items()
     for name, value in others:
-        if value.device != reference.device:
-            raise ValueError(f"{op}: {name} must be on {reference.device} like {first}, got {value.device}")
+        if value.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} like {first_name}, got {value.device}")
 
 
 def contiguous(op: str, name: str, value: Tensor) -> None:
@@ -74,14 +76,15 @@ def image(op: str, name: str, value: Tensor) -> None:
 
 
 def memory(op: str, name: str, value: Tensor, size: int) -> None:
-    """Require that the `size` bytes which an op takes for a tensor on the CPU fit there; a GPU's allocator says so."""
+    """Require that the `size` bytes which an op allocates for a tensor on the CPU fit; a GPU's allocator checks it."""
     if value.device.type == "cpu" and size > MEMORY:
-        need, have = (f"{x / 2**30:.1f} GiB" for x in (size, MEMORY))
-        raise ValueError(f"{op}: {name} must leave room in {have} of memory, got {tuple(value.shape)}: {need} more")
+        needed, total = (f"{count / 2**30:.1f} GiB" for count in (size, MEMORY))
+        shape = tuple(value.shape)
+        raise ValueError(f"{op}: {name} must be small enough for {total} of memory, got {shape}, which takes {needed}")
 
 
 def integer(op: str, name: str, value: int, least: int) -> None:
-    """Require an integer, of Python or numpy, that is large enough."""
+    """Require an integer, of Python or numpy, that is at least `least`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < least:
@@ -109,9 +112,9 @@ def device(op: str, value: torch.device | str | None) -> torch.device:
     if value is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(value)
+        parsed = torch.device(value)
     except RuntimeError as error:
         raise ValueError(f"{op}: device must be a torch device, got {value!r}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"{op}: device must be present, got '{place}' where torch sees no GPU; use 'cpu'")
-    return place
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{op}: device must be present, got '{parsed}' where torch sees no GPU; use 'cpu'")
+    return parsed

@@ -1,39 +1,57 @@
-"""Which implementation serves an op on a device.
+"""The registry of ops: which implementation runs an op on a device, and where its documentation comes from.
 
-TRACE_FAST_BACKEND=reference|native|triton forces one for every op; what is forced and missing raises, and nothing falls
-back silently: `backends()` shows who serves.
+TRACE_FAST_BACKEND=reference|native|triton forces one implementation for every op. A forced implementation that is
+missing raises, and nothing falls back silently: `backends()` shows which implementation runs.
 """
 
 import importlib.util
+import inspect
 import os
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from trace_fast import reference
 
 try:
     from trace_fast import _C
 
     _build_error = None
-except ImportError as error:  # the extension is not built: the reference serves if it is asked for
+except ImportError as error:  # the extension is not built: the reference can still be asked for
     _build_error = error
 _CUDA = _build_error is None and _C.has_cuda()
 
-__all__ = ["OPS", "Backends", "backends", "choose"]
+__all__ = ["CUDA_BACKENDS", "Backends", "backends", "choose", "register"]
 
-# what serves on a GPU: kernels of Triton, or of the native core where it has been built with them; ops that are not
-# listed run on the CPU alone
-_ON_CUDA = {
-    "attention_map": "triton",
-    "accumulate_attention": "triton",
-    "accumulate_resized": "triton",
-    "resize_attention": "triton",
-    "readout": "triton",
-    "step_kl": "triton",
-    "abdiv": "triton",
-    "step_kl_abdiv": "triton",
-    "label_regions": "native",
-    "flood_fill": "native",
-    "random_walk": "native",
-    "merge_masks": "native",
-}
-OPS = tuple(_ON_CUDA)
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+# by op, what runs on a GPU; filled by `register`
+CUDA_BACKENDS: dict[str, str] = {}
+
+
+def register(*, cuda: Literal["triton", "native", "unavailable"]) -> Callable[[Op], Op]:
+    """Declare an op: the decorator of each function in `trace_fast.ops`.
+
+    The op bears the name of a function in `trace_fast.reference`, whose documentation it takes over. Its own docstring
+    holds what it adds, in sections after a first paragraph that is not taken over: dtypes (Note) and errors (Raises).
+
+    Args:
+        cuda: what runs on a GPU: "triton", "native" (the kernels in csrc/cuda, or the reference where they are not
+            built) or "unavailable" (the op runs on the CPU alone).
+
+    Returns:
+        A decorator that returns the function itself.
+    """
+
+    def declare(op: Op) -> Op:
+        CUDA_BACKENDS[op.__name__] = cuda
+        specification = getattr(reference, op.__name__).__doc__
+        if op.__doc__ and specification:  # python -OO has neither
+            description, heading, example = inspect.cleandoc(specification).partition("Example:\n")
+            additions = inspect.cleandoc(op.__doc__).partition("\n\n")[2]
+            op.__doc__ = f"{description}{additions}\n\n{heading}{example}\n"
+        return op
+
+    return declare
 
 
 class Backends(dict[str, dict[str, str]]):
@@ -46,41 +64,57 @@ class Backends(dict[str, dict[str, str]]):
 
 
 def backends() -> Backends:
-    """Implementation that serves each op on each kind of device, under the present TRACE_FAST_BACKEND.
+    """Return which implementation runs each op on each kind of device, under the present TRACE_FAST_BACKEND.
 
     Returns:
         {op: {"cpu" | "cuda": "native (<instruction set>)" | "native (cuda)" | "triton" | "triton (interpreted)" |
-        "reference" | "unavailable"}}; print it for a table. It says who would serve on a GPU also where there is none.
+        "reference" | "unavailable"}}; print it for a table. The column of a GPU is filled in even where there is none.
 
     Raises:
         ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
+
+    Example:
+        >>> backends()["thin"]["cuda"]
+        'unavailable'
     """
 
     def describe(op: str, device: str) -> str:
         try:
-            choice = choose(op, device)
+            backend = choose(op, device)
         except RuntimeError:
             return "unavailable"
-        if choice == "native":
+        if backend == "native":
             return f"native ({_C.instruction_set() if device == 'cpu' else device})"
-        return "triton (interpreted)" if choice == "triton" and device == "cpu" else choice
+        return "triton (interpreted)" if backend == "triton" and device == "cpu" else backend
 
-    return Backends({op: {device: describe(op, device) for device in ("cpu", "cuda")} for op in OPS})
+    return Backends({op: {device: describe(op, device) for device in ("cpu", "cuda")} for op in sorted(CUDA_BACKENDS)})
 
 
 def choose(op: str, device: str) -> str:
-    """The implementation of `op` on a type of device: "native", "triton" or "reference".
+    """Return the implementation of `op` on a type of device: "native", "triton" or "reference".
+
+    An op asks once per call and hands the answer on to its kernel.
 
     Raises:
         ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
-        RuntimeError: the choice is not available; the message says what would make it so.
+        RuntimeError: the implementation is not available; the message names the command or variable that helps.
     """
     forced = os.environ.get("TRACE_FAST_BACKEND", "")
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"{op}: TRACE_FAST_BACKEND must be reference, native or triton, got {forced}")
-    choice = forced or _best(op, device)
-    if choice == "native":
-        if device != "cpu" and not (device == "cuda" and _ON_CUDA[op] == "native"):
+    on_cuda = CUDA_BACKENDS[op]
+    if on_cuda == "unavailable" and device != "cpu":
+        raise RuntimeError(f"{op}: there is no kernel on {device}; move the tensors to the cpu")
+    if forced:
+        backend = forced
+    elif device == "cpu":
+        backend = "native"
+    elif device == "cuda" and (on_cuda == "triton" or _CUDA):
+        backend = on_cuda
+    else:
+        backend = "reference"
+    if backend == "native":
+        if device != "cpu" and not (device == "cuda" and on_cuda == "native"):
             raise RuntimeError(f"{op}: there is no native kernel on {device}; unset TRACE_FAST_BACKEND")
         if _build_error is not None:
             raise RuntimeError(
@@ -92,8 +126,8 @@ def choose(op: str, device: str) -> str:
                 f"{op}: the native core is built without CUDA; "
                 "build it with TRACE_FAST_CUDA=1 or set TRACE_FAST_BACKEND=reference"
             )
-    elif choice == "triton":
-        if _ON_CUDA.get(op) != "triton":
+    elif backend == "triton":
+        if on_cuda != "triton":
             raise RuntimeError(f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND")
         if not _has_triton():
             raise RuntimeError(
@@ -104,22 +138,16 @@ def choose(op: str, device: str) -> str:
                 f"{op}: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, "
                 "or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted on the cpu"
             )
-    return choice
-
-
-def _best(op: str, device: str) -> str:
-    """What serves unless something is forced; other devices are served by the reference."""
-    if device == "cuda":
-        return "reference" if _ON_CUDA[op] == "native" and not _CUDA else _ON_CUDA[op]
-    return "native" if device == "cpu" else "reference"
+    return backend
 
 
 def _has_triton() -> bool:
+    """Return whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _interprets() -> bool:
-    """Whether Triton kernels run in numpy; decided when they are defined."""
+    """Return whether Triton kernels run in numpy; this is decided when they are defined."""
     from trace_fast.kernels.launch import INTERPRETED
 
     return INTERPRETED

@@ -1,100 +1,71 @@
-"""Divergence of attention maps: over time between noise levels, over space between neighbours."""
+"""Divergence of attention maps: over time between timesteps, over space between neighbors."""
 
 import torch
 from torch import Tensor
 
 from trace_fast import reference
 from trace_fast.ops import checks, dispatch
+from trace_fast.ops.dispatch import register
 
 __all__ = ["abdiv", "step_kl", "step_kl_abdiv"]
 
 _MAPS = (torch.float32, torch.bfloat16)
 
 
+@register(cuda="triton")
 def step_kl(previous: Tensor, current: Tensor) -> Tensor:
-    """Divergence between the attention maps of two noise levels, whose maximum is the Instance Emergence Point.
+    """Run the fastest implementation of `trace_fast.reference.step_kl`.
 
-    KL(SA(X_t_prev) || SA(X_t)) (the paper's IEP), mean over query rows; the less noisy map comes first.
-
-    Args:
-        previous: (B, N, N) float32 or bfloat16, rows sum to 1; copied first unless contiguous.
-        current: (B, N, N) as previous.
-
-    Returns:
-        (B,) float32, in nats, >= 0 up to rounding. Probabilities are clamped below at 2^-126.
+    Note:
+        Maps are float32 or bfloat16, and are copied first unless contiguous; the result is float32.
 
     Raises:
-        TypeError: an argument is not a float32 or bfloat16 tensor.
+        TypeError: a map is not a float32 or bfloat16 tensor.
         ValueError: shapes or devices differ from each other.
-
-    Example:
-        >>> previous, current = torch.rand(2, 1, 6, 6).softmax(-1)
-        >>> step_kl(previous, current).shape
-        torch.Size([1])
     """
     _check_pair("step_kl", previous, current)
-    if dispatch.choose("step_kl", current.device.type) == "reference":
+    backend = dispatch.choose("step_kl", current.device.type)
+    if backend == "reference":
         return reference.step_kl(previous, current)
-    return _step_kl(previous, current)
+    return _step_kl(previous, current, backend)
 
 
+@register(cuda="triton")
 def abdiv(attention: Tensor, height: int, width: int) -> Tensor:
-    """Boundary strength from the divergence between opposite neighbours.
+    """Run the fastest implementation of `trace_fast.reference.abdiv`.
 
-    ABDiv = KL(right || left) + KL(below || above) of the attention rows around each token (the paper's Attention
-    Boundary Divergence).
-
-    Args:
-        attention: (B, N, N) float32 or bfloat16, rows sum to 1, N = height * width; row i is what token i attends to.
-            Copied first unless contiguous.
-        height: grid rows, in tokens.
-        width: grid columns, in tokens.
-
-    Returns:
-        (B, height, width) float32, in nats, >= 0 up to rounding; neighbours are clamped to the grid at the border,
-        probabilities below at 2^-126.
+    Note:
+        Maps are float32 or bfloat16, and are copied first unless contiguous; the result is float32.
 
     Raises:
         TypeError: attention is not a float32 or bfloat16 tensor.
         ValueError: attention is not (B, N, N) or N differs from height * width.
-
-    Example:
-        >>> abdiv(torch.rand(1, 6, 6).softmax(-1), 2, 3).shape
-        torch.Size([1, 2, 3])
     """
     checks.tensor("abdiv", "attention", attention, "B N N", {}, *_MAPS)
     checks.grid("abdiv", height, width, attention.shape[1])
-    if dispatch.choose("abdiv", attention.device.type) == "reference":
+    backend = dispatch.choose("abdiv", attention.device.type)
+    if backend == "reference":
         return reference.abdiv(attention, height, width)
-    return _abdiv(attention, height, width)
+    return _abdiv(attention, height, width, backend)
 
 
+@register(cuda="triton")
 def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """`step_kl` of a pair of maps and `abdiv` of the second, from one read of each.
+    """Run the fastest implementation of `trace_fast.reference.step_kl_abdiv`.
 
-    Args:
-        previous: (B, N, N) float32 or bfloat16, rows sum to 1, N = height * width; copied first unless contiguous.
-        current: (B, N, N) as previous.
-        height: grid rows, in tokens.
-        width: grid columns, in tokens.
-
-    Returns:
-        `step_kl(previous, current)`, (B,), and `abdiv(current, height, width)`, (B, height, width), in nats.
+    Note:
+        Maps are float32 or bfloat16, and are copied first unless contiguous; the results are float32.
 
     Raises:
         TypeError: a map is not a float32 or bfloat16 tensor.
         ValueError: shapes or devices differ from each other, or N differs from height * width.
-
-    Example:
-        >>> previous, current = torch.rand(2, 1, 6, 6).softmax(-1)
-        >>> [x.shape for x in step_kl_abdiv(previous, current, 2, 3)]
-        [torch.Size([1]), torch.Size([1, 2, 3])]
     """
     _check_pair("step_kl_abdiv", previous, current)
     checks.grid("step_kl_abdiv", height, width, current.shape[1])
-    if dispatch.choose("step_kl_abdiv", current.device.type) == "reference":
+    backend = dispatch.choose("step_kl_abdiv", current.device.type)
+    if backend == "reference":
         return reference.step_kl_abdiv(previous, current, height, width)
-    return _step_kl_abdiv(previous, current, height, width)
+    return _step_kl_abdiv(previous, current, height, width, backend)
 
 
 def _check_pair(op: str, previous: Tensor, current: Tensor) -> None:
@@ -106,8 +77,8 @@ def _check_pair(op: str, previous: Tensor, current: Tensor) -> None:
 
 
 @torch.library.custom_op("trace_fast::step_kl", mutates_args=())
-def _step_kl(previous: Tensor, current: Tensor) -> Tensor:
-    if dispatch.choose("step_kl", current.device.type) == "triton":
+def _step_kl(previous: Tensor, current: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
         from trace_fast.kernels import divergence as kernels
 
         return kernels.divergence(previous.contiguous(), current.contiguous(), None)[0]
@@ -121,13 +92,13 @@ def _step_kl(previous: Tensor, current: Tensor) -> Tensor:
 
 
 @_step_kl.register_fake
-def _(previous: Tensor, current: Tensor) -> Tensor:
+def _(previous: Tensor, current: Tensor, backend: str) -> Tensor:
     return _empty(current, current.shape[0])
 
 
 @torch.library.custom_op("trace_fast::abdiv", mutates_args=())
-def _abdiv(attention: Tensor, height: int, width: int) -> Tensor:
-    if dispatch.choose("abdiv", attention.device.type) == "triton":
+def _abdiv(attention: Tensor, height: int, width: int, backend: str) -> Tensor:
+    if backend == "triton":
         from trace_fast.kernels import divergence as kernels
 
         return kernels.divergence(None, attention.contiguous(), (height, width))[1]
@@ -141,13 +112,13 @@ def _abdiv(attention: Tensor, height: int, width: int) -> Tensor:
 
 
 @_abdiv.register_fake
-def _(attention: Tensor, height: int, width: int) -> Tensor:
+def _(attention: Tensor, height: int, width: int, backend: str) -> Tensor:
     return _empty(attention, attention.shape[0], height, width)
 
 
 @torch.library.custom_op("trace_fast::step_kl_abdiv", mutates_args=())
-def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    if dispatch.choose("step_kl_abdiv", current.device.type) == "triton":
+def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
         from trace_fast.kernels import divergence as kernels
 
         return kernels.divergence(previous.contiguous(), current.contiguous(), (height, width))
@@ -163,10 +134,10 @@ def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) -
 
 
 @_step_kl_abdiv.register_fake
-def _(previous: Tensor, current: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _(previous: Tensor, current: Tensor, height: int, width: int, backend: str) -> tuple[Tensor, Tensor]:
     return _empty(current, current.shape[0]), _empty(current, current.shape[0], height, width)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Room for a result."""
+    """Return an uninitialized result."""
     return like.new_empty(shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Regions and masks: labelling, growth and random walks between edges, and the merging of masks that overlap."""
+"""Regions and masks: labeling, growth and random walks between edges, and merging of overlapping masks."""
 
 import functools
 
@@ -7,71 +7,46 @@ from torch import Tensor
 
 from trace_fast import reference
 from trace_fast.ops import checks, dispatch
+from trace_fast.ops.dispatch import register
 
 __all__ = ["flood_fill", "label_regions", "merge_masks", "random_walk"]
 
 
+@register(cuda="native")
 def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tensor]:
-    """Number the connected regions that a barrier leaves.
+    """Run the fastest implementation of `trace_fast.reference.label_regions`.
 
-    Pixels off the barrier belong together where a path of steps between them stays off it. A step of connectivity 8
-    may pass between two barrier pixels that touch at a corner.
-
-    Args:
-        barrier: (B, H, W) bool, any strides, fewer than 2^31 pixels an image.
-        connectivity: 4, steps along the axes, or 8, diagonal steps too.
-
-    Returns:
-        (B, H, W) int32, 0 on the barrier, else 1 to n in the raster order of each region's first pixel; and n, the
-        number of regions, (B,) int32.
+    Note:
+        barrier has any strides and fewer than 2^31 pixels per image.
 
     Raises:
         TypeError: barrier is not a bool tensor.
         ValueError: barrier is not (B, H, W) or too large, or connectivity is neither 4 nor 8.
-
-    Example:
-        >>> label_regions(torch.tensor([[[False, True, False], [False, True, True]]]))[0]
-        tensor([[[1, 0, 2],
-                 [1, 0, 0]]], dtype=torch.int32)
     """
     op = "label_regions"
     checks.tensor(op, "barrier", barrier, "B H W", {}, torch.bool)
     checks.image(op, "barrier", barrier)
     checks.one_of(op, "connectivity", connectivity, 4, 8)
     _, height, width = barrier.shape
-    # the labels, and words and runs of one image, as many as a row can have
+    # the labels, and the words and the runs of one image, of which a row has at most half as many as pixels
     runs = height * (width + 1) // 2
     checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 8 * height * (width // 64 + 1) + 4 * runs)
-    if dispatch.choose(op, barrier.device.type) == "reference":
+    backend = dispatch.choose(op, barrier.device.type)
+    if backend == "reference":
         return reference.label_regions(barrier, connectivity)
     return _label_regions(barrier, connectivity)
 
 
+@register(cuda="native")
 def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barrier: bool = False) -> Tensor:
-    """Grow labels until they meet each other or a barrier.
+    """Run the fastest implementation of `trace_fast.reference.flood_fill`.
 
-    Every pixel off the barrier takes the label of the seed that the fewest steps off the barrier lead to, the lowest
-    label where several are as near.
-
-    Args:
-        seeds: (B, H, W) int32 labels, at least 1; below that a pixel is no seed, and neither is one on the barrier.
-            Any strides, fewer than 2^31 pixels an image.
-        barrier: (B, H, W) bool, any strides.
-        connectivity: 4, steps along the axes, or 8, diagonal steps too.
-        claim_barrier: let the labels grow over the barrier, too, at the end: from the pixels labelled so far and by
-            the same rule, but in steps on the barrier alone.
-
-    Returns:
-        (B, H, W) int32, 0 where no seed leads.
+    Note:
+        seeds and barrier have any strides and fewer than 2^31 pixels per image.
 
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices differ from each other, seeds are too large, or connectivity is neither 4 nor 8.
-
-    Example:
-        >>> barrier = torch.tensor([[[False, False, True, False]]])
-        >>> flood_fill(torch.tensor([[[7, 0, 0, 0]]], dtype=torch.int32), barrier)
-        tensor([[[7, 7, 0, 0]]], dtype=torch.int32)
     """
     op = "flood_fill"
     sizes: dict[str, int] = {}
@@ -83,44 +58,30 @@ def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barr
     checks.one_of(op, "claim_barrier", claim_barrier, False, True)
     # the labels, and a byte for each pixel of one image
     checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
-    if dispatch.choose(op, seeds.device.type) == "reference":
+    backend = dispatch.choose(op, seeds.device.type)
+    if backend == "reference":
         return reference.flood_fill(seeds, barrier, connectivity, claim_barrier)
     return _flood_fill(seeds, barrier, connectivity, bool(claim_barrier))
 
 
+@register(cuda="native")
 def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10, steps: int = 256) -> Tensor:
-    """Spread masks by a random walk that edges hold back (IRNet, Ahn et al., CVPR 2019).
+    """Run the fastest implementation of `trace_fast.reference.random_walk`.
 
-    vec(M (1 - E))^T T^steps with T_ij = a_ij / sum_i a_ij: each step averages a pixel j with those closer than `radius`
-    by their affinities a_ij = (1 - max E on the path from i to j)^beta, a_jj = 1. Pixels outside the image count as
-    edges, so a constant mask stays constant where there are none. On a path are the pixels of the rectangle that i and
-    j span, less than one pixel from the line through both: no line of edge pixels that touch at corners lets it
-    through. Walks step by step; of the affinities, half a disc for each pixel is kept.
-
-    Args:
-        masks: (M, H, W) or (B, M, H, W) float32, any strides.
-        edges: (H, W), of all masks, or (B, H, W), of each image, float32; probabilities, clamped to [0, 1].
-        radius: in pixels, at least 1; neighbours are closer.
-        beta: sharpness of the affinity, at least 0.
-        steps: of the walk, at least 0.
-
-    Returns:
-        As masks, float32.
+    Note:
+        masks and edges are float32 with any strides; the result is float32. The walk is computed step by step; memory
+        holds the affinities of one image, half a disc of `radius` per pixel.
 
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices differ from each other, a number is too small, or affinities exceed the memory.
-
-    Example:
-        >>> random_walk(torch.ones(2, 3, 4), torch.zeros(3, 4)).shape
-        torch.Size([2, 3, 4])
     """
     op = "random_walk"
     sizes: dict[str, int] = {}
-    images = isinstance(masks, Tensor) and masks.ndim == 4
-    checks.tensor(op, "masks", masks, "B M H W" if images else "M H W", sizes, torch.float32)
-    shared = not (images and isinstance(edges, Tensor) and edges.ndim == 3)
-    checks.tensor(op, "edges", edges, "H W" if shared else "B H W", sizes, torch.float32)
+    batched = isinstance(masks, Tensor) and masks.ndim == 4
+    checks.tensor(op, "masks", masks, "B M H W" if batched else "M H W", sizes, torch.float32)
+    shared_edges = not (batched and isinstance(edges, Tensor) and edges.ndim == 3)
+    checks.tensor(op, "edges", edges, "H W" if shared_edges else "B H W", sizes, torch.float32)
     checks.same_device(op, masks=masks, edges=edges)
     checks.image(op, "masks", masks)
     for name, value, least in (("radius", radius, 1), ("steps", steps, 0)):
@@ -128,37 +89,24 @@ def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10,
     checks.number(op, "beta", beta, 0)
     # half a disc of affinities for each pixel of an image
     checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * sizes["H"] * sizes["W"])
-    if dispatch.choose(op, masks.device.type) == "reference":
+    backend = dispatch.choose(op, masks.device.type)
+    if backend == "reference":
         return reference.random_walk(masks, edges, radius, beta, steps)
-    if not shared:
+    if not shared_edges:
         return _random_walk(masks, edges, radius, float(beta), steps)
     return _random_walk(masks.flatten(0, -3)[None], edges[None], radius, float(beta), steps).reshape(masks.shape)
 
 
+@register(cuda="native")
 def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Unite masks that overlap, until no two do.
+    """Run the fastest implementation of `trace_fast.reference.merge_masks`.
 
-    In each round every connected component of the graph "intersection over union > iou" becomes one mask, the union;
-    rounds repeat until the graph has no edge. The result does not depend on the order of the masks. An empty mask
-    overlaps nothing, another empty one included.
-
-    Args:
-        masks: (M, H, W) bool, any strides, fewer than 2^31 pixels each.
-        iou: masks overlap above it; in [0, 1].
-        scores: (M,) float, or None.
-
-    Returns:
-        The unions (K, H, W) bool, by the lowest index of their masks; the union that each mask is in, (M,) int64; and
-        the highest score in each union, (K,), or None without scores.
+    Note:
+        masks have any strides and fewer than 2^31 pixels each; scores are float32, float64, float16 or bfloat16.
 
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices differ from each other, masks are too large, or iou is outside [0, 1].
-
-    Example:
-        >>> merged, groups, _ = merge_masks(torch.tensor([[[1, 1, 0]], [[0, 0, 1]], [[0, 1, 0]]]).bool(), iou=0.4)
-        >>> merged.shape, groups
-        (torch.Size([2, 1, 3]), tensor([0, 1, 0]))
     """
     op = "merge_masks"
     sizes: dict[str, int] = {}
@@ -169,7 +117,8 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
         checks.tensor(op, "scores", scores, "M", sizes, torch.float32, torch.float64, torch.float16, torch.bfloat16)
         checks.same_device(op, masks=masks, scores=scores)
     checks.memory(op, "masks", masks, masks.numel() + masks.numel() // 8)
-    if dispatch.choose(op, masks.device.type) == "reference":
+    backend = dispatch.choose(op, masks.device.type)
+    if backend == "reference":
         return reference.merge_masks(masks, iou, scores)
     groups = _merge_masks(masks, float(iou))
     unions = int(groups.max()) + 1 if len(groups) else 0
@@ -178,7 +127,7 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
-    """Where a GPU kernel runs: the device's index and its current stream."""
+    """Return the index of a GPU and its current stream, on which kernels are queued."""
     stream = torch.cuda.current_stream(device)
     return stream.device.index, stream.cuda_stream
 
@@ -239,11 +188,12 @@ def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: 
 
 
 def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    """Run the CUDA kernel of the walk, image by image."""
     from trace_fast import _C
 
     _, count, height, width = masks.shape
     passing = 1 - edges.clamp(0, 1)
-    powers, ahead = passing**beta, _steps_ahead(radius, masks.device)
+    powers, ahead = passing**beta, _neighbor_steps(radius, masks.device)
     walked = masks * passing[:, None]
     others, affinities = torch.empty_like(walked), masks.new_empty(len(ahead), height, width)
     sizes, scratch = (len(ahead), count, height, width, steps), affinities.data_ptr()
@@ -254,9 +204,9 @@ def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps:
 
 
 @functools.lru_cache(maxsize=8)
-def _steps_ahead(radius: int, device: torch.device) -> Tensor:
-    """`reference.neighbours`, (K, 2) int32, kept on the device."""
-    return torch.tensor(reference.neighbours(radius), dtype=torch.int32, device=device).view(-1, 2)
+def _neighbor_steps(radius: int, device: torch.device) -> Tensor:
+    """Return `reference.neighbor_steps`, (K, 2) int32, cached on the device."""
+    return torch.tensor(reference.neighbor_steps(radius), dtype=torch.int32, device=device).view(-1, 2)
 
 
 @_random_walk.register_fake
@@ -266,7 +216,7 @@ def _(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Ten
 
 @torch.library.custom_op("trace_fast::merge_masks", mutates_args=())
 def _merge_masks(masks: Tensor, iou: float) -> Tensor:
-    """The union that each mask is in, (M,) int64."""
+    """Return the index of the union that contains each mask, (M,) int64."""
     from trace_fast import _C
 
     masks, (count, height, width) = masks.contiguous(), masks.shape
@@ -278,6 +228,7 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
 
 
 def _shared_on_cuda(masks: Tensor) -> Tensor:
+    """Return the number of pixels that each two masks share, (M, M) int32, from the CUDA kernel."""
     from trace_fast import _C
 
     count, pixels = len(masks), masks[:1].numel()
@@ -294,7 +245,7 @@ def _(masks: Tensor, iou: float) -> Tensor:
 
 @torch.library.custom_op("trace_fast::unite_masks", mutates_args=())
 def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
-    """The union of the masks (M, H, W) of each group (M,) int64, (unions, H, W)."""
+    """Return the union of the masks (M, H, W) of each group (M,) int64, (unions, H, W)."""
     from trace_fast import _C
 
     masks, groups, (count, height, width) = masks.contiguous(), groups.contiguous(), masks.shape
