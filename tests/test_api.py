@@ -1,5 +1,6 @@
-"""`trace_fast.edges`, the promise to users: any image in, the same kind and size out, or one clear error."""
+"""`trace_fast.load` and `trace_fast.edges`: any image in, the same kind and size out, or one clear error."""
 
+import importlib
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import trace_fast
-from trace_fast import api
+from trace_fast import Detector, Tracer, api
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +159,125 @@ def test_bad_options(photograph):
         trace_fast.edges(photograph, output_type="jpg")
     with pytest.raises(ValueError, match=r"model must be one of mini, .* got 'sd9'"):
         trace_fast.edges(photograph, model="sd9")
+
+
+class TestLoad:
+    @pytest.mark.parametrize(("stage", "kind"), [(None, Detector), (2, Detector), (1, Tracer)])
+    def test_the_stage_decides_the_class(self, stage, kind):
+        model = trace_fast.load("mini", stage=stage, device="cpu")
+        assert type(model) is kind and model.name == "mini"
+        assert (model.size, model.dtype, model.device) == ((128, 128), torch.float32, torch.device("cpu"))
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_both_stages_have_one_interface(self, photograph, stage):
+        model = trace_fast.load("mini", stage=stage, device="cpu", size=(64, 96))
+        text = f"('mini', size=(64, 96), timestep={model.timestep!r}, device='cpu', dtype=torch.float32)"
+        assert repr(model) == f"{type(model).__name__}{text}"
+        assert model.to("cpu") is model
+        pixels = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
+        edges = model.edges(pixels, seed=0)
+        assert edges.shape == (1, 1, 50, 70) and edges.dtype == torch.float32
+        assert torch.equal(model.resized((64, 96)).edges(pixels), edges)
+        larger = model.resized((96, 64))
+        assert larger.size == (96, 64) and model.size == (64, 96)
+        assert larger.backbone.network is model.backbone.network
+        assert not torch.equal(larger.edges(pixels), edges)
+        results = model([photograph, Image.fromarray(photograph)])
+        for result in results:
+            array = result.edges[0, 0].numpy() if stage == 1 else result
+            np.testing.assert_allclose(array, edges[0, 0].numpy(), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_a_size_that_the_network_refuses(self, stage):
+        model = trace_fast.load("mini", stage=stage, device="cpu")
+        with pytest.raises(ValueError, match=r"size must be positive multiples of 4 pixels, got \(63, 64\)"):
+            model.resized((63, 64))
+
+    @pytest.mark.parametrize("offload", ["model", "sequential"])
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_an_offloaded_model_gives_the_same_edges(self, photograph, stage, offload):
+        plain = trace_fast.load("mini", stage=stage, device="cpu")
+        offloaded = trace_fast.load("mini", stage=stage, device="cpu", offload=offload)
+        pixels = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
+        torch.testing.assert_close(offloaded.edges(pixels), plain.edges(pixels), rtol=0, atol=1e-6)
+        with pytest.raises(RuntimeError, match="to: the model must not be offloaded"):
+            offloaded.to("cpu")
+        if stage == 2:
+            with pytest.raises(RuntimeError, match="compile: the model must not be offloaded"):
+                offloaded.compile()
+
+    def test_a_student_at_another_size_is_the_one_resized(self, photograph):
+        pixels = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
+        student = trace_fast.load("mini", device="cpu")
+        assert torch.equal(
+            trace_fast.load("mini", device="cpu", size=(64, 96)).edges(pixels), student.resized((64, 96)).edges(pixels)
+        )
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_edges_takes_size_and_dtype(self, photograph, stage):
+        options = {"stage": stage, "size": (64, 96), "dtype": torch.bfloat16}
+        expected = trace_fast.load("mini", device="cpu", **options).edges(
+            torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
+        )
+        edges = trace_fast.edges(photograph, device="cpu", **options)
+        np.testing.assert_allclose(edges, expected[0, 0].numpy(), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_a_model_in_memory_is_used_as_it_is(self, photograph, stage):
+        model = trace_fast.load("mini", stage=stage, device="cpu")
+        assert trace_fast.load(model) is model and trace_fast.load(model, stage=stage) is model
+        assert trace_fast.load(model, size=(64, 96)).size == (64, 96)
+        expected = trace_fast.edges(photograph, stage=stage, device="cpu")
+        np.testing.assert_array_equal(trace_fast.edges(photograph, model=model), expected)
+        np.testing.assert_array_equal(trace_fast.edges([photograph], model=model)[0], expected)
+
+    def test_a_pipeline_and_an_encoder_are_searched(self, photograph, tmp_path):
+        from tiny import pipeline, sd15
+
+        whole = pipeline("sd15", tmp_path)
+        model = trace_fast.load(whole, size=(16, 24))
+        assert isinstance(model, Tracer) and model.backbone.network is whole.unet
+        edges = trace_fast.edges(photograph, model=whole, size=(16, 24))
+        np.testing.assert_allclose(edges, model(photograph).edges[0, 0].numpy(), rtol=0, atol=1e-6)
+        with pytest.raises(TypeError, match="from_encoder: model must be or hold one of"):
+            trace_fast.load(sd15()[0]["vae"])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"device": "cpu"},
+                "load: device must be None for a model that is loaded already, got 'cpu' with a Detector",
+            ),
+            ({"dtype": torch.float16}, "load: dtype must be None"),
+            ({"offload": "model"}, "load: offload must be None"),
+            ({"local_files_only": True}, "load: local_files_only must be None"),
+            ({"stage": 1}, "load: stage must be 2 or None for this Detector, got 1"),
+        ],
+        ids=str,
+    )
+    def test_options_of_loading_are_refused_for_a_loaded_model(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            trace_fast.load(trace_fast.load("mini", device="cpu"), **options)
+
+    def test_something_that_is_no_model(self):
+        with pytest.raises(TypeError, match=r"load: model must be a name, a folder, .* got int"):
+            trace_fast.load(3)
+
+
+def test_dir_lists_the_public_names_only():
+    assert dir(trace_fast) == sorted(trace_fast.__all__)
+    for name in trace_fast.__all__:
+        assert getattr(trace_fast, name) is not None
+    assert callable(trace_fast.distill) and callable(trace_fast.pretrain) and callable(trace_fast.load)
+
+
+def test_no_function_has_the_name_of_its_module():
+    import inspect
+    import pkgutil
+
+    for module in pkgutil.walk_packages(trace_fast.__path__, "trace_fast."):
+        if module.name.endswith(("__main__", "_C")):
+            continue
+        functions = dict(inspect.getmembers(importlib.import_module(module.name), inspect.isroutine))
+        assert module.name.rpartition(".")[2] not in functions, module.name
