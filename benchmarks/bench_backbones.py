@@ -25,7 +25,6 @@ from memory import MODELS, SCHEDULER  # noqa: E402
 from trace_fast import Detector, Tracer  # noqa: E402
 from trace_fast.backbones import wrap_pipeline  # noqa: E402
 from trace_fast.decoder import make_decoder  # noqa: E402
-from trace_fast.detector import finest  # noqa: E402
 
 LEVELS = (0, *range(99, 900, 100))  # ten
 
@@ -91,7 +90,7 @@ def bench_student(model, compiled, measure, monkeypatch):
     backbone = tracer(model).backbone
     images = torch.rand(1, 3, *backbone.settings.size, device="cuda")
     torch.manual_seed(0)
-    detector = Detector(backbone, make_decoder("conv", finest(backbone)))
+    detector = Detector(backbone, make_decoder("conv", backbone.finest_grid()))
     monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
     expected = detector.edges(images)
     monkeypatch.delenv("TRACE_FAST_BACKEND")

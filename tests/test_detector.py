@@ -25,7 +25,7 @@ from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
 from trace_fast.decoder import AttentionReadout
-from trace_fast.detector import finest, merge, reading
+from trace_fast.detector import merge_adapter
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -96,7 +96,7 @@ def is_quiet(network):
 def whole_pass(detector, images, photograph=None):
     """Logits of a network that runs to its end."""
     backbone = detector.backbone
-    taps = AttentionReadout(detector.decoder.values, reading(backbone))
+    taps = AttentionReadout(detector.decoder.values, backbone.read_grids())
     with backbone.capture(taps.on_attention):
         backbone.predict(backbone.encode(images), torch.full((len(images),), detector.timestep))
     return detector.decoder(taps.result(), photograph)
@@ -299,7 +299,7 @@ class TestDetectResolution:
         found = detector(image, detect_resolution=64)
         assert found.shape == image[:, :1].shape and not torch.equal(found, before)
         larger = detector.resized((64, 64))
-        assert larger.decoder.grid == finest(larger.backbone) != grid
+        assert larger.decoder.grid == larger.backbone.finest_grid() != grid
         assert torch.equal(larger.edges(image), found)
         # the detector itself is as it was
         assert detector.decoder.grid == grid and torch.equal(detector.decoder.values, values)
@@ -445,7 +445,7 @@ class TestMerge:
         network["a"].weight.data.zero_()
         before = network["b"].weight.clone()
         down, up = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [10], [100]])
-        merge(network, {"a.lora_A.weight": down, "a.lora_B.weight": up}, 0.5)
+        merge_adapter(network, {"a.lora_A.weight": down, "a.lora_B.weight": up}, 0.5)
         assert network["a"].weight.tolist() == [[0.5, 1], [5, 10], [50, 100]]
         assert torch.equal(network["b"].weight, before)
 
@@ -453,7 +453,7 @@ class TestMerge:
         network = torch.nn.Sequential(torch.nn.Linear(2, 2)).bfloat16()
         weight = network[0].weight.float()
         adapter = {"0.lora_A.weight": torch.tensor([[0.01, 0.02]]), "0.lora_B.weight": torch.tensor([[1.0], [3.0]])}
-        merge(network, adapter, 1.0)
+        merge_adapter(network, adapter, 1.0)
         product = adapter["0.lora_B.weight"] @ adapter["0.lora_A.weight"]
         assert torch.equal(network[0].weight, (weight + product).bfloat16())
 
@@ -462,7 +462,7 @@ class TestMerge:
         network = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3), "norm": torch.nn.LayerNorm(3)})
         adapter = {f"{layer}.lora_A.weight": torch.ones(1, columns), f"{layer}.lora_B.weight": torch.ones(3, 1)}
         with pytest.raises(ValueError, match=f"the adapter's layer {layer} must be linear, 3 x {columns}"):
-            merge(network, adapter, 1.0)
+            merge_adapter(network, adapter, 1.0)
 
 
 class TestDamage:

@@ -29,7 +29,6 @@ from typer.testing import CliRunner
 from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import AttentionReadout
-from trace_fast.detector import reading
 from trace_fast.io import files as _files
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
@@ -381,7 +380,7 @@ class TestEveryFamily:
 
         @torch.no_grad()
         def logits():
-            taps = AttentionReadout(detector.decoder.values, reading(backbone))
+            taps = AttentionReadout(detector.decoder.values, backbone.read_grids())
             with backbone.capture(taps.on_attention):
                 prediction = backbone.predict(backbone.encode(images), level)
             return detector.decoder(taps.result(), None), prediction
@@ -680,7 +679,7 @@ class TestStep:
             run.train_step(images, details, abdiv)
             latent, _, level = noised[-1]
             assert torch.equal(latent, run.backbone.encode(images)) and level.tolist() == [300, 300]
-            noisy, taps = schedule.noise(*noised[-1]), AttentionReadout(run.decoder.values, reading(run.backbone))
+            noisy, taps = schedule.noise(*noised[-1]), AttentionReadout(run.decoder.values, run.backbone.read_grids())
             with run.backbone.capture(taps.on_attention):
                 rebuilt = schedule.denoise(noisy, run.backbone.predict(noisy, level), level)
             found = run.decoder(taps.result(), details).sigmoid()

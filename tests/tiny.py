@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from trace_fast.backbones import load_backbone
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.decoder import FORMAT, make_decoder
-from trace_fast.detector import finest, save_student
+from trace_fast.detector import save_student
 
 SIZE = (16, 24)  # pixels; latents are half of it in the tiny autoencoder
 TEXT = 5  # tokens of the empty prompt
@@ -240,7 +240,7 @@ def student(folder, base, size, decoder="conv", timestep=0, **options):
         adapter[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=random) / 4
         adapter[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=random) / 4
     torch.manual_seed(6)
-    made = make_decoder(decoder, finest(backbone), **options)
+    made = make_decoder(decoder, backbone.finest_grid(), **options)
     config = {
         "format": FORMAT,
         "base": {"model": str(base)},

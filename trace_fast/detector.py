@@ -103,7 +103,7 @@ class Detector(EdgeModel):
 
         def prepare(backbone: Backbone) -> None:
             try:
-                merge(backbone.network, adapter, config.get("scale", 1.0))
+                merge_adapter(backbone.network, adapter, config.get("scale", 1.0))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{refusal}{error}") from error
             if hasattr(backbone, "vae"):  # its convolutions are faster so
@@ -122,7 +122,7 @@ class Detector(EdgeModel):
             prepare=prepare,
         )
         try:
-            decoder = make_decoder(grid=finest(backbone), **options)
+            decoder = make_decoder(grid=backbone.finest_grid(), **options)
             decoder.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{refusal}{error}") from error
@@ -285,7 +285,7 @@ class Detector(EdgeModel):
         detector = super().resized(size)
         decoder = copy.copy(self.decoder)
         decoder._parameters = dict(self.decoder._parameters)
-        decoder.grid = finest(detector.backbone)
+        decoder.grid = detector.backbone.finest_grid()
         decoder.values = nn.Parameter(resample_values(self.decoder.values, self.decoder.grid, decoder.grid))
         detector.decoder = decoder
         detector.config = {**self.config, "size": list(size)} if self.config else {}
@@ -315,7 +315,7 @@ class StudentPass(nn.Module):
 
         The network stops after the last attention that is read.
         """
-        readout = AttentionReadout(self.decoder.values, reading(self.backbone))
+        readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
         last = len(readout.grids) - 1
 
         def on_attention(index: int, query: Tensor, key: Tensor) -> None:
@@ -356,25 +356,13 @@ class CompilablePass(StudentPass):
 
     def forward(self, images: Tensor, photo: Tensor | None) -> Tensor:
         """Return logits (B, 1, h, w), as `StudentPass` does."""
-        readout = self.readout = AttentionReadout(self.decoder.values, reading(self.backbone))
+        readout = self.readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
         self.backbone.predict(self.backbone.encode(images), self.timesteps.expand(len(images)))
         self.readout = None
         return self.decoder(readout.result(), photo)
 
 
-def reading(backbone: Backbone, size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
-    """Grids of the blocks that are read, in order; of the backbone's own size in pixels, or another."""
-    grids = backbone.grids(size or backbone.settings.size)
-    blocks = backbone.settings.blocks
-    return grids if blocks is None else [grids[index] for index in blocks]
-
-
-def finest(backbone: Backbone, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The grid of the aggregated map."""
-    return max(reading(backbone, size), key=lambda grid: grid[0] * grid[1])
-
-
-def merge(network: nn.Module, adapter: dict[str, Tensor], scale: float) -> None:
+def merge_adapter(network: nn.Module, adapter: dict[str, Tensor], scale: float) -> None:
     """Add low-rank matrices to the weights of linear layers: W += scale * B A, in float32.
 
     Args:

@@ -133,6 +133,22 @@ class Backbone(abc.ABC):
             ValueError: the network does not allow the size.
         """
 
+    def read_grids(self, size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+        """Return the token grids (h, w) of the blocks that are read, in order.
+
+        Args:
+            size: processing size in pixels, (height, width); None is that of the settings.
+
+        Raises:
+            ValueError: the network does not allow the size.
+        """
+        grids, blocks = self.grids(size or self.settings.size), self.settings.blocks
+        return grids if blocks is None else [grids[block] for block in blocks]
+
+    def finest_grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return the token grid (h, w) of the map that is averaged over the blocks: the finest of `read_grids`."""
+        return max(self.read_grids(size), key=math.prod)
+
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Return clean latents (B, C, ...) of images (B, 3, H, W) in [0, 1]."""

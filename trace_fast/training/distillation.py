@@ -30,7 +30,7 @@ from trace_fast.backbones.base import STEPS, Backbone, constant, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, FORMAT, AttentionReadout, make_decoder, resample_values, upgrade_student
-from trace_fast.detector import finest, reading, save_student
+from trace_fast.detector import save_student
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.ops import checks
@@ -234,7 +234,9 @@ class Distillation:
         if self.level is None:
             self.level = FLOW_LEVEL if isinstance(self.schedule, RectifiedFlow) else 0
         torch.manual_seed(config.seed)
-        self.decoder = make_decoder(config.decoder, finest(self.backbone), **config.decoder_options).to(self.device)
+        self.decoder = make_decoder(config.decoder, self.backbone.finest_grid(), **config.decoder_options).to(
+            self.device
+        )
         self.adapters = inject(self.backbone.network, self.backbone.attentions(), config.rank) if config.rate else {}
         if config.start is not None:
             self.begin_as(config.start)
@@ -263,7 +265,7 @@ class Distillation:
                 json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER)
             )
             adapter = load_weights(folder / ADAPTER)
-            grid = finest(self.backbone, (student["size"][0], student["size"][1]))
+            grid = self.backbone.finest_grid((student["size"][0], student["size"][1]))
             weights["values"] = resample_values(weights["values"], grid, self.decoder.grid)
             self.decoder.load_state_dict(weights)
             if {name: x.shape for name, x in adapter.items()} != {name: x.shape for name, x in self.adapters.items()}:
@@ -340,7 +342,7 @@ class Distillation:
         # of the whole batch: the same for any number of processes
         noise = torch.randn(config.batch, *latent.shape[1:], generator=generator)[self.process.share].to(latent)
         noisy = schedule.noise(latent, noise, timestep)
-        taps = AttentionReadout(self.decoder.values, reading(backbone))
+        taps = AttentionReadout(self.decoder.values, backbone.read_grids())
         # hooks stay for the backward pass, which runs the network again under checkpointing
         with backbone.capture(taps.on_attention):
             with warnings.catch_warnings(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
@@ -372,7 +374,7 @@ class Distillation:
         """The live picture: photographs that are not trained on, their pseudo edges, the student's."""
         images, details, abdiv = self.load(range(PREVIEW))
         images = images.to(self.device)
-        taps = AttentionReadout(self.decoder.values, reading(self.backbone))
+        taps = AttentionReadout(self.decoder.values, self.backbone.read_grids())
         timestep = constant((self.level,), images.device).expand(len(images))
         with self.backbone.capture(taps.on_attention):
             self.backbone.predict(self.backbone.encode(images), timestep)
