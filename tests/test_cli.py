@@ -270,7 +270,7 @@ class TestRefusals:
         assert "IN" in refuse("-o", "out")
 
     def test_curve_without_matplotlib(self, refuse, monkeypatch):
-        monkeypatch.setattr(cli.edges, "find_spec", lambda name: None)
+        monkeypatch.setattr(cli.common, "find_spec", lambda name: None)
         error = refuse("a.png", "-o", "out", "--curve")
         assert error == "trace-fast: --curve needs matplotlib: pip install matplotlib\n"
 

@@ -8,22 +8,25 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 __all__ = [
+    "FAILURES",
     "Device",
     "Inputs",
     "OutputFolder",
-    "check_results",
     "list_images",
     "open_folder",
     "parse_size",
     "parse_timestep",
+    "plan_results",
     "refuse",
     "refuse_failures",
+    "require_package",
     "write_results",
 ]
 
@@ -55,6 +58,12 @@ def refuse_failures() -> Iterator[None]:
         raise
     except FAILURES as error:
         refuse(str(error))
+
+
+def require_package(package: str, option: str) -> None:
+    """Refuse an option whose package is not installed."""
+    if find_spec(package) is None:
+        refuse(f"{option} needs {package}: pip install {package}")
 
 
 def parse_timestep(text: str | None) -> str | int | None:
@@ -99,8 +108,9 @@ def list_images(inputs: list[Path]) -> list[Path]:
     return list({os.path.abspath(image): image for image in images}.values())
 
 
-def check_results(results: dict[Path, dict[str, Path]]) -> None:
-    """Refuse a run in which a result would replace another one, or one of the images."""
+def plan_results(images: list[Path], output: Path, suffixes: list[str]) -> dict[Path, dict[str, Path]]:
+    """Return the files OUTPUT/NAME_SUFFIX.png of each image by suffix; none may replace another, or an image."""
+    results = {image: {suffix: output / f"{image.stem}{suffix}.png" for suffix in suffixes} for image in images}
     # some file systems do not distinguish upper case from lower
     sources = {os.path.realpath(image).casefold(): image for image in results}
     writers: dict[str, Path] = {}
@@ -115,6 +125,7 @@ def check_results(results: dict[Path, dict[str, Path]]) -> None:
                     "rename one, or give each its own --output"
                 )
             writers[target] = image
+    return results
 
 
 def write_results(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from trace_fast.cli.common import open_folder, refuse_failures
+from trace_fast.cli.common import OutputFolder, open_folder, refuse_failures
 
 __all__ = ["run_demo"]
 
 
-def run_demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")] = Path("demo"),
-) -> None:
-    """Trace sample photographs, and write their edges beside them as pictures."""
+def run_demo(output: OutputFolder = Path("demo")) -> None:
+    """Write the edges of sample photographs as pictures."""
     from trace_fast import demo
 
     open_folder(output)

@@ -12,9 +12,9 @@ from trace_fast.cli.common import (
     Device,
     Inputs,
     OutputFolder,
-    check_results,
     list_images,
     open_folder,
+    plan_results,
     refuse,
     refuse_failures,
     write_results,
@@ -29,24 +29,26 @@ def run_segment(
     masks: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Masks of the one image to split and complete: a label map, PNG; else edges alone."
+            metavar="FILE",
+            help="Label map (PNG) of the masks of the one image, to split and complete. Without it, masks are found "
+            "by edges alone.",
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Whose edges; as in `trace-fast edges`.")] = "mini",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Strength from which an edge separates.")] = 0.5,
-    mode: Annotated[Literal["flood", "walk"], typer.Option(help="How given masks are completed.")] = "flood",
+    model: Annotated[str, typer.Option(help="Model of the edges, as in `trace-fast edges`.")] = "mini",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Strength from which an edge separates masks.")] = 0.5,
+    mode: Annotated[
+        Literal["flood", "walk"], typer.Option(help="The way in which the masks of --masks are completed.")
+    ] = "flood",
     device: Device = None,
-    overlay: Annotated[bool, typer.Option("--overlay", help="Also write the masks drawn over the photo.")] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also write the masks drawn over the image.")] = False,
 ) -> None:
-    """Write the masks of each image as DIR/NAME.png, a label map of 16 bits: 0 is none, others a mask each.
+    """Write the masks of each image as DIR/NAME.png, a label map of 16 bits: 0 is background, each mask has a number.
 
-    They are the regions that the edges enclose or, with --masks, those masks split and completed by the edges. Asked
-    to, it also writes DIR/NAME_overlay.png. Files of an earlier run are replaced.
+    They are the regions that edges enclose or, with --masks, the masks of that file split and completed by the edges.
+    With --overlay it also writes DIR/NAME_overlay.png. Files of an earlier run are replaced.
     """
-    kinds = ["", *["_overlay"] * overlay]
     images = list_images(inputs)
-    results = {image: {kind: output / f"{image.stem}{kind}.png" for kind in kinds} for image in images}
-    check_results(results)
+    results = plan_results(images, output, ["", *["_overlay"] * overlay])
     if not threshold:
         refuse("--threshold must be above 0, got 0")
     if masks is not None and len(images) != 1:
@@ -60,19 +62,19 @@ def run_segment(
     from trace_fast.io.images import read_image
     from trace_fast.masks.formats import open_masks, paint_labels
 
-    given = None if masks is None else _read_labels(masks)
+    given_labels = None if masks is None else _read_labels(masks)
     with refuse_failures():
-        edge_model = trace_fast.load(model, device=device)
+        loaded = trace_fast.load(model, device=device)
     open_folder(output)
 
     def write(image: Path, paths: dict[str, Path]) -> None:
         photo = read_image(image)
-        found = edge_model.edges(photo)
-        if given is None:
-            stack, _ = trace_fast.instances(found, threshold=threshold)
+        edges = loaded.edges(photo)
+        if given_labels is None:
+            stack, _ = trace_fast.instances(edges, threshold=threshold)
             labels = paint_labels(stack, range(1, len(stack) + 1)).cpu().numpy()
         else:
-            labels = trace_fast.propagate(given, found.cpu(), threshold=threshold, mode=mode)
+            labels = trace_fast.propagate(given_labels, edges.cpu(), threshold=threshold, mode=mode)
         if labels.max(initial=0) > 65535:
             raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
         visualize.write_picture(paths[""], Image.fromarray(labels.astype(np.uint16)))
@@ -83,16 +85,16 @@ def run_segment(
 
 
 def _read_labels(path: Path) -> Any:
-    """A label map, (H, W) int32, of a lossless picture of whole numbers."""
+    """Read a label map, (H, W) int32, from a lossless picture of integers."""
     import numpy as np
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            kind, lossy, mode = picture.format, picture.format == "JPEG", picture.mode
+            kind, mode = picture.format, picture.mode
             labels = np.asarray(picture)
     except FAILURES as error:
         refuse(f"--masks must be a readable picture, got '{path}': {error}")
-    if lossy or mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+    if kind == "JPEG" or mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         refuse(f"--masks must be a lossless picture of one channel of integers, got '{path}': {kind} of mode {mode}")
     return labels.astype(np.int32)
