@@ -14,9 +14,8 @@ from scipy.spatial import cKDTree
 from skimage import morphology
 
 from trace_fast import ops
-from trace_fast.evaluation.data import open_photos
+from trace_fast.evaluation import open_dataset, read_map
 from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS
-from trace_fast.evaluation.methods import read_map
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "dev_coco"
 PHOTOS = 20
@@ -25,9 +24,9 @@ PHOTOS = 20
 @functools.cache
 def inputs():
     """Ridges (H, W) float32, contours (1, H, W) bool and the largest distance in pixels of each photograph."""
-    photos = open_photos(DATA)[0][:PHOTOS]
+    photos = open_dataset(DATA).photos[:PHOTOS]
     maps = [torch.from_numpy(read_map(DATA / "pidinet" / f"{photo.name}.png")) for photo in photos]
-    contours = [torch.from_numpy(photo.contours().drawn) for photo in photos]
+    contours = [torch.from_numpy(photo.contours().lines) for photo in photos]
     ridges = [ops.suppress_nonmaxima(edges[None])[0] for edges in maps]
     return [(r, c, DISTANCE * float(np.hypot(*r.shape))) for r, c in zip(ridges, contours, strict=True)]
 

@@ -28,9 +28,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from trace_fast import Detector, Tracer, decoder, ops
-from trace_fast.evaluation import edges, report, run
-from trace_fast.evaluation.data import open_photos
-from trace_fast.evaluation.methods import Method, parse_method
+from trace_fast.evaluation import Method, Report, open_dataset, open_method, run, score_edges
 from trace_fast.io.images import read_image, resize
 from trace_fast.training.distillation import DistillConfig, distill
 from trace_fast.training.labels import draw_labels
@@ -94,7 +92,7 @@ get_result = decoder.AttentionReadout.result
 
 def make_student_method(name: str, folder: Path | str, *, blind: bool) -> Method:
     """Return a student as a method of the evaluation; a blind one reads zeros for attention."""
-    method = parse_method(f"{name}={folder}", device="cpu")
+    method = open_method(f"{name}={folder}", device="cpu")
     if not blind:
         return method
     detector = Detector.from_pretrained(folder, device="cpu")
@@ -184,9 +182,9 @@ def main() -> None:
             **values,
         )
         methods.append(make_student_method(name, train(config, blind=blind, distance=distance), blind=blind))
-    photos = run.check(open_photos(options.data)[0][:: options.every], methods)[0]
-    scores = {method.name: edges.score(run.count_all(photos, method, options.output / "counts")) for method in methods}
-    report.write_report(options.output, scores, photos, methods, command=origin["command"], notes=[])
+    photos = run.check_photos(open_dataset(options.data).photos[:: options.every], methods)[0]
+    scores = {method.name: score_edges(run.count_all(photos, method, options.output / "counts")) for method in methods}
+    Report(scores, photos=photos, methods=methods).save(options.output, command=origin["command"])
     rows = {
         name: {"ods": score.ods, "ois": score.ois, "ap": score.ap, "cldice": score.cldice}
         for name, score in scores.items()

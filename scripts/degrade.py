@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from trace_fast.evaluation.data import Photo, open_photos
+from trace_fast.evaluation import Photo, open_dataset
 from trace_fast.masks.export import write_coco_results
 
 SMALLEST, STRIP = 200, 0.08  # pixels; of the root of the area, either side of the cut
@@ -60,8 +60,8 @@ def degrade(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 def write_oracle(photo: Photo, folder: Path) -> None:
     """Write the contours of a photo as an edge map."""
-    drawn = photo.contours().drawn.any(0)
-    Image.fromarray(drawn.astype(np.uint8) * 255).save(folder / f"{photo.name}.png")
+    lines = photo.contours().lines.any(0)
+    Image.fromarray(lines.astype(np.uint8) * 255).save(folder / f"{photo.name}.png")
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     (options.output / "oracle").mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(options.seed)
-    photos = open_photos(options.data)[0]
+    photos = open_dataset(options.data).photos
 
     def results() -> Iterator[tuple[int, np.ndarray, None]]:
         for photo in tqdm(photos, disable=None):

@@ -692,22 +692,30 @@ class TestCommandLine:
         with Image.open("out/a.png") as picture:
             np.testing.assert_allclose(np.asarray(picture) / 255, expected, atol=0.5 / 255 + 1e-6)
 
-    @pytest.mark.parametrize(
-        "option",
-        [
-            ("--timestep", "iep"),
-            ("--noising", "gaussian"),
-            ("--size", "16x24"),
-            ("--offload", "model"),
-            ("--curve",),
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("option", [("--timestep", "iep"), ("--noising", "gaussian"), ("--curve",)], ids=str)
     def test_options_of_the_search_are_refused_with_the_student(self, call, option):
         result = call("--stage", "2", *option)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == f"trace-fast: {option[0]} is of the search: --stage 1\n"
+        assert option[0] in result.stderr and result.stderr.endswith(
+            " are options of the search: give --stage 1 with them\n"
+        )
         assert not Path("out").exists()
+
+    @pytest.mark.parametrize(
+        ("option", "keywords"),
+        [
+            (("--size", "64x96"), {"size": (64, 96)}),
+            (("--dtype", "bfloat16"), {"dtype": torch.bfloat16}),
+            (("--offload", "model"), {"offload": "model"}),
+        ],
+        ids=str,
+    )
+    def test_options_of_both_stages_do_not_choose_the_search(self, call, students, option, keywords):
+        result = call(*option, "--bits", "16")
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        expected = Detector.from_pretrained(students / "conv", device="cpu", **keywords)("a.png")
+        with Image.open("out/a.png") as picture:
+            np.testing.assert_allclose(np.asarray(picture) / 65535, expected, rtol=0, atol=0.5 / 65535 + 1e-6)
 
     def test_a_model_without_a_student(self, call, tmp_path):
         embedded(tmp_path / "plain")
@@ -717,17 +725,16 @@ class TestCommandLine:
 
     def test_evaluate_scores_the_student_where_there_is_one(self, students, tmp_path):
         pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
-        from trace_fast.evaluation.data import Photo
-        from trace_fast.evaluation.methods import parse_method
+        from trace_fast.evaluation import Photo, open_method
 
         pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
         labels = np.zeros((40, 56), np.uint8)
         labels[10:30, 10:40] = 1
-        for place, picture in (("images", pixels), ("inst", labels)):
-            (tmp_path / place).mkdir()
-            Image.fromarray(picture).save(tmp_path / place / "a.png")
+        for name, picture in (("images", pixels), ("inst", labels)):
+            (tmp_path / name).mkdir()
+            Image.fromarray(picture).save(tmp_path / name / "a.png")
         model = students / "conv"
-        student, search = (parse_method(f"{model}{level}", device="cpu") for level in ("", "@0"))
+        student, search = (open_method(f"{model}{level}", device="cpu") for level in ("", "@0"))
         image = tmp_path / "images" / "a.png"
         photo = Photo("a", image, tmp_path / "inst" / "a.png", lambda: None)
         detector = Detector.from_pretrained(model, device="cpu")

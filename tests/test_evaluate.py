@@ -1,4 +1,4 @@
-"""`trace-fast evaluate` as a whole: its files, going on after a kill, every fault of the data told before counting."""
+"""`trace_fast.evaluate` and its command as a whole: files, resumption after a kill, faults reported before counting."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,24 +20,36 @@ from typer.testing import CliRunner
 pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trace_fast[demo]'")
 
+import trace_fast
 from trace_fast import cli
-from trace_fast.evaluation import edges, methods, report, run
-from trace_fast.evaluation.data import contours_of, open_photos
+from trace_fast.evaluation import (
+    Method,
+    api,
+    count_edges,
+    evaluate,
+    find_contours,
+    methods,
+    open_dataset,
+    open_method,
+    report,
+    run,
+    score_edges,
+)
 
 REPORT = {"report.json", "report.csv", "report.md", "images.csv", "curves.png"}
 
 
 def make_photo(folder, name, seed=0, height=40, width=56, ending="png"):
-    """A photograph of a few rectangles, its label map, and a blurred map of the contours."""
+    """Write a photograph of a few rectangles, its label map, and a blurred map of the contours."""
     random = np.random.default_rng(seed)
     labels = np.zeros((height, width), np.uint8)
     for label in (1, 2, 3):
         top, left = random.integers(2, height // 2), random.integers(2, width // 2)
         labels[top : top + random.integers(8, 18), left : left + random.integers(8, 26)] = label
-    colours = random.integers(40, 256, (4, 3))
-    pixels = (colours[labels] + random.normal(0, 9, (height, width, 3))).clip(0, 255).astype(np.uint8)
-    drawn = np.float32(contours_of(labels).drawn[0])
-    strength = ndimage.gaussian_filter(drawn, 1) * 2.5 + random.random(labels.shape) / 9
+    colors = random.integers(40, 256, (4, 3))
+    pixels = (colors[labels] + random.normal(0, 9, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    lines = np.float32(find_contours(labels).lines[0])
+    strength = ndimage.gaussian_filter(lines, 1) * 2.5 + random.random(labels.shape) / 9
     for place, picture in (
         ("images", pixels),
         ("inst", labels),
@@ -50,7 +63,7 @@ def make_photo(folder, name, seed=0, height=40, width=56, ending="png"):
 def call(tmp_path, monkeypatch):
     """Run the command inside an empty folder; few resamples, as scores have tests of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(edges, "RESAMPLES", 20)
+    monkeypatch.setattr(api, "RESAMPLES", 20)
 
     def call(*arguments):
         words = ["evaluate", *map(str, arguments)]
@@ -62,14 +75,14 @@ def call(tmp_path, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The sizes of maps that are counted, not read from files of an earlier run."""
+    """Collect the sizes of maps that are counted, not read from files of an earlier run."""
     sizes = []
 
-    def spy(given, *arguments, real=run.count, **options):
-        sizes.append(given.shape)
-        return real(given, *arguments, **options)
+    def spy(edges, *arguments, real=run.count_edges, **options):
+        sizes.append(edges.shape)
+        return real(edges, *arguments, **options)
 
-    monkeypatch.setattr(run, "count", spy)
+    monkeypatch.setattr(run, "count_edges", spy)
     return sizes
 
 
@@ -77,7 +90,7 @@ def counted(monkeypatch):
 def no_pictures(monkeypatch):
     """Leave curves and sheets out, which take most of the time of a small run."""
     monkeypatch.setattr(report, "plot_curves", lambda scores, path: path.touch())
-    monkeypatch.setattr(report, "contact_sheet", lambda *given, **options: Image.new("RGB", (2, 2)))
+    monkeypatch.setattr(report, "contact_sheet", lambda *arguments, **options: Image.new("RGB", (2, 2)))
 
 
 @pytest.fixture
@@ -112,7 +125,7 @@ class TestReport:
         )
         table = (out / "report.md").read_text()
         assert table.endswith(f"\n\n8 images; `{command}`.\n")
-        assert result.stdout.startswith(table)
+        assert result.stdout == table.replace(f"; `{command}`", "")
         head, rule, *rows = [line.split(" | ") for line in table.splitlines()[:5]]
         assert {len(row) for row in (head, rule, *rows)} == {11}
 
@@ -122,7 +135,7 @@ class TestReport:
         assert set(names) == {"sobel", "edges of Canny", "HED"} and names[-1] == "HED"
         assert [row[0].removeprefix("| ") for row in rows] == names
         for row, figures in zip(rows, report["methods"].values(), strict=True):
-            assert row[1] == f"{figures['ods']:.3f}"
+            assert float(row[1]) == pytest.approx(figures["ods"], abs=0.0006)
             assert figures["images"] == 8 and 0.2 < figures["ods"] <= figures["ois"] + 0.01
             assert figures["by"]["side"]["touching"][1] + figures["by"]["side"]["background"][1] > 0
         assert {len(curve["recall"]) for curve in report["curves"].values()} == {99}
@@ -131,16 +144,16 @@ class TestReport:
             rows = list(csv.DictReader(file))
         assert [row["method"] for row in rows] == names
         for row in rows:
-            assert float(row["ods"]) == report["methods"][row["method"]]["ods"]
+            assert float(row["ods"]) == pytest.approx(report["methods"][row["method"]]["ods"], abs=1e-12)
         with open(out / "images.csv", newline="") as file:
             images = list(csv.DictReader(file))
         assert [row["image"] for row in images] == [f"p{index}" for index in range(8)]
-        photos = open_photos(data)[0]
+        photos = open_dataset(data).photos
         for name, spec in zip(("sobel", "HED"), (specs[0], specs[2]), strict=True):
-            method = methods.parse_method(spec)
-            found = edges.score([edges.count(method.edges(photo), photo.contours()) for photo in photos])
-            assert report["methods"][name]["ods"] == found.ods
-            assert [float(row[name]) for row in images] == found.best.tolist()
+            method = open_method(spec)
+            scores = score_edges([count_edges(method.edges(photo), photo.contours()) for photo in photos])
+            assert report["methods"][name]["ods"] == pytest.approx(scores.ods, abs=1e-9)
+            assert [float(row[name]) for row in images] == pytest.approx(scores.f_per_image, abs=1e-9)
         for name in ("curves.png", *sheets):
             with Image.open(out / name) as picture:
                 assert picture.format == "PNG" and min(picture.size) > 300
@@ -152,8 +165,8 @@ class TestReport:
         assert len(counted) == 8
         before, times = files(tmp_path / "out"), count_files(tmp_path / "out")
         traced = []
-        grey = methods._grey
-        monkeypatch.setattr(methods, "_grey", lambda photo: traced.append(photo.name) or grey(photo))
+        real = methods._read_luminance
+        monkeypatch.setattr(methods, "_read_luminance", lambda photo: traced.append(photo.name) or real(photo))
         assert call(*arguments).exit_code == 0
         assert files(tmp_path / "out") == before
         assert len(counted) == 8 and count_files(tmp_path / "out") == times
@@ -189,7 +202,7 @@ class TestReport:
         assert call("--data", data, "-o", "out", "--method", "m=maps:data/maps").exit_code == 0
         result = call("--data", data, "-o", "out", "--method", "m=maps:data/maps", "--method", "sobel")
         assert result.exit_code == 2
-        assert "trace-fast: 8 problems;" in result.stderr and "\n  p7: sobel needs its image\n" in result.stderr
+        assert "got 8 problems;" in result.stderr and "\n  p7: sobel needs its image\n" in result.stderr
 
     @pytest.mark.usefixtures("no_pictures")
     def test_the_embedded_model(self, call, tmp_path):
@@ -201,15 +214,15 @@ class TestReport:
         assert 0 < report["methods"]["mini@0"]["ods"] <= 1
 
 
-class TestGoingOn:
+class TestResumption:
     @pytest.mark.usefixtures("no_pictures")
     def test_after_a_kill(self, call, tmp_path, counted, monkeypatch):
         for index in range(12):
             make_photo(tmp_path / "data", f"p{index:02}", index)
         arguments = ("--data", "../data", "-o", "out", "--method", "sobel", "--method", "m=maps:../data/maps")
         code = (
-            "import time; from trace_fast.evaluation import methods; real = methods._grey;"
-            "methods._grey = lambda photo: time.sleep(0.3) or real(photo);"
+            "import time; from trace_fast.evaluation import methods; real = methods._read_luminance;"
+            "methods._read_luminance = lambda photo: time.sleep(0.3) or real(photo);"
             "from trace_fast.cli import main; main()"
         )
         killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -224,15 +237,15 @@ class TestGoingOn:
         finally:
             process.kill()  # SIGKILL
             _, error = process.communicate()
-        kept = count_files(killed / "out")
-        assert 3 <= len(kept) < 12, error
+        finished = count_files(killed / "out")
+        assert 3 <= len(finished) < 12, error
         assert not REPORT & set(os.listdir(killed / "out"))
 
         monkeypatch.chdir(killed)
         assert call(*arguments).exit_code == 0
-        assert len(counted) == 24 - len(kept)
+        assert len(counted) == 24 - len(finished)
         times = count_files(killed / "out")
-        assert {name: times[name] for name in kept} == kept
+        assert {name: times[name] for name in finished} == finished
         monkeypatch.chdir(whole)
         assert call(*arguments).exit_code == 0
         assert files(killed / "out") == files(whole / "out")
@@ -249,7 +262,7 @@ class TestGoingOn:
         counted.clear()
         result = call(*arguments)
         assert result.exit_code == 0 and len(counted) == 1
-        assert result.stderr.startswith(f"trace-fast: {path.relative_to(tmp_path)} is damaged and made again: ")
+        assert result.stderr.startswith(f"trace-fast: {path.relative_to(tmp_path)} is damaged and computed again: ")
         assert result.stdout.startswith("| method |")
         assert path.read_bytes() == content and files(tmp_path / "out") == before
         after = count_files(tmp_path / "out")
@@ -274,7 +287,7 @@ class TestGoingOn:
         ("level", "changed"),
         [("@0", "model.safetensors"), ("", "student/lora.safetensors"), ("", "student/decoder.safetensors")],
     )
-    def test_with_a_model_that_was_trained_on(self, call, tmp_path, counted, level, changed):
+    def test_with_a_model_that_was_trained_further(self, call, tmp_path, counted, level, changed):
         make_photo(tmp_path / "data", "a", height=20, width=31)
         model = embedded(tmp_path / "model")
         student(model / "student", model, (32, 48))
@@ -282,7 +295,7 @@ class TestGoingOn:
         for _ in range(2):
             assert call(*arguments).exit_code == 0
         assert len(counted) == 1
-        save_file({name: 1.1 * x for name, x in load_file(model / changed).items()}, model / changed)
+        save_file({name: 1.1 * values for name, values in load_file(model / changed).items()}, model / changed)
         assert call(*arguments).exit_code == 0
         assert len(counted) == 2
 
@@ -297,7 +310,7 @@ class TestGoingOn:
         save_file(decoder, folder / "decoder.safetensors")
         assert call(*arguments).exit_code == 0
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "level": 500}))
+        (folder / "config.json").write_text(json.dumps({**config, "timestep": 500}))
         assert call(*arguments).exit_code == 0
         assert len(counted) == 3
 
@@ -330,7 +343,9 @@ class TestBadData:
         lines = result.stderr.splitlines()
         notes = ["new: no ground truth in data/inst", "void: no contour in its ground truth"]
         assert lines[:2] == [f"note: {note}" for note in notes]
-        assert lines[2] == "trace-fast: 11 problems; --skip-bad goes on without these images"
+        assert lines[2] == (
+            "trace-fast: evaluate: data must be free of problems, got 11 problems; skip_bad leaves these images out:"
+        )
         expected = [
             r"twice: 2 image files of that name",
             r"lost: no image in data/images",
@@ -362,7 +377,8 @@ class TestBadData:
             result = call("--data", "data", "-o", "out", "--method", "sobel", *extra)
             assert result.exit_code == 2
             assert result.stderr == (
-                "note: a: no contour in its ground truth\ntrace-fast: no image with contours in 'data'\n"
+                "note: a: no contour in its ground truth\n"
+                "trace-fast: evaluate: data must hold an image with contours, got none in 'data'\n"
             )
 
     @pytest.mark.parametrize(
@@ -370,14 +386,14 @@ class TestBadData:
         [
             (("--method", "sobbel"), r"trace-fast: load: model must be one of .* got 'sobbel'"),
             (("--method", "x=maps:no"), r"trace-fast: evaluate: method x must name a folder of maps, got 'no'"),
-            (("--method", "mini@x"), r"trace-fast: evaluate: level of method mini@x must be iep or an integer.*'x'"),
+            (("--method", "mini@x"), r"trace-fast: evaluate: timestep of method mini@x must be iep or an integer.*'x'"),
             (
                 ("--method", "sobel", "--method", "sobel=canny"),
-                r"trace-fast: --method must have a name of its own each: write NAME=SPEC",
+                r"trace-fast: evaluate: methods must have different names, such as NAME=SPEC, got sobel, sobel",
             ),
             (
                 ("--method", "a b=sobel", "--method", "a/b=canny"),  # of one sheet
-                r"trace-fast: --method must have a name of its own each: write NAME=SPEC",
+                r"trace-fast: evaluate: methods must have different names, such as NAME=SPEC, got a b, a/b",
             ),
             (
                 ("--method", "sobel", "--data", "nowhere"),
@@ -388,7 +404,10 @@ class TestBadData:
                 r"trace-fast: evaluate: data must hold ground truth, got no nowhere in 'data'",
             ),
             (("--method", "sobel", "-o", "data/inst/a.png"), r"trace-fast: the folder '.*' cannot be written to: .*"),
-            (("--method", "sobel", "--truth", "bad.json"), r"trace-fast: evaluate: truth must be a JSON file with .*"),
+            (
+                ("--method", "sobel", "--truth", "bad.json"),
+                r"trace-fast: read_annotations: path must be a JSON file, got 'bad.json': .*",
+            ),
         ],
     )
     def test_refusals_are_one_line(self, call, tmp_path, counted, arguments, message):
@@ -400,7 +419,102 @@ class TestBadData:
 
     @pytest.mark.parametrize("missing", ["--data", "--output"])
     def test_missing_options(self, call, missing):
-        given = {"--data": "data", "--output": "out", "--method": "sobel"}
-        del given[missing]
-        result = call(*(word for pair in given.items() for word in pair))
+        options = {"--data": "data", "--output": "out", "--method": "sobel"}
+        del options[missing]
+        result = call(*(word for pair in options.items() for word in pair))
         assert result.exit_code == 2 and missing in result.stderr
+
+
+class TestCall:
+    """`trace_fast.evaluate` in Python."""
+
+    @pytest.fixture(autouse=True)
+    def few_resamples(self, monkeypatch):
+        monkeypatch.setattr(api, "RESAMPLES", 20)
+
+    def test_it_is_public(self):
+        assert trace_fast.evaluate is evaluate
+        assert set(trace_fast.evaluation.__all__) <= set(dir(trace_fast.evaluation))
+
+    def test_equals_the_command(self, call, data, tmp_path):
+        assert call("--data", data, "-o", "out", "--method", "sobel", "--method", "m=maps:data/maps").exit_code == 0
+        result = evaluate(data, {"sobel": "sobel", "m": f"maps:{data / 'maps'}"})
+        assert not list(tmp_path.glob("*.npz"))
+        result.save("again", command=json.loads((tmp_path / "out" / "report.json").read_text())["command"])
+        assert files(tmp_path / "again") == files(tmp_path / "out")
+        assert not (tmp_path / "again" / "counts").exists()
+
+    def test_the_report(self, data, tmp_path):
+        constant = Method("constant", "1", lambda photo: np.full((40, 56), 0.5, np.float32))
+        (data / "inst" / "p0.png").unlink()
+        result = evaluate(data, ["sobel", constant], limit=4)
+        assert list(result.edges) == ["sobel", "constant"] and (result.masks, result.panoptic) == ({}, {})
+        assert result.edges["sobel"].ods > result.edges["constant"].ods
+        assert [photo.name for photo in result.photos] == ["p1", "p2", "p3", "p4"]
+        assert result.notes == [f"p0: no ground truth in {data / 'inst'}"]
+        assert result.parameters is None and result.edges["sobel"].images == 4
+        lines = str(result).splitlines()
+        assert lines[0].startswith("| method | ODS |") and lines[-1] == "4 images."
+        assert [line.split(" | ")[0] for line in lines[2:4]] == ["| constant", "| sobel"]  # the best last
+        assert repr(result) == "Report(edges=['sobel', 'constant'], masks=[], panoptic=[])"
+
+    def test_a_call_continues_where_another_was_interrupted(self, data, tmp_path, counted):
+        sobel = open_method("sobel")
+
+        def fail(photo):
+            if photo.name == "p5":
+                raise KeyboardInterrupt
+            return sobel.edges(photo)
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(data, replace(sobel, edges=fail), cache=tmp_path / "cache")
+        finished = len(count_files(tmp_path / "cache"))
+        assert 0 < finished < 8
+        counted.clear()
+        evaluate(data, sobel, cache=tmp_path / "cache")
+        assert len(counted) == 8 - finished
+
+    def test_a_table_of_pandas(self, data):
+        pandas = pytest.importorskip("pandas", reason="needs pandas")
+        result = evaluate(data, ["sobel", f"m=maps:{data / 'maps'}"])
+        table = result.to_pandas()
+        assert isinstance(table, pandas.DataFrame)
+        assert list(table.index) == [("edges", "sobel"), ("edges", "m")]
+        for name, scores in result.edges.items():
+            row = table.loc[("edges", name)]
+            assert row["ods"] == scores.ods and row["images"] == 8
+            assert (row["ap_low"], row["ap_high"]) == scores.intervals["ap"]
+        assert report.Report().to_pandas().empty
+
+    def test_without_pandas(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(RuntimeError, match=r"^to_pandas: needs pandas: pip install pandas$"):
+            report.Report().to_pandas()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "methods must be given, or results, got none"),
+            ({"methods": "sobel", "table": "rows", "baseline": "x.json"}, "table must be 'backbones', 'components' or"),
+            ({"methods": "sobel", "table": "backbones"}, "table and baseline must be given together, got 'backbones' "),
+            ({"methods": "sobel", "baseline": "x.json"}, "table and baseline must be given together, got None and 'x"),
+            ({"table": "backbones", "baseline": "x.json"}, "methods must be given for a table, got none"),
+            ({"table": "components", "baseline": "x.json"}, "methods must be one MODEL without .*, got none"),
+            (
+                {"methods": ["mini", "sobel"], "table": "components", "baseline": "x.json"},
+                "methods must be one MODEL without a timestep .*, got mini, sobel",
+            ),
+            ({"methods": "sobel", "limit": 0}, "limit must be at least 1 or None, got 0"),
+            ({"methods": "sobel", "threshold": 0}, r"threshold must be above 0 and at most 1, got \[0\]"),
+            ({"methods": "sobel", "threshold": [0.5, 1.5]}, r"threshold must be above 0 and at most 1, got \[0.5, 1.5"),
+            ({"methods": "sobel", "threshold": [0.5, 0.6]}, "threshold must be one, or one for each of 1 methods, got"),
+            ({"results": ["a/x.json", "b/x.json"]}, "results must have different names, such as NAME=FILE, got x tw"),
+            (
+                {"methods": "sobel", "results": "b/x.json", "table": "backbones", "baseline": "a/x.json"},
+                "results must have other names than the baseline, got x",
+            ),
+        ],
+    )
+    def test_refused_arguments(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=f"^evaluate: {message}"):
+            evaluate(tmp_path, **options)

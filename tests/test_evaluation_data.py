@@ -1,4 +1,4 @@
-"""Ground truth of edges: the convention of contours, what they separate, every form of file, faults of a folder."""
+"""Ground truth of edges: the convention of contours, their groups, every form of file, faults of a folder."""
 
 import json
 import os
@@ -12,20 +12,21 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from skimage.morphology import thin
 
-from trace_fast.evaluation import data as truth
-from trace_fast.evaluation import run
-from trace_fast.evaluation.data import GROUPS, contours_of, layers_of, open_photos
+from trace_fast import evaluation
+from trace_fast.evaluation import find_contours, open_dataset, run
+from trace_fast.evaluation.data import GROUPS, pack_layers
 
 few = settings(max_examples=60, deadline=None)
 
 
-def drawn_of(labels, ignored=None):
-    return contours_of(np.array(labels), ignored).drawn[0].astype(int).tolist()
+def draw_lines(labels, ignored=None):
+    """Return the contours of labels as lists of 0 and 1."""
+    return find_contours(np.array(labels), ignored).lines[0].astype(int).tolist()
 
 
 def group_names(contours):
-    """The groups of contour pixels, counted."""
-    return Counter(GROUPS[code] for code in contours.groups[contours.drawn])
+    """Count the contour pixels of each group."""
+    return Counter(GROUPS[code] for code in contours.groups[contours.lines])
 
 
 def rectangle(labels, top, left, bottom, right, label):
@@ -33,8 +34,8 @@ def rectangle(labels, top, left, bottom, right, label):
     return labels
 
 
-def naive_contours(layers, ignored):
-    """Contours and groups pixel by pixel, from the sets of segments that lie there."""
+def loop_contours(layers, ignored):
+    """Find contours and groups pixel by pixel, from the set of segments at each pixel."""
     height, width = ignored.shape
     inside = {
         (y, x): {int(v) for v in layers[:, y, x] if v} for y in range(height) for x in range(width) if not ignored[y, x]
@@ -47,10 +48,12 @@ def naive_contours(layers, ignored):
         if there in inside
     ]
     touching = {frozenset((a, b)) for here, there in steps for a in inside[here] for b in inside[there] if a != b}
-    neighbours = Counter(segment for pair in touching for segment in pair)
+    neighbors = Counter(segment for pair in touching for segment in pair)
 
     def code(side, segment):
-        return side * 9 + sum(area[segment] >= limit for limit in truth.AREAS) * 3 + min(neighbours[segment], 2)
+        return (
+            side * 9 + sum(area[segment] >= limit for limit in evaluation.data.AREAS) * 3 + min(neighbors[segment], 2)
+        )
 
     edge, groups = np.zeros(ignored.shape, bool), np.zeros(ignored.shape, int)
     for here, there in steps:
@@ -65,15 +68,15 @@ def naive_contours(layers, ignored):
 
 class TestConvention:
     def test_the_upper_left_side_of_a_change(self):
-        assert drawn_of([[0, 0, 1, 1]] * 2) == [[0, 1, 0, 0]] * 2
-        assert drawn_of([[1, 1, 0, 0]] * 2) == [[0, 1, 0, 0]] * 2
-        assert drawn_of([[1, 1], [2, 2], [2, 2]]) == [[1, 1], [0, 0], [0, 0]]
-        assert drawn_of([[1, 2, 3]]) == [[1, 1, 0]]
+        assert draw_lines([[0, 0, 1, 1]] * 2) == [[0, 1, 0, 0]] * 2
+        assert draw_lines([[1, 1, 0, 0]] * 2) == [[0, 1, 0, 0]] * 2
+        assert draw_lines([[1, 1], [2, 2], [2, 2]]) == [[1, 1], [0, 0], [0, 0]]
+        assert draw_lines([[1, 2, 3]]) == [[1, 1, 0]]
 
     def test_a_square(self):
         square = rectangle(np.zeros((6, 7), int), 2, 2, 4, 5, 9)
         # a corner is cut: above left because no neighbour to the right or below differs, above right by thinning
-        assert drawn_of(square) == [
+        assert draw_lines(square) == [
             [0, 0, 0, 0, 0, 0, 0],
             [0, 0, 1, 1, 0, 0, 0],
             [0, 1, 0, 0, 1, 0, 0],
@@ -83,35 +86,35 @@ class TestConvention:
         ]
 
     def test_the_border_of_the_image_is_no_contour(self):
-        assert not contours_of(np.ones((5, 4), int)).drawn.any()
-        assert not contours_of(np.zeros((1, 1), int)).drawn.any()
-        assert drawn_of(rectangle(np.zeros((4, 4), int), 0, 0, 4, 2, 1)) == [[0, 1, 0, 0]] * 4
+        assert not find_contours(np.ones((5, 4), int)).lines.any()
+        assert not find_contours(np.zeros((1, 1), int)).lines.any()
+        assert draw_lines(rectangle(np.zeros((4, 4), int), 0, 0, 4, 2, 1)) == [[0, 1, 0, 0]] * 4
 
     def test_no_contour_along_crowds(self):
         labels = rectangle(np.ones((4, 6), int), 0, 4, 4, 6, 2)
         crowd = np.zeros((4, 6), bool)
         crowd[:, 1:3] = True
-        assert drawn_of(np.where(crowd, 0, labels), crowd) == [[0, 0, 0, 1, 0, 0]] * 4
+        assert draw_lines(np.where(crowd, 0, labels), crowd) == [[0, 0, 0, 1, 0, 0]] * 4
         crowd[:, 3] = True
-        found = contours_of(np.where(crowd, 0, labels), crowd)
-        assert not found.drawn.any() and (found.ignored == crowd).all()
+        contours = find_contours(np.where(crowd, 0, labels), crowd)
+        assert not contours.lines.any() and (contours.ignored == crowd).all()
 
     def test_overlapping_segments_keep_their_outlines(self):
         one, two = (rectangle(np.zeros((9, 12), int), *box) for box in ((1, 1, 7, 7, 1), (4, 4, 8, 10, 2)))
-        expected = contours_of(one).drawn | contours_of(two).drawn
-        found = contours_of(np.stack([one, two]))
-        assert found.drawn.sum() >= expected.sum() - 2  # thinned together, where the outlines cross
-        assert not (found.drawn & ~expected).any()
+        expected = find_contours(one).lines | find_contours(two).lines
+        contours = find_contours(np.stack([one, two]))
+        assert contours.lines.sum() >= expected.sum() - 2  # thinned together, where the outlines cross
+        assert not (contours.lines & ~expected).any()
 
     def test_labels_may_be_large_and_sparse(self):
         small = np.array([[0, 0, 1, 1, 3], [2, 2, 1, 3, 3]])
-        expected = contours_of(small)
+        expected = find_contours(small)
         for dtype in (np.uint16, np.uint32, np.int64, np.uint64):
             large = np.array([0, 7, np.iinfo(dtype).max, 60000], dtype)[small]
-            found = contours_of(large)
-            assert (found.drawn == expected.drawn).all() and (found.groups == expected.groups).all()
-        everywhere = contours_of(np.array([[4, 4, 9], [7, 9, 9]]))  # no zero at all
-        assert everywhere.drawn[0].tolist() == [[False, True, False], [True, False, False]]
+            contours = find_contours(large)
+            assert (contours.lines == expected.lines).all() and (contours.groups == expected.groups).all()
+        everywhere = find_contours(np.array([[4, 4, 9], [7, 9, 9]]))  # no zero at all
+        assert everywhere.lines[0].tolist() == [[False, True, False], [True, False, False]]
 
     @few
     @given(
@@ -126,20 +129,20 @@ class TestConvention:
         ignored = np.random.default_rng(data.draw(st.integers(0, 99))).random(shape[1:]) < share
         layers[:, ignored] = 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(truth, "AREAS", (4, 9))  # so that small images have all sizes
-            found = contours_of(layers, ignored)
-            drawn, groups = naive_contours(layers, ignored)
-        np.testing.assert_array_equal(found.drawn[0], drawn)
-        np.testing.assert_array_equal(found.groups[0][drawn], groups[drawn])
+            patch.setattr(evaluation.data, "AREAS", (4, 9))  # so that small images have all sizes
+            contours = find_contours(layers, ignored)
+            drawn, groups = loop_contours(layers, ignored)
+        np.testing.assert_array_equal(contours.lines[0], drawn)
+        np.testing.assert_array_equal(contours.groups[0][drawn], groups[drawn])
 
     @few
     @given(arrays(np.int64, (5, 6), elements=st.integers(0, 4)), st.lists(st.integers(0, 2), min_size=5, max_size=5))
     def test_which_layer_a_segment_is_on_changes_nothing(self, labels, layer):
         labels = labels.repeat(2, 0).repeat(2, 1)
         split = np.stack([np.where(np.array(layer)[labels] == index, labels, 0) for index in range(3)])
-        one, several = contours_of(labels), contours_of(split)
-        np.testing.assert_array_equal(several.drawn, one.drawn)
-        np.testing.assert_array_equal(several.groups[one.drawn], one.groups[one.drawn])
+        one, several = find_contours(labels), find_contours(split)
+        np.testing.assert_array_equal(several.lines, one.lines)
+        np.testing.assert_array_equal(several.groups[one.lines], one.groups[one.lines])
 
     @pytest.mark.parametrize(
         ("labels", "got"),
@@ -153,88 +156,88 @@ class TestConvention:
     )
     def test_errors(self, labels, got):
         with pytest.raises(ValueError, match=rf"labels must be \(H, W\) or \(L, H, W\) integers >= 0, got {got}"):
-            contours_of(labels)
+            find_contours(labels)
 
 
 class TestGroups:
     def test_a_segment_alone(self):
-        found = contours_of(rectangle(np.zeros((50, 60), int), 3, 3, 20, 20, 1))
-        assert set(group_names(found)) == {("background", "small", "none")}
+        contours = find_contours(rectangle(np.zeros((50, 60), int), 3, 3, 20, 20, 1))
+        assert set(group_names(contours)) == {("background", "small", "none")}
 
     @pytest.mark.parametrize(
         ("height", "width", "size"),
         [(31, 33, "small"), (32, 32, "medium"), (95, 97, "medium"), (96, 96, "large"), (1, 1023, "small")],
     )
     def test_sizes_as_coco_has_them(self, height, width, size):
-        found = contours_of(rectangle(np.zeros((height + 4, width + 4), int), 2, 2, height + 2, width + 2, 1))
-        assert set(group_names(found)) == {("background", size, "none")}
+        contours = find_contours(rectangle(np.zeros((height + 4, width + 4), int), 2, 2, height + 2, width + 2, 1))
+        assert set(group_names(contours)) == {("background", size, "none")}
 
     def test_two_that_touch(self):
         labels = np.zeros((60, 120), int)
         rectangle(labels, 10, 10, 20, 20, 1)
         rectangle(labels, 10, 20, 50, 110, 2)
-        found = contours_of(labels)
+        contours = find_contours(labels)
         between = np.s_[0, 11:19, 19]
         # of the smaller one, which has one neighbour
-        assert {GROUPS[code] for code in found.groups[between]} == {("touching", "small", "one")}
-        assert group_names(found).keys() == {
+        assert {GROUPS[code] for code in contours.groups[between]} == {("touching", "small", "one")}
+        assert group_names(contours).keys() == {
             ("touching", "small", "one"),
             ("background", "small", "one"),
             ("background", "medium", "one"),
         }
 
-    def test_neighbours_of_the_smaller(self):
+    def test_neighbors_of_the_smaller(self):
         labels = np.ones((90, 120), int)
         labels[:, 60:] = 2
         rectangle(labels, 20, 50, 40, 70, 3)  # across both
-        found = contours_of(labels)
-        assert GROUPS[found.groups[0, 5, 59]] == ("touching", "medium", "several")
-        assert GROUPS[found.groups[0, 30, 49]] == ("touching", "small", "several")
+        contours = find_contours(labels)
+        assert GROUPS[contours.groups[0, 5, 59]] == ("touching", "medium", "several")
+        assert GROUPS[contours.groups[0, 30, 49]] == ("touching", "small", "several")
         rectangle(labels, 60, 10, 70, 20, 4)  # inside one
-        assert GROUPS[contours_of(labels).groups[0, 65, 9]] == ("touching", "small", "one")
+        assert GROUPS[find_contours(labels).groups[0, 65, 9]] == ("touching", "small", "one")
 
     def test_a_segment_upon_another_touches_it_on_all_sides(self):
         layers = np.zeros((2, 40, 50), int)
         rectangle(layers[0], 2, 2, 38, 48, 1)
         rectangle(layers[1], 10, 10, 20, 25, 2)
-        found = contours_of(layers)
-        inner = contours_of(layers[1]).drawn
-        assert {GROUPS[code] for code in found.groups[inner]} == {("touching", "small", "one")}
-        assert {GROUPS[code] for code in found.groups[found.drawn & ~inner]} == {("background", "medium", "one")}
+        contours = find_contours(layers)
+        inner = find_contours(layers[1]).lines
+        assert {GROUPS[code] for code in contours.groups[inner]} == {("touching", "small", "one")}
+        assert {GROUPS[code] for code in contours.groups[contours.lines & ~inner]} == {("background", "medium", "one")}
 
     def test_a_common_end_of_two_that_overlap_is_background(self):
         layers = np.zeros((2, 20, 30), int)
         layers[0, :, :20], layers[1, 5:15, 10:20] = 1, 2
-        found = contours_of(layers)
-        assert {GROUPS[code][0] for code in found.groups[0, 6:14, 19]} == {"background"}
-        assert {GROUPS[code][0] for code in found.groups[0, 6:14, 9]} == {"touching"}
+        contours = find_contours(layers)
+        assert {GROUPS[code][0] for code in contours.groups[0, 6:14, 19]} == {"background"}
+        assert {GROUPS[code][0] for code in contours.groups[0, 6:14, 9]} == {"touching"}
 
 
 class TestLayers:
     def test_by_hand(self):
         masks = np.zeros((4, 1, 6), bool)
         masks[0, 0, :3] = masks[1, 0, 2:4] = masks[2, 0, 4:] = masks[3, 0, 2] = True
-        assert layers_of(masks, (1, 6)).tolist() == [[[1, 1, 1, 0, 3, 3]], [[0, 0, 2, 2, 0, 0]], [[0, 0, 4, 0, 0, 0]]]
+        assert pack_layers(masks, (1, 6)).tolist() == [[[1, 1, 1, 0, 3, 3]], [[0, 0, 2, 2, 0, 0]], [[0, 0, 4, 0, 0, 0]]]
 
     def test_no_masks_and_empty_masks(self):
-        assert layers_of([], (2, 3)).tolist() == [[[0] * 3] * 2]
+        assert pack_layers([], (2, 3)).tolist() == [[[0] * 3] * 2]
         masks = np.zeros((3, 2, 3), bool)
         masks[1, 0, 0] = True
-        assert layers_of(masks, (2, 3)).tolist() == [[[2, 0, 0], [0, 0, 0]]]
+        assert pack_layers(masks, (2, 3)).tolist() == [[[2, 0, 0], [0, 0, 0]]]
 
     @few
     @given(arrays(bool, st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 5))))
     def test_every_mask_is_on_one_layer(self, masks):
-        layers = layers_of(masks, masks.shape[1:])
+        layers = pack_layers(masks, masks.shape[1:])
         assert layers.dtype == np.int32 and 1 <= len(layers) <= max(len(masks), 1)
         for label, mask in enumerate(masks, 1):
-            found = layers == label
-            np.testing.assert_array_equal(found.any(0), mask)
-            assert found.any((1, 2)).sum() == mask.any()
+            cells = layers == label
+            np.testing.assert_array_equal(cells.any(0), mask)
+            assert cells.any((1, 2)).sum() == mask.any()
 
 
 def encode(labels):
-    """Segment ids as the colours of COCO's panoptic PNG files."""
+    """Return segment ids as the colors of COCO's panoptic PNG files."""
     return np.stack([labels % 256, labels // 256 % 256, labels // 256**2], -1).astype(np.uint8)
 
 
@@ -277,11 +280,12 @@ def write_panoptic(path, labels, crowd=()):
     return path
 
 
-def write_bsds(path, *drawn):
+def write_bsds(path, *lines):
     savemat = pytest.importorskip("scipy.io").savemat
-    cells = np.empty((1, len(drawn)), object)
-    for index, each in enumerate(drawn):
-        cells[0, index] = {"Boundaries": each.astype(np.uint8), "Segmentation": np.ones(each.shape, np.uint16)}
+    cells = np.empty((1, len(lines)), object)
+    for index, annotator in enumerate(lines):
+        segmentation = np.ones(annotator.shape, np.uint16)
+        cells[0, index] = {"Boundaries": annotator.astype(np.uint8), "Segmentation": segmentation}
     path.parent.mkdir(parents=True, exist_ok=True)
     savemat(path, {"groundTruth": cells}, do_compression=True)
     return path
@@ -289,7 +293,7 @@ def write_bsds(path, *drawn):
 
 @pytest.fixture
 def labels():
-    """Five segments, two of which touch, some large numbers."""
+    """Five segments with large and small numbers, two of which touch."""
     labels = np.zeros((22, 31), int)
     for box in ((2, 2, 9, 12, 1), (5, 12, 15, 20, 2), (12, 1, 20, 9, 40), (17, 12, 22, 31, 200), (0, 24, 6, 31, 251)):
         rectangle(labels, *box)
@@ -298,28 +302,28 @@ def labels():
 
 @pytest.fixture
 def read(tmp_path, labels):
-    """The contours of the one photo in a folder."""
+    """Return a function that reads the contours of the one photo in a folder."""
     save(tmp_path / "images" / "a.png", np.zeros((*labels.shape, 3), np.uint8))
 
     def read(name=None, **options):
-        photos, problems, notes = open_photos(tmp_path, name, **options)
-        assert (problems, notes) == ([], [])
-        (photo,) = photos
+        dataset = open_dataset(tmp_path, name, **options)
+        assert (dataset.problems, dataset.notes) == ([], [])
+        (photo,) = dataset.photos
         assert (photo.name, photo.image) == ("a", tmp_path / "images" / "a.png")
         return photo.contours()
 
     return read
 
 
-def assert_same(found, expected):
-    np.testing.assert_array_equal(found.ignored, expected.ignored)
-    np.testing.assert_array_equal(found.drawn, expected.drawn)
-    np.testing.assert_array_equal(found.groups[found.drawn], expected.groups[found.drawn])
+def assert_same(contours, expected):
+    np.testing.assert_array_equal(contours.ignored, expected.ignored)
+    np.testing.assert_array_equal(contours.lines, expected.lines)
+    np.testing.assert_array_equal(contours.groups[contours.lines], expected.groups[contours.lines])
 
 
 class TestReaders:
     def test_label_maps(self, read, tmp_path, labels):
-        expected = contours_of(labels)
+        expected = find_contours(labels)
         save(tmp_path / "inst" / "a.png", labels.astype(np.uint8))
         assert_same(read(), expected)
         assert_same(read(ignore=[]), expected)
@@ -327,7 +331,7 @@ class TestReaders:
         save(tmp_path / "inst" / "a.png", numbers[labels].astype(np.uint16))
         assert_same(read(), expected)
         save(tmp_path / "inst" / "a.png", labels > 0)
-        assert_same(read(), contours_of((labels > 0).astype(int)))
+        assert_same(read(), find_contours((labels > 0).astype(int)))
         palette = Image.fromarray(labels.astype(np.uint8)).convert("P")
         palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
         palette.save(tmp_path / "inst" / "a.png")
@@ -335,17 +339,17 @@ class TestReaders:
             np.testing.assert_array_equal(np.asarray(picture), labels)
         assert_same(read(), expected)
 
-    def test_colours_as_coco_encodes_them(self, read, tmp_path, labels):
+    def test_colors_as_coco_encodes_them(self, read, tmp_path, labels):
         for factor in (1, 257, 65793):  # in one, two and three of the channels
-            colours = encode(labels * factor)
-            save(tmp_path / "panoptic" / "a.png", colours)
-            assert_same(read(), contours_of(labels))
-            save(tmp_path / "panoptic" / "a.png", np.dstack([colours, np.full(labels.shape, 255, np.uint8)]))
-            assert_same(read(), contours_of(labels))
+            colors = encode(labels * factor)
+            save(tmp_path / "panoptic" / "a.png", colors)
+            assert_same(read(), find_contours(labels))
+            save(tmp_path / "panoptic" / "a.png", np.dstack([colors, np.full(labels.shape, 255, np.uint8)]))
+            assert_same(read(), find_contours(labels))
 
     def test_ignored_labels(self, read, tmp_path, labels):
         crowd = labels == 2
-        expected = contours_of(np.where(crowd, 0, labels), crowd)
+        expected = find_contours(np.where(crowd, 0, labels), crowd)
         save(tmp_path / "inst" / "a.png", np.where(crowd, 65535, labels).astype(np.uint16))
         assert_same(read(), expected)
         save(tmp_path / "inst" / "a.png", np.where(crowd, 255, labels).astype(np.uint8))
@@ -362,52 +366,52 @@ class TestReaders:
                 converted = picture.convert(mode)
             converted.save(path)
         (tmp_path / "masks" / "a" / "about.txt").write_text("no mask")
-        assert_same(read(), contours_of(labels))
+        assert_same(read(), find_contours(labels))
 
     def test_instances(self, read, tmp_path, labels):
         path = write_instances(tmp_path / "instances.json", labels)
-        assert_same(read(path), contours_of(labels))
-        assert_same(read("instances.json"), contours_of(labels))
+        assert_same(read(path), find_contours(labels))
+        assert_same(read("instances.json"), find_contours(labels))
         write_instances(path, labels, crowd=[2])
         crowd = labels == 2
-        assert_same(read(path), contours_of(np.where(crowd, 0, labels), crowd))
+        assert_same(read(path), find_contours(np.where(crowd, 0, labels), crowd))
         write_instances(path, np.zeros_like(labels))
-        assert not read(path).drawn.any()
+        assert not read(path).lines.any()
 
     def test_panoptic_segments(self, read, tmp_path, labels):
         path = write_panoptic(tmp_path / "panoptic_x.json", labels)
         void = labels == 0
-        assert_same(read(path), contours_of(labels, void))
+        assert_same(read(path), find_contours(labels, void))
         full = labels + 1
         write_panoptic(path, full)
-        assert_same(read(path), contours_of(full))
+        assert_same(read(path), find_contours(full))
         write_panoptic(path, full, crowd=[3])
         crowd = full == 3
-        assert_same(read(path), contours_of(np.where(crowd, 0, full), crowd))
+        assert_same(read(path), find_contours(np.where(crowd, 0, full), crowd))
 
     def test_all_forms_of_one_truth(self, read, tmp_path, labels):
         full = labels + 1
         write_panoptic(tmp_path / "p.json", full)
         write_instances(tmp_path / "i.json", full)
         save(tmp_path / "inst" / "a.png", full.astype(np.uint16))
-        save(tmp_path / "colours" / "a.png", encode(full))
+        save(tmp_path / "colors" / "a.png", encode(full))
         for label in np.unique(full):
             save(tmp_path / "masks" / "a" / f"{label}.png", full == label)
-        expected = contours_of(full)
-        for name in ("p.json", "i.json", "inst", "colours", "masks"):
+        expected = find_contours(full)
+        for name in ("p.json", "i.json", "inst", "colors", "masks"):
             assert_same(read(name), expected)
-        write_bsds(tmp_path / "ground_truth" / "a.mat", expected.drawn[0])
-        np.testing.assert_array_equal(read("ground_truth").drawn, expected.drawn)
+        write_bsds(tmp_path / "ground_truth" / "a.mat", expected.lines[0])
+        np.testing.assert_array_equal(read("ground_truth").lines, expected.lines)
 
     def test_annotators_of_bsds(self, read, tmp_path, labels):
         maps = np.random.default_rng(0).random((3, *labels.shape)) < 0.1
         write_bsds(tmp_path / "groundTruth" / "a.mat", *maps)
-        found = read()
-        np.testing.assert_array_equal(found.drawn, maps)
-        assert found.drawn.dtype == bool and found.groups is None and not found.ignored.any()
+        contours = read()
+        np.testing.assert_array_equal(contours.lines, maps)
+        assert contours.lines.dtype == bool and contours.groups is None and not contours.ignored.any()
 
     @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 0.9, 0.999])
-    def test_a_truncated_file_is_a_failure_that_is_told(self, read, tmp_path, labels, share):
+    def test_a_truncated_file_is_an_error_that_names_it(self, read, tmp_path, labels, share):
         mat = write_bsds(tmp_path / "ground_truth" / "a.mat", labels > 0)
         png = save(tmp_path / "inst" / "a.png", labels.astype(np.uint16))
         for path in (mat, png):
@@ -418,8 +422,8 @@ class TestReaders:
         if share < 0.9:
             with pytest.raises(run.FAILURES, match=r"cannot identify image file|truncated"):
                 read("inst")
-        else:  # what is cut off comes after the pixels
-            assert_same(read("inst"), contours_of(labels))
+        else:  # only bytes after the pixels are cut off
+            assert_same(read("inst"), find_contours(labels))
 
     def test_other_errors(self, read, tmp_path, labels):
         savemat = pytest.importorskip("scipy.io").savemat
@@ -437,9 +441,8 @@ class TestReaders:
 
 
 class TestFolders:
-    def names(self, *found):
-        photos, problems, notes = found
-        return [photo.name for photo in photos], problems, notes
+    def names(self, dataset):
+        return [photo.name for photo in dataset.photos], dataset.problems, dataset.notes
 
     def test_the_first_truth_there_is(self, tmp_path, labels, monkeypatch):
         small = labels.astype(np.uint8)
@@ -449,11 +452,11 @@ class TestFolders:
         with pytest.raises(
             ValueError, match=r"data must hold ground truth, got no inst or panoptic or masks or .* in '.*data'"
         ):
-            open_photos(tmp_path / "data")
+            open_dataset(tmp_path / "data")
         save(tmp_path / "data" / "a.png", small)
         for folder in ("ground_truth", "panoptic", "inst"):
             save(tmp_path / "data" / folder / "a.png", small)
-            (photo,), *_ = open_photos(tmp_path / "data")
+            (photo,) = open_dataset(tmp_path / "data").photos
             assert photo.truth == tmp_path / "data" / folder / "a.png"
             assert photo.image == tmp_path / "data" / "a.png"
 
@@ -463,9 +466,9 @@ class TestFolders:
         save(tmp_path / "data" / "images" / "a.png", small)
         save(tmp_path / "elsewhere" / "a.png", small)
         for name in ("elsewhere", tmp_path / "elsewhere"):
-            assert self.names(*open_photos("data", name)) == (["a"], [], [])
+            assert self.names(open_dataset("data", name)) == (["a"], [], [])
         with pytest.raises(ValueError, match="data must hold ground truth, got no nowhere in 'data'"):
-            open_photos("data", "nowhere")
+            open_dataset("data", "nowhere")
 
     def test_photos_by_name_with_notes_and_problems(self, tmp_path, labels):
         small = labels.astype(np.uint8)
@@ -475,7 +478,7 @@ class TestFolders:
         for name in ("a.png", "c.png", "b.png", "lost.png", "twice.png", "doubt.png", "doubt.bmp", ".hidden.png"):
             save(tmp_path / "inst" / name, small)
         save(tmp_path / "inst" / "x.y" / "1.png", small)
-        names, problems, notes = self.names(*open_photos(tmp_path))
+        names, problems, notes = self.names(open_dataset(tmp_path))
         assert names == ["a", "b", "c", "x.y"]
         assert problems == [
             "twice: 2 image files of that name",
@@ -487,9 +490,9 @@ class TestFolders:
     def test_truth_without_photographs(self, tmp_path, labels):
         for name in ("b", "a"):
             save(tmp_path / "inst" / f"{name}.png", labels.astype(np.uint8))
-        photos, problems, notes = open_photos(tmp_path)
-        assert ([photo.name for photo in photos], problems, notes) == (["a", "b"], [], [])
-        assert {photo.image for photo in photos} == {None}
+        dataset = open_dataset(tmp_path)
+        assert self.names(dataset) == (["a", "b"], [], [])
+        assert {photo.image for photo in dataset.photos} == {None}
 
     def test_photos_of_a_json_file(self, tmp_path, labels):
         path = write_instances(tmp_path / "i.json", labels)
@@ -499,7 +502,7 @@ class TestFolders:
         path.write_text(json.dumps(data))
         for name in ("a.png", *names[:-1], "unlisted.png"):
             save(tmp_path / "images" / name, labels.astype(np.uint8))
-        names, problems, notes = self.names(*open_photos(tmp_path, "i.json"))
+        names, problems, notes = self.names(open_dataset(tmp_path, "i.json"))
         assert names == ["a", "z"]
         assert problems == [f"lost.png: no image in {tmp_path / 'images'}", "y: listed 2 times"]
         assert notes == []
@@ -507,15 +510,22 @@ class TestFolders:
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"annotations": [1]}', '{"annotations": 3}'])
     def test_a_json_file_of_another_kind(self, tmp_path, text):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match=r"evaluate: truth must be a JSON file with annotations, got '.*x\.json'"):
-            open_photos(tmp_path, "x.json")
+        with pytest.raises(ValueError, match=r"^read_annotations: path must .*'.*x\.json'"):
+            open_dataset(tmp_path, "x.json")
 
-    def test_what_contours_depend_on(self, tmp_path, labels):
-        """A stamp differs as soon as contours may; results are kept under it."""
+    def test_panoptic_segments_are_kept_for_scores_of_segments(self, tmp_path, labels):
+        save(tmp_path / "images" / "a.png", labels.astype(np.uint8))
+        write_panoptic(tmp_path / "p.json", labels)
+        write_instances(tmp_path / "i.json", labels)
+        assert open_dataset(tmp_path, "p.json").panoptic.images[1].segment_map().tolist() == labels.tolist()
+        assert open_dataset(tmp_path, "i.json").panoptic is None
+
+    def test_the_stamp_of_what_contours_depend_on(self, tmp_path, labels):
+        """The stamp, under which results are kept, changes as soon as contours may change."""
 
         def stamp(name, **options):
-            (photo,), *_ = open_photos(tmp_path, name, **options)
-            return run.stamp_of(photo.truth, photo.image, *photo.more)
+            (photo,) = open_dataset(tmp_path, name, **options).photos
+            return run.make_stamp(photo.truth, photo.image, *photo.dependencies)
 
         save(tmp_path / "images" / "a.png", labels.astype(np.uint8))
         write_panoptic(tmp_path / "p.json", labels)

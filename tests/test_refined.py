@@ -1,8 +1,9 @@
-"""Masks on the command line: results scored, a baseline refined by edges, and `trace-fast segment`."""
+"""Scores of masks from files, a baseline refined by edges, and `trace-fast segment`."""
 
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,27 +15,27 @@ pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace
 
 import trace_fast
 from trace_fast import cli
-from trace_fast.evaluation import methods, refined, run
-from trace_fast.evaluation.data import contours_of, open_photos
+from trace_fast.evaluation import api, evaluate, find_contours, open_dataset, open_method, refined, run
 from trace_fast.io import visualize
+from trace_fast.masks import coco
 from trace_fast.masks.export import write_coco_results, write_panoptic
 from trace_fast.masks.propagation import propagate
 
-COLOURS = np.array([[40, 40, 60], [200, 60, 60], [60, 200, 60], [70, 70, 220]], np.uint8)
+COLORS = np.array([[40, 40, 60], [200, 60, 60], [60, 200, 60], [70, 70, 220]], np.uint8)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Four photographs, numbered, of three instances of which two touch, and their contours as edge maps."""
+    """Write four numbered photographs of three instances, two of which touch, and their contours as edge maps."""
     for number in range(1, 5):
         labels = np.zeros((48, 64), np.uint8)
         labels[8:40, 4 + number : 30] = 1
         labels[8:40, 30:50] = 2
         labels[3:8, 54:62] = 3
-        lines = np.uint8(255 * contours_of(labels).drawn[0])
-        for place, picture in (("images", COLOURS[labels]), ("inst", labels), ("lines", lines)):
-            (tmp_path / "data" / place).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(tmp_path / "data" / place / f"{number:03}.png")
+        lines = np.uint8(255 * find_contours(labels).lines[0])
+        for folder, picture in (("images", COLORS[labels]), ("inst", labels), ("lines", lines)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "data" / folder / f"{number:03}.png")
     return tmp_path / "data"
 
 
@@ -51,15 +52,15 @@ def call(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(cli.evaluate, "RESAMPLES", 20)
+    monkeypatch.setattr(api, "RESAMPLES", 20)
 
 
 @pytest.fixture
 def baseline(data, tmp_path):
-    """The touching two as one mask, on three of the photographs."""
+    """Write the touching two as one mask, on three of the photographs."""
     path = tmp_path / "merged.json"
     masks = {}
-    for photo in open_photos(data)[0][:3]:
+    for photo in open_dataset(data).photos[:3]:
         truth = photo.instances()
         first, second, third = truth.masks()
         masks[truth.id] = (np.stack([first | second, third]), np.array([0.9, 0.8]))
@@ -71,15 +72,16 @@ def read(folder):
     return json.loads((folder / "masks.json").read_text())["results"]
 
 
-def test_results_are_scored(call, data, baseline, tmp_path):
+def test_results_are_scored(call, data, baseline, tmp_path, parsed):
     result = call("evaluate", "--data", data, "--results", f"ours={baseline}", "-o", "out")
     assert result.exit_code == 0, result.output
+    assert len(parsed) == 1
     scores = read(tmp_path / "out")["ours"]
     assert 0 < scores["ap50"] < 1
     assert "| ours |" in (tmp_path / "out" / "masks.md").read_text()
 
 
-def test_right_edges_mend_merged_masks(call, data, baseline, tmp_path, monkeypatch):
+def test_right_edges_split_merged_masks(call, data, baseline, tmp_path, monkeypatch):
     words = ["evaluate", "--data", data, "--table", "backbones", "--baseline", baseline, "--method"]
     words += [f"right=lines:{data / 'lines'}", "-o", "out"]
     result = call(*words)
@@ -100,19 +102,19 @@ def test_right_edges_mend_merged_masks(call, data, baseline, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "keys", "mask", "list"])
-def test_a_damaged_file_is_told_and_made_again(call, data, baseline, tmp_path, monkeypatch, damage):
+def test_a_damaged_file_is_reported_and_computed_again(call, data, baseline, tmp_path, monkeypatch, damage):
     words = ["evaluate", "--data", data, "--table", "backbones", "--baseline", baseline, "-o", "out", "--method"]
     assert call(*words, f"lines:{data / 'lines'}").exit_code == 0
     scores = read(tmp_path / "out")
     (path,) = (tmp_path / "out" / "refined").glob("*/002.json")
     content = path.read_bytes()
-    kept = json.loads(content)
+    record = json.loads(content)
     changed = {
         "cut": content[:-9],
         "text": b"no masks",
         "empty": b"",
-        "keys": json.dumps({"stamp": kept["stamp"]}).encode(),
-        "mask": json.dumps(kept | {"masks": [{"counts": "1"}]}).encode(),
+        "keys": json.dumps({"stamp": record["stamp"]}).encode(),
+        "mask": json.dumps(record | {"masks": [{"counts": "1"}]}).encode(),
         "list": b"[]",
     }
     path.write_bytes(changed[damage])
@@ -125,16 +127,16 @@ def test_a_damaged_file_is_told_and_made_again(call, data, baseline, tmp_path, m
     monkeypatch.setattr(refined, "propagate", count)
     result = call(*words, f"lines:{data / 'lines'}")
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith(f"trace-fast: {path.relative_to(tmp_path)} is damaged and made again: ")
+    assert result.stderr.startswith(f"trace-fast: {path.relative_to(tmp_path)} is damaged and computed again: ")
     assert len(computed) == 1 and path.read_bytes() == content
     assert read(tmp_path / "out") == scores
 
 
 def test_other_masks_are_refined_anew(data, baseline, tmp_path):
-    photos = open_photos(data)[0]
+    photos = open_dataset(data).photos
     truth = run.read_truth(photos)
-    method = methods.parse_method(f"lines:{data / 'lines'}")
-    merged = run.read_masks(baseline, truth)
+    method = open_method(f"lines:{data / 'lines'}")
+    merged = coco.read_results(baseline)
     split = refined.refine_all(photos, truth, merged, method, tmp_path, threshold=0.5)
     again = refined.refine_all(photos, truth, split, method, tmp_path, threshold=0.5)
     assert sum(len(image.instances) for image in split.images.values()) == 9
@@ -146,14 +148,14 @@ def test_other_masks_are_refined_anew(data, baseline, tmp_path):
 
 def test_masks_are_completed_as_the_mode_says(call, data, baseline, tmp_path):
     words = ["evaluate", "--data", data, "--table", "backbones", "--baseline", baseline, "-o", "out", "--method"]
-    photos = open_photos(data)[0]
-    edges = methods.parse_method(f"lines:{data / 'lines'}").edges(photos[0])
-    masks = run.read_masks(baseline, run.read_truth(photos)).images[1].masks()
+    photos = open_dataset(data).photos
+    edges = open_method(f"lines:{data / 'lines'}").edges(photos[0])
+    masks = coco.read_results(baseline).images[1].masks()
     results = {}
     for mode in ("flood", "walk"):
         assert call(*words, f"lines:{data / 'lines'}", "--mode", mode).exit_code == 0
-        (path,) = {*(tmp_path / "out" / "refined").glob("*/001.json")} - results.keys()  # in a folder of its own
-        results[path] = [each["area"] for each in json.loads(path.read_bytes())["masks"]]
+        (path,) = {*(tmp_path / "out" / "refined").glob("*/001.json")} - results.keys()  # in another folder
+        results[path] = [mask["area"] for mask in json.loads(path.read_bytes())["masks"]]
         expected = propagate(masks, edges, threshold=0.5, mode=mode).sum((1, 2)).tolist()
         assert sorted(results[path]) == sorted(expected)
     flooded, walked = results.values()
@@ -168,33 +170,64 @@ def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
     assert "2.1 M" in (tmp_path / "out" / "masks.md").read_text()
 
 
-def test_panoptic_results(call, tmp_path, data):
+@pytest.fixture
+def parsed(monkeypatch):
+    """Collect the JSON files of COCO's form that are parsed."""
+    texts = []
+    monkeypatch.setattr(coco, "json", SimpleNamespace(loads=lambda text: texts.append(text) or json.loads(text)))
+    return texts
+
+
+def test_panoptic_results(call, tmp_path, data, parsed):
     segments = np.zeros((48, 64), np.int32)
     segments[:, 30:] = 7
     segments[:24, :30] = 3  # void below
     categories = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]
     info = [{"id": 7, "category_id": 1}, {"id": 3, "category_id": 2}]
-    for name in ("truth", "found"):
+    for name in ("truth", "results"):
         write_panoptic(
             tmp_path / f"{name}.json", tmp_path / name, [(1, "001.png", segments, info)], categories=categories
         )
-    result = call("evaluate", "--data", data, "--truth", tmp_path / "truth.json", "--results", "found.json", "-o", "o")
+    result = call(
+        "evaluate", "--data", data, "--truth", tmp_path / "truth.json", "--results", "results.json", "-o", "o"
+    )
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "o" / "panoptic.json").read_text())["results"]["found"]["all"]["pq"] == 1
+    assert json.loads((tmp_path / "o" / "panoptic.json").read_text())["results"]["results"]["all"]["pq"] == 1
+
+
+def test_panoptic_results_need_panoptic_truth(tmp_path, data):
+    ids = np.ones((48, 64), np.int32)
+    categories = [{"id": 1, "name": "cat", "isthing": 1}]
+    segments = [(1, "001.png", ids, [{"id": 1, "category_id": 1}])]
+    write_panoptic(tmp_path / "x.json", tmp_path / "x", segments, categories=categories)
+    with pytest.raises(ValueError, match="evaluate: truth must be a JSON file of panoptic segments for the results x"):
+        evaluate(data, results=tmp_path / "x.json")
+    with pytest.raises(ValueError, match="evaluate: baseline must be a file of masks, got panoptic segments in"):
+        evaluate(data, "sobel", table="backbones", baseline=tmp_path / "x.json", truth=data / "inst")
+
+
+def test_results_beside_a_table(data, baseline):
+    """Other results are rows of the table, and have no parameters."""
+    lines = f"right=lines:{data / 'lines'}"
+    report = evaluate(data, lines, {"ours": baseline}, table="backbones", baseline=baseline)
+    assert list(report.masks) == ["merged", "ours", "merged + right"]
+    assert str(report.masks["ours"]) == str(report.masks["merged"])  # some figures are nan
+    assert report.parameters == {"merged + right": None} and not report.edges
+    assert str(report).startswith("| masks | parameters | AP |") and str(report).endswith("\n\nClass-agnostic.")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--table", "backbones", "--method", "sobel"], "--table and --baseline must be given together"),
-        (["--table", "backbones", "--baseline", "merged.json"], "--method or --results must be given"),
+        (["--table", "backbones", "--method", "sobel"], "table and baseline must be given together"),
+        (["--table", "backbones", "--baseline", "merged.json"], "methods must be given for a table, got none"),
         (
             ["--table", "components", "--baseline", "merged.json", "--method", "mini@0"],
-            "--table components must have one --method, a model without a level",
+            'methods must be one MODEL without a timestep for table="components", got mini@0',
         ),
         (
             ["--method", "sobel", "--threshold", "0.1", "--threshold", "0.2"],
-            "--threshold must be given once or 1 times",
+            "threshold must be one, or one for each of 1 methods, got 2",
         ),
         (["--results", "nothing.json"], "nothing.json"),
     ],
@@ -214,21 +247,21 @@ def test_segment_draws_what_edges_enclose(call, data, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 8
 
 
-def test_segment_keeps_given_masks(call, data, tmp_path):
+def test_segment_keeps_the_masks_of_a_file(call, data, tmp_path):
     words = ["segment", data / "images" / "001.png", "-o", "out", "--masks", data / "inst" / "001.png"]
     assert call(*words, "--threshold", "1").exit_code == 0
-    labels, given = (np.asarray(Image.open(path)) for path in (tmp_path / "out" / "001.png", data / "inst" / "001.png"))
+    labels, masks = (np.asarray(Image.open(path)) for path in (tmp_path / "out" / "001.png", data / "inst" / "001.png"))
     assert labels.dtype == np.uint16
-    assert (labels[given > 0] > 0).all()
+    assert (labels[masks > 0] > 0).all()
     assert call(*words, "--threshold", "1", "--mode", "walk").exit_code == 0
     walked = np.asarray(Image.open(tmp_path / "out" / "001.png"))
-    expected = propagate(given, trace_fast.edges(data / "images" / "001.png"), threshold=1, mode="walk")
+    expected = propagate(masks, trace_fast.edges(data / "images" / "001.png"), threshold=1, mode="walk")
     assert np.array_equal(walked, expected) and not np.array_equal(walked, labels)
     result = call("segment", data / "images", "-o", "out", "--masks", data / "inst" / "001.png")
     assert result.exit_code == 2 and "--masks must be of one image, got 4" in result.output
 
 
-def test_drawn_masks_have_outlines_and_colours():
+def test_drawn_masks_have_outlines_and_colors():
     photo = np.full((30, 40, 3), 90, np.uint8)
     masks = np.zeros((2, 30, 40), bool)
     masks[0, 2:28, 2:38], masks[1, 8:20, 10:30] = True, True
@@ -246,15 +279,15 @@ def test_degraded_masks():
     masks = np.zeros((4, 60, 80), bool)
     masks[0, :20, :20], masks[1, :20, 20:40], masks[2, 30:55, 5:40], masks[3, 58:60, 70:75] = True, True, True, True
     assert touching(masks) == [[1, 2], [3], [4]]
-    made = degrade(masks, np.random.default_rng(0))
-    assert np.array_equal(made[0], masks[0] | masks[1])
-    assert np.array_equal(made[-1], masks[3])  # too small to be cut
-    parts = made[1:-1]
+    degraded = degrade(masks, np.random.default_rng(0))
+    assert np.array_equal(degraded[0], masks[0] | masks[1])
+    assert np.array_equal(degraded[-1], masks[3])  # too small to be cut
+    parts = degraded[1:-1]
     assert len(parts) == 2 and not (parts[0] & parts[1]).any()
     assert not (parts.any(0) & ~masks[2]).any() and 0.5 < parts.sum() / masks[2].sum() < 1
 
 
-def test_segment_refuses_what_is_no_label_map(call, data):
+def test_segment_refuses_files_that_are_no_label_maps(call, data):
     image = data / "images" / "001.png"
     photo = np.asarray(Image.open(image).convert("RGB"))
     labels = np.zeros(photo.shape[:2], np.int32)
@@ -269,8 +302,8 @@ def test_segment_refuses_what_is_no_label_map(call, data):
     words = ["segment", image, "-o", "out", "--masks"]
     for name, kind in (("map.jpg", "JPEG of mode L"), ("map.png", "PNG of mode RGB"), ("map.tif", "TIFF of mode F")):
         result = call(*words, name)
-        told = f"--masks must be a lossless picture of one channel of integers, got '{name}': {kind}"
-        assert result.exit_code == 2 and told in result.stderr
+        message = f"--masks must be a lossless picture of one channel of integers, got '{name}': {kind}"
+        assert result.exit_code == 2 and message in result.stderr
     result = call(*words, "cut.png")
     assert result.exit_code == 2 and "--masks must be a readable picture, got 'cut.png': " in result.stderr
     assert not os.path.exists("out")

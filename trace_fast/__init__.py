@@ -14,6 +14,7 @@ from trace_fast.tracer import TraceOutput, Tracer
 
 if TYPE_CHECKING:
     from trace_fast import evaluation, training
+    from trace_fast.evaluation import evaluate
     from trace_fast.training.distillation import DistillConfig, distill
     from trace_fast.training.mini import PretrainConfig, pretrain
 
@@ -28,6 +29,7 @@ __all__ = [
     "backends",
     "distill",
     "edges",
+    "evaluate",
     "evaluation",
     "instances",
     "io",
@@ -49,6 +51,7 @@ _LAZY = {
     "DistillConfig": "trace_fast.training.distillation",
     "PretrainConfig": "trace_fast.training.mini",
     "distill": "trace_fast.training.distillation",
+    "evaluate": "trace_fast.evaluation",
     "evaluation": "",
     "pretrain": "trace_fast.training.mini",
     "training": "",

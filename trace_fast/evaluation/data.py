@@ -2,14 +2,13 @@
 
 The convention: a pixel is on a contour where the pixel to its right or below belongs to another segment, or to none.
 So contours are one pixel wide, on the upper left side of a change; they are thinned as detections are. The border of
-the image is no contour. Pixels of crowds and of void are ignored: no contour runs along them, and what is detected on
-them is no mistake. Where segments overlap, each keeps its whole outline.
+the image is no contour. Pixels of crowds and of void are ignored: no contour runs along them, and a detection on them
+is not counted as a mistake. Where segments overlap, each keeps its whole outline.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,31 +22,43 @@ from trace_fast import ops
 from trace_fast.io.images import IMAGE_SUFFIXES
 from trace_fast.masks import coco
 
-__all__ = ["GROUPS", "NEIGHBOURS", "SIDES", "SIZES", "Contours", "Photo", "contours_of", "layers_of", "open_photos"]
+__all__ = [
+    "CROWD",
+    "GROUPS",
+    "NEIGHBORS",
+    "SIDES",
+    "SIZES",
+    "Contours",
+    "DataSet",
+    "Photo",
+    "find_contours",
+    "open_dataset",
+    "pack_layers",
+]
 
 # a contour pixel belongs to one of each: what is on the other side, the area of the smaller segment there in pixels
 # (as COCO divides them), and how many others that segment touches
 SIDES = ("background", "touching")
 SIZES = ("small", "medium", "large")
-NEIGHBOURS = ("none", "one", "several")
-GROUPS = tuple(product(SIDES, SIZES, NEIGHBOURS))
+NEIGHBORS = ("none", "one", "several")
+GROUPS = tuple(product(SIDES, SIZES, NEIGHBORS))
 AREAS = (32**2, 96**2)
 
-CROWD = 65535
-TRUTHS = ("inst", "panoptic", "masks", "ground_truth", "groundTruth")
+CROWD = 65535  # the label of crowd and void in the maps of `inst`
+TRUTH_FOLDERS = ("inst", "panoptic", "masks", "ground_truth", "groundTruth")
 
 
 @dataclass(frozen=True)
 class Contours:
-    """What the annotators of one image drew.
+    """The contours that the annotators of one image drew.
 
     Attributes:
-        drawn: (A, H, W) bool, lines of one pixel, for each annotator.
-        ignored: (H, W) bool, where a detection is no mistake.
+        lines: (A, H, W) bool, lines of one pixel, for each annotator.
+        ignored: (H, W) bool, where a detection is not counted as a mistake.
         groups: (A, H, W) uint8, index into GROUPS of each contour pixel; None where segments are not known.
     """
 
-    drawn: np.ndarray
+    lines: np.ndarray
     ignored: np.ndarray
     groups: np.ndarray | None
 
@@ -60,10 +71,10 @@ class Photo:
         name: unique in the data set; result files are named after it.
         image: its file; None where only maps of it can be scored.
         truth: the file, or folder, of its ground truth.
-        contours: reads that. OSError or ValueError where it is damaged.
-        instances: reads its masks, crowds marked, as COCO has them; None where contours alone are known. The id is that
-            of a COCO file, or the name where it is a number.
-        more: what the contours depend on beside the truth: further files, and settings.
+        contours: function that reads the contours; raises OSError or ValueError where the ground truth is damaged.
+        instances: function that reads the masks, crowds marked, as COCO has them; None where contours alone are known.
+            The id is that of a COCO file, or the name where it is a number.
+        dependencies: further files, and settings, that the contours depend on beside the truth.
     """
 
     name: str
@@ -71,11 +82,28 @@ class Photo:
     truth: Path
     contours: Callable[[], Contours]
     instances: Callable[[], coco.ImageInstances] | None = None
-    more: tuple[Path | str, ...] = ()
+    dependencies: tuple[Path | str, ...] = ()
 
 
-def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contours:
-    """Contours of segments.
+@dataclass(frozen=True)
+class DataSet:
+    """Photographs with ground truth.
+
+    Attributes:
+        photos: sorted by name.
+        problems: faults of the folder or of the ground truth, a line each.
+        notes: images that are left out because they have no ground truth, a line each.
+        panoptic: the panoptic segments of all images where the ground truth is a JSON file of them, else None.
+    """
+
+    photos: list[Photo]
+    problems: list[str]
+    notes: list[str]
+    panoptic: coco.Panoptic | None = None
+
+
+def find_contours(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contours:
+    """Find the contours of segments.
 
     Args:
         labels: (H, W) or (L, H, W) integers, 0 for none; a positive number is a segment, on one layer only. Segments
@@ -91,14 +119,14 @@ def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contou
     Example:
         >>> labels = np.zeros((4, 6), int)
         >>> labels[:, :3], labels[:, 3:5] = 1, 2
-        >>> contours_of(labels).drawn[0].astype(int)[1]
+        >>> find_contours(labels).lines[0].astype(int)[1]
         array([0, 0, 1, 0, 1, 0])
     """
     labels = np.asarray(labels)
     labels = labels[None] if labels.ndim == 2 else labels
     if labels.ndim != 3 or labels.dtype.kind not in "iu" or labels.size == 0 or labels.min() < 0:
         raise ValueError(
-            f"contours_of: labels must be (H, W) or (L, H, W) integers >= 0, got {labels.shape} {labels.dtype}"
+            f"find_contours: labels must be (H, W) or (L, H, W) integers >= 0, got {labels.shape} {labels.dtype}"
         )
     ignored = np.zeros(labels.shape[1:], bool) if ignored is None else ignored
 
@@ -117,26 +145,25 @@ def contours_of(labels: np.ndarray, ignored: np.ndarray | None = None) -> Contou
             for other, far in enumerate(compact[there]):
                 differs = valid & (near != far)
                 both = differs & (near > 0) & (far > 0)
-                # between two layers only what one of them has drawn is looked at, to tell that they touch
+                # two layers share a contour only where one of them has one: it says that their segments touch
                 changes.append((here[1:], near, far, differs if layer == other else both & crossed, both))
                 pairs.append(np.stack([near[both], far[both]]))
     touching = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
-    neighbours = np.bincount(touching.ravel(), minlength=len(area))
+    neighbors = np.bincount(touching.ravel(), minlength=len(area))
 
     edge = np.zeros(ignored.shape, bool)
     groups = np.zeros(ignored.shape, np.uint8)
     for here, near, far, change, both in changes:
         smaller = np.where(area[near] <= area[far], near, far)[change]
         size = np.digitize(area[smaller], AREAS)
-        code = (both[change] * len(SIZES) + size) * len(NEIGHBOURS) + np.minimum(neighbours[smaller], 2)
+        code = (both[change] * len(SIZES) + size) * len(NEIGHBORS) + np.minimum(neighbors[smaller], 2)
         edge[here][change] = True
         groups[here][change] = np.maximum(groups[here][change], code)
-    drawn = ops.thin(torch.from_numpy(edge)[None]).numpy()
-    return Contours(drawn, ignored, groups[None])
+    return Contours(ops.thin(torch.from_numpy(edge)[None]).numpy(), ignored, groups[None])
 
 
-def layers_of(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Masks that may overlap as layers of labels in which none do.
+def pack_layers(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Pack masks that may overlap into layers of labels in which none do.
 
     Args:
         masks: (H, W) bool each; the first is label 1.
@@ -144,6 +171,11 @@ def layers_of(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray
 
     Returns:
         (L, H, W) int32, L >= 1.
+
+    Example:
+        >>> masks = np.array([[[1, 1, 0]], [[0, 1, 1]]], bool)
+        >>> pack_layers(masks, (1, 3)).tolist()
+        [[[1, 1, 0]], [[0, 2, 2]]]
     """
     layers = [np.zeros(shape, np.int32)]
     for label, mask in enumerate(masks, 1):
@@ -156,147 +188,163 @@ def layers_of(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarray
     return np.stack(layers)
 
 
-def open_photos(
-    folder: Path, truth: str | Path | None = None, ignore: Sequence[int] = (CROWD,)
-) -> tuple[list[Photo], list[str], list[str]]:
-    """Photographs of a folder with their ground truth, what is wrong with the folder, and what is left out.
+def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Sequence[int] = (CROWD,)) -> DataSet:
+    """List the photographs of a folder that have ground truth; their pixels are read when they are asked for.
 
     Args:
         folder: holds the photographs in `images`, or itself; photographs may be missing where maps are scored.
-        truth: ground truth, a folder below `folder` or anywhere, or a COCO JSON file; None is the first there is of
-            inst, panoptic, masks, ground_truth, groundTruth. A folder holds one of: label maps NAME.png of one channel,
-            or of three as COCO encodes panoptic segments; folders NAME of one mask a file; NAME.mat of BSDS500.
+        truth: ground truth, a folder below `folder` or anywhere, or a COCO JSON file, which is read at once; None is
+            the first that exists of inst, panoptic, masks, ground_truth, groundTruth. A folder holds one of: label maps
+            NAME.png of one channel, or of three as COCO encodes panoptic segments; folders NAME of one mask a file;
+            NAME.mat of BSDS500.
         ignore: labels of maps that are crowd or void.
 
     Returns:
-        Photos by name; problems, a line each; notes: images without ground truth.
+        The photos, with what is wrong with the folder and what is left out.
 
     Raises:
-        ValueError: there is no ground truth at all.
+        ValueError: there is no ground truth at all, or the JSON file has problems.
+
+    Example:
+        >>> dataset = open_dataset("coco", "instances_val2017.json")
+        >>> dataset.photos[0].contours().lines.shape
+        (1, 426, 640)
     """
     folder = Path(folder)
-    names = TRUTHS if truth is None else (str(truth),)
-    places = [folder / name for name in names] + ([] if truth is None else [Path(truth)])
-    places = [place for place in places if place.exists()]
-    if not places:
-        raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
+    place = _find_truth(folder, truth)
     images = folder / "images" if (folder / "images").is_dir() else folder
-    files = (
-        sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) if images.is_dir() else []
-    )
-    shown, problems = _by_name(files, "image files")
-    if places[0].suffix == ".json":
-        photos, lost = _from_coco(places[0], images)
-        return photos, problems + lost, []
-    drawn, twice = _by_name([path for path in sorted(places[0].iterdir()) if path.name[0] != "."], "ground truths")
-    problems += twice
-    notes = [f"{name}: no ground truth in {places[0]}" for name in sorted(set(shown) - set(drawn))]
+    files = sorted(images.iterdir()) if images.is_dir() else []
+    files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if place.suffix == ".json":
+        return _open_json(place, images, files)
+    return _open_folder(place, images, files, tuple(ignore))
+
+
+def _find_truth(folder: Path, truth: str | Path | None) -> Path:
+    """Return the file or folder of ground truth, below `folder` or anywhere."""
+    names = TRUTH_FOLDERS if truth is None else (str(truth),)
+    places = [folder / name for name in names] + ([] if truth is None else [Path(truth)])
+    for place in places:
+        if place.exists():
+            return place
+    raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
+
+
+def _open_folder(place: Path, images: Path, files: list[Path], ignore: tuple[int, ...]) -> DataSet:
+    """Pair image files with the files, or folders, of ground truth by their names."""
+    truths = [path for path in sorted(place.iterdir()) if path.name[0] != "."]
+    images_by_name, problems = _group_by_name(files, "image files")
+    truth_by_name, more_problems = _group_by_name(truths, "ground truths")
+    problems += more_problems
+    notes = [f"{name}: no ground truth in {place}" for name in sorted(set(images_by_name) - set(truth_by_name))]
     if files:
-        problems += [f"{name}: no image in {images}" for name in sorted(set(drawn) - set(shown))]
-    # of several files of one name, nobody knows which is meant
-    both = sorted(
-        name for name, paths in drawn.items() if len(paths) == 1 and (len(shown.get(name, [])) == 1 or not files)
-    )
-    photos = [_photo(name, shown[name][0] if files else None, drawn[name][0], tuple(ignore)) for name in both]
-    return photos, problems, notes
+        problems += [f"{name}: no image in {images}" for name in sorted(set(truth_by_name) - set(images_by_name))]
+    photos = []
+    for name, paths in sorted(truth_by_name.items()):
+        pictures: Sequence[Path | None] = images_by_name.get(name, []) if files else [None]
+        # of several files of one name, nobody knows which is meant
+        if len(paths) == len(pictures) == 1:
+            photos.append(_make_photo(name, pictures[0], paths[0], ignore))
+    return DataSet(photos, problems, notes)
 
 
-def _by_name(paths: Iterable[Path], kind: str) -> tuple[dict[str, list[Path]], list[str]]:
-    """Files by their names without ending, folders by their names; problems: names of several."""
-    found: dict[str, list[Path]] = {}
+def _group_by_name(paths: Iterable[Path], kind: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Group files by their names without ending, and folders by their names; problems: names of several."""
+    groups: dict[str, list[Path]] = {}
     for path in paths:
-        found.setdefault(path.name if path.is_dir() else path.stem, []).append(path)
-    return found, [f"{name}: {len(each)} {kind} of that name" for name, each in found.items() if len(each) > 1]
+        groups.setdefault(path.name if path.is_dir() else path.stem, []).append(path)
+    return groups, [f"{name}: {len(group)} {kind} of that name" for name, group in groups.items() if len(group) > 1]
 
 
-def _from_coco(path: Path, images: Path) -> tuple[list[Photo], list[str]]:
-    """Photographs that a JSON file lists, by instances or by panoptic segments."""
-    try:
-        data = json.loads(path.read_bytes())
-        panoptic = any("segments_info" in each for each in data["annotations"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"evaluate: truth must be a JSON file with annotations, got '{path}': {error}") from error
-    # panoptic_val2017.json lies beside a folder panoptic_val2017
-    listed = coco.read_panoptic(data, path.with_suffix("")) if panoptic else coco.read_instances(data)
-    photos, problems = [], []
-    for entry in listed.images.values():
+def _open_json(path: Path, images: Path, files: list[Path]) -> DataSet:
+    """List the photographs of a JSON file, of instances or of panoptic segments."""
+    _, problems = _group_by_name(files, "image files")
+    annotations = coco.read_annotations(path)
+    photos = []
+    for entry in annotations.images.values():
         image = images / entry.file_name
         if not image.is_file():
             problems.append(f"{entry.file_name}: no image in {images}")
             continue
-        instances = None if isinstance(entry, coco.ImageSegments) else functools.partial(_same, entry)
-        more = (entry.png,) if isinstance(entry, coco.ImageSegments) else ()
-        contours = functools.partial(_contours_of_entry, entry)
-        photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances, more))
-    twice = Counter(photo.name for photo in photos)
-    problems += [f"{name}: listed {count} times" for name, count in twice.items() if count > 1]
-    return sorted((photo for photo in photos if twice[photo.name] == 1), key=lambda photo: photo.name), problems
+        contours = functools.partial(_find_listed_contours, entry)
+        if isinstance(entry, coco.ImageSegments):
+            photos.append(Photo(Path(entry.file_name).stem, image, path, contours, dependencies=(entry.png,)))
+        else:
+            instances = functools.partial(_return_same, entry)
+            photos.append(Photo(Path(entry.file_name).stem, image, path, contours, instances))
+    times = Counter(photo.name for photo in photos)
+    problems += [f"{name}: listed {count} times" for name, count in times.items() if count > 1]
+    photos = sorted((photo for photo in photos if times[photo.name] == 1), key=lambda photo: photo.name)
+    return DataSet(photos, problems, [], annotations if isinstance(annotations, coco.Panoptic) else None)
 
 
-def _contours_of_entry(image: coco.ImageSegments | coco.ImageInstances) -> Contours:
+def _find_listed_contours(image: coco.ImageSegments | coco.ImageInstances) -> Contours:
+    """Find the contours of an image of a JSON file."""
     if isinstance(image, coco.ImageSegments):
         segments = image.segment_map()
         crowds = [segment["id"] for segment in image.segments if segment["iscrowd"]]
         ignored = np.isin(segments, [0, *crowds])
-        return contours_of(np.where(ignored, 0, segments), ignored)
+        return find_contours(np.where(ignored, 0, segments), ignored)
     crowd = np.array([instance.iscrowd for instance in image.instances], bool)
     masks = image.masks()
     ignored = masks[crowd].any(0)
-    return contours_of(layers_of(masks[~crowd] & ~ignored, ignored.shape), ignored)
+    return find_contours(pack_layers(masks[~crowd] & ~ignored, ignored.shape), ignored)
 
 
-def _same(image: coco.ImageInstances) -> coco.ImageInstances:
+def _return_same(image: coco.ImageInstances) -> coco.ImageInstances:
     return image
 
 
-def _photo(name: str, image: Path | None, path: Path, ignore: Sequence[int]) -> Photo:
-    """A photo with one file, or folder, of ground truth."""
+def _make_photo(name: str, image: Path | None, path: Path, ignore: tuple[int, ...]) -> Photo:
+    """Make a photo of one file, or folder, of ground truth."""
     if path.suffix == ".mat":
-        return Photo(name, image, path, functools.partial(_from_bsds, path))
-    read = functools.partial(_from_masks, path) if path.is_dir() else functools.partial(_from_labels, path, ignore)
+        return Photo(name, image, path, functools.partial(_read_bsds, path))
+    read = functools.partial(_read_masks, path) if path.is_dir() else functools.partial(_read_labels, path, ignore)
     number = int(name) if name.isdecimal() else 0
 
-    def instances() -> coco.ImageInstances:
+    def read_instances() -> coco.ImageInstances:
         labels, ignored = read()
         masks = [labels == label for label in np.unique(labels) if label]
         flat = [mask.any(0) for mask in masks] + [ignored] * bool(ignored.any())
         stack = np.stack(flat) if flat else np.zeros((0, *ignored.shape), bool)
         return coco.encode_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
 
-    more = tuple(sorted(path.iterdir())) if path.is_dir() else (f"ignored: {sorted(set(ignore))}",)
-    return Photo(name, image, path, lambda: contours_of(*read()), instances, more)
+    dependencies = tuple(sorted(path.iterdir())) if path.is_dir() else (f"ignored: {sorted(set(ignore))}",)
+    return Photo(name, image, path, lambda: find_contours(*read()), read_instances, dependencies)
 
 
-def _from_labels(path: Path, ignore: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (L, H, W) and what is ignored (H, W)."""
-    labels = _pixels(path)
+def _read_labels(path: Path, ignore: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a label map: labels (1, H, W), 0 for none, and what is ignored (H, W)."""
+    labels = _read_pixels(path)
     if labels.ndim == 3:
         labels = (labels[..., :3].astype(np.int64) << (0, 8, 16)).sum(-1)
     ignored = np.isin(labels, ignore)
     return np.where(ignored, 0, labels)[None], ignored
 
 
-def _from_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Likewise, from one mask a file."""
+def _read_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a folder of one mask a file: labels (L, H, W), 0 for none, and what is ignored (H, W): nothing."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    masks = [_pixels(path) for path in files]
+    masks = [_read_pixels(path) for path in files]
     masks = [mask.max(-1) > 0 if mask.ndim == 3 else mask > 0 for mask in masks]
     if len(shapes := {mask.shape for mask in masks}) != 1:
         raise ValueError(f"masks must be of one size, got {sorted(shapes) or 'no files'} in {folder}")
-    return layers_of(masks, masks[0].shape), np.zeros(masks[0].shape, bool)
+    return pack_layers(masks, masks[0].shape), np.zeros(masks[0].shape, bool)
 
 
-def _from_bsds(path: Path) -> Contours:
+def _read_bsds(path: Path) -> Contours:
+    """Read the boundaries of all annotators from a .mat file of BSDS500."""
     from scipy.io import loadmat
 
     try:
-        drawn = np.stack([each["Boundaries"][0, 0] > 0 for each in loadmat(path)["groundTruth"][0]])
+        lines = np.stack([cell["Boundaries"][0, 0] > 0 for cell in loadmat(path)["groundTruth"][0]])
     except Exception as error:  # damaged bytes fail in many ways
         raise ValueError(f"no groundTruth with Boundaries, as BSDS500 has, in {path}: {error}") from error
-    return Contours(drawn, np.zeros(drawn.shape[1:], bool), None)
+    return Contours(lines, np.zeros(lines.shape[1:], bool), None)
 
 
-def _pixels(path: Path) -> np.ndarray:
+def _read_pixels(path: Path) -> np.ndarray:
+    """Read a picture as it is stored, without transparency: (H, W) or (H, W, 3)."""
     from PIL import Image
 
     with Image.open(path) as picture:

@@ -28,17 +28,17 @@ class MaskScores:
 
     Attributes:
         ap: average precision, AP^mk.
-        ap50: at IoU 0.50.
-        ap75: at IoU 0.75.
-        ap_small: of small instances.
-        ap_medium: of medium ones.
-        ap_large: of large ones.
-        ar1: average recall of the surest mask of each image.
-        ar10: of the ten surest.
-        ar100: of the hundred surest.
-        ar_small: of small instances.
-        ar_medium: of medium ones.
-        ar_large: of large ones.
+        ap50: average precision at IoU 0.50.
+        ap75: average precision at IoU 0.75.
+        ap_small: average precision of small instances.
+        ap_medium: average precision of medium instances.
+        ap_large: average precision of large instances.
+        ar1: average recall with the one mask of each image that has the highest score.
+        ar10: average recall with the ten highest.
+        ar100: average recall with the hundred highest, AR^mk.
+        ar_small: average recall of small instances.
+        ar_medium: average recall of medium instances.
+        ar_large: average recall of large instances.
         intervals: (low, high) of each by name, 95 % of the bootstrap over images; None unless asked for.
     """
 
@@ -68,28 +68,29 @@ def mask_ap(
     seed: int = 0,
     engine: str | None = None,
 ) -> MaskScores:
-    """Average precision and recall of masks whatever their class (AP^mk, AR^mk).
+    """Return average precision and recall of masks, whatever their class (AP^mk, AR^mk).
 
-    As COCO has it: the surest 100 masks of an image are matched one to one, surest first, each to the free instance
-    that it overlaps most; what matches only a crowd is ignored. Instances count by the area that the truth states,
-    unmatched masks by their own (pycocotools takes that of a box where results have one).
+    By the rules of COCO: the 100 masks of an image with the highest scores are matched one to one, in descending order,
+    each to the free instance that it overlaps most; a mask that matches only a crowd is ignored. The size of an
+    instance is the area that the truth states, that of an unmatched mask its own area (pycocotools takes that of a box
+    where results have one).
 
     Args:
-        truth: instances of all images; or for each image in turn a stack (M, H, W) bool. Stacks may come from a
+        truth: instances of all images; or for each image a stack (M, H, W) bool, in order. Stacks may come from a
             generator: they are encoded one by one.
-        results: instances of some or all of these images; or for each image in turn a pair (masks, scores),
-            (M, H, W) bool and (M,) float.
-        resamples: of the images, drawn with replacement, for the intervals; 0 gives none. Masks are matched once more,
-            by pycocotools, and not for each resample.
-        seed: of the resamples.
-        engine: "faster-coco-eval" or "pycocotools", which agree; default the first where it is installed.
+        results: instances of some or all of these images; or for each image a pair (masks, scores), (M, H, W) bool and
+            (M,) float, in order.
+        resamples: number of resamples of the images, drawn with replacement, for the intervals; 0 gives none. Masks are
+            matched once more, by pycocotools, and not for each resample.
+        seed: seed of the resamples.
+        engine: "faster-coco-eval" or "pycocotools", which agree; None is the first where it is installed.
 
     Returns:
-        The twelve figures of COCO, and perhaps their intervals.
+        The twelve figures of COCO, and their intervals where `resamples` is above 0.
 
     Raises:
-        ValueError: there is no image; results are of images that the truth lacks, or of another size; an argument is
-            not what is said above.
+        ValueError: there is no image; results are of images that the truth lacks, or of another size; `engine` or
+            `resamples` is not allowed.
         TypeError: a stack is not a bool array.
         RuntimeError: the engine is not installed.
 
@@ -106,9 +107,9 @@ def mask_ap(
     if resamples < 0:
         raise ValueError(f"mask_ap: resamples must be at least 0, got {resamples}")
     if not isinstance(truth, Instances):
-        truth = _numbered(encode_masks(masks, id=index) for index, masks in enumerate(truth))
+        truth = _index_images(encode_masks(masks, id=index) for index, masks in enumerate(truth))
     if not isinstance(results, Instances):
-        results = _numbered(encode_masks(*pair, id=index) for index, pair in enumerate(results))
+        results = _index_images(encode_masks(*pair, id=index) for index, pair in enumerate(results))
     _check_images(truth, results)
 
     # in the order of their ids, which decides between equal scores
@@ -119,7 +120,8 @@ def mask_ap(
     return MaskScores(**dict(zip(NAMES, figures, strict=True)), intervals=intervals)
 
 
-def _numbered(images: Iterable[ImageInstances]) -> Instances:
+def _index_images(images: Iterable[ImageInstances]) -> Instances:
+    """Return images as a set, by their ids."""
     return Instances({image.id: image for image in images}, {})
 
 
@@ -135,13 +137,13 @@ def _check_images(truth: Instances, results: Instances) -> None:
             f"{', '.join(map(str, foreign[:5]))}{more}"
         )
     for number, image in results.images.items():
-        size, found = ((x.height, x.width) for x in (truth.images[number], image))
-        if size != found:
-            raise ValueError(f"mask_ap: results must be of the truth's size, {size} for image {number}, got {found}")
+        expected, size = ((entry.height, entry.width) for entry in (truth.images[number], image))
+        if size != expected:
+            raise ValueError(f"mask_ap: results must be of the truth's size, {expected} for image {number}, got {size}")
 
 
 def _evaluate(pairs: list[tuple[ImageInstances, ImageInstances | None]], engine: str) -> Any:
-    """The engine's evaluator when it is done: its `stats` are the twelve figures, -1 where there is no truth."""
+    """Run the engine and return its evaluator; `stats` are the twelve figures, -1 where there is no truth."""
     try:
         if engine == FASTER:
             from faster_coco_eval import COCO
@@ -164,7 +166,7 @@ def _evaluate(pairs: list[tuple[ImageInstances, ImageInstances | None]], engine:
 
 
 def _dataset(images: Iterable[ImageInstances | None]) -> dict[str, Any]:
-    """One category and images from 1 on, as the engines take it; they treat an id of 0 as none."""
+    """Make the data set of an engine: one category, and images from 1 on, as the engines treat an id of 0 as none."""
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, 1):
@@ -187,7 +189,7 @@ def _dataset(images: Iterable[ImageInstances | None]) -> dict[str, Any]:
 
 
 def _intervals(evaluator: Any, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
-    """95 % of the bootstrap over images for each figure, from pycocotools' matches."""
+    """Return the 95 % interval of each figure by the bootstrap over images, from pycocotools' matches."""
     sizes = [_Matches(evaluator, size) for size in range(4)]
     random, count = np.random.default_rng(seed), len(evaluator.params.imgIds)
     figures = [_figures(sizes, random.multinomial(count, np.full(count, 1 / count))) for _ in range(resamples)]
@@ -201,7 +203,7 @@ def _intervals(evaluator: Any, resamples: int, seed: int) -> dict[str, tuple[flo
 
 
 def _figures(sizes: list[_Matches], times: np.ndarray) -> list[float]:
-    """The twelve figures where each image is taken `times` (I,): a second copy of it adds its masks once more."""
+    """Return the twelve figures where each image is taken `times` (I,): a second copy adds its masks once more."""
     average, small, medium, large = (size.precision(times) for size in sizes)
     precision = [average.mean(), average[0], average[5], small.mean(), medium.mean(), large.mean()]
     recall = [sizes[0].recall(times, detections) for detections in (1, 10, 100)]
@@ -209,47 +211,48 @@ def _figures(sizes: list[_Matches], times: np.ndarray) -> list[float]:
 
 
 class _Matches:
-    """What pycocotools matched in one range of sizes, kept so that resampled images need no second matching."""
+    """The matches of pycocotools in one range of sizes, kept so that resampled images need no second matching."""
 
     def __init__(self, evaluator: Any, size: int):
         params = evaluator.params
         images = len(params.imgIds)
-        found = evaluator.evalImgs[size * images : (size + 1) * images]
-        found = [(index, image) for index, image in enumerate(found) if image is not None]
+        evaluated = evaluator.evalImgs[size * images : (size + 1) * images]
+        evaluated = [(index, image) for index, image in enumerate(evaluated) if image is not None]
         self.recalls = params.recThrs
         self.positives = np.zeros(images, dtype=np.int64)  # (I,) instances that count
-        for index, image in found:
+        for index, image in evaluated:
             self.positives[index] = np.count_nonzero(image["gtIgnore"] == 0)
         thresholds = len(params.iouThrs)
-        scores = np.concatenate([np.zeros(0), *(image["dtScores"] for _, image in found)])
+        scores = np.concatenate([np.zeros(0), *(image["dtScores"] for _, image in evaluated)])
         order = np.argsort(-scores, kind="stable")
-        rank = np.concatenate([np.zeros(0, int), *(np.arange(len(image["dtScores"])) for _, image in found)])
-        owner = np.concatenate([np.zeros(0, int), *(np.full(len(image["dtScores"]), index) for index, image in found)])
+        rank = np.concatenate([np.zeros(0, int), *(np.arange(len(image["dtScores"])) for _, image in evaluated)])
+        owners = (np.full(len(image["dtScores"]), index) for index, image in evaluated)
         empty = np.zeros((thresholds, 0), dtype=bool)
-        matched = np.concatenate([empty, *(image["dtMatches"] > 0 for _, image in found)], axis=1)
-        ignored = np.concatenate([empty, *(image["dtIgnore"] for _, image in found)], axis=1)
-        self.image = owner[order]  # (D,) surest first
+        matched = np.concatenate([empty, *(image["dtMatches"] > 0 for _, image in evaluated)], axis=1)
+        ignored = np.concatenate([empty, *(image["dtIgnore"] for _, image in evaluated)], axis=1)
+        self.image = np.concatenate([np.zeros(0, int), *owners])[order]  # (D,) in descending order of scores
         self.rank = rank[order]  # (D,) within the image
         self.hit = (matched & ~ignored)[:, order]  # (T, D)
         self.miss = (~matched & ~ignored)[:, order]
 
     def precision(self, times: np.ndarray) -> np.ndarray:
-        """Interpolated precision averaged over recalls 0, 0.01 ... 1, for each IoU threshold: (T,)."""
+        """Return interpolated precision averaged over recalls 0, 0.01 ... 1, for each IoU threshold: (T,)."""
         positives = times @ self.positives
         if positives == 0:
             return np.full(len(self.hit), np.nan)
         weight = times[self.image]
         averages = []
         for hit, miss in zip(self.hit, self.miss, strict=True):
-            at = np.flatnonzero(hit)  # recall rises there alone, and precision is best there
-            hits, misses = np.cumsum(weight[at]), np.cumsum(weight * miss)[at]
+            # recall rises at hits alone, and precision is best there
+            places = np.flatnonzero(hit)
+            hits, misses = np.cumsum(weight[places]), np.cumsum(weight * miss)[places]
             envelope = np.maximum.accumulate((hits / (hits + misses + np.spacing(1)))[::-1])[::-1]
             first = np.searchsorted(hits / positives, self.recalls)
-            averages.append(envelope[first[first < len(at)]].sum() / len(self.recalls))
+            averages.append(envelope[first[first < len(places)]].sum() / len(self.recalls))
         return np.array(averages)
 
     def recall(self, times: np.ndarray, detections: int) -> float:
-        """Recall averaged over IoU thresholds with so many masks an image."""
+        """Return recall averaged over IoU thresholds, with at most `detections` masks of an image."""
         positives = times @ self.positives
         if positives == 0:
             return math.nan

@@ -1,42 +1,48 @@
-"""What makes edge maps: classical detectors, folders of others' maps, and our own models, behind one interface."""
+"""Sources of edge maps behind one interface: classical detectors, folders of maps, and models of this package."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trace_fast.api import load
 from trace_fast.evaluation.data import Photo
+from trace_fast.io.images import read_image
 
-__all__ = ["Method", "parse_method"]
+__all__ = ["Method", "open_method", "read_map", "split_name"]
 
-LEVELS = 99  # thresholds at which Canny is run
-SAMPLED = 4096  # numbers of each tensor, at most twice as many, that tell a model's weights from others
+CANNY_THRESHOLDS = 99
+SAMPLED = 4096  # numbers of each tensor, at most twice as many, that identify a model's weights
 
 
 @dataclass(frozen=True)
 class Method:
-    """Something that makes edge maps.
+    """A source of edge maps.
 
     Attributes:
         name: as tables show it.
-        identity: what its maps depend on beside the image; results are kept under it.
-        edges: makes the map (H, W) float32 in [0, 1] of a photo, at its size.
-        source: the file that a map is made from.
-        suppress: whether ridges are to be found first; False where maps hold lines already.
+        identity: everything that the maps depend on beside the image; results are cached under it.
+        edges: function that returns the edge map of a photo, (H, W) float32 in [0, 1], at the photo's size.
+        source: function that returns the file that a map is made from; None where a photo has none.
+        suppress: whether only the ridges of the maps are scored; False where maps hold lines already.
         threads: whether several maps may be made at the same time.
-        parameters: of the network; None where there is none, or where it is not known.
+        parameters: number of parameters of the network; None where there is none, or where it is not known.
+
+    Example:
+        >>> gradient = Method("gradient", "1.0", lambda photo: find_gradient(photo.image))
+        >>> print(evaluate("coco", [gradient, "sobel"]))
     """
 
     name: str
     identity: str
     edges: Callable[[Photo], np.ndarray]
-    source: Callable[[Photo], Path | None]
+    source: Callable[[Photo], Path | None] = lambda photo: photo.image
     suppress: bool = True
     threads: bool = True
     parameters: int | None = None
@@ -47,136 +53,175 @@ class Method:
         return re.sub(r"[^\w.-]+", "_", self.name)
 
 
-def parse_method(text: str, *, device: str | None = None) -> Method:
-    """A method from what the command line says.
+def open_method(spec: Any, *, name: str | None = None, device: str | None = None) -> Method:
+    """Open a source of edge maps.
 
     Args:
-        text: [NAME=]SPEC, where SPEC is `sobel`; `canny`; `maps:FOLDER`, of PNG files named after the images;
+        spec: text [NAME=]SPEC, where SPEC is `sobel`; `canny`; `maps:FOLDER`, of PNG files named after the images;
             `lines:FOLDER`, the same where they hold lines (thinned maps) already; or a model as `trace_fast.edges`
-            takes it: its student where it has one, its search with `@iep` or `@LEVEL` behind it.
-        device: for models.
+            takes it (its student where it has one), or its search with `@iep` or `@TIMESTEP` behind it. Also a model
+            in memory as `trace_fast.load` takes it, or a `Method`.
+        name: as tables show it; None is NAME, else SPEC itself, or the name of the model in memory.
+        device: where named models run; None is the GPU where there is one, else the CPU.
 
     Returns:
         The method, its model loaded.
 
     Raises:
-        ValueError: SPEC is none of these.
-        RuntimeError: a package is not installed.
+        ValueError: `spec` is not understood.
+        RuntimeError: a package is not installed, or the device is not present.
+
+    Example:
+        >>> method = open_method("search=mini@iep", device="cpu")
+        >>> method.name, method.parameters
+        ('search', 2086092)
     """
-    name, named, spec = text.partition("=")
-    if not named or name.startswith(("maps:", "lines:")):  # folders may have = in their names
-        name = spec = text
-    if spec in ("sobel", "canny"):
-        make = _prepare_sobel() if spec == "sobel" else _prepare_canny()
-        return Method(name, spec, lambda photo: make(_grey(photo)), lambda photo: photo.image, suppress=spec == "sobel")
+    if isinstance(spec, Method):
+        return spec if name is None else replace(spec, name=name)
+    if not isinstance(spec, (str, Path)):
+        model = load(spec)
+        return _wrap_model(model.name if name is None else name, model.name, model)
+    name, spec = split_name(str(spec)) if name is None else (name, str(spec))
     kind, _, place = spec.partition(":")
+    if spec == "sobel":
+        return _open_detector(name, spec, _prepare_sobel(), suppress=True)
+    if spec == "canny":
+        return _open_detector(name, spec, _prepare_canny(), suppress=False)
     if kind in ("maps", "lines"):
-        folder = Path(place)
-        if not folder.is_dir():
-            raise ValueError(f"evaluate: method {name} must name a folder of maps, got '{place}'")
-
-        def find(photo: Photo) -> Path:
-            return folder / f"{photo.name}.png"
-
-        identity = f"{kind}:{folder.resolve()}"
-        return Method(name, identity, lambda photo: read_map(find(photo)), find, suppress=kind == "maps")
-    return _of_model(name, spec, device)
+        return _open_maps(name, Path(place), suppress=kind == "maps")
+    return _open_model(name, spec, device)
 
 
-def read_map(path: Path) -> np.ndarray:
-    """A PNG file of one channel, 8 or 16 bits, as float32 in [0, 1]."""
+def split_name(text: str) -> tuple[str, str]:
+    """Return NAME and SPEC of [NAME=]SPEC; the name is SPEC where none is given."""
+    name, equals, spec = text.partition("=")
+    # folders may have = in their names
+    return (name, spec) if equals and not name.startswith(("maps:", "lines:")) else (text, text)
+
+
+def read_map(path: str | Path) -> np.ndarray:
+    """Read an edge map from a PNG file of one channel, 8 or 16 bits.
+
+    Args:
+        path: the file; black is 0, white is 1.
+
+    Returns:
+        (H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: the file has several channels.
+        OSError: the file is missing or damaged.
+
+    Example:
+        >>> read_map("hed/000000000139.png").shape
+        (426, 640)
+    """
     from PIL import Image
 
     with Image.open(path) as picture:
         if picture.mode not in ("L", "I", "I;16"):
             raise ValueError(f"maps must be of one channel with 8 or 16 bits, got mode {picture.mode}")
-        levels = np.asarray(picture)
-    largest = 255 if levels.dtype == np.uint8 else 65535
-    return levels.astype(np.float32) / np.float32(largest)
+        values = np.asarray(picture)
+    largest = 255 if values.dtype == np.uint8 else 65535
+    return values.astype(np.float32) / np.float32(largest)
 
 
-def _of_model(name: str, spec: str, device: str | None) -> Method:
-    from trace_fast.backbones import has_student
-    from trace_fast.detector import Detector
-    from trace_fast.io.images import read_image
-    from trace_fast.tracer import Tracer
+def _open_detector(name: str, identity: str, detect: Callable[[np.ndarray], np.ndarray], *, suppress: bool) -> Method:
+    """Return the method of a classical detector, which works on luminance."""
+    return Method(name, identity, lambda photo: detect(_read_luminance(photo)), suppress=suppress)
 
-    model, _, level = spec.partition("@")
-    timestep = level if level in ("", "iep") else int(level) if level.isdecimal() else None
-    if timestep is None:
-        raise ValueError(f"evaluate: level of method {name} must be iep or an integer, got {level!r}")
-    found: Detector | Tracer
-    if timestep == "" and has_student(model):
-        found = detector = Detector.from_pretrained(model, device=device)
-        modules, own = [detector.backbone.network, detector.decoder], f"level {detector.timestep}"
 
-        def find(photo: Photo) -> np.ndarray:
-            assert photo.image is not None  # checked before
-            return detector.edges(read_image(photo.image))[0, 0].cpu().numpy()
-    else:
-        found = tracer = Tracer.from_pretrained(model, device=device)
-        modules, own = [tracer.backbone.network], ""
-        options: dict[str, Any] = {} if timestep == "" else {"timestep": timestep}
+def _open_maps(name: str, folder: Path, *, suppress: bool) -> Method:
+    """Return the method of a folder of maps."""
+    if not folder.is_dir():
+        raise ValueError(f"evaluate: method {name} must name a folder of maps, got '{folder}'")
 
-        def find(photo: Photo) -> np.ndarray:
-            assert photo.image is not None  # checked before
-            return tracer(photo.image, **options).edges[0, 0].cpu().numpy()
+    def find_file(photo: Photo) -> Path:
+        return folder / f"{photo.name}.png"
 
-    weights = hashlib.sha256()
+    identity = f"{'maps' if suppress else 'lines'}:{folder.resolve()}"
+    return Method(name, identity, lambda photo: read_map(find_file(photo)), find_file, suppress)
+
+
+def _open_model(name: str, spec: str, device: str | None) -> Method:
+    """Return the method of a model by name: its student where it has one, its search where a timestep follows an @."""
+    source, at, text = spec.partition("@")
+    if not at:
+        return _wrap_model(name, spec, load(source, device=device))
+    if text != "iep" and not text.isdecimal():
+        raise ValueError(f"evaluate: timestep of method {name} must be iep or an integer, got {text!r}")
+    return _wrap_model(name, spec, load(source, stage=1, device=device), text if text == "iep" else int(text))
+
+
+def _wrap_model(name: str, spec: str, model: Any, timestep: str | int | None = None) -> Method:
+    """Return the method of a Tracer or Detector; a Tracer may read another timestep than its own."""
+
+    def find_edges(photo: Photo) -> np.ndarray:
+        assert photo.image is not None  # checked before
+        pixels = read_image(photo.image)
+        edges = model.edges(pixels) if timestep is None else model(pixels, timestep=timestep).edges
+        return edges[0, 0].cpu().numpy()
+
+    modules = [model.backbone.network, *([model.decoder] if hasattr(model, "decoder") else [])]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    for x in (*parameters, *getattr(found.backbone, "empty_prompt", {}).values()):
-        x = x.detach().flatten()[:: max(1, x.numel() // SAMPLED)]  # of billions of numbers a part tells enough
-        weights.update(x.float().cpu().numpy().tobytes())
-    kind = f"{type(found).__name__} {own} {found.backbone.settings} {found.device.type}"
-    identity = f"{spec} {kind} {weights.hexdigest()}"
+    weights = hashlib.sha256()
+    for tensor in (*parameters, *getattr(model.backbone, "empty_prompt", {}).values()):
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]  # a part of billions identifies them
+        weights.update(sample.float().cpu().numpy().tobytes())
+    kind = f"{type(model).__name__} {model.timestep} {model.backbone.settings} {model.device.type}"
     count = sum(parameter.numel() for parameter in parameters)
-    return Method(name, identity, find, lambda photo: photo.image, threads=False, parameters=count)
+    identity = f"{spec} {kind} {weights.hexdigest()}"
+    return Method(name, identity, find_edges, threads=False, parameters=count)
 
 
-def _grey(photo: Photo) -> np.ndarray:
-    """Luminance (H, W) float32 in [0, 1]."""
-    from trace_fast.io.images import read_image
-
-    assert photo.image is not None
+def _read_luminance(photo: Photo) -> np.ndarray:
+    """Read the luminance of a photo, (H, W) float32 in [0, 1]."""
+    assert photo.image is not None  # checked before
     red, green, blue = read_image(photo.image)[0].numpy()
     return 0.2125 * red + 0.7154 * green + 0.0721 * blue
 
 
 def _prepare_sobel() -> Callable[[np.ndarray], np.ndarray]:
-    """Gradient of the luminance smoothed by sigma = 2; a step of full contrast is 1, a square root spreads the rest."""
+    """Return a detector: the gradient of the luminance smoothed by sigma = 2.
+
+    A step of full contrast is 1, and a square root spreads the weaker ones.
+    """
     try:
         from skimage import filters
     except ImportError as error:
         raise RuntimeError("evaluate: sobel needs scikit-image: pip install scikit-image") from error
     sigma = 2.0
 
-    def run(grey: np.ndarray) -> np.ndarray:
+    def detect(luminance: np.ndarray) -> np.ndarray:
         # the filter gives sqrt(2) times the derivative, which is 1 / (sqrt(2 pi) sigma) at most
-        gradient = filters.sobel(filters.gaussian(grey, sigma)) * sigma * np.pi**0.5
+        gradient = filters.sobel(filters.gaussian(luminance, sigma)) * sigma * np.pi**0.5
         return np.sqrt(gradient.clip(0, 1)).astype(np.float32)
 
-    return run
+    return detect
 
 
 def _prepare_canny() -> Callable[[np.ndarray], np.ndarray]:
-    """The largest of 99 upper thresholds at which Canny (lower one 0.4 of it, sigma = 1.4) keeps a pixel."""
+    """Return a detector: the largest of 99 upper thresholds at which Canny keeps a pixel.
+
+    The lower threshold is 0.4 of the upper one, sigma is 1.4.
+    """
     try:
         import cv2
     except ImportError as error:
         raise RuntimeError("evaluate: canny needs OpenCV: pip install opencv-python-headless") from error
     largest = 1443.0  # of the gradient of 8-bit images
 
-    def run(grey: np.ndarray) -> np.ndarray:
-        smooth = cv2.GaussianBlur(np.rint(grey * 255).astype(np.uint8), (0, 0), 1.4)
+    def detect(luminance: np.ndarray) -> np.ndarray:
+        smooth = cv2.GaussianBlur(np.rint(luminance * 255).astype(np.uint8), (0, 0), 1.4)
         across = cv2.Sobel(smooth, cv2.CV_16S, 1, 0)
         down = cv2.Sobel(smooth, cv2.CV_16S, 0, 1)
-        strength = np.zeros(grey.shape, np.float32)
-        for level in range(1, LEVELS + 1):
-            high = (level / (LEVELS + 1)) ** 2 * largest
-            found = cv2.Canny(across, down, 0.4 * high, high, L2gradient=True) > 0
-            if not found.any():
+        strength = np.zeros(luminance.shape, np.float32)
+        for step in range(1, CANNY_THRESHOLDS + 1):
+            high = (step / (CANNY_THRESHOLDS + 1)) ** 2 * largest
+            edges = cv2.Canny(across, down, 0.4 * high, high, L2gradient=True) > 0
+            if not edges.any():
                 break
-            strength[found] = level / (LEVELS + 1)
+            strength[edges] = step / (CANNY_THRESHOLDS + 1)
         return strength
 
-    return run
+    return detect

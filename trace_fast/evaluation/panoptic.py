@@ -21,9 +21,9 @@ class Quality:
 
     Attributes:
         pq: panoptic quality: sum of the IoU of matches / (TP + FP / 2 + FN / 2), which is sq * rq of a class.
-        sq: segmentation quality: mean IoU of matches; 0 without one.
+        sq: segmentation quality: mean IoU of matches; 0 without a match.
         rq: recognition quality: TP / (TP + FP / 2 + FN / 2).
-        classes: how many occur in truth or results and are averaged.
+        classes: number of classes that occur in truth or results and are averaged.
     """
 
     pq: float
@@ -50,14 +50,14 @@ class PanopticScores:
 
 
 class PanopticQuality:
-    """Panoptic quality of images that come one by one; holds four sums of each class.
+    """Panoptic quality of images that are added one by one; it holds four sums of each class.
 
     Truth and result of one class match where their IoU exceeds 0.5; pixels that the truth leaves void are taken out of
     the union. A crowd matches nothing and is not missed, and a result is no false positive where more than half of it
-    is void or crowd of its class. (panopticapi looks at one crowd of a class and image, which is all that COCO has.)
+    is void or crowd of its class. (panopticapi regards one crowd of a class and image, and COCO has no more.)
 
     Args:
-        isthing: for each category id, whether it is a thing; what is no thing is stuff.
+        isthing: for each category id, whether it is a thing; other categories are stuff.
 
     Example:
         >>> quality = PanopticQuality({1: True, 2: False})
@@ -79,42 +79,43 @@ class PanopticQuality:
         result: np.ndarray,
         result_segments: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Count an image.
+        """Add an image.
 
         Args:
             truth: (H, W) integers, the segment id of each pixel, 0 for void.
-            truth_segments: {"id", "category_id"} of each, and "iscrowd" where it is 1, as in COCO's segments_info.
+            truth_segments: "id" and "category_id" of each segment, and "iscrowd" where it is 1, as in COCO's
+                segments_info.
             result: (H, W) integers likewise, of the same size.
-            result_segments: {"id", "category_id"} of each.
+            result_segments: "id" and "category_id" of each segment.
 
         Raises:
             TypeError: a map does not hold integers.
             ValueError: sizes differ; a map and its list of segments do not agree; a category is unknown.
         """
-        places, kinds, crowd = self._index("truth", truth, truth_segments)
-        result_places, result_kinds, _ = self._index("result", result, result_segments)
+        places, classes, crowd = self._index("truth", truth, truth_segments)
+        result_places, result_classes, _ = self._index("result", result, result_segments)
         if places.shape != result_places.shape:
             raise ValueError(
                 f"panoptic_quality: result must be of the truth's size {places.shape}, got {result_places.shape}"
             )
-        shape = len(kinds) + 1, len(result_kinds) + 1
+        shape = len(classes) + 1, len(result_classes) + 1
         overlap = np.bincount((places * shape[1] + result_places).ravel(), minlength=shape[0] * shape[1])
         overlap = overlap.reshape(shape)  # pixels of each pair; row 0 and column 0 are void
         shared, void = overlap[1:, 1:], overlap[0, 1:]
         area, result_area = overlap.sum(1)[1:, None], overlap.sum(0)[1:]
         union = area + result_area - shared - void
-        same = kinds[:, None] == result_kinds
+        same = classes[:, None] == result_classes
         match = same & ~crowd[:, None] & (2 * shared > union)
         ignored = void + (shared * (same & crowd[:, None])).sum(0)
-        invented = ~match.any(0) & (2 * ignored <= result_area)
+        unmatched = ~match.any(0) & (2 * ignored <= result_area)
         missed = ~match.any(1) & ~crowd
-        np.add.at(self._sums[:, 0], kinds, (match * shared / union).sum(1))
-        np.add.at(self._sums[:, 1], kinds, match.sum(1))
-        np.add.at(self._sums[:, 2], result_kinds, invented)
-        np.add.at(self._sums[:, 3], kinds, missed)
+        np.add.at(self._sums[:, 0], classes, (match * shared / union).sum(1))
+        np.add.at(self._sums[:, 1], classes, match.sum(1))
+        np.add.at(self._sums[:, 2], result_classes, unmatched)
+        np.add.at(self._sums[:, 3], classes, missed)
 
     def scores(self) -> PanopticScores:
-        """What the images so far amount to."""
+        """Return the panoptic quality of all images that were added."""
         classes = {category: _quality(self._sums[row]) for category, row in self._rows.items()}
         things = [quality for category, quality in classes.items() if self.isthing[category]]
         stuff = [quality for category, quality in classes.items() if not self.isthing[category]]
@@ -123,7 +124,7 @@ class PanopticQuality:
     def _index(
         self, name: str, ids: np.ndarray, segments: Iterable[Mapping[str, Any]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(H, W) place of each pixel's segment, 0 for void; (S,) class and (S,) iscrowd of the segments from 1 on."""
+        """Return the place (H, W) of each pixel's segment, 0 for void; class and iscrowd (S,) of places from 1 on."""
         op = "panoptic_quality"
         if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
             got = ids.dtype if isinstance(ids, np.ndarray) else type(ids).__name__
@@ -148,22 +149,22 @@ class PanopticQuality:
                 f"{op}: {name} and {name}_segments must hold the same segments, got {reprlib.repr(unlisted)} in the "
                 f"map alone and {reprlib.repr(unused)} in the list alone"
             )
-        kinds = np.array([self._rows[segment["category_id"]] for segment in ordered], dtype=np.intp)
-        return places, kinds, np.array([segment.get("iscrowd", 0) == 1 for segment in ordered], dtype=bool)
+        classes = np.array([self._rows[segment["category_id"]] for segment in ordered], dtype=np.intp)
+        return places, classes, np.array([segment.get("iscrowd", 0) == 1 for segment in ordered], dtype=bool)
 
 
 def panoptic_quality(truth: Panoptic, results: Panoptic) -> PanopticScores:
-    """Panoptic quality of results, image by image; what the results say of things and crowds is not asked.
+    """Return the panoptic quality of results; which classes are things, and crowds, is taken from the truth.
 
     Args:
-        truth: as `read_panoptic` has it; its categories count.
-        results: of the same images.
+        truth: panoptic segments as `read_panoptic` returns them; results may have its categories alone.
+        results: panoptic segments of the same images.
 
     Returns:
-        PQ, SQ and RQ: overall, of things, of stuff and of each class.
+        PQ, SQ and RQ: of all classes, of things, of stuff and of each class.
 
     Raises:
-        ValueError: images of one side lack the other, sizes differ, or a category of the results is unknown.
+        ValueError: an image of one side is missing on the other, sizes differ, or a category of the results is unknown.
 
     Example:
         >>> truth = read_panoptic("panoptic_val2017.json", "panoptic_val2017")
@@ -188,18 +189,18 @@ def panoptic_quality(truth: Panoptic, results: Panoptic) -> PanopticScores:
 
 
 def _quality(sums: np.ndarray) -> Quality:
-    """Quality of a class from its four sums."""
-    overlap, hits, invented, missed = sums.tolist()
-    total = hits + invented / 2 + missed / 2
+    """Return the quality of a class from its four sums."""
+    overlap, hits, unmatched, missed = sums.tolist()
+    total = hits + unmatched / 2 + missed / 2
     if total == 0:
         return Quality(math.nan, math.nan, math.nan, 0)
     return Quality(overlap / total, overlap / hits if hits else 0.0, hits / total, 1)
 
 
 def _mean(classes: Sequence[Quality]) -> Quality:
-    """Mean over those classes that occur."""
-    found = [(quality.pq, quality.sq, quality.rq) for quality in classes if quality.classes]
-    if not found:
+    """Return the mean over the classes that occur."""
+    qualities = [(quality.pq, quality.sq, quality.rq) for quality in classes if quality.classes]
+    if not qualities:
         return Quality(math.nan, math.nan, math.nan, 0)
-    pq, sq, rq = np.mean(found, axis=0).tolist()
-    return Quality(pq, sq, rq, len(found))
+    pq, sq, rq = np.mean(qualities, axis=0).tolist()
+    return Quality(pq, sq, rq, len(qualities))

@@ -1,12 +1,14 @@
-"""Scores as files that people look at: JSON, CSV, a Markdown table, curves, and sheets of the best and worst images."""
+"""Scores for people: tables in Markdown, JSON, CSV and pandas, curves, and sheets of the best and the worst images."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,72 +27,151 @@ from trace_fast.io.files import write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "contact_sheet",
-    "edge_table",
-    "mask_table",
-    "plot_curves",
-    "write_masks",
-    "write_panoptic",
-    "write_report",
-]
+__all__ = ["Report", "contact_sheet", "edge_table", "mask_table", "panoptic_table", "plot_curves"]
 
 SHOWN = 3  # best and worst images on a sheet, each
-# right, wrong and missed, which readers with any colour vision tell apart
+# right, wrong and missed, which readers with any color vision can distinguish
 GREEN, RED, BLUE = (0.0, 0.62, 0.45), (0.84, 0.37, 0.0), (0.0, 0.45, 0.85)
+EDGE_FIGURES = ("images", "ods", "ois", "ap", "cldice", "threshold")
+MASK_FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
 
 
-def write_report(
-    folder: Path,
-    scores: Mapping[str, EdgeScores],
-    photos: Sequence[Photo],
-    methods: Sequence[Method],
-    *,
-    command: str,
-    notes: Sequence[str] = (),
-    distance: float = DISTANCE,
-) -> None:
-    """Write scores of methods on the same photos.
+@dataclass(frozen=True, repr=False)
+class Report:
+    """The scores of an evaluation; `print` shows them as tables in Markdown.
 
-    Files are report.json, report.csv, report.md, images.csv (F of each at the threshold of ODS), curves.png, and
-    sheet_METHOD.png for each.
-
-    Args:
-        folder: where to; files of an earlier report are replaced.
-        scores: by the name of the method.
-        photos: in the order of the scores.
-        methods: by whom; the sheets are drawn from maps made again.
-        command: that made the report.
-        notes: what was left out.
-        distance: of matching, as a share of the diagonal.
+    Attributes:
+        edges: scores of edge maps by name of the method; empty where none was scored.
+        masks: scores of masks by name of the results; empty where none were scored.
+        panoptic: scores of panoptic segments by name of the results; empty where none were scored.
+        parameters: number of network parameters by the names of `masks`, where masks were refined by edges; else None.
+        notes: what was left out, a line each.
+        distance: largest distance of a match of edges, as a share of the image's diagonal.
+        photos: images that were scored, in the order of the scores of each image.
+        methods: sources of the edge maps.
     """
-    ordered = dict(sorted(scores.items(), key=lambda item: item[1].ods))
-    data: dict[str, Any] = {
-        "command": command,
-        "distance": distance,
-        "notes": list(notes),
-        "methods": {name: each.summary() for name, each in ordered.items()},
-        "curves": {
-            name: {"precision": each.precision.tolist(), "recall": each.recall.tolist()}
-            for name, each in ordered.items()
-        },
-    }
-    _write(folder / "report.json", json.dumps(data, indent=1) + "\n")
-    figures = ("images", "ods", "ois", "ap", "cldice", "threshold")
-    _write(folder / "report.csv", _csv([("method", *figures), *_rows(ordered, figures)]))
-    names = [photo.name for photo in photos]
-    columns = [names, *(each.best for each in ordered.values())]
-    _write(folder / "images.csv", _csv([("image", *ordered), *zip(*columns, strict=True)]))
-    images = next(iter(ordered.values())).images
-    _write(folder / "report.md", f"{edge_table(data['methods'])}\n\n{images} images; `{command}`.\n")
-    plot_curves(ordered, folder / "curves.png")
-    for method in methods:
-        sheet = contact_sheet(method, scores[method.name], photos, distance=distance)
-        visualize.write_picture(folder / f"sheet_{method.slug}.png", sheet)
+
+    edges: Mapping[str, EdgeScores] = field(default_factory=dict)
+    masks: Mapping[str, MaskScores] = field(default_factory=dict)
+    panoptic: Mapping[str, PanopticScores] = field(default_factory=dict)
+    parameters: Mapping[str, int | None] | None = None
+    notes: Sequence[str] = ()
+    distance: float = DISTANCE
+    photos: Sequence[Photo] = ()
+    methods: Sequence[Method] = ()
+
+    def __str__(self) -> str:
+        return "\n\n".join(self._sections("").values())
+
+    def __repr__(self) -> str:
+        return f"Report(edges={list(self.edges)}, masks={list(self.masks)}, panoptic={list(self.panoptic)})"
+
+    def to_pandas(self) -> Any:
+        """Return the scores as a table of pandas.
+
+        Returns:
+            DataFrame with a row for each method or results, indexed by task ("edges", "masks" or "panoptic") and name,
+            and a column for each figure; those of other tasks are nan. Intervals are the columns FIGURE_low and
+            FIGURE_high.
+
+        Raises:
+            RuntimeError: pandas is not installed.
+
+        Example:
+            >>> evaluate("coco", ["sobel", "mini"]).to_pandas().loc["edges"]["ods"].max()
+            0.577
+        """
+        try:
+            pandas: Any = importlib.import_module("pandas")
+        except ImportError as error:
+            raise RuntimeError("to_pandas: needs pandas: pip install pandas") from error
+        rows = [
+            *({"task": "edges", "name": name, **_edge_row(scores)} for name, scores in self.edges.items()),
+            *({"task": "masks", "name": name, **_mask_row(scores)} for name, scores in self.masks.items()),
+            *({"task": "panoptic", "name": name, **_panoptic_row(scores)} for name, scores in self.panoptic.items()),
+        ]
+        return pandas.DataFrame(rows, columns=None if rows else ["task", "name"]).set_index(["task", "name"])
+
+    def save(self, folder: str | Path, *, command: str = "") -> None:
+        """Write the report as files; those of an earlier report are replaced.
+
+        Of edges report.json, report.csv, report.md, images.csv (F of each image at the threshold of ODS), curves.png
+        and sheet_METHOD.png for each method, drawn from maps that are made again; of masks masks.json, masks.csv and
+        masks.md; of panoptic segments panoptic.json and panoptic.md.
+
+        Args:
+            folder: it is created where it is missing.
+            command: the command that made the report, for the files.
+
+        Raises:
+            RuntimeError: edges were scored, and matplotlib is not installed.
+            OSError: the folder cannot be written to.
+
+        Example:
+            >>> evaluate("coco", ["sobel", "mini@iep"]).save("report")
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self._sections(command).items():
+            _write(folder / f"{name}.md", f"{text}\n")
+        if self.edges:
+            self._save_edges(folder, command)
+        if self.masks:
+            results: dict[str, Any] = {name: vars(scores) for name, scores in self.masks.items()}
+            more = {} if self.parameters is None else {"parameters": dict(self.parameters)}
+            _write_json(folder / "masks.json", {"command": command, "results": results, **more})
+            _write_csv(folder / "masks.csv", [("results", *MASK_FIGURES), *_rows(self.masks, MASK_FIGURES)])
+        if self.panoptic:
+            results = {name: dataclasses.asdict(scores) for name, scores in self.panoptic.items()}
+            _write_json(folder / "panoptic.json", {"command": command, "results": results})
+
+    def _sections(self, command: str) -> dict[str, str]:
+        """Return the tables of the report, each with a footnote, by the names of their files."""
+        sections = {}
+        if self.edges:
+            table = edge_table({name: scores.to_dict() for name, scores in self._by_ods().items()})
+            images = next(iter(self.edges.values())).images
+            sections["report"] = _add_footnote(table, f"{images} images", command)
+        if self.panoptic:
+            sections["panoptic"] = _add_footnote(panoptic_table(self.panoptic), "", command)
+        if self.masks:
+            table = mask_table({name: vars(scores) for name, scores in self.masks.items()}, self.parameters)
+            sections["masks"] = _add_footnote(table, "Class-agnostic", command)
+        return sections
+
+    def _by_ods(self) -> dict[str, EdgeScores]:
+        """Return the scores of edges, the best last."""
+        return dict(sorted(self.edges.items(), key=lambda item: item[1].ods))
+
+    def _save_edges(self, folder: Path, command: str) -> None:
+        """Write the files of edges, but the table."""
+        methods = self._by_ods()
+        data = {
+            "command": command,
+            "distance": self.distance,
+            "notes": list(self.notes),
+            "methods": {name: scores.to_dict() for name, scores in methods.items()},
+            "curves": {
+                name: {"precision": scores.precision.tolist(), "recall": scores.recall.tolist()}
+                for name, scores in methods.items()
+            },
+        }
+        _write_json(folder / "report.json", data)
+        _write_csv(folder / "report.csv", [("method", *EDGE_FIGURES), *_rows(methods, EDGE_FIGURES)])
+        columns = [[photo.name for photo in self.photos], *(scores.f_per_image for scores in methods.values())]
+        _write_csv(folder / "images.csv", [("image", *methods), *zip(*columns, strict=True)])
+        plot_curves(methods, folder / "curves.png")
+        for method in self.methods:
+            sheet = contact_sheet(method, self.edges[method.name], self.photos, distance=self.distance)
+            visualize.write_picture(folder / f"sheet_{method.slug}.png", sheet)
 
 
 def edge_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """Scores of methods, `EdgeScores.summary` or what a report.json holds of it, as a Markdown table."""
+    """Return the scores of edges as a table in Markdown.
+
+    Args:
+        methods: by name, `EdgeScores.to_dict()` or the same from a report.json.
+    """
     split = all(row["by"] for row in methods.values())
     head = ["method", "ODS", "95 %", "OIS", "AP", "clDice"]
     head += ["recall: touching", "background", *SIZES] * split
@@ -104,11 +185,16 @@ def edge_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
             shares += [row["by"]["size"][size] for size in SIZES]
             line += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
         lines.append(line)
-    return _markdown(lines)
+    return _format_markdown(lines)
 
 
 def mask_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, int | None] | None = None) -> str:
-    """Scores of masks, `MaskScores` as dicts or what a masks.json holds of them, as a Markdown table."""
+    """Return the scores of masks as a table in Markdown.
+
+    Args:
+        results: by name, `MaskScores` as dicts or the same from a masks.json.
+        parameters: number of network parameters by the same names, for a column of them; None for no such column.
+    """
     head = ["masks", *["parameters"] * (parameters is not None)]
     head += ["AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
     lines = [head]
@@ -120,50 +206,24 @@ def mask_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
         cells = [f"{row['ap']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{row[figure]:.3f}" for figure in figures)]
         # the truth may have no instance of a size
         lines.append([*line, *("" if cell.startswith("nan") else cell for cell in cells)])
-    return _markdown(lines)
+    return _format_markdown(lines)
 
 
-def write_masks(
-    folder: Path, scores: Mapping[str, MaskScores], command: str, parameters: Mapping[str, int | None] | None = None
-) -> None:
-    """Write scores of masks: masks.json, masks.csv and masks.md.
-
-    Args:
-        folder: where to.
-        scores: by the name of the results.
-        command: that made them.
-        parameters: of the networks whose edges refined the results, by the same names; None for a table without them.
-    """
-    figures = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
-    data: dict[str, Any] = {"command": command, "results": {name: vars(each) for name, each in scores.items()}}
-    if parameters is not None:
-        data["parameters"] = dict(parameters)
-    _write(folder / "masks.json", json.dumps(data, indent=1) + "\n")
-    _write(folder / "masks.csv", _csv([("results", *figures), *_rows(scores, figures)]))
-    table = mask_table(data["results"], parameters)
-    _write(folder / "masks.md", f"{table}\n\nClass-agnostic; `{command}`.\n")
-
-
-def write_panoptic(folder: Path, scores: Mapping[str, PanopticScores], command: str) -> None:
-    """Write panoptic quality: panoptic.json and panoptic.md.
-
-    Args:
-        folder: where to.
-        scores: by the name of the results.
-        command: that made them.
-    """
-    data = {"command": command, "results": {name: dataclasses.asdict(each) for name, each in scores.items()}}
-    _write(folder / "panoptic.json", json.dumps(data, indent=1) + "\n")
-    head = ["segments", "PQ", "SQ", "RQ", "PQ, things", "PQ, stuff", "classes"]
-    lines = [head]
-    for name, each in scores.items():
-        values = (each.all.pq, each.all.sq, each.all.rq, each.things.pq, each.stuff.pq)
-        lines.append([name, *(f"{value:.3f}" for value in values), str(each.all.classes)])
-    _write(folder / "panoptic.md", f"{_markdown(lines)}\n\n`{command}`.\n")
+def panoptic_table(results: Mapping[str, PanopticScores]) -> str:
+    """Return the scores of panoptic segments, by name, as a table in Markdown."""
+    lines = [["segments", "PQ", "SQ", "RQ", "PQ, things", "PQ, stuff", "classes"]]
+    for name, scores in results.items():
+        values = (scores.all.pq, scores.all.sq, scores.all.rq, scores.things.pq, scores.stuff.pq)
+        lines.append([name, *(f"{value:.3f}" for value in values), str(scores.all.classes)])
+    return _format_markdown(lines)
 
 
 def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
-    """Precision over recall of each method, its ODS marked, on lines of equal F.
+    """Plot precision over recall of each method, its ODS marked, on lines of equal F.
+
+    Args:
+        scores: by name of the method.
+        path: PNG file to write.
 
     Raises:
         RuntimeError: matplotlib is not installed.
@@ -180,10 +240,10 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
         reached = recall > f / 2 + 1e-6
         axes.plot(recall[reached], f * recall[reached] / (2 * recall[reached] - f), color="0.88", linewidth=0.8)
         axes.annotate(f"F {f:.1f}", (1, f / (2 - f)), color="0.6", fontsize=7, ha="right", va="bottom")
-    for name, each in reversed(list(scores.items())):
-        (line,) = axes.plot(each.recall, each.precision, label=f"{name}  (ODS {each.ods:.3f})")
-        best = int(np.argmax(harmonic(each.precision, each.recall)))
-        axes.plot(each.recall[best], each.precision[best], marker="o", color=line.get_color())
+    for name, curve in reversed(list(scores.items())):
+        (line,) = axes.plot(curve.recall, curve.precision, label=f"{name}  (ODS {curve.ods:.3f})")
+        best = int(np.argmax(harmonic(curve.precision, curve.recall)))
+        axes.plot(curve.recall[best], curve.precision[best], marker="o", color=line.get_color())
     axes.legend(fontsize=8)
     with write_atomically(path, "evaluate") as file:
         figure.savefig(file, format="png", dpi=150)
@@ -192,22 +252,29 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
 def contact_sheet(
     method: Method, scores: EdgeScores, photos: Sequence[Photo], *, distance: float = DISTANCE, height: int = 240
 ) -> Image.Image:
-    """The best and the worst images of a method at the threshold of ODS: photo, map, and what was found.
+    """Draw the best and the worst images of a method at the threshold of ODS: photo, map, and its comparison.
 
-    Green pixels are found, orange ones wrong, blue ones missed; lines are drawn three pixels wide.
+    Green pixels are right, orange ones wrong, blue ones missed; lines are drawn three pixels wide.
+
+    Args:
+        method: source of the maps, which are made again.
+        scores: of the method.
+        photos: in the order of `scores.f_per_image`.
+        distance: of matching, as a share of the diagonal.
+        height: of each picture, in pixels.
     """
     from PIL import Image
 
-    order = np.argsort(-scores.best, kind="stable")
+    order = np.argsort(-scores.f_per_image, kind="stable")
     count = min(SHOWN, (len(order) + 1) // 2)
     chosen = [*order[:count], *order[count:][::-1][:count][::-1]]
     rows = []
     for index in chosen:
         photo = photos[index]
         edges = method.edges(photo)
-        found = _compare(method, edges, photo, scores.threshold, distance)
-        pictures = [edges, found] if photo.image is None else [photo.image, edges, found]
-        titles = [photo.name, method.name, f"F {scores.best[index]:.2f}: found, wrong, missed"]
+        comparison = _compare(method, edges, photo, scores.threshold, distance)
+        pictures = [edges, comparison] if photo.image is None else [photo.image, edges, comparison]
+        titles = [photo.name, method.name, f"F {scores.f_per_image[index]:.2f}: right, wrong, missed"]
         rows.append(visualize.panel(pictures, titles[-len(pictures) :], height))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + 12 for row in rows)), "white")
     top = 0
@@ -218,39 +285,76 @@ def contact_sheet(
 
 
 def _compare(method: Method, edges: np.ndarray, photo: Photo, threshold: float, distance: float) -> np.ndarray:
-    """Found, wrong and missed pixels of a map in colours on white, (H, W, 3) float32."""
+    """Return right, wrong and missed pixels of a map in colors on white, (H, W, 3) float32."""
     contours = photo.contours()
     ridges = torch.from_numpy(np.ascontiguousarray(edges))[None]
     if method.suppress:
         ridges = ops.suppress_nonmaxima(ridges)
     detected = ops.thin(ridges >= threshold)
-    drawn = torch.from_numpy(contours.drawn)
-    pairs = [ops.match_contours(detected, each[None], distance * float(np.hypot(*edges.shape))) for each in drawn]
-    right = torch.stack([of_detected[0] for of_detected, _ in pairs]).any(0)
-    missed = torch.stack([each & ~of_truth[0] for each, (_, of_truth) in zip(drawn, pairs, strict=True)]).any(0)
+    annotators = torch.from_numpy(contours.lines)
+    radius = distance * float(np.hypot(*edges.shape))
+    pairs = [ops.match_contours(detected, lines[None], radius) for lines in annotators]
+    right = torch.stack([matched[0] for matched, _ in pairs]).any(0)
+    missed = torch.stack([lines & ~matched[0] for lines, (_, matched) in zip(annotators, pairs, strict=True)]).any(0)
     wrong = detected[0] & ~right & ~torch.from_numpy(contours.ignored)
     picture = np.ones((*edges.shape, 3), np.float32)
-    for pixels, colour in ((missed, BLUE), (wrong, RED), (right, GREEN)):
+    for pixels, color in ((missed, BLUE), (wrong, RED), (right, GREEN)):
         wide = torch.nn.functional.max_pool2d(pixels[None].float(), 3, 1, 1)[0] > 0
-        picture[wide.numpy()] = colour
+        picture[wide.numpy()] = color
     return picture
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line is its head."""
+def _edge_row(scores: EdgeScores) -> dict[str, Any]:
+    """Return the figures of edges for a row of a table."""
+    return {name: getattr(scores, name) for name in EDGE_FIGURES} | _interval_columns(scores.intervals)
+
+
+def _mask_row(scores: MaskScores) -> dict[str, Any]:
+    """Return the figures of masks for a row of a table."""
+    figures = {name: value for name, value in vars(scores).items() if name != "intervals"}
+    return figures | _interval_columns(scores.intervals or {})
+
+
+def _panoptic_row(scores: PanopticScores) -> dict[str, Any]:
+    """Return the figures of panoptic segments for a row of a table."""
+    return vars(scores.all) | {"pq_things": scores.things.pq, "pq_stuff": scores.stuff.pq}
+
+
+def _interval_columns(intervals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return intervals as two columns each."""
+    return {
+        f"{name}_{end}": value
+        for name, interval in intervals.items()
+        for end, value in zip(("low", "high"), interval, strict=True)
+    }
+
+
+def _add_footnote(table: str, text: str, command: str) -> str:
+    """Return a table with a line about it below, where there is something to say."""
+    footnote = "; ".join(part for part in (text, f"`{command}`" if command else "") if part)
+    return f"{table}\n\n{footnote}." if footnote else table
+
+
+def _format_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first line is its head."""
     head, *body = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 def _rows(scores: Mapping[str, Any], figures: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [(name, *(getattr(each, figure) for figure in figures)) for name, each in scores.items()]
+    """Return a name and its figures for each row of a table."""
+    return [(name, *(getattr(row, figure) for figure in figures)) for name, row in scores.items()]
 
 
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
+def _write_json(path: Path, data: Any) -> None:
+    _write(path, json.dumps(data, indent=1) + "\n")
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    _write(path, text.getvalue())
 
 
 def _write(path: Path, text: str) -> None:

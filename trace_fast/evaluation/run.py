@@ -1,6 +1,6 @@
-"""A data set, some methods, and the counts of every image, each kept in a file as soon as it is there.
+"""The counts of every image of a data set, each kept in a file as soon as it is computed.
 
-Interrupt a run at will: the same command goes on, and finished images are not computed again.
+Interrupt a run at any time: the same call continues it, and finished images are not computed again.
 """
 
 from __future__ import annotations
@@ -19,25 +19,22 @@ import numpy as np
 from tqdm import tqdm
 
 from trace_fast import __version__
-from trace_fast.evaluation import panoptic
 from trace_fast.evaluation.data import Photo
-from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count
+from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count_edges
 from trace_fast.evaluation.methods import Method
 from trace_fast.io.files import write_atomically
 from trace_fast.masks import coco
 
 __all__ = [
-    "check",
+    "FAILURES",
+    "check_photos",
     "count_all",
-    "is_panoptic",
-    "over_photos",
-    "place_of",
+    "make_results_folder",
+    "make_stamp",
+    "map_photos",
+    "read_cached",
     "read_counts",
-    "read_kept",
-    "read_masks",
     "read_truth",
-    "score_panoptic",
-    "stamp_of",
 ]
 
 WORKERS = 2  # images at a time: one is read while another is matched on all cores
@@ -45,46 +42,49 @@ Result = TypeVar("Result")
 FAILURES = (OSError, ValueError, SyntaxError)  # of damaged files; Pillow raises SyntaxError for some
 
 
-def check(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Photo], list[str], list[str]]:
-    """Read every file once, so that what is wrong is known before hours of work.
+def check_photos(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Photo], list[str], list[str]]:
+    """Read every file once, so that faults are known before hours of work.
 
     Args:
-        photos: a data set.
-        methods: what is to be scored on it.
+        photos: of one data set.
+        methods: to be scored on it.
 
     Returns:
         Photos that can be scored; problems, a line each: files that are missing, damaged or of the wrong size; notes,
         a line each: photos without any contour, which are left out.
     """
 
-    def look(photo: Photo) -> tuple[list[str], bool]:
+    def check(photo: Photo) -> tuple[list[str], bool]:
         try:
             contours = photo.contours()
         except FAILURES as error:
             return [f"{photo.name}: ground truth {photo.truth} cannot be read: {error}"], True
-        sources = {source: method for method in methods if (source := method.source(photo)) is not None}
-        problems = [
-            f"{photo.name}: {method.name} needs its image" for method in methods if method.source(photo) is None
-        ]
-        for source, method in sorted(sources.items()):
-            try:
-                # a map is read as it will be, an image is not traced yet
-                size = _size(source) if source == photo.image else method.edges(photo).shape
-            except FAILURES as error:
-                problems.append(f"{photo.name}: {source} cannot be read: {error}")
-                continue
-            if size != contours.ignored.shape:
-                problems.append(f"{photo.name}: {source} has size {size}, the ground truth {contours.ignored.shape}")
-        return problems, bool(contours.drawn.any())
+        return _check_sources(photo, methods, contours.ignored.shape), bool(contours.lines.any())
 
     good, problems, notes = [], [], []
-    for photo, (found, drawn) in zip(photos, over_photos(look, photos, "checking files"), strict=True):
-        problems += found
-        if not drawn:
+    for photo, (faults, has_contours) in zip(photos, map_photos(check, photos, "checking files"), strict=True):
+        problems += faults
+        if not has_contours:
             notes.append(f"{photo.name}: no contour in its ground truth")
-        elif not found:
+        elif not faults:
             good.append(photo)
     return good, problems, notes
+
+
+def _check_sources(photo: Photo, methods: Sequence[Method], shape: tuple[int, ...]) -> list[str]:
+    """Return the faults of the image, and of the maps, of a photo whose ground truth has a shape."""
+    sources = {source: method for method in methods if (source := method.source(photo)) is not None}
+    problems = [f"{photo.name}: {method.name} needs its image" for method in methods if method.source(photo) is None]
+    for source, method in sorted(sources.items()):
+        try:
+            # a map is read as it will be, an image is not traced yet
+            size = _read_size(source) if source == photo.image else method.edges(photo).shape
+        except FAILURES as error:
+            problems.append(f"{photo.name}: {source} cannot be read: {error}")
+            continue
+        if size != shape:
+            problems.append(f"{photo.name}: {source} has size {size}, the ground truth {shape}")
+    return problems
 
 
 def count_all(
@@ -95,47 +95,55 @@ def count_all(
     distance: float = DISTANCE,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[Counts]:
-    """Counts of every photo, from files where an earlier run has left them.
+    """Return the counts of every photo, from files where an earlier run has left them.
 
     Args:
         photos: of one data set, checked.
-        method: what makes the maps.
-        folder: where the counts go, one file a photo, in a folder below it for each method and setting.
-        distance: see `edges.count`.
-        thresholds: see `edges.count`.
+        method: source of the edge maps.
+        folder: where the counts are kept, one file a photo, in a folder below it for each method and setting.
+        distance: see `count_edges`.
+        thresholds: see `count_edges`.
 
     Returns:
         Counts in the order of the photos.
     """
-    place = place_of(folder, method, method.suppress, distance, list(thresholds))
-    one_at_a_time = nullcontext() if method.threads else threading.Lock()
+    results = make_results_folder(folder, method, method.suppress, distance, list(thresholds))
+    lock = nullcontext() if method.threads else threading.Lock()
 
-    def run(photo: Photo) -> Counts:
-        file = place / f"{photo.name}.npz"
-        stamp = stamp_of(photo.truth, method.source(photo), *photo.more)
-        if (kept := read_counts(file, stamp)) is not None:
-            return kept
-        with one_at_a_time:
+    def count(photo: Photo) -> Counts:
+        file = results / f"{photo.name}.npz"
+        stamp = make_stamp(photo.truth, method.source(photo), *photo.dependencies)
+        if (cached := read_counts(file, stamp)) is not None:
+            return cached
+        with lock:
             edges = method.edges(photo)
-        found = count(edges, photo.contours(), distance=distance, thresholds=thresholds, suppress=method.suppress)
+        counts = count_edges(
+            edges, photo.contours(), distance=distance, thresholds=thresholds, suppress=method.suppress
+        )
         with write_atomically(file, "evaluate") as out:
-            np.savez_compressed(out, stamp=stamp, **vars(found))
-        return found
+            np.savez_compressed(out, stamp=stamp, **vars(counts))
+        return counts
 
-    return list(over_photos(run, photos, method.name))
+    return list(map_photos(count, photos, method.name))
 
 
 def read_truth(photos: Sequence[Photo]) -> coco.Instances:
-    """The instances of every photo.
+    """Read the instances of every photo.
+
+    Args:
+        photos: of one data set.
+
+    Returns:
+        The instances by image id, in the order of the photos.
 
     Raises:
-        ValueError: a photo has no instances, or no id of its own.
+        ValueError: a photo has no instances, or two photos have one id.
     """
 
     def read(photo: Photo) -> list[coco.ImageInstances]:
         return [] if photo.instances is None else [photo.instances()]
 
-    truth = {image.id: image for images in over_photos(read, photos, "reading masks") for image in images}
+    truth = {image.id: image for images in map_photos(read, photos, "reading masks") for image in images}
     if len(truth) < len(photos):
         raise ValueError(
             "evaluate: masks need instances of every photo, each with a number for a name or listed in a JSON file, "
@@ -144,39 +152,11 @@ def read_truth(photos: Sequence[Photo]) -> coco.Instances:
     return coco.Instances(truth, {})
 
 
-def read_masks(path: Path, truth: coco.Instances) -> coco.Instances:
-    """Masks of a COCO results file; images that the truth lacks are left out.
+def map_photos(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:
+    """Yield results in order, with progress on a terminal; several are computed at a time.
 
-    Raises:
-        ValueError: the file has problems, or no image of the truth.
+    An error or Ctrl-C ends the work at once.
     """
-    shown = {number: image for number, image in coco.read_results(path).images.items() if number in truth.images}
-    if not shown:
-        raise ValueError(f"evaluate: masks must be of these photos, got none of their ids in '{path}'")
-    return coco.Instances(shown, {})
-
-
-def is_panoptic(path: Path) -> bool:
-    """Whether a results file holds panoptic segments."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"evaluate: results must be a JSON file, got '{path}': {error}") from error
-    return isinstance(data, dict) and any("segments_info" in each for each in data.get("annotations", []))
-
-
-def score_panoptic(path: Path, truth: Path) -> panoptic.PanopticScores:
-    """PQ, SQ and RQ of panoptic results against a truth, JSON files with a folder of PNG files of the same name.
-
-    Raises:
-        ValueError: a file has problems, or their images differ.
-    """
-    read = [coco.read_panoptic(file, file.with_suffix("")) for file in (truth, path)]
-    return panoptic.panoptic_quality(*read)
-
-
-def over_photos(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:
-    """Results in order, some computed at a time, with progress on a terminal; an error or Ctrl-C ends it at once."""
     pool = ThreadPoolExecutor(WORKERS)
     try:
         yield from tqdm(pool.map(work, photos), total=len(photos), desc=title, unit="image", disable=None)
@@ -184,38 +164,53 @@ def over_photos(work: Callable[[Photo], Result], photos: Sequence[Photo], title:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_kept(file: Path, read: Callable[[Path], Result | None]) -> Result | None:
-    """What `read` finds in a file of an earlier run; None where there is none, or a damaged one, which is told."""
+def read_cached(file: Path, read: Callable[[Path], Result | None]) -> Result | None:
+    """Return what `read` returns of a file of an earlier run; None where it is missing, or damaged, which is reported.
+
+    Args:
+        file: of an earlier run.
+        read: reader of such files; it may return None.
+    """
     try:
         return read(file)
     except FileNotFoundError:
         pass
     except Exception as error:  # damaged bytes fail in many ways
-        tqdm.write(f"trace-fast: {file} is damaged and made again: {error!r}", file=sys.stderr)
+        tqdm.write(f"trace-fast: {file} is damaged and computed again: {error!r}", file=sys.stderr)
     return None
 
 
 def read_counts(file: Path, stamp: str) -> Counts | None:
-    """Counts of a file of an earlier run; None unless it is there, whole, and of files that have not changed since."""
+    """Read the counts of an earlier run; None unless the file is whole, and its sources have not changed since."""
 
     def read(file: Path) -> Counts | None:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as kept:
-            same = str(kept["stamp"]) == stamp
-            return Counts(kept["matches"], kept["by_group"], kept["drawn"]) if same else None
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            same = str(arrays["stamp"]) == stamp
+            return Counts(*(arrays[name] for name in Counts.__dataclass_fields__)) if same else None
 
-    return read_kept(file, read)
+    return read_cached(file, read)
 
 
-def place_of(folder: Path, method: Method, *settings: Any) -> Path:
-    """Where results of a method under some settings are kept, made if it is missing."""
+def make_results_folder(folder: Path, method: Method, *settings: Any) -> Path:
+    """Make the folder of the results of a method under some settings, and return it.
+
+    Args:
+        folder: its parent.
+        method: whose results are kept there.
+        settings: values for JSON that the results depend on.
+    """
     text = json.dumps([__version__, method.identity, *settings])
-    place = folder / f"{method.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    results = folder / f"{method.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    results.mkdir(parents=True, exist_ok=True)
+    return results
 
 
-def stamp_of(*sources: Path | str | None) -> str:
-    """What a result was made from, files with their place, size and time: it is good for these alone."""
+def make_stamp(*sources: Path | str | None) -> str:
+    """Return a text that identifies what a result was computed from: it is valid for these sources alone.
+
+    Args:
+        sources: files, identified by their place, size and time, and texts.
+    """
     marks = []
     for source in sources:
         if isinstance(source, Path):
@@ -225,8 +220,8 @@ def stamp_of(*sources: Path | str | None) -> str:
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture as it is looked at, all of it decoded."""
+def _read_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of a picture in its upright orientation; all of it is decoded."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as picture:
