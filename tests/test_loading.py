@@ -85,7 +85,7 @@ def write_files(folder, files):
 
 
 def assert_same_edges(output, expected):
-    """A last bit of every weight changes edges by 2e-6 and KL by 4e-8 in these models."""
+    """Compare two outputs: in these models, a last bit of every weight changes edges by 2e-6 and KL by 4e-8."""
     assert_close(output.edges, expected.edges, rtol=0, atol=1e-5)
     assert_close(output.kl, expected.kl, rtol=0, atol=2e-7)
 
@@ -372,7 +372,7 @@ class TestSources:
         assert_same_edges(Tracer.from_pretrained("someone/mini", device="cpu")(images), expected)
 
     def test_a_student_is_not_a_base_model(self, tmp_path):
-        with pytest.raises(ValueError, match=r"load: model must be a base model, got the student '.*student'"):
+        with pytest.raises(ValueError, match=r"load: model must be a base model for the search, got the student '.*'"):
             Tracer.from_pretrained(MINI / "student", device="cpu")
         with pytest.raises(ValueError, match=r"that has a student, got '.*base' without decoder\.safetensors"):
             Detector.from_pretrained(embedded(tmp_path / "base"), device="cpu")

@@ -65,11 +65,9 @@ def load_backbone(
         >>> load_backbone("mini", device=torch.device("cpu"), size=(64, 96)).grids((64, 96))[0]
         (16, 24)
     """
-    if dtype not in (None, *DTYPES):
-        raise TypeError(f"load: dtype must be {' or '.join(map(str, DTYPES))}, got {dtype!r}")
-    if offload not in (None, *OFFLOADS):
-        raise ValueError(f"load: offload must be one of {', '.join(OFFLOADS)}, or None, got {offload!r}")
+    check_options(dtype, offload)
     source = find_source(model, revision=revision, local_files_only=local_files_only)
+    check_base(source)
     precision = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if source.kind is Kind.NETWORK:
         backbone = load_network(source, size)
@@ -77,21 +75,35 @@ def load_backbone(
     elif source.kind is Kind.ENCODER:
         network, pixels = load_encoder(source, device=device, dtype=precision, offload=offload, variant=variant)
         backbone = wrap_encoder(network, size=size, **pixels)
-    elif source.kind is Kind.PIPELINE:
+    else:
         pipe, empty_prompt = load_pipeline(
             source, device=device, dtype=precision, offload=offload, variant=variant, empty_prompt=empty_prompt
         )
         backbone = wrap_pipeline(pipe, empty_prompt, size)
-    elif source.kind is Kind.STUDENT:
-        raise ValueError(f"load: model must be a base model, got the student {source.name!r}; load it as a Detector")
-    else:
+    if prepare is not None:
+        prepare(backbone)
+    return to_device(backbone, device, offload)
+
+
+def check_options(dtype: torch.dtype | None, offload: str | None) -> None:
+    """Refuse a dtype that weights do not have, and an unknown way to offload."""
+    if dtype not in (None, *DTYPES):
+        raise TypeError(f"load: dtype must be {' or '.join(map(str, DTYPES))}, got {dtype!r}")
+    if offload not in (None, *OFFLOADS):
+        raise ValueError(f"load: offload must be one of {', '.join(OFFLOADS)}, or None, got {offload!r}")
+
+
+def check_base(source: Source) -> None:
+    """Refuse what holds no network: an unknown name, and a student without its base model."""
+    if source.kind is Kind.STUDENT:
+        raise ValueError(
+            f"load: model must be a base model for the search, got the student {source.name!r}; load it with stage=2"
+        )
+    if source.kind is Kind.UNKNOWN:
         raise ValueError(
             f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "
             f"config.json and model.safetensors or in the layout of diffusers, got {source.name!r}"
         )
-    if prepare is not None:
-        prepare(backbone)
-    return to_device(backbone, device, offload)
 
 
 def load_network(source: Source, size: tuple[int, int] | None) -> Backbone:

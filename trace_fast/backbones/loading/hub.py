@@ -133,8 +133,8 @@ def explain_hub_error(name: str, location: str, error: OSError) -> Exception:
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
 
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in chain)
+    def caused_by(*types: type[BaseException]) -> bool:
+        return any(isinstance(cause, types) for cause in chain)
 
     if caused_by(GatedRepoError):
         return RuntimeError(
