@@ -2,15 +2,18 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import trace_fast
 from trace_fast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +62,19 @@ def wheel(sdist, tmp_path_factory) -> list[str]:
         return names.namelist()
 
 
+def test_every_file_states_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert stated == project["version"] == trace_fast.__version__
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "-s", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert [line.split()[0] for line in listed.splitlines()] == phony.split()
+
+
 def test_sdist_holds_the_files_of_a_build(sdist):
     needed = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "kernels/jit/__init__.py"]
     needed += [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
@@ -81,28 +97,39 @@ def test_wheel_installs_one_package(wheel):
         assert f"trace_fast/weights/mini/{name}" in wheel
 
 
-def test_import_is_lean():
-    # torch's imports cannot be avoided
-    new = python("-c", "import sys, torch; old = set(sys.modules); import trace_fast; print(*set(sys.modules) - old)")
-    assert sorted({name.split(".")[0] for name in new.split()} & set(HEAVY)) == []
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory) -> list[set[str]]:
+    """Import the package, then find edges of a student and of its base; return the packages imported by then, twice.
 
-
-def test_a_student_of_the_embedded_network_runs_on_torch_alone(tmp_path):
+    The imports of torch itself cannot be avoided, and are left out.
+    """
     from tiny import embedded, student
 
-    embedded(tmp_path)
-    student(tmp_path / "student", tmp_path, (32, 48), "pixels", channels=4)
+    folder = tmp_path_factory.mktemp("lean")
+    embedded(folder)
+    student(folder / "student", folder, (32, 48), "pixels", channels=4)
     code = f"""
 import sys, torch
 old = set(sys.modules)
 import trace_fast
+print(*set(sys.modules) - old)
 image = torch.rand(3, 20, 30)
 for stage in (1, 2):
-    assert trace_fast.edges(image, model={str(tmp_path)!r}, stage=stage, device="cpu").shape == (1, 1, 20, 30)
+    assert trace_fast.edges(image, model={str(folder)!r}, stage=stage, device="cpu").shape == (1, 1, 20, 30)
 print(*set(sys.modules) - old)
 """
-    new = {name.split(".")[0] for name in python("-c", code).split()}
-    assert sorted(new & set(HEAVY) - {"triton"}) == []  # torch itself imports it with the first registered op
+    lines = python("-c", code).splitlines()
+    assert len(lines) == 2
+    return [{name.split(".")[0] for name in line.split()} for line in lines]
+
+
+def test_import_is_lean(modules):
+    assert "trace_fast" in modules[0]
+    assert sorted(modules[0] & set(HEAVY)) == []
+
+
+def test_a_student_of_the_embedded_network_runs_on_torch_alone(modules):
+    assert sorted(modules[1] & set(HEAVY) - {"triton"}) == []  # torch itself imports it with the first registered op
 
 
 def test_cuda_without_nvcc_stops_with_one_line(tmp_path):

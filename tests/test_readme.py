@@ -1,6 +1,5 @@
-"""The README is true: its Python blocks run, and what it links to exists."""
+"""The README is true: its Python blocks and commands run; links and make targets of every page exist."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 SHELL = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
 COMMANDS = re.findall(r"^trace-fast .*$", "".join(SHELL), re.MULTILINE)
@@ -44,9 +44,14 @@ def test_command_runs(command, tmp_path):
     assert written == {"coffee.png", "coffee_overlay.png", *["coffee_curve.png"] * ("--curve" in words)}
 
 
-def test_make_targets_exist():
+def test_every_page_is_checked():
+    assert README in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z-]+)", README.read_text())) <= targets
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets
 
 
 def test_there_is_something_to_run():
@@ -54,8 +59,9 @@ def test_there_is_something_to_run():
     assert len(COMMANDS) >= 1
 
 
-def test_links_to_files_resolve():
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text()) + re.findall(r'src="([^"]+)"', README.read_text())
-    assert links
-    for link in links:
-        assert os.path.exists(ROOT / link), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_resolve(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links or page != README
+    assert [link for link in links if not (page.parent / link).exists()] == []
