@@ -21,9 +21,9 @@ __all__ = [
     "UNSUPPORTED",
     "Model",
     "embedded_models",
+    "explain_refusal",
     "find_family",
     "models",
-    "refusal",
 ]
 
 EMBEDDED = Path(__file__).parent.parent / "weights"  # one folder per embedded model
@@ -138,7 +138,7 @@ def find_family(name: str, families: Mapping[str, str]) -> Any:
     return getattr(importlib.import_module(f"trace_fast.backbones.{module}"), family)
 
 
-def refusal(name: str, families: Mapping[str, str]) -> str:
+def explain_refusal(name: str, families: Mapping[str, str]) -> str:
     """Return the end of the error for a network that cannot be read: what it must be, and why it is not.
 
     Args:

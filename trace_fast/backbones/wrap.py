@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import Backbone
+from trace_fast.backbones.capture import unwrap_compiled
 from trace_fast.backbones.latent import get_network
 from trace_fast.backbones.registry import (
     ENCODER_FAMILIES,
     LANGUAGE_FAMILIES,
     PIPELINE_FAMILIES,
+    explain_refusal,
     find_family,
-    refusal,
 )
 
 __all__ = ["wrap_encoder", "wrap_pipeline"]
@@ -26,10 +27,10 @@ def wrap_pipeline(
     pipe: Any, empty_prompt: dict[str, Tensor] | None = None, size: tuple[int, int] | None = None
 ) -> Backbone:
     """Return a backbone that reads the network of a diffusers pipeline; see `Tracer.from_pipeline`."""
-    name = class_name(get_network(pipe))
+    name = type(unwrap_compiled(get_network(pipe))).__name__
     family = find_family(name, PIPELINE_FAMILIES)
     if family is None:
-        raise TypeError(f"from_pipeline: pipe {refusal(name, PIPELINE_FAMILIES)} in {type(pipe).__name__}")
+        raise TypeError(f"from_pipeline: pipe {explain_refusal(name, PIPELINE_FAMILIES)} in {type(pipe).__name__}")
     return family.from_pipeline(pipe, empty_prompt, size)
 
 
@@ -47,11 +48,6 @@ def wrap_encoder(
         raise ValueError(f"from_encoder: read must be one of {', '.join(READ)}, got {read!r}")
     families = READ[read]
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        if (family := find_family(class_name(module), families)) is not None:
+        if (family := find_family(type(unwrap_compiled(module)).__name__, families)) is not None:
             return family.from_model(module, size=size, blocks=blocks, mean=mean, std=std)
     raise TypeError(f"from_encoder: model must be or hold one of {', '.join(families)}, got {type(model).__name__}")
-
-
-def class_name(module: Any) -> str:
-    """Return the class name of a module, or of what a compiled one wraps."""
-    return type(getattr(module, "_orig_mod", module)).__name__

@@ -86,7 +86,7 @@ def load_encoder(
 
 
 def weight_prefix(config: dict[str, Any]) -> re.Pattern[str]:
-    """Return what the names of an encoder's weights begin with; ValueError where its config is of no known model."""
+    """Return what the names of an encoder's weights begin with; refuse a model of another type."""
     if "architecture" in config:  # of timm
         return re.compile("")
     model_type: Any = config.get("model_type")
@@ -152,7 +152,7 @@ def create_timm(
 
 
 def check_timm(name: str) -> None:
-    """RuntimeError where timm, which a model needs, cannot be imported."""
+    """Refuse a model that needs timm where timm cannot be imported."""
     try:
         import timm  # noqa: F401
     except (ImportError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from trace_fast.backbones.latent import get_network
 from trace_fast.backbones.loading.hub import Files, hub_errors
 from trace_fast.backbones.loading.memory import check_memory, count_parameters
 from trace_fast.backbones.loading.sources import Source
-from trace_fast.backbones.registry import MODELS, PIPELINE_FAMILIES, find_family, refusal
+from trace_fast.backbones.registry import MODELS, PIPELINE_FAMILIES, explain_refusal, find_family
 from trace_fast.io.files import write_atomically
 
 __all__ = ["load_pipeline"]
@@ -91,7 +91,7 @@ def load_pipeline(
 
 
 def find_network(index: dict[str, Any], files: Files) -> str:
-    """Return the name of the network in a model_index.json; ValueError where the pipeline cannot be loaded."""
+    """Return the name of the network in a model_index.json; refuse a pipeline that cannot be loaded."""
     location = files.location
     network = next((name for name in NETWORKS if name in index), None)
     if network is None or "vae" not in index:
@@ -103,13 +103,13 @@ def find_network(index: dict[str, Any], files: Files) -> str:
 
 
 def check_family(kind: str, files: Files) -> None:
-    """ValueError where no family reads a class of network."""
+    """Refuse a class of network that no family reads."""
     if kind not in PIPELINE_FAMILIES:
-        raise ValueError(f"load: model {refusal(kind, PIPELINE_FAMILIES)} in {files.location!r}")
+        raise ValueError(f"load: model {explain_refusal(kind, PIPELINE_FAMILIES)} in {files.location!r}")
 
 
 def get_class(diffusers: Any, index: dict[str, Any], part: str, files: Files) -> Any:
-    """Return the diffusers class of a part; ValueError where it is of another library, since no remote code is run."""
+    """Return the diffusers class of a part; refuse another library, since no remote code is run."""
     library, name = index.get(part) or ("", "")
     if library != "diffusers" or not hasattr(diffusers, name):
         raise ValueError(
