@@ -1,4 +1,4 @@
-"""COCO's files: every form of mask, everything that can be wrong with a file, and what is kept in memory."""
+"""Readers of COCO's files: every form of mask, every problem that a file may have, and the memory that is kept."""
 
 import copy
 import json
@@ -18,6 +18,7 @@ from trace_fast.evaluation.masks import NAMES
 from trace_fast.evaluation.report import mask_table
 from trace_fast.masks import coco
 from trace_fast.masks.coco import encode_masks, read_annotations, read_instances, read_panoptic, read_results
+from trace_fast.masks.rle import decode_run_lengths
 
 DATA = Path(__file__).parent.parent / "../shared/data/dev_coco"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/dev_coco")
@@ -25,7 +26,7 @@ HEIGHT, WIDTH = 5, 7
 BOX = np.zeros((HEIGHT, WIDTH), dtype=bool)
 BOX[1:3, 1:4] = True
 POLYGON = [1, 1, 4, 1, 4, 3, 1, 3]
-RUNS = [6, 2, 3, 2, 3, 2, 17]  # down the columns
+RUNS = [6, 2, 3, 2, 3, 2, 17]  # down the columns, outside and inside BOX in turn
 
 
 def compress(mask):
@@ -42,35 +43,35 @@ def annotated(*segmentations, **more):
         "images": [{"id": 3, "file_name": "x.jpg", "height": HEIGHT, "width": WIDTH}],
         "categories": [{"id": 1, "name": "fg"}],
         "annotations": [
-            {"id": index, "image_id": 3, "category_id": 1, "segmentation": x, "area": 6.5, "iscrowd": 0, **more}
-            for index, x in enumerate(segmentations, 1)
+            {"id": index, "image_id": 3, "category_id": 1, "segmentation": mask, "area": 6.5, "iscrowd": 0, **more}
+            for index, mask in enumerate(segmentations, 1)
         ],
     }
 
 
 def results(*segmentations, **more):
-    return [{"image_id": 3, "category_id": 1, "segmentation": x, "score": 0.5, **more} for x in segmentations]
+    return [{"image_id": 3, "category_id": 1, "segmentation": mask, "score": 0.5, **more} for mask in segmentations]
 
 
 def change(data, path, value):
-    """A copy of `data` with the value at a path such as ("images", 0, "id") replaced; `...` takes it out."""
+    """A copy of `data` with the value at a path such as ("images", 0, "id") replaced; `...` removes it."""
     data = copy.deepcopy(data)
-    place = data
+    parent = data
     for key in path[:-1]:
-        place = place[key]
+        parent = parent[key]
     if value is ...:
-        del place[path[-1]]
+        del parent[path[-1]]
     else:
-        place[path[-1]] = value
+        parent[path[-1]] = value
     return data
 
 
 class TestMasks:
     def test_every_form_gives_the_same_mask(self):
         text = compress(BOX)
-        found = read_instances(annotated([POLYGON], rle(RUNS), rle(text.decode()), rle(text)))
-        assert found.notes == ()
-        (image,) = found.images.values()
+        truth = read_instances(annotated([POLYGON], rle(RUNS), rle(text.decode()), rle(text)))
+        assert truth.notes == ()
+        (image,) = truth.images.values()
         assert (image.id, image.height, image.width, image.file_name) == (3, HEIGHT, WIDTH, "x.jpg")
         assert {instance.counts for instance in image.instances} == {text}
         masks = image.masks()
@@ -94,7 +95,7 @@ class TestMasks:
             flat = (random.random(shape) < share).ravel(order="F")
             edges = np.flatnonzero(np.diff(np.append(0, flat))), [flat.size]
             runs = np.diff(np.concatenate([[0], *edges]))
-            assert coco.run_lengths(compress(flat.reshape(shape, order="F"))).tolist() == runs.tolist()
+            assert decode_run_lengths(compress(flat.reshape(shape, order="F"))).tolist() == runs.tolist()
 
     @pytest.mark.parametrize("seed", range(5))
     def test_round_trip_through_a_file(self, seed, tmp_path):
@@ -110,9 +111,9 @@ class TestMasks:
         for entry in entries:
             entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
         (tmp_path / "results.json").write_text(json.dumps(entries))
-        found = read_results(tmp_path / "results.json").images
-        assert sorted(found) == [1, 2]  # a list does not say which images have no result
-        for number, image in found.items():
+        detections = read_results(tmp_path / "results.json").images
+        assert sorted(detections) == [1, 2]  # a list does not say which images have no result
+        for number, image in detections.items():
             np.testing.assert_array_equal(image.masks(), stacks[number])
             assert [instance.score for instance in image.instances] == scores[number].tolist()
             assert [instance.area for instance in image.instances] == stacks[number].sum((1, 2)).tolist()
@@ -157,28 +158,28 @@ class TestMasks:
         tracemalloc.start()
         for image in images:
             assert image.masks().any()
-        kept = tracemalloc.get_traced_memory()[0]
+        held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        assert kept < stack.size
+        assert held < stack.size
 
 
 class TestFields:
     def test_of_the_truth(self):
         data = annotated([POLYGON], rle(RUNS))
         data["annotations"][1] |= {"iscrowd": 1, "score": 0.25, "category_id": 1.0}
-        found = read_instances(data)
-        first, second = found.images[3].instances
+        truth = read_instances(data)
+        first, second = truth.images[3].instances
         assert (first.category, first.area, first.iscrowd, first.score) == (1, 6.5, False, 1.0)
         assert (second.category, second.iscrowd, second.score) == (1, True, 0.25)
         assert type(second.category) is int
-        assert found.categories == {1: "fg"}
+        assert truth.categories == {1: "fg"}
 
     def test_of_results(self):
         # the box is of no use to masks, and areas are counted
-        found = read_results(results(rle(RUNS), category_id=7.0, bbox=[0, 0, 7, 5], area=35, iscrowd=1))
-        (instance,) = found.images[3].instances
+        detections = read_results(results(rle(RUNS), category_id=7.0, bbox=[0, 0, 7, 5], area=35, iscrowd=1))
+        (instance,) = detections.images[3].instances
         assert (instance.category, instance.area, instance.iscrowd, instance.score) == (7, 6, False, 0.5)
-        assert (found.images[3].height, found.images[3].width) == (HEIGHT, WIDTH)
+        assert (detections.images[3].height, detections.images[3].width) == (HEIGHT, WIDTH)
         assert read_results([]).images == {}
 
     def test_cutler_form(self, tmp_path):
@@ -206,9 +207,9 @@ class TestFields:
     def test_maskcut_exchanges_height_and_width(self, read):
         data = annotated(rle(RUNS), rle(compress(~BOX)))
         data["images"][0] |= {"height": WIDTH, "width": HEIGHT}
-        found = read(data)
-        assert found.notes == ("images with height and width exchanged, the size of their masks taken: 1",)
-        np.testing.assert_array_equal(found.images[3].masks(), [BOX, ~BOX])
+        truth = read(data)
+        assert truth.notes == ("images with height and width exchanged, of which the size of the masks is used: 1",)
+        np.testing.assert_array_equal(truth.images[3].masks(), [BOX, ~BOX])
         # but the masks of an image must agree
         data["annotations"][1]["segmentation"]["size"] = [WIDTH, HEIGHT]
         with pytest.raises(ValueError, match=r"must be of its image's size \(5, 7\), got \(7, 5\)"):
@@ -218,15 +219,15 @@ class TestFields:
         data = annotated([POLYGON, [1, 1, 2, 2]], [[1, 1]], rle([35]))
         data["annotations"][0]["category_id"] = 8
         del data["annotations"][0]["area"]
-        found = read_instances(data)
-        assert set(found.notes) == {
-            "polygons of fewer than three points, left out: 2",
+        truth = read_instances(data)
+        assert set(truth.notes) == {
+            "polygons of fewer than three points, which are left out: 2",
             "masks without a pixel: 2",
-            "annotations without an area, the mask's taken: 1",
+            "annotations without an area, for which the mask is measured: 1",
             "instances of a category without a name: 1",
         }
-        assert [instance.area for instance in found.images[3].instances] == [6, 6.5, 6.5]
-        np.testing.assert_array_equal(found.images[3].masks(), [BOX, BOX & False, BOX & False])
+        assert [instance.area for instance in truth.images[3].instances] == [6, 6.5, 6.5]
+        np.testing.assert_array_equal(truth.images[3].masks(), [BOX, BOX & False, BOX & False])
 
 
 GOOD = annotated([POLYGON], rle(RUNS))
@@ -345,10 +346,10 @@ class TestProblems:
         (tmp_path / "x.json").write_text("{")
         with pytest.raises(ValueError, match=rf"^{read.__name__}: path must be a JSON file, got '.*x.json': Expecting"):
             read(tmp_path / "x.json")
-        told = rf"^{read.__name__}: path must be a file that can be read, got"
-        with pytest.raises(FileNotFoundError, match=rf"{told} '.*none\.json': No such file or directory$"):
+        message = rf"^{read.__name__}: path must be a file that can be read, got"
+        with pytest.raises(FileNotFoundError, match=rf"{message} '.*none\.json': No such file or directory$"):
             read(tmp_path / "none.json")
-        with pytest.raises(IsADirectoryError, match=rf"{told} '.*': Is a directory$"):
+        with pytest.raises(IsADirectoryError, match=rf"{message} '.*': Is a directory$"):
             read(tmp_path)
         with pytest.raises(ValueError, match=rf"^{read.__name__}: path must hold .*, got 3 in the given data$"):
             read(3)
@@ -395,23 +396,23 @@ class TestPanoptic:
     def test_reads(self, panoptic):
         data, folder, ids = panoptic
         (folder / "x.json").write_text(json.dumps(data))
-        found = read_panoptic(folder / "x.json", str(folder))
-        assert found.notes == ()
-        assert found.categories == {1: "cat", 2: "sky"} and found.isthing == {1: True, 2: False}
-        image = found.images[1]
+        truth = read_panoptic(folder / "x.json", str(folder))
+        assert truth.notes == ()
+        assert truth.categories == {1: "cat", 2: "sky"} and truth.isthing == {1: True, 2: False}
+        image = truth.images[1]
         assert (image.id, image.height, image.width, image.file_name) == (1, 2, 3, "a.jpg")
         segment_map = image.segment_map()
         assert segment_map.dtype == np.int32
         np.testing.assert_array_equal(segment_map, ids)
         assert [segment["iscrowd"] for segment in image.segments] == [0, 0, 1]
         assert [segment["category_id"] for segment in image.segments] == [1, 2, 1]
-        assert found.images[2].segment_map().tolist() == [[0]]
+        assert truth.images[2].segment_map().tolist() == [[0]]
 
     def test_an_image_without_an_annotation_is_noted(self, panoptic):
         data, folder, _ = panoptic
         del data["annotations"][1]
-        found = read_panoptic(data, folder)
-        assert list(found.images) == [1] and found.notes == ("images without an annotation, left out: 1",)
+        truth = read_panoptic(data, folder)
+        assert list(truth.images) == [1] and truth.notes == ("images without an annotation, which are left out: 1",)
 
     @pytest.mark.parametrize(
         ("path", "value", "message"),
@@ -472,8 +473,8 @@ class TestPanoptic:
         assert lines[3].endswith("4.png must be a file of the folder, got none")
 
 
-class TestWhicheverFile:
-    """`read_annotations` reads what the file is, and parses it once."""
+class TestReadAnnotations:
+    """The kind of a file is recognized, and the file is parsed once."""
 
     @pytest.fixture
     def parsed(self, monkeypatch):
@@ -495,10 +496,10 @@ class TestWhicheverFile:
 
     def test_masks(self, tmp_path, parsed):
         (tmp_path / "truth.json").write_text(json.dumps(annotated([POLYGON], iscrowd=1)))
-        (tmp_path / "found.json").write_text(json.dumps(results(rle(RUNS))))
+        (tmp_path / "results.json").write_text(json.dumps(results(rle(RUNS))))
         truth = read_annotations(tmp_path / "truth.json")
         assert truth == read_instances(annotated([POLYGON], iscrowd=1)) and truth.images[3].instances[0].iscrowd
-        assert read_annotations(tmp_path / "found.json", results=True) == read_results(results(rle(RUNS)))
+        assert read_annotations(tmp_path / "results.json", results=True) == read_results(results(rle(RUNS)))
         assert len(parsed) == 2
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"annotations": [1]}', '{"annotations": 3}'])
@@ -534,10 +535,10 @@ class TestPhotographs:
                 data["annotations"].append(entry)
                 maps[number].append(mask)
         (tmp_path / "x.json").write_text(json.dumps(data))
-        found = read_instances(tmp_path / "x.json")
-        assert found.notes == () and len(data["annotations"]) > 50
+        truth = read_instances(tmp_path / "x.json")
+        assert truth.notes == () and len(data["annotations"]) > 50
         for number, masks in maps.items():
-            np.testing.assert_array_equal(found.images[number].masks(), masks)
+            np.testing.assert_array_equal(truth.images[number].masks(), masks)
 
     def test_panoptic(self, tmp_path):
         data = {"images": [], "annotations": [], "categories": [{"id": 1, "isthing": 1}]}
@@ -548,7 +549,7 @@ class TestPhotographs:
             data["images"].append({"id": int(path.stem), "height": ids.shape[0], "width": ids.shape[1]})
             segments = [{"id": x, "category_id": 1} for x in np.unique(ids[ids > 0]).tolist()]
             data["annotations"].append({"image_id": int(path.stem), "file_name": path.name, "segments_info": segments})
-        found = read_panoptic(data, tmp_path)
-        assert found.notes == () and len(found.images) == 20
+        truth = read_panoptic(data, tmp_path)
+        assert truth.notes == () and len(truth.images) == 20
         for number, ids in maps.items():
-            np.testing.assert_array_equal(found.images[number].segment_map(), ids)
+            np.testing.assert_array_equal(truth.images[number].segment_map(), ids)

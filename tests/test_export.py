@@ -1,4 +1,4 @@
-"""What is written is read back by the tools it is written for; a file is whole or not there."""
+"""Export: files are read back by the tools that they are written for, and are whole or not there."""
 
 import contextlib
 import io
@@ -18,9 +18,9 @@ from pycocotools.coco import COCO
 
 from trace_fast.masks.coco import read_panoptic, read_results
 from trace_fast.masks.export import (
-    panoptic_segments,
+    make_panoptic_segments,
+    make_sam_prompts,
     refine_results,
-    sam_prompts,
     write_coco_results,
     write_palette,
     write_panoptic,
@@ -88,8 +88,8 @@ class TestCocoResults:
         ]
         assert isinstance(api.encode(np.asfortranarray(MASKS[0], "u1"))["counts"], bytes)
 
-    def test_stream_of_many_kinds(self, tmp_path):
-        path, seen = tmp_path / "results.json", []
+    def test_a_generator_of_many_formats(self, tmp_path):
+        path, yielded = tmp_path / "results.json", []
 
         def results():
             for image, masks, scores in (
@@ -101,21 +101,20 @@ class TestCocoResults:
                 (6, MASKS[:0], None),
             ):
                 assert not path.exists()
-                seen.append(image)
+                yielded.append(image)
                 yield image, masks, scores
 
         write_coco_results(path, results())
-        found = read_results(path).images
-        assert list(found) == [1, 2, 3, 4, 5] and len(seen) == 6
+        images = read_results(path).images
+        assert list(images) == [1, 2, 3, 4, 5] and len(yielded) == 6
         for image in (1, 2, 3, 5):
-            np.testing.assert_array_equal(found[image].masks(), MASKS)
-        assert [x.score for x in found[2].instances] == [1, 1, 1]
-        assert [x.score for x in found[3].instances] == SCORES.tolist()
-        assert [x.score for x in found[4].instances] == [0.25, 1]
-        assert [x.category for x in found[5].instances] == [5, 6, 5]
-        assert [x.score for x in found[5].instances] == SCORES.tolist()
+            np.testing.assert_array_equal(images[image].masks(), MASKS)
+        scores = {number: [instance.score for instance in image.instances] for number, image in images.items()}
+        assert scores[2] == [1, 1, 1] and scores[4] == [0.25, 1]
+        assert scores[3] == scores[5] == SCORES.tolist()
+        assert [instance.category for instance in images[5].instances] == [5, 6, 5]
 
-    def test_nothing(self, tmp_path):
+    def test_no_results(self, tmp_path):
         for results in ({}, [], [(1, MASKS[:0], [])], iter(())):
             write_coco_results(tmp_path / "results.json", results)
             assert json.loads((tmp_path / "results.json").read_text()) == []
@@ -160,7 +159,7 @@ class TestCocoResults:
 
 class TestRefine:
     def results(self):
-        """Two images; of the first two masks and two categories, as CutLER's detector writes results."""
+        """Results of two images in two categories, as CutLER's detector writes them."""
         codes = [api.encode(np.asfortranarray(mask, "u1")) for mask in MASKS]
         return [
             {
@@ -174,8 +173,11 @@ class TestRefine:
         ]
 
     def annotations(self):
-        """As MaskCut writes pseudo labels: with height and width exchanged, and other things beside them."""
-        entries = [{**x, "id": i + 5, "iscrowd": 0, "width": 3, "height": 2} for i, x in enumerate(self.results())]
+        """Pseudo labels as MaskCut writes them: height and width are exchanged, and other fields stand beside them."""
+        entries = [
+            {**result, "id": index + 5, "iscrowd": 0, "width": 3, "height": 2}
+            for index, result in enumerate(self.results())
+        ]
         for entry in entries:
             del entry["score"]
         return {
@@ -188,43 +190,44 @@ class TestRefine:
 
     @pytest.mark.parametrize("from_file", [False, True])
     def test_results(self, tmp_path, from_file):
-        given_results, calls = self.results(), []
+        results, calls = self.results(), []
         if from_file:
-            (tmp_path / "in.json").write_text(json.dumps(given_results))
+            (tmp_path / "in.json").write_text(json.dumps(results))
 
         def refine(masks, scores, image_id):
             assert masks.dtype == bool and masks.shape[1:] == (2, 3) and scores.dtype == np.float64
             calls.append((image_id, scores.tolist()))
             return masks, scores
 
-        refine_results(tmp_path / "in.json" if from_file else given_results, tmp_path / "out.json", refine)
+        refine_results(tmp_path / "in.json" if from_file else results, tmp_path / "out.json", refine)
         assert calls == [(9, [0.9, 0.3]), (9, [0.1]), (4, [0.7])]
         out = json.loads((tmp_path / "out.json").read_text())
-        assert len(out) == len(given_results) and all(x in given_results for x in out)
+        assert len(out) == len(results) and all(result in results for result in out)
 
     def test_annotations(self, tmp_path):
         refine_results(self.annotations(), tmp_path / "out.json", lambda masks, scores, _: (~masks, None))
         out = json.loads((tmp_path / "out.json").read_text())
         before = self.annotations()
         assert all(out[key] == before[key] for key in ("info", "licenses", "categories"))
-        assert [(x["id"], x["height"], x["width"]) for x in out["images"]] == [(4, 2, 3), (9, 2, 3), (2, 3, 2)]
+        sizes = [(image["id"], image["height"], image["width"]) for image in out["images"]]
+        assert sizes == [(4, 2, 3), (9, 2, 3), (2, 3, 2)]
         assert out["images"][0]["file_name"] == "4.jpg" and out["images"][0]["license"] == 1
-        assert [x["id"] for x in out["annotations"]] == [1, 2, 3, 4]
-        assert [(x["image_id"], x["category_id"]) for x in out["annotations"]] == [(4, 1), (9, 1), (9, 1), (9, 2)]
+        ids = [(entry["id"], entry["image_id"], entry["category_id"]) for entry in out["annotations"]]
+        assert ids == [(1, 4, 1), (2, 9, 1), (3, 9, 1), (4, 9, 2)]
         assert out["annotations"][0]["area"] == 4 and out["annotations"][0]["iscrowd"] == 0
-        found = read_results(tmp_path / "out.json")
-        np.testing.assert_array_equal(found.images[9].masks(), ~MASKS[[0, 1, 1]])
+        refined = read_results(tmp_path / "out.json")
+        np.testing.assert_array_equal(refined.images[9].masks(), ~MASKS[[0, 1, 1]])
         with contextlib.redirect_stdout(io.StringIO()):
             assert len(COCO(str(tmp_path / "out.json")).getAnnIds(imgIds=9)) == 3
 
-    def test_fewer_masks_of_another_kind(self, tmp_path):
+    def test_fewer_masks_of_another_format(self, tmp_path):
         def refine(masks, scores, image_id):
             return as_set(masks.any(0)[None], scores=torch.tensor([0.5])) if image_id == 9 else masks[:0], None
 
         refine_results(self.results(), tmp_path / "out.json", refine)
         (image,) = read_results(tmp_path / "out.json").images.values()
         np.testing.assert_array_equal(image.masks(), [MASKS[:2].any(0), MASKS[1]])
-        assert [x.score for x in image.instances] == [0.5, 0.5]
+        assert [instance.score for instance in image.instances] == [0.5, 0.5]
 
     @pytest.mark.parametrize(
         ("refine", "error", "message"),
@@ -234,14 +237,14 @@ class TestRefine:
             (lambda masks, *_: (masks[:, :1], None), ValueError, r"masks must be of size \(2, 3\), got \(1, 3\)"),
         ],
     )
-    def test_what_refine_returns(self, tmp_path, refine, error, message):
+    def test_bad_results_of_refine(self, tmp_path, refine, error, message):
         with pytest.raises(error, match=message):
             refine_results(self.results(), tmp_path / "out.json", refine)
         assert not os.listdir(tmp_path)
 
     def test_missing_file(self, tmp_path):
-        told = r"^refine_results: path must be a file that can be read, got '.*no\.json': No such file or directory$"
-        with pytest.raises(FileNotFoundError, match=told):
+        message = r"^refine_results: path must be a file that can be read, got '.*no\.json': No such file or directory$"
+        with pytest.raises(FileNotFoundError, match=message):
             refine_results(tmp_path / "no.json", tmp_path / "out.json", None)
         assert not os.listdir(tmp_path)
 
@@ -249,15 +252,18 @@ class TestRefine:
         (tmp_path / "in.json").write_text("{")
         with pytest.raises(ValueError, match="refine_results: path must be a JSON file"):
             refine_results(tmp_path / "in.json", tmp_path / "out.json", None)
-        with pytest.raises(ValueError, match="read_results: path must be free of problems"):
-            refine_results([{"image_id": 1}], tmp_path / "out.json", None)
+        (tmp_path / "in.json").write_text('[{"image_id": 1}]')
+        with pytest.raises(
+            ValueError, match=r"refine_results: path must be free of problems, got 1 problem in '.*in\.json'"
+        ):
+            refine_results(tmp_path / "in.json", tmp_path / "out.json", None)
 
 
 CATEGORIES = [{"id": 7, "name": "cat", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0, "color": [1, 2, 3]}]
 
 
 def read_png(path):
-    """Segment ids of COCO's encoding, read here on their own."""
+    """Segment ids of COCO's encoding, decoded pixel by pixel."""
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.mode == "RGB"
         pixels = picture.load()
@@ -265,7 +271,7 @@ def read_png(path):
         weights = (1, 256, 256**2)
         return np.array(
             [
-                [sum(w * c for w, c in zip(weights, pixels[x, y], strict=True)) for x in range(width)]
+                [sum(weight * level for weight, level in zip(weights, pixels[x, y], strict=True)) for x in range(width)]
                 for y in range(height)
             ]
         )
@@ -294,18 +300,20 @@ class TestPanoptic:
             assert info["area"] == api.area(code) and info["bbox"] == api.toBbox(code).tolist()
             assert info["iscrowd"] == 0 and info["category_id"] == 7
 
-    def test_kinds_of_maps_and_fields(self, tmp_path):
+    def test_dtypes_of_maps_and_further_fields(self, tmp_path):
         ids = np.array([[1, 0, 2]])
         infos = [{"id": 1, "category_id": 7, "iscrowd": 1, "score": 0.5}, {"id": 2, "category_id": 9}]
-        images = ((i, f"{i}.jpg", x, infos) for i, x in enumerate((ids.astype(np.uint8), torch.from_numpy(ids).int())))
+        maps = ids.astype(np.uint8), torch.from_numpy(ids).int()
+        images = ((number, f"{number}.jpg", segment_map, infos) for number, segment_map in enumerate(maps))
         write_panoptic(tmp_path / "p.json", tmp_path / "p", images, CATEGORIES)
         read = read_panoptic(tmp_path / "p.json", tmp_path / "p")
         assert read.isthing == {7: True, 9: False} and list(read.images) == [0, 1]
         for image in read.images.values():
             np.testing.assert_array_equal(image.segment_map(), ids)
-            assert [x["iscrowd"] for x in image.segments] == [1, 0] and image.segments[0]["score"] == 0.5
+            assert [segment["iscrowd"] for segment in image.segments] == [1, 0]
+            assert image.segments[0]["score"] == 0.5
 
-    def test_nothing(self, tmp_path):
+    def test_no_images(self, tmp_path):
         write_panoptic(tmp_path / "p.json", tmp_path / "p", [], CATEGORIES)
         assert read_panoptic(tmp_path / "p.json", tmp_path / "p").images == {}
 
@@ -381,7 +389,7 @@ class TestPanoptic:
 class TestSegments:
     def test_hidden_masks_are_left_out(self):
         masks = np.array([[[1, 1, 1, 0]], [[1, 0, 0, 0]], [[0, 1, 1, 0]]], dtype=bool)
-        ids, infos = panoptic_segments(as_set(masks, classes=torch.tensor([7, 8, 9])))
+        ids, infos = make_panoptic_segments(as_set(masks, classes=torch.tensor([7, 8, 9])))
         np.testing.assert_array_equal(ids, [[1, 2, 2, 0]])
         assert ids.dtype == np.int32
         assert infos == [
@@ -391,10 +399,10 @@ class TestSegments:
 
     @EXAMPLES
     @given(masks=masks_of(st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 7))), data=st.data())
-    def test_segments_are_what_is_seen(self, masks, data):
-        kinds = st.lists(st.integers(1, 99), min_size=len(masks), max_size=len(masks))
-        classes = np.array(data.draw(kinds), dtype=np.int64)
-        ids, infos = panoptic_segments(as_set(masks, classes=torch.from_numpy(classes)))
+    def test_segments_are_the_visible_masks(self, masks, data):
+        categories = st.lists(st.integers(1, 99), min_size=len(masks), max_size=len(masks))
+        classes = np.array(data.draw(categories), dtype=np.int64)
+        ids, infos = make_panoptic_segments(as_set(masks, classes=torch.from_numpy(classes)))
         assert [info["id"] for info in infos] == np.unique(ids[ids > 0]).tolist() == [*range(1, len(infos) + 1)]
         np.testing.assert_array_equal(ids > 0, masks.any(0))
         expected = np.zeros(ids.shape, dtype=np.int64)  # class of the smallest mask on each pixel, the last of equals
@@ -405,30 +413,30 @@ class TestSegments:
 
     def test_from_tags_to_panoptic_and_back(self, tmp_path):
         class_map = np.array([[0, 15, 15, 3], [12, 255, 15, 3]], dtype=np.uint8)
-        segments = panoptic_segments(semantic_masks(class_map, [12, 15]))
+        segments = make_panoptic_segments(semantic_masks(class_map, [12, 15]))
         categories = [{"id": i, "name": str(i), "isthing": 1} for i in (12, 15)]
         write_panoptic(tmp_path / "p.json", tmp_path / "p", [(1, "x.jpg", *segments)], categories)
         read = read_panoptic(tmp_path / "p.json", tmp_path / "p").images[1]
         classes = np.array([0, *(info["category_id"] for info in read.segments)])[read.segment_map()]
         np.testing.assert_array_equal(classes, np.where(np.isin(class_map, [12, 15]), class_map, 0))
 
-    @pytest.mark.parametrize("given", ["classes of the masks", "classes apart"])
-    def test_edges_split_a_class_and_never_join_two(self, tmp_path, given):
-        # two people who touch, the second beside a dog without an edge between; a bottle that no tag speaks of
+    @pytest.mark.parametrize("origin", ["classes of the masks", "classes apart"])
+    def test_edges_split_a_class_and_never_join_two(self, tmp_path, origin):
+        # two people who touch, a dog beside the second without an edge between them, and a bottle without a tag
         first, second, dog, bottle = np.s_[5:35, 4:19], np.s_[5:35, 19:27], np.s_[5:35, 27:56], np.s_[37:40, 10:20]
-        drawn = np.zeros((41, 61), np.uint8)
-        for place, number in ((first, 15), (second, 15), (dog, 12), (bottle, 5), (np.s_[:2], 255)):
-            drawn[place] = number
-        write_palette(tmp_path / "x.png", drawn)
-        edges = np.zeros(drawn.shape, np.float32)
+        class_map = np.zeros((41, 61), np.uint8)
+        for box, number in ((first, 15), (second, 15), (dog, 12), (bottle, 5), (np.s_[:2], 255)):
+            class_map[box] = number
+        write_palette(tmp_path / "x.png", class_map)
+        edges = np.zeros(class_map.shape, np.float32)
         edges[4:36, [3, 18, 56]] = edges[[4, 35], 3:57] = 1
 
         with Image.open(tmp_path / "x.png") as picture:
-            found = semantic_masks(np.asarray(picture), tags=[15, 12])
+            mask_set = semantic_masks(np.asarray(picture), tags=[15, 12])
         classes = None
-        if given == "classes apart":
-            found, classes = MaskSet(found.masks), found.classes.tolist()
-        segments = panoptic_segments(propagate(found, edges, threshold=0.5, classes=classes))
+        if origin == "classes apart":
+            mask_set, classes = MaskSet(mask_set.masks), mask_set.classes.tolist()
+        segments = make_panoptic_segments(propagate(mask_set, edges, threshold=0.5, classes=classes))
         categories = [{"id": 12, "name": "dog", "isthing": 1}, {"id": 15, "name": "person", "isthing": 1}]
         write_panoptic(tmp_path / "p.json", tmp_path / "p", [(1, "x.jpg", *segments)], categories)
 
@@ -436,20 +444,20 @@ class TestSegments:
         (annotation,) = json.loads((tmp_path / "p.json").read_text())["annotations"]
         category = {info["id"]: info["category_id"] for info in annotation["segments_info"]}
         assert len(category) == 3
-        for place, number in ((first, 15), (second, 15), (dog, 12)):
+        for box, number in ((first, 15), (second, 15), (dog, 12)):
             inside = np.zeros(ids.shape, bool)
-            inside[place] = True
-            segment = ids[place][0, 0]
-            assert category.pop(segment) == number  # a segment of its own
+            inside[box] = True
+            segment = ids[box][0, 0]
+            assert category.pop(segment) == number  # each is another segment
             np.testing.assert_array_equal((ids == segment) & (edges == 0), inside & (edges == 0))
-        # of one class the second person and the dog fill their region together, and are one
-        assert len(propagate(found.masks, edges, threshold=0.5)) == 2
+        # without classes the second person and the dog fill their region together, and become one mask
+        assert len(propagate(mask_set.masks, edges, threshold=0.5)) == 2
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="panoptic_segments: found must have classes, got None"):
-            panoptic_segments(as_set(MASKS))
-        with pytest.raises(TypeError, match="panoptic_segments: found must be a MaskSet, got ndarray"):
-            panoptic_segments(MASKS)
+        with pytest.raises(ValueError, match="make_panoptic_segments: mask_set must have classes, got None"):
+            make_panoptic_segments(as_set(MASKS))
+        with pytest.raises(TypeError, match="make_panoptic_segments: mask_set must be a MaskSet, got ndarray"):
+            make_panoptic_segments(MASKS)
 
 
 class TestPalette:
@@ -460,10 +468,10 @@ class TestPalette:
         with Image.open(tmp_path / "map.PNG") as picture:
             assert picture.format == "PNG" and picture.mode == "P"
             np.testing.assert_array_equal(np.asarray(picture), classes)
-            colours = np.asarray(picture.convert("RGB")).reshape(256, 3).tolist()
+            colors = np.asarray(picture.convert("RGB")).reshape(256, 3).tolist()
         # as VOC's development kit lists them
-        assert colours[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-        assert colours[15] == [192, 128, 128] and colours[20] == [0, 64, 128] and colours[255] == [224, 224, 192]
+        assert colors[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+        assert colors[15] == [192, 128, 128] and colors[20] == [0, 64, 128] and colors[255] == [224, 224, 192]
 
     @pytest.mark.parametrize(
         ("class_map", "error", "message"),
@@ -490,14 +498,14 @@ SIZE = (20, 31)
 
 
 class TestSam:
-    """Weights are random: shapes and finite values are what is claimed."""
+    """Weights are random, so that only shapes and finite values are tested."""
 
     @pytest.mark.parametrize("boxes", [None, BOXES])
     def test_sam(self, boxes):
         torch.manual_seed(0)
         model, processor = tiny.sam()
         image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-        inputs = processor(images=image, return_tensors="pt", **sam_prompts(POINTS, boxes))
+        inputs = processor(images=image, return_tensors="pt", **make_sam_prompts(POINTS, boxes))
         sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
         assert sizes[0].tolist() == [list(SIZE)] and ("input_boxes" in inputs) == (boxes is not None)
         scale = np.array(sizes[1][0].tolist())[::-1] / np.array(SIZE)[::-1]
@@ -510,12 +518,12 @@ class TestSam:
 
     @pytest.mark.parametrize("boxes", [None, BOXES])
     def test_sam2(self, boxes):
-        """The image processor of SAM 2 needs torchvision; its place is taken by SAM's, which is not called."""
+        """SAM's image processor, which is not called, replaces that of SAM 2, which needs torchvision."""
         from transformers.models.sam2.processing_sam2 import Sam2Processor
 
         torch.manual_seed(0)
         processor = Sam2Processor(tiny.sam()[1].image_processor, target_size=64)
-        inputs = processor(original_sizes=[list(SIZE)], return_tensors="pt", **sam_prompts(POINTS, boxes))
+        inputs = processor(original_sizes=[list(SIZE)], return_tensors="pt", **make_sam_prompts(POINTS, boxes))
         del inputs["original_sizes"]
         np.testing.assert_allclose(inputs["input_points"][0, :, 0], POINTS * 64 / np.array(SIZE)[::-1], rtol=1e-6)
         with torch.no_grad():
@@ -524,7 +532,7 @@ class TestSam:
         assert output.iou_scores.shape == (1, 3, 3)
 
     def test_nested_lists(self):
-        prompts = sam_prompts(torch.from_numpy(POINTS[:2]).float(), torch.from_numpy(BOXES[:2]))
+        prompts = make_sam_prompts(torch.from_numpy(POINTS[:2]).float(), torch.from_numpy(BOXES[:2]))
         assert prompts == {
             "input_points": [[[[4.0, 2.0]], [[10.0, 12.0]]]],
             "input_labels": [[[1], [1]]],
@@ -534,25 +542,27 @@ class TestSam:
     def test_seeds(self):
         edges = np.zeros((20, 31), np.float32)
         edges[:, 12] = 1
-        found = seeds(edges, 2, threshold=0.5)
-        assert sam_prompts(found) == sam_prompts(found.points, found.boxes)
+        prompts = seeds(edges, 2, threshold=0.5)
+        assert make_sam_prompts(prompts) == make_sam_prompts(prompts.points, prompts.boxes)
         with pytest.raises(
-            ValueError, match="sam_prompts: boxes must be None with Seeds, which have theirs, got Tensor"
+            ValueError, match="make_sam_prompts: boxes must be None with Seeds, which have boxes, got Tensor"
         ):
-            sam_prompts(found, found.boxes)
-        with pytest.raises(ValueError, match=r"sam_prompts: points must be \(k, 2\), k of at least 1, got \(0, 2\)"):
-            sam_prompts(seeds(np.ones((4, 5), np.float32), 2, threshold=0.5))
+            make_sam_prompts(prompts, prompts.boxes)
+        with pytest.raises(
+            ValueError, match=r"make_sam_prompts: points must be \(k, 2\), k of at least 1, got \(0, 2\)"
+        ):
+            make_sam_prompts(seeds(np.ones((4, 5), np.float32), 2, threshold=0.5))
 
-    def test_kinds_of_arrays(self):
-        expected = sam_prompts(POINTS, BOXES)
+    def test_layouts_and_dtypes_of_arrays(self):
+        expected = make_sam_prompts(POINTS, BOXES)
         for change in (
             lambda x: x[::-1].copy()[::-1],
             lambda x: x.astype(">i4"),
             lambda x: np.broadcast_to(x, x.shape),
         ):
-            assert sam_prompts(change(POINTS), change(BOXES)) == expected
+            assert make_sam_prompts(change(POINTS), change(BOXES)) == expected
         with torch.device("meta"):
-            assert sam_prompts(POINTS, torch.from_numpy(BOXES)) == expected
+            assert make_sam_prompts(POINTS, torch.from_numpy(BOXES)) == expected
 
     @pytest.mark.parametrize(
         ("points", "boxes", "error", "message"),
@@ -568,5 +578,5 @@ class TestSam:
         ],
     )
     def test_errors(self, points, boxes, error, message):
-        with pytest.raises(error, match=f"sam_prompts: {message}"):
-            sam_prompts(points, boxes)
+        with pytest.raises(error, match=f"make_sam_prompts: {message}"):
+            make_sam_prompts(points, boxes)

@@ -1,4 +1,4 @@
-"""Every kind of masks: what comes in goes out as it was, and what is malformed is refused."""
+"""Formats of masks: each is written as it was read, and malformed masks are refused."""
 
 import json
 import subprocess
@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as api
 
 from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
+from trace_fast.masks import formats
 from trace_fast.masks.formats import MaskSet, open_masks, semantic_masks
 from trace_fast.ops import checks
 
@@ -21,7 +22,7 @@ EXAMPLES = settings(max_examples=30, deadline=None)
 
 
 class Boxes:
-    """What is used of detectron2's `Boxes`."""
+    """A stand-in for detectron2's `Boxes`."""
 
     def __init__(self, tensor):
         assert tensor.ndim == 2 and tensor.shape[1] == 4 and tensor.dtype == torch.float32
@@ -35,7 +36,7 @@ class Boxes:
 
 
 class Instances:
-    """detectron2's `Instances` as far as its documentation goes: fields of one length, indexed together."""
+    """A stand-in for detectron2's `Instances`, after its documentation: fields of one length, indexed together."""
 
     def __init__(self, image_size, **fields):
         self._image_size, self._fields = image_size, {}
@@ -73,22 +74,22 @@ class Instances:
         raise NotImplementedError("empty Instances does not support __len__")
 
 
-def rle(mask, kind=str):
-    """As pycocotools writes it, or, for lists, counted here."""
-    if kind is list:
+def rle(mask, counts_type=str):
+    """Encode a mask with pycocotools or, for a list, by counting."""
+    if counts_type is list:
         flat = np.concatenate([[False], mask.T.ravel()])  # column by column, starting out of the mask
         ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
         return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
     code = api.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {**code, "counts": code["counts"] if kind is bytes else code["counts"].decode()}
+    return {**code, "counts": code["counts"] if counts_type is bytes else code["counts"].decode()}
 
 
-def sam(mask, index, kind=None):
-    """A record as SAM's generator writes it; its boxes end at the last pixel."""
+def sam(mask, index, counts_type=None):
+    """Make a record as SAM's generator writes it; its boxes end at the last pixel."""
     rows, columns = np.nonzero(mask)
     x0, y0, x1, y1 = (columns.min(), rows.min(), columns.max(), rows.max()) if len(rows) else (0,) * 4
     return {
-        "segmentation": rle(mask, kind) if kind else mask,
+        "segmentation": rle(mask, counts_type) if counts_type else mask,
         "area": int(mask.sum()),
         "bbox": [int(x0), int(y0), int(x1 - x0), int(y1 - y0)],
         "predicted_iou": 0.9 - index / 7,
@@ -98,8 +99,8 @@ def sam(mask, index, kind=None):
     }
 
 
-def annotation(mask, index, kind=str):
-    """As CutLER and ProMerge write it, whose category is a float."""
+def annotation(mask, index, counts_type=str):
+    """Make an annotation as CutLER and ProMerge write it, whose category is a float."""
     code = rle(mask)
     return {
         "id": index + 1,
@@ -108,7 +109,7 @@ def annotation(mask, index, kind=str):
         "iscrowd": 0,
         "area": float(api.area(code)),
         "bbox": api.toBbox(code).tolist(),
-        "segmentation": rle(mask, kind),
+        "segmentation": rle(mask, counts_type),
         "score": 0.3 + index / 7,
         "width": mask.shape[1],
         "height": mask.shape[0],
@@ -153,7 +154,7 @@ def instances(masks):
     )
 
 
-KINDS = {
+FORMATS = {
     "array": lambda masks: masks,
     "array of uint8": lambda masks: masks.astype(np.uint8),
     "array of big-endian floats": lambda masks: masks.astype(">f4"),
@@ -182,7 +183,7 @@ KINDS = {
 
 
 def same(one, other):
-    """Equality of nested kinds, their types and dtypes included."""
+    """Equality of nested collections, including their types and dtypes."""
     assert type(one) is type(other)
     if isinstance(one, (np.ndarray, torch.Tensor)):
         assert one.dtype == other.dtype and one.shape == other.shape and (one == other).all()
@@ -222,53 +223,53 @@ def stacks(draw, least=0):
     return masks
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FORMATS)
 class TestIdentity:
     @EXAMPLES
     @given(masks=stacks())
-    def test_what_comes_in_goes_out(self, kind, masks):
-        given_masks = KINDS[kind](masks)
-        found, close = open_masks(given_masks, masks.shape[1:])
-        assert found.masks.dtype == torch.bool
-        np.testing.assert_array_equal(found.masks.numpy(), masks)
-        same(close(found, [[k] for k in range(len(masks))]), given_masks)
+    def test_masks_are_written_as_they_were_read(self, name, masks):
+        collection = FORMATS[name](masks)
+        mask_set, restore = open_masks(collection, masks.shape[1:])
+        assert mask_set.masks.dtype == torch.bool
+        np.testing.assert_array_equal(mask_set.masks.numpy(), masks)
+        same(restore(mask_set, [[k] for k in range(len(masks))]), collection)
 
     @EXAMPLES
     @given(masks=stacks(least=1), pick=st.data())
-    def test_fewer_and_more_masks(self, kind, masks, pick):
-        found, close = open_masks(KINDS[kind](masks))
+    def test_fewer_and_more_masks(self, name, masks, pick):
+        mask_set, restore = open_masks(FORMATS[name](masks))
         order = pick.draw(st.lists(st.integers(0, len(masks) - 1), max_size=6))
-        result = MaskSet(found.masks[order], None if found.scores is None else found.scores[order])
-        again, _ = open_masks(close(result, [[k] for k in order]), masks.shape[1:])
+        result = MaskSet(mask_set.masks[order], None if mask_set.scores is None else mask_set.scores[order])
+        again, _ = open_masks(restore(result, [[k] for k in order]), masks.shape[1:])
         np.testing.assert_array_equal(again.masks.numpy(), masks[order])
-        if order and found.scores is not None:
-            np.testing.assert_array_equal(again.scores.numpy(), found.scores[order].numpy())
+        if order and mask_set.scores is not None:
+            np.testing.assert_array_equal(again.scores.numpy(), mask_set.scores[order].numpy())
 
-    def test_nothing(self, kind):
-        nothing = KINDS[kind](np.zeros((0, 3, 5), dtype=bool))
-        found, close = open_masks(nothing, (3, 5))
-        assert found.masks.shape == (0, 3, 5)
-        same(close(found, []), nothing)
+    def test_no_masks(self, name):
+        nothing = FORMATS[name](np.zeros((0, 3, 5), dtype=bool))
+        mask_set, restore = open_masks(nothing, (3, 5))
+        assert mask_set.masks.shape == (0, 3, 5)
+        same(restore(mask_set, []), nothing)
 
-    def test_everything_goes(self, kind):
-        given_masks = KINDS[kind](np.ones((2, 3, 5), dtype=bool))
-        found, close = open_masks(given_masks)
-        left = close(MaskSet(found.masks[:0], None if found.scores is None else found.scores[:0]), [])
-        assert type(left) is type(given_masks)
+    def test_a_result_without_masks(self, name):
+        collection = FORMATS[name](np.ones((2, 3, 5), dtype=bool))
+        mask_set, restore = open_masks(collection)
+        left = restore(MaskSet(mask_set.masks[:0], None if mask_set.scores is None else mask_set.scores[:0]), [])
+        assert type(left) is type(collection)
         assert open_masks(left, (3, 5))[0].masks.shape == (0, 3, 5)
 
-    def test_memory_is_not_shared(self, kind):
+    def test_memory_is_not_shared(self, name):
         masks = np.zeros((1, 3, 5), dtype=bool)
-        given_masks = KINDS[kind](masks)
-        found, _ = open_masks(given_masks)
-        if kind != "MaskSet":
-            found.masks.fill_(True)
+        collection = FORMATS[name](masks)
+        mask_set, _ = open_masks(collection)
+        if name != "MaskSet":
+            mask_set.masks.fill_(True)
         assert not masks.any()
 
-    def test_what_goes_out_is_not_what_came_in(self, kind):
+    def test_results_do_not_share_memory(self, name):
         masks = np.zeros((2, 3, 5), dtype=bool)
-        found, close = open_masks(KINDS[kind](masks))
-        out = close(found, [[0], [1]])
+        mask_set, restore = open_masks(FORMATS[name](masks))
+        out = restore(mask_set, [[0], [1]])
         for mask in out if isinstance(out, (list, tuple)) else (out,):
             mask = mask["segmentation"] if isinstance(mask, dict) and "segmentation" in mask else mask
             if isinstance(mask, (np.ndarray, torch.Tensor)):
@@ -282,37 +283,40 @@ class TestLabels:
     def test_identity(self, labels):
         for dtype in ("u1", "i1", "<i2", ">i4", "i8", "u2", "u4"):
             label_map = (labels.astype(np.int64) * 20).astype(dtype)
-            found, close = open_masks(label_map)
-            assert len(found.masks) == len(np.unique(labels[labels > 0]))
-            groups = [[k] for k in range(len(found.masks))]
-            same(close(found, groups), label_map)
+            mask_set, restore = open_masks(label_map)
+            assert len(mask_set.masks) == len(np.unique(labels[labels > 0]))
+            groups = [[k] for k in range(len(mask_set.masks))]
+            same(restore(mask_set, groups), label_map)
             if dtype != ">i4":
                 tensor = torch.from_numpy(label_map)
-                found, close = open_masks(tensor)
-                same(close(found, groups), tensor)
+                mask_set, restore = open_masks(tensor)
+                same(restore(mask_set, groups), tensor)
 
     def test_parts_get_free_labels(self):
         label_map = np.array([[1, 1, 3, 3, 0, 5]], dtype=np.uint8)
-        found, close = open_masks(label_map)
-        left = found.masks & (torch.arange(6) % 2 == 0)
-        parts = torch.stack([left[0], found.masks[0] & ~left[0], left[1], found.masks[1] & ~left[1], found.masks[2]])
-        out = close(MaskSet(parts), [[0], [0], [1], [1], [2]])
+        mask_set, restore = open_masks(label_map)
+        masks = mask_set.masks
+        left = masks & (torch.arange(6) % 2 == 0)
+        parts = torch.stack(
+            [left[0], mask_set.masks[0] & ~left[0], left[1], mask_set.masks[1] & ~left[1], mask_set.masks[2]]
+        )
+        out = restore(MaskSet(parts), [[0], [0], [1], [1], [2]])
         np.testing.assert_array_equal(out, [[1, 2, 3, 4, 0, 5]])
 
     def test_smaller_masks_lie_on_top(self):
-        _, close = open_masks(np.array([[1, 2, 3]]))
+        _, restore = open_masks(np.array([[1, 2, 3]]))
         masks = torch.tensor([[[0, 1, 0]], [[1, 1, 1]], [[1, 1, 0]]]).bool()
-        np.testing.assert_array_equal(close(MaskSet(masks), [[0], [1], [2]]), [[3, 1, 2]])
+        np.testing.assert_array_equal(restore(MaskSet(masks), [[0], [1], [2]]), [[3, 1, 2]])
 
     def test_merged_masks_keep_the_first_label(self):
-        found, close = open_masks(np.array([[4, 9]]))
-        np.testing.assert_array_equal(close(MaskSet(found.masks.any(0)[None]), [[1, 0]]), [[4, 4]])
+        mask_set, restore = open_masks(np.array([[4, 9]]))
+        np.testing.assert_array_equal(restore(MaskSet(mask_set.masks.any(0)[None]), [[1, 0]]), [[4, 4]])
 
     @pytest.mark.parametrize("like", [np.asarray, torch.from_numpy])
     def test_too_many_for_the_dtype(self, like):
-        found, close = open_masks(like(np.arange(1, 128, dtype=np.int8)[None]))
-        with pytest.raises(ValueError, match="close: result must be few enough masks for labels up to 127, got 128"):
-            close(MaskSet(found.masks[[*range(127), 0]]), [[k] for k in (*range(127), 0)])
+        mask_set, restore = open_masks(like(np.arange(1, 128, dtype=np.int8)[None]))
+        with pytest.raises(ValueError, match="restore: result must be few enough masks for labels up to 127, got 128"):
+            restore(MaskSet(mask_set.masks[[*range(127), 0]]), [[k] for k in (*range(127), 0)])
 
     def test_negative(self):
         with pytest.raises(ValueError, match="masks must be labels of at least 0, got -1"):
@@ -332,8 +336,8 @@ class TestFields:
     def test_sam(self):
         records = [sam(mask, k) for k, mask in enumerate(self.MASKS)]
         records[0]["predicted_iou"], records[0]["extra"] = 0.1, "first"
-        _, close = open_masks(records)
-        (out,) = close(self.UNION, [[0, 1]])
+        _, restore = open_masks(records)
+        (out,) = restore(self.UNION, [[0, 1]])
         same(out["segmentation"], self.MASKS[:2].any(0))
         assert out["area"] == 4 and out["bbox"] == [0, 0, 2, 1] and out["predicted_iou"] == 0.75
         best = records[1]
@@ -344,32 +348,32 @@ class TestFields:
 
     def test_annotations(self):
         entries = [annotation(mask, k) for k, mask in enumerate(self.MASKS)]
-        found, close = open_masks(entries)
-        assert found.classes.tolist() == [1, 2, 3]
-        np.testing.assert_array_equal(found.scores, np.float32([0.3, 0.3 + 1 / 7, 0.3 + 2 / 7]))
-        (out,) = close(self.UNION, [[0, 1]])
+        mask_set, restore = open_masks(entries)
+        assert mask_set.classes.tolist() == [1, 2, 3]
+        np.testing.assert_array_equal(mask_set.scores, np.float32([0.3, 0.3 + 1 / 7, 0.3 + 2 / 7]))
+        (out,) = restore(self.UNION, [[0, 1]])
         assert out["area"] == 4 and out["bbox"] == [0, 0, 3, 2] and out["score"] == 0.75
         assert out["id"] == 2 and out["image_id"] == 42 and out["category_id"] == 2.0
         json.dumps(out)
 
     def test_records_have_no_new_fields(self):
         bare = [{"segmentation": mask} for mask in self.MASKS]
-        found, close = open_masks(bare)
-        assert found.scores is None and found.classes is None
-        (out,) = close(self.UNION, [[2]])
+        mask_set, restore = open_masks(bare)
+        assert mask_set.scores is None and mask_set.classes is None
+        (out,) = restore(self.UNION, [[2]])
         assert list(out) == ["segmentation"]
 
     def test_polygons_become_rle(self):
         entry = {"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]], "category_id": 1}
-        found, close = open_masks([entry], (3, 4))
-        assert found.masks.sum() == 4
-        (out,) = close(found, [[0]])
-        assert out["segmentation"] == rle(found.masks[0].numpy())
+        mask_set, restore = open_masks([entry], (3, 4))
+        assert mask_set.masks.sum() == 4
+        (out,) = restore(mask_set, [[0]])
+        assert out["segmentation"] == rle(mask_set.masks[0].numpy())
 
     @pytest.mark.parametrize("compact", [False, True])
     def test_detections(self, compact):
-        _, close = open_masks(detections(self.MASKS, compact))
-        out = close(self.UNION, [[1, 0]])
+        _, restore = open_masks(detections(self.MASKS, compact))
+        out = restore(self.UNION, [[1, 0]])
         np.testing.assert_array_equal(np.asarray(out.mask), self.UNION.masks.numpy())
         assert out.xyxy.tolist() == [[0, 0, 2, 1]] and out.xyxy.dtype == np.float32
         assert out.confidence.tolist() == [0.75] and out.class_id.tolist() == [3] and out.tracker_id.tolist() == [100]
@@ -378,76 +382,76 @@ class TestFields:
     def test_empty_detections(self):
         import supervision as sv
 
-        found, close = open_masks(sv.Detections.empty(), (3, 5))
-        assert found.masks.shape == (0, 3, 5)
-        assert close(found, []) == sv.Detections.empty()
-        found, close = open_masks(sv.Detections.empty())
-        assert found.masks.shape == (0, 0, 0)
-        assert close(found, []) == sv.Detections.empty()
+        mask_set, restore = open_masks(sv.Detections.empty(), (3, 5))
+        assert mask_set.masks.shape == (0, 3, 5)
+        assert restore(mask_set, []) == sv.Detections.empty()
+        mask_set, restore = open_masks(sv.Detections.empty())
+        assert mask_set.masks.shape == (0, 0, 0)
+        assert restore(mask_set, []) == sv.Detections.empty()
 
     def test_detections_of_sam(self):
         import supervision as sv
 
         records = [sam(mask, k) for k, mask in enumerate(self.MASKS)]
         before = sv.Detections.from_sam(records)
-        found, close = open_masks(before)
-        assert found.scores is None
-        assert close(found, [[0], [1], [2]]) == before
+        mask_set, restore = open_masks(before)
+        assert mask_set.scores is None
+        assert restore(mask_set, [[0], [1], [2]]) == before
 
     def test_instances(self):
-        given_masks = instances(self.MASKS)
-        given_masks.set("embedding", torch.arange(6).reshape(3, 2))
-        found, close = open_masks(given_masks)
-        out = close(self.UNION, [[1, 0]])
+        collection = instances(self.MASKS)
+        collection.set("embedding", torch.arange(6).reshape(3, 2))
+        mask_set, restore = open_masks(collection)
+        out = restore(self.UNION, [[1, 0]])
         same(out.pred_masks, self.UNION.masks)
         same(out.pred_boxes.tensor, torch.tensor([[0.0, 0, 3, 2]]))
         same(out.scores, torch.tensor([0.75]))
         same(out.pred_classes, torch.tensor([0]))
         same(out.embedding, torch.tensor([[0, 1]]))
-        same(given_masks.pred_masks, found.masks)
+        same(collection.pred_masks, mask_set.masks)
 
     def test_instances_of_masks_alone(self):
-        found, close = open_masks(Instances((2, 3), pred_masks=torch.from_numpy(self.MASKS)))
-        assert found.scores is None and found.classes is None
-        same(close(self.UNION, [[0, 1]]).pred_masks, self.UNION.masks)
+        mask_set, restore = open_masks(Instances((2, 3), pred_masks=torch.from_numpy(self.MASKS)))
+        assert mask_set.scores is None and mask_set.classes is None
+        same(restore(self.UNION, [[0, 1]]).pred_masks, self.UNION.masks)
 
     def test_scores_of_the_best_member_without_new_ones(self):
         records = [sam(mask, k) for k, mask in enumerate(self.MASKS)]
-        _, close = open_masks(records)
-        (out,) = close(MaskSet(self.UNION.masks), [[2, 1]])
+        _, restore = open_masks(records)
+        (out,) = restore(MaskSet(self.UNION.masks), [[2, 1]])
         assert out["predicted_iou"] == records[1]["predicted_iou"]
 
     def test_the_first_of_equal_scores(self):
         records = [{**sam(mask, k), "predicted_iou": 0.5} for k, mask in enumerate(self.MASKS)]
-        _, close = open_masks(records)
-        assert close(self.UNION, [[2, 1]])[0]["point_coords"] == records[1]["point_coords"]
+        _, restore = open_masks(records)
+        assert restore(self.UNION, [[2, 1]])[0]["point_coords"] == records[1]["point_coords"]
 
-    def test_mask_set_keeps_what_it_is_given(self):
+    def test_a_mask_set_is_returned_as_it_is(self):
         before = MaskSet(torch.from_numpy(self.MASKS), torch.rand(3), torch.arange(3))
-        found, close = open_masks(before)
-        assert found is before
-        assert close(self.UNION, [[0, 1]]) is self.UNION
+        mask_set, restore = open_masks(before)
+        assert mask_set is before
+        assert restore(self.UNION, [[0, 1]]) is self.UNION
 
     def test_form_is_that_of_the_best_member(self):
         mixed = [self.MASKS[0], rle(self.MASKS[1], bytes), torch.from_numpy(self.MASKS[2]).float()]
-        found, close = open_masks(mixed)
-        same(close(found, [[0], [1], [2]]), mixed)
+        mask_set, restore = open_masks(mixed)
+        same(restore(mask_set, [[0], [1], [2]]), mixed)
 
     @pytest.mark.parametrize("like", [np.asarray, torch.from_numpy])
     def test_a_mask_of_a_list_does_not_keep_the_others(self, like):
-        found, close = open_masks([like(mask) for mask in self.MASKS])
-        out = [torch.as_tensor(mask) for mask in close(found, [[0], [1], [2]])]
+        mask_set, restore = open_masks([like(mask) for mask in self.MASKS])
+        out = [torch.as_tensor(mask) for mask in restore(mask_set, [[0], [1], [2]])]
         assert all(mask.untyped_storage().nbytes() == mask.numel() for mask in out)
 
     def test_bytes_viewed_as_bool(self):
-        for given_masks in ((self.MASKS * np.uint8(255)).view(bool), list((self.MASKS * np.uint8(255)).view(bool))):
-            found, close = open_masks(given_masks)
-            assert found.masks.view(torch.uint8).max() == 1
-            np.testing.assert_array_equal(close(found, [[0], [1], [2]]), self.MASKS)
+        for collection in ((self.MASKS * np.uint8(255)).view(bool), list((self.MASKS * np.uint8(255)).view(bool))):
+            mask_set, restore = open_masks(collection)
+            assert mask_set.masks.view(torch.uint8).max() == 1
+            np.testing.assert_array_equal(restore(mask_set, [[0], [1], [2]]), self.MASKS)
 
     def test_gradients_stay_out(self):
-        found, close = open_masks(torch.ones(1, 2, 3, requires_grad=True))
-        assert not close(found, [[0]]).requires_grad
+        mask_set, restore = open_masks(torch.ones(1, 2, 3, requires_grad=True))
+        assert not restore(mask_set, [[0]]).requires_grad
 
 
 ONE = np.ones((1, 2, 3), dtype=bool)
@@ -462,8 +466,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("masks", "message"),
         [
-            ("photo.png", "masks must be an array, a tensor, a list, .* or a MaskSet, got str"),
-            (None, "masks must be an array, .* got NoneType"),
+            ("photo.png", "masks must be a MaskSet, a label map .*, .*, a list .* or detectron2's Instances, got str"),
+            (None, "masks must be a MaskSet, .* got NoneType"),
             (ONE.astype(complex), "masks must be bool, or integers or floats that are 0 or 1, got complex128"),
             (torch.ones(1, 2, 3, dtype=torch.complex64), "masks must be bool, .* got torch.complex64"),
             (ONE.astype(str), "masks must be bool, .* got <U"),
@@ -542,10 +546,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="confidence must be finite in float32, got nan"):
             open_masks(sv.Detections(xyxy=box, mask=ONE, confidence=np.array([np.nan])))
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_size(self, kind):
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_size(self, name):
         with pytest.raises(ValueError, match=r"open_masks: .*size \(3, 2\), got \(2, 3\)"):
-            open_masks(KINDS[kind](ONE), (3, 2))
+            open_masks(FORMATS[name](ONE), (3, 2))
 
     @pytest.mark.parametrize("size", [(3,), (0, 3)])
     def test_size_itself(self, size):
@@ -562,14 +566,14 @@ class TestErrors:
         ],
     )
     def test_groups(self, groups, message):
-        found, close = open_masks(ONE)
-        with pytest.raises(ValueError, match=f"close: {message}"):
-            close(found, groups)
+        mask_set, restore = open_masks(ONE)
+        with pytest.raises(ValueError, match=f"restore: {message}"):
+            restore(mask_set, groups)
 
     def test_result_of_another_size(self):
-        _, close = open_masks(ONE)
-        with pytest.raises(ValueError, match=r"close: result must be of size \(2, 3\), got \(3, 2\)"):
-            close(MaskSet(torch.ones(1, 3, 2) > 0), [[0]])
+        _, restore = open_masks(ONE)
+        with pytest.raises(ValueError, match=r"restore: result must be of size \(2, 3\), got \(3, 2\)"):
+            restore(MaskSet(torch.ones(1, 3, 2) > 0), [[0]])
 
     def test_without_pycocotools(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pycocotools", None)
@@ -578,14 +582,39 @@ class TestErrors:
             open_masks([RLE])
 
 
+class TestRegistry:
+    def test_a_format_is_one_entry(self, monkeypatch):
+        """A mask by its box, which no other format accepts."""
+
+        def read(box, size):
+            masks = torch.zeros(1, *size, dtype=torch.bool)
+            masks[0, box["top"] : box["bottom"], box["left"] : box["right"]] = True
+            return MaskSet(masks), lambda result, best: [mask_boxes(result.masks).tolist(), best]
+
+        boxes = formats.MaskFormat("a box", lambda masks: isinstance(masks, dict), read)
+        monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, boxes))
+        mask_set, restore = open_masks({"left": 1, "top": 0, "right": 4, "bottom": 2}, (3, 5))
+        assert mask_set.masks.sum() == 6
+        assert restore(MaskSet(mask_set.masks[[0, 0]]), [[0], [0]]) == [[[1, 0, 4, 2]] * 2, [0, 0]]
+        with pytest.raises(TypeError, match="detectron2's Instances or a box, got int"):
+            open_masks(3)
+
+    def test_every_format_is_tested(self):
+        accepted = {
+            next(known.name for known in formats.FORMATS if known.accepts(convert(ONE)))
+            for convert in (*FORMATS.values(), lambda masks: masks[0].astype(int))
+        }
+        assert accepted == {known.name for known in formats.FORMATS}
+
+
 class TestSemantic:
     MAP = np.array([[0, 15, 15], [12, 255, 15]], dtype=np.uint8)
 
     @pytest.mark.parametrize("like", [np.asarray, torch.from_numpy])
     def test_masks_of_tags(self, like):
-        found = semantic_masks(like(self.MAP), [15, 3, 12, 15])
-        assert found.classes.tolist() == [15, 12] and found.scores is None
-        np.testing.assert_array_equal(found.masks.numpy(), [self.MAP == 15, self.MAP == 12])
+        mask_set = semantic_masks(like(self.MAP), [15, 3, 12, 15])
+        assert mask_set.classes.tolist() == [15, 12] and mask_set.scores is None
+        np.testing.assert_array_equal(mask_set.masks.numpy(), [self.MAP == 15, self.MAP == 12])
 
     def test_class_without_its_tag_is_left_out(self):
         assert semantic_masks(self.MAP, [12]).masks.sum() == 1
@@ -597,8 +626,8 @@ class TestSemantic:
         picture.save(tmp_path / "map.png")
         with Image.open(tmp_path / "map.png") as picture:
             assert picture.mode == "P"
-            found = semantic_masks(np.asarray(picture), [15])
-        np.testing.assert_array_equal(found.masks.numpy(), [self.MAP == 15])
+            mask_set = semantic_masks(np.asarray(picture), [15])
+        np.testing.assert_array_equal(mask_set.masks.numpy(), [self.MAP == 15])
 
     def test_errors(self):
         with pytest.raises(
@@ -617,8 +646,8 @@ class TestSemantic:
 @given(masks=stacks())
 def test_areas_and_boxes(masks):
     for stack in (masks, masks[:, ::-1, ::2].copy(), masks.transpose(0, 2, 1), (masks * np.uint8(255)).view(bool)):
-        found = mask_areas(torch.from_numpy(stack))
-        assert found.dtype == torch.int64 and found.tolist() == [int(mask.sum()) for mask in stack]
+        areas = mask_areas(torch.from_numpy(stack))
+        assert areas.dtype == torch.int64 and areas.tolist() == [int(mask.sum()) for mask in stack]
         corners = []
         for mask in stack:
             rows, columns = np.nonzero(mask)
@@ -637,38 +666,38 @@ def test_as_tensor_copies_only_where_it_must():
 
 
 def test_defaults_of_torch_do_not_matter():
-    every = [kind(ONE) for kind in KINDS.values()]
+    every = [convert(ONE) for convert in FORMATS.values()]
     with torch.device("meta"):
         assert open_masks([], (3, 5))[0].masks.device.type == "cpu"
         for one in every:
-            found, close = open_masks(one, (2, 3))
-            same(close(found, [[0]]), one)
+            mask_set, restore = open_masks(one, (2, 3))
+            same(restore(mask_set, [[0]]), one)
 
 
 def test_plain_masks_import_no_other_library():
     code = (
         "import sys, numpy as np\n"
         "from trace_fast.masks.formats import open_masks\n"
-        "found, close = open_masks([np.ones((2, 3), bool)])\n"
-        "close(found, [[0]])\n"
+        "mask_set, restore = open_masks([np.ones((2, 3), bool)])\n"
+        "restore(mask_set, [[0]])\n"
         "assert not {'pycocotools', 'supervision', 'detectron2', 'PIL'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["tensor", "list of tensors", "Instances"])
-def test_masks_stay_on_their_device(kind):
+@pytest.mark.parametrize("name", ["tensor", "list of tensors", "Instances"])
+def test_masks_stay_on_their_device(name):
     masks = np.ones((2, 3, 5), dtype=bool)
-    given_masks = torch.from_numpy(masks).cuda()
-    if kind == "list of tensors":
-        given_masks = list(given_masks)
-    elif kind == "Instances":
-        given_masks = Instances((3, 5), pred_masks=given_masks, scores=torch.tensor([0.5, 0.6]).cuda())
-    found, close = open_masks(given_masks)
-    assert found.masks.is_cuda
-    out = close(found, [[0], [1]])
-    out = out.pred_masks if kind == "Instances" else out
+    collection = torch.from_numpy(masks).cuda()
+    if name == "list of tensors":
+        collection = list(collection)
+    elif name == "Instances":
+        collection = Instances((3, 5), pred_masks=collection, scores=torch.tensor([0.5, 0.6]).cuda())
+    mask_set, restore = open_masks(collection)
+    assert mask_set.masks.is_cuda
+    out = restore(mask_set, [[0], [1]])
+    out = out.pred_masks if name == "Instances" else out
     assert all(mask.is_cuda for mask in out)
 
 

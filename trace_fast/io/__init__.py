@@ -1,5 +1,16 @@
-"""Images, files and pictures: what comes in, what goes out, and how results are drawn."""
+"""Images in, pictures out: conversion of inputs, drawing of results, and atomic writing of files."""
 
-from trace_fast.io import files, images, visualize
+from trace_fast.io.images import convert_edges, read_image, resize
+from trace_fast.io.visualize import draw_masks, overlay, panel, plot_curve, write_picture, write_png
 
-__all__ = ["files", "images", "visualize"]
+__all__ = [
+    "convert_edges",
+    "draw_masks",
+    "overlay",
+    "panel",
+    "plot_curve",
+    "read_image",
+    "resize",
+    "write_picture",
+    "write_png",
+]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["array_to_tensor", "mask_areas", "mask_boxes"]
+__all__ = ["array_to_tensor", "dtype_name", "mask_areas", "mask_boxes"]
 
 
 def array_to_tensor(array: np.ndarray) -> Tensor:
@@ -24,6 +24,22 @@ def array_to_tensor(array: np.ndarray) -> Tensor:
         torch.Size([2, 3])
     """
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+
+
+def dtype_name(values: np.ndarray | Tensor) -> str:
+    """Return the name of a dtype, which is the same for NumPy and torch.
+
+    Args:
+        values: array or tensor.
+
+    Returns:
+        The name without the library, such as "float32".
+
+    Example:
+        >>> dtype_name(torch.zeros(2, 3, dtype=torch.uint8))
+        'uint8'
+    """
+    return str(values.dtype).removeprefix("torch.") if isinstance(values, Tensor) else values.dtype.name
 
 
 def mask_areas(masks: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trace_fast.io.arrays import array_to_tensor
+from trace_fast.io.arrays import array_to_tensor, dtype_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -229,9 +229,8 @@ def read_edge_maps(op: str, edges: np.ndarray | Tensor) -> Tensor:
     """
     if not isinstance(edges, (np.ndarray, Tensor)):
         raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}")
-    dtype = str(edges.dtype).removeprefix("torch.") if isinstance(edges, Tensor) else edges.dtype.name
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: edges must be float16, bfloat16, float32 or float64, got {dtype}")
+    if dtype_name(edges) not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: edges must be float16, bfloat16, float32 or float64, got {dtype_name(edges)}")
     values = (edges.detach() if isinstance(edges, Tensor) else array_to_tensor(edges)).to(torch.float32)
     maps = values[:, 0] if values.ndim == 4 and values.shape[1] == 1 else values[None] if values.ndim == 2 else values
     if maps.ndim != 3 or not maps.numel():

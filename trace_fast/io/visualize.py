@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
+from trace_fast.io.arrays import array_to_tensor, dtype_name, mask_areas, mask_boxes
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import read_edge_map, read_edge_maps, read_image
 
@@ -140,9 +140,8 @@ def draw_masks(image: ImageLike, masks: np.ndarray | Tensor) -> Image.Image:
     """
     photo = read_image(image).cpu()
     masks = masks if isinstance(masks, Tensor) else np.asarray(masks)
-    dtype = str(masks.dtype).removeprefix("torch.")
-    if dtype != "bool":
-        raise TypeError(f"draw_masks: masks must be bool, got {dtype}")
+    if dtype_name(masks) != "bool":
+        raise TypeError(f"draw_masks: masks must be bool, got {dtype_name(masks)}")
     stack = masks.cpu() if isinstance(masks, Tensor) else array_to_tensor(masks)
     if len(photo) != 1 or stack.ndim != 3 or stack.shape[1:] != photo.shape[2:]:
         raise ValueError(

@@ -1,5 +1,51 @@
-"""Masks: their formats, COCO files, propagation inside edges, and export."""
+"""Masks: formats, COCO files, propagation along edges, and export."""
 
-from trace_fast.masks import coco, export, formats, propagation
+from trace_fast.masks.coco import (
+    ImageInstances,
+    ImageSegments,
+    Instance,
+    Instances,
+    Panoptic,
+    encode_masks,
+    read_annotations,
+    read_instances,
+    read_panoptic,
+    read_results,
+)
+from trace_fast.masks.export import (
+    make_panoptic_segments,
+    make_sam_prompts,
+    refine_results,
+    write_coco_results,
+    write_palette,
+    write_panoptic,
+)
+from trace_fast.masks.formats import MaskSet, open_masks, paint_labels, semantic_masks
+from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
 
-__all__ = ["coco", "export", "formats", "propagation"]
+__all__ = [
+    "ImageInstances",
+    "ImageSegments",
+    "Instance",
+    "Instances",
+    "MaskSet",
+    "Panoptic",
+    "Seeds",
+    "encode_masks",
+    "instances",
+    "make_panoptic_segments",
+    "make_sam_prompts",
+    "open_masks",
+    "paint_labels",
+    "propagate",
+    "read_annotations",
+    "read_instances",
+    "read_panoptic",
+    "read_results",
+    "refine_results",
+    "seeds",
+    "semantic_masks",
+    "write_coco_results",
+    "write_palette",
+    "write_panoptic",
+]

@@ -64,9 +64,8 @@ def propagate(
     3. Masks whose IoU is above `iou` are united until there are none (`ops.merge_masks`); the highest score is kept.
 
     Args:
-        masks: masks of one image, in any format that `open_masks` reads: a (M, H, W) bool array or tensor, a list of
-            masks, a label map, SAM's records, COCO RLE or results, `supervision.Detections`, detectron2 `Instances`,
-            `MaskSet`.
+        masks: masks of one image in any format that `trace_fast.masks.open_masks` reads, such as a (M, H, W) bool array
+            or tensor, a list of masks, a label map or COCO results.
         edges: (H, W), (1, H, W) or (1, 1, H, W) float array or tensor in [0, 1], such as `trace_fast.edges` returns.
         threshold: edge strength, above 0 and at most 1, from which an edge separates; for example the one of ODS that
             `trace-fast evaluate` reports.

@@ -1,0 +1,139 @@
+"""Run-length encodings (RLE) and polygons of masks, in COCO's form."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "decode_mask",
+    "decode_run_lengths",
+    "encode_rles",
+    "encode_segmentation",
+    "import_mask_api",
+    "read_integer",
+    "read_rle_size",
+]
+
+MAX_COORDINATE = 2**20  # of polygons; the time to rasterize them grows in proportion
+
+
+def import_mask_api(op: str) -> Any:
+    """Import pycocotools.mask, or explain how to install it."""
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise RuntimeError(f"{op}: needs pycocotools: pip install pycocotools") from error
+    return mask
+
+
+def encode_rles(op: str, masks: np.ndarray) -> list[bytes]:
+    """Encode masks (M, H, W) bool as the counts of compressed RLE."""
+    api = import_mask_api(op)
+    if not len(masks):
+        return []
+    return [rle["counts"] for rle in api.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))]
+
+
+def read_rle_size(segmentation: Any) -> tuple[int, int]:
+    """Read the height and width of an RLE."""
+    size = segmentation.get("size") if isinstance(segmentation, Mapping) else None
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise ValueError(f"segmentation must be RLE with its size, got {reprlib.repr(segmentation)}")
+    height, width = (read_integer({"size": side}, "size", 1) for side in size)
+    return height, width
+
+
+def encode_segmentation(api: Any, segmentation: Any, height: int, width: int, notes: Counter[str]) -> bytes:
+    """Check polygons or RLE, and return the counts of a compressed RLE."""
+    if isinstance(segmentation, list) and segmentation:
+        return _encode_polygons(api, segmentation, height, width, notes)
+    if not isinstance(segmentation, Mapping):
+        raise ValueError(f"segmentation must be polygons or RLE, got {reprlib.repr(segmentation)}")
+    return _encode_rle(api, segmentation, height, width)
+
+
+def _encode_polygons(api: Any, polygons: Sequence[Any], height: int, width: int, notes: Counter[str]) -> bytes:
+    """Check polygons, and rasterize them to the counts of one compressed RLE."""
+    encodable = []
+    for polygon in polygons:
+        try:
+            points = np.asarray(polygon)
+        except ValueError:
+            points = np.empty((0, 0))
+        is_odd = points.ndim != 1 or points.dtype.kind not in "iuf" or len(points) % 2 == 1
+        if is_odd or not (abs(points) < MAX_COORDINATE).all():
+            raise ValueError(f"polygon must be an even number of finite coordinates, got {reprlib.repr(polygon)}")
+        # fewer than three points cover no pixel, and pycocotools would read two as a box
+        if len(points) < 6:
+            notes["polygons of fewer than three points, which are left out"] += 1
+        else:
+            encodable.append(polygon)
+    empty = {"size": [height, width], "counts": [height * width]}
+    return bytes(api.merge(api.frPyObjects(encodable or [empty], height, width))["counts"])
+
+
+def _encode_rle(api: Any, rle: Mapping[str, Any], height: int, width: int) -> bytes:
+    """Check an RLE of any form, and return the counts of a compressed RLE."""
+    size, counts = read_rle_size(rle), rle.get("counts")
+    if size != (height, width):
+        raise ValueError(f"segmentation must be of its image's size {(height, width)}, got {size}")
+    if isinstance(counts, list):
+        if not all(type(run) is int for run in counts):
+            raise ValueError(f"counts must be integers, got {reprlib.repr(counts)}")
+        runs = np.array(counts, dtype=object)
+    elif isinstance(counts, (str, bytes)):
+        counts = counts.encode() if isinstance(counts, str) else counts
+        runs = decode_run_lengths(counts)
+    else:
+        raise ValueError(f"counts must be a list or a string, got {reprlib.repr(counts)}")
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"counts must be at least 0 and sum to {height} * {width}, got {reprlib.repr(runs.tolist())}")
+    if isinstance(counts, list):
+        return bytes(api.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"])
+    return counts
+
+
+def decode_mask(counts: bytes, height: int, width: int) -> np.ndarray:
+    """Decode a compressed RLE: (height, width) bool."""
+    # runs are outside and inside the mask in turn, down the columns
+    runs = decode_run_lengths(counts)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def decode_run_lengths(counts: bytes) -> np.ndarray:
+    """Decode the run lengths of a compressed RLE, int64; pycocotools would read past the end of truncated strings.
+
+    A length is written in groups of five bits, the lowest first, each as a character from "0" on. Bit 5 is set if
+    another group follows, and bit 4 of the last group is the sign. From the fourth on, lengths are written as the
+    difference from the length before the last.
+    """
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
+    last = codes & 32 == 0
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or not last[-1]:
+        raise ValueError(f"counts must be a compressed RLE, got {reprlib.repr(counts)}")
+    ends = np.flatnonzero(last)
+    starts = np.append(0, ends[:-1] + 1)
+    digit = np.arange(codes.size) - np.repeat(starts, ends - starts + 1)
+    if digit.max() > 6:  # 35 bits
+        raise ValueError(f"counts must be a compressed RLE of 32-bit lengths, got {reprlib.repr(counts)}")
+    runs = np.add.reduceat((codes & 31) << 5 * digit, starts)
+    runs -= np.where(codes[ends] & 16, 32 << 5 * digit[ends], 0)
+    for parity in (1, 2):
+        runs[parity::2] = np.cumsum(runs[parity::2])
+    return runs
+
+
+def read_integer(entry: Mapping[str, Any], key: str, least: float = -math.inf) -> int:
+    """Read an integer, which may be written as a float such as 1.0."""
+    value = entry.get(key)
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if value is None or not is_whole or isinstance(value, bool) or value < least:
+        bound = f" of at least {least}" if least > -math.inf else ""
+        raise ValueError(f"{key} must be an integer{bound}, got {reprlib.repr(value)}")
+    return int(value)
