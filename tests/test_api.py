@@ -33,11 +33,11 @@ def test_array_gives_an_array_at_its_size(expected):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_edges_are_on_the_outline_of_a_plain_object(photograph, stage):
-    found = trace_fast.edges(photograph, stage=stage)
+    edges = trace_fast.edges(photograph, stage=stage)
     outline = np.zeros((50, 70), bool)
     outline[13:42, 18:47] = True
     outline[17:38, 22:43] = False
-    assert found[outline].mean() > 2 * found[~outline].mean()
+    assert edges[outline].mean() > 2 * edges[~outline].mean()
 
 
 @pytest.mark.parametrize("kind", ["path", "pil", "rgba", "chw", "bchw", "float", "uint16"])
@@ -55,20 +55,20 @@ def test_every_kind_of_the_same_picture_gives_the_same_edges(photograph, expecte
         "float": photograph / 255.0,
         "uint16": photograph.astype(np.uint16) * 257,
     }[kind]
-    found = trace_fast.edges(image)
+    edges = trace_fast.edges(image)
     if kind.endswith("chw"):
-        assert isinstance(found, torch.Tensor) and found.shape == (1, 1, 50, 70) and found.dtype == torch.float32
-        found = found[0, 0].numpy()
-    assert isinstance(found, np.ndarray) and found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert isinstance(edges, torch.Tensor) and edges.shape == (1, 1, 50, 70) and edges.dtype == torch.float32
+        edges = edges[0, 0].numpy()
+    assert isinstance(edges, np.ndarray) and edges.dtype == np.float32
+    np.testing.assert_allclose(edges, expected, atol=1e-4)
 
 
 def test_list_of_mixed_sizes_keeps_order_and_sizes(photograph, expected):
     tensor = torch.rand(3, 20, 30)
-    found = trace_fast.edges([photograph[:, ::-1].copy(), tensor, photograph])
-    assert [type(one).__name__ for one in found] == ["ndarray", "Tensor", "ndarray"]
-    assert found[0].shape == (50, 70) and found[1].shape == (1, 1, 20, 30)
-    np.testing.assert_array_equal(found[2], expected)
+    edges = trace_fast.edges([photograph[:, ::-1].copy(), tensor, photograph])
+    assert [type(one).__name__ for one in edges] == ["ndarray", "Tensor", "ndarray"]
+    assert edges[0].shape == (50, 70) and edges[1].shape == (1, 1, 20, 30)
+    np.testing.assert_array_equal(edges[2], expected)
 
 
 def test_output_types(photograph, expected):
@@ -113,37 +113,37 @@ def test_torchs_default_dtype_changes_nothing(photograph, stage, dtype, apart):
     api._load_once.cache_clear()
     torch.set_default_dtype(dtype)
     try:
-        found = trace_fast.edges(photograph, stage=stage)
+        edges = trace_fast.edges(photograph, stage=stage)
         kl = trace_fast.Tracer.from_pretrained(device="cpu")(photograph, timestep="iep", noising="gaussian").kl
     finally:
         torch.set_default_dtype(torch.float32)
         api._load_once.cache_clear()
-    assert found.dtype == np.float32 and kl.dtype == torch.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=apart)
+    assert edges.dtype == np.float32 and kl.dtype == torch.float32
+    np.testing.assert_allclose(edges, expected, rtol=0, atol=apart)
 
 
 def test_torchs_default_device_changes_nothing(photograph, expected):
     api._load_once.cache_clear()
     torch.set_default_device("meta")
     try:
-        found = trace_fast.edges(photograph, device="cpu")
+        edges = trace_fast.edges(photograph, device="cpu")
     finally:
         torch.set_default_device(None)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(edges, expected)
 
 
 def test_modules_are_there_when_asked_for():
-    # in a process of its own: here the tests have imported them
+    # in a new process, since here the tests have imported them
     code = (
         "import trace_fast; print(trace_fast.masks.export.MaskSet.__name__, trace_fast.io.visualize.overlay.__name__)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["MaskSet", "overlay"]
+    edges = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert edges.stdout.split() == ["MaskSet", "overlay"]
     with pytest.raises(AttributeError, match="module 'trace_fast' has no attribute 'edge'"):
         trace_fast.edge  # noqa: B018
 
 
-def test_the_bad_one_of_a_list_is_told(photograph):
+def test_an_error_names_the_bad_image_of_a_list(photograph):
     for call in (trace_fast.edges, trace_fast.Detector.from_pretrained(device="cpu")):
         with pytest.raises(ValueError, match="got 15 x 30") as caught:
             call([photograph, photograph, np.zeros((15, 30, 3), np.uint8)])

@@ -36,7 +36,7 @@ KINDS = {"conv": ("mini", "conv", {}), "pixels": ("mini", "pixels", {"channels":
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
-    """No network, and a cache of its own."""
+    """No network, and a separate cache."""
     import socket
 
     def refuse(*_, **__):
@@ -128,12 +128,12 @@ class TestRoundTrip:
     def test_one_put_together_by_hand_says_what_it_lacks(self, detector, tmp_path, monkeypatch):
         import huggingface_hub
 
-        made = Detector(detector.backbone, detector.decoder)
+        unnamed = Detector(detector.backbone, detector.decoder)
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: pytest.fail("made a repository"))
         with pytest.raises(ValueError, match="save_pretrained: config must name the base model"):
-            made.push_to_hub("someone/student")
+            unnamed.push_to_hub("someone/student")
         with pytest.raises(ValueError, match=r"save_pretrained: config must name the base model, got \{\}"):
-            made.save_pretrained(tmp_path / "new")
+            unnamed.save_pretrained(tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
     def test_the_adapter_is_added_to_the_bases_weights(self, students):
@@ -208,17 +208,17 @@ class TestCall:
         together = detector(images)
         assert together.shape == (3, 1, 40, 56) and together.dtype == torch.float32
         assert 0 <= together.min() < together.max() <= 1
-        for image, found in zip(images, together, strict=True):
-            assert_close(detector(image), found[None], rtol=0, atol=1e-6)
+        for image, edges in zip(images, together, strict=True):
+            assert_close(detector(image), edges[None], rtol=0, atol=1e-6)
 
     def test_a_list_keeps_order_kinds_and_sizes(self, detector):
         sizes = [(16 + 3 * index, 60 - 4 * index) for index in range(10)]  # more than share a pass
         tensors = [photograph(*size, seed=index)[0] for index, size in enumerate(sizes)]
         images = [x.permute(1, 2, 0).numpy() if index % 2 else x for index, x in enumerate(tensors)]
-        for image, tensor, size, found in zip(images, tensors, sizes, detector(images), strict=True):
-            assert isinstance(found, type(image))
-            assert found.shape[-2:] == size
-            assert_close(torch.as_tensor(found).view(1, 1, *size), detector.edges(tensor[None]), rtol=0, atol=1e-6)
+        for image, tensor, size, edges in zip(images, tensors, sizes, detector(images), strict=True):
+            assert isinstance(edges, type(image))
+            assert edges.shape[-2:] == size
+            assert_close(torch.as_tensor(edges).view(1, 1, *size), detector.edges(tensor[None]), rtol=0, atol=1e-6)
 
     def test_images_of_a_list_share_passes(self, detector, monkeypatch):
         passes, real = [], detector._forward
@@ -240,15 +240,15 @@ class TestCall:
         image = photograph()[0]
         array = image.permute(1, 2, 0).numpy()
         expected = detector(image)
-        found = detector(array)
-        assert isinstance(found, np.ndarray) and found.dtype == np.float32 and found.shape == (40, 56)
-        np.testing.assert_array_equal(found, expected[0, 0].numpy())
+        edges = detector(array)
+        assert isinstance(edges, np.ndarray) and edges.dtype == np.float32 and edges.shape == (40, 56)
+        np.testing.assert_array_equal(edges, expected[0, 0].numpy())
         assert torch.equal(detector(array, output_type="pt"), expected)
-        np.testing.assert_array_equal(detector(image, output_type="np"), found)
+        np.testing.assert_array_equal(detector(image, output_type="np"), edges)
         picture = detector(image, output_type="pil")
         assert picture.mode == "L" and picture.size == (56, 40)
-        np.testing.assert_allclose(np.asarray(picture) / 255, found, atol=0.5 / 255 + 1e-6)
-        assert [each.size for each in detector([image, array], output_type="pil")] == [(56, 40)] * 2
+        np.testing.assert_allclose(np.asarray(picture) / 255, edges, atol=0.5 / 255 + 1e-6)
+        assert [picture.size for picture in detector([image, array], output_type="pil")] == [(56, 40)] * 2
         with pytest.raises(ValueError, match=r"output_type must be .* got 'jpg'"):
             detector(image, output_type="jpg")
 
@@ -293,14 +293,14 @@ class TestDetectResolution:
         assert torch.equal(detector(image, detect_resolution=32), detector(image))
         assert detector.resized((32, 32)) is detector
 
-    def test_another_size_has_a_grid_and_values_of_its_own(self, detector):
+    def test_another_size_has_another_grid_and_other_values(self, detector):
         image, before = photograph(), detector.edges(photograph())
         grid, values = detector.decoder.grid, detector.decoder.values.clone()
-        found = detector(image, detect_resolution=64)
-        assert found.shape == image[:, :1].shape and not torch.equal(found, before)
+        edges = detector(image, detect_resolution=64)
+        assert edges.shape == image[:, :1].shape and not torch.equal(edges, before)
         larger = detector.resized((64, 64))
         assert larger.decoder.grid == larger.backbone.finest_grid() != grid
-        assert torch.equal(larger.edges(image), found)
+        assert torch.equal(larger.edges(image), edges)
         # the detector itself is as it was
         assert detector.decoder.grid == grid and torch.equal(detector.decoder.values, values)
         assert torch.equal(detector.edges(image), before)
@@ -310,8 +310,8 @@ class TestDetectResolution:
         ramp = torch.arange(height * width).view(height, width, 1).expand(-1, -1, detector.decoder.values.shape[1])
         detector.decoder.values.copy_(ramp.flatten(0, 1))
         (top, left), columns = (2 * side for side in detector.backbone.settings.size), detector.decoder.values.shape[1]
-        found = detector.resized((top, left)).decoder.values.view(2 * height, 2 * width, columns)
-        inside = found[1:-1, 1:-1, 0]
+        values = detector.resized((top, left)).decoder.values.view(2 * height, 2 * width, columns)
+        inside = values[1:-1, 1:-1, 0]
         assert_close(inside.diff(dim=1), torch.full((2 * height - 2, 2 * width - 3), 0.5))
         assert_close(inside.diff(dim=0), torch.full((2 * height - 3, 2 * width - 2), width / 2))
 
@@ -351,18 +351,18 @@ class TestOnePass:
         size, detail = detector.backbone.settings.size, detector.decoder.detail
         images, details = photograph(*size, batch=2), photograph(size[0] * detail, size[1] * detail, batch=2)
         with torch.no_grad():
-            found = detector._forward(images, details if detail else None)
-        assert torch.equal(found, whole_pass(detector, images, details if detail else None))
+            logits = detector._forward(images, details if detail else None)
+        assert torch.equal(logits, whole_pass(detector, images, details if detail else None))
 
-    def test_the_network_is_told_the_students_level(self, students, tmp_path):
+    def test_the_network_receives_the_students_timestep(self, students, tmp_path):
         student(tmp_path / "other", students / "conv", (32, 48), timestep=300)
-        told = []
+        timesteps = []
         detector = Detector.from_pretrained(tmp_path / "other", device="cpu")
-        detector.backbone.network.register_forward_pre_hook(lambda _, args: told.append(args[1].tolist()))
-        found = detector.edges(photograph(batch=2))
-        assert told == [[300, 300]]
+        detector.backbone.network.register_forward_pre_hook(lambda _, args: timesteps.append(args[1].tolist()))
+        edges = detector.edges(photograph(batch=2))
+        assert timesteps == [[300, 300]]
         plain = Detector.from_pretrained(students / "conv", device="cpu").edges(photograph(batch=2))
-        assert not torch.equal(found, plain)
+        assert not torch.equal(edges, plain)
 
     def test_no_map_is_made(self, detector, monkeypatch):
         from trace_fast import ops
@@ -411,8 +411,8 @@ def test_threads_take_turns_whatever_their_sizes(detector):
         return [detector(images[index], detect_resolution=sizes[index]) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
-        for found, one in zip(pool.map(work, range(4)), expected, strict=True):
-            assert all(torch.equal(each, one) for each in found)
+        for results, one in zip(pool.map(work, range(4)), expected, strict=True):
+            assert all(torch.equal(result, one) for result in results)
     assert is_quiet(detector.backbone.network)
 
 
@@ -566,11 +566,11 @@ class TestHub:
 
         monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
         assert detector.push_to_hub("someone/student", private=True).endswith("/commit/1")
-        (made, options), (filled, files, place) = calls
-        assert made == filled == "someone/student" and options == {"private": True, "exist_ok": True}
+        (created, options), (uploaded, files, temporary) = calls
+        assert created == uploaded == "someone/student" and options == {"private": True, "exist_ok": True}
         assert set(files) == {path.name for path in folder.iterdir()}
         assert json.loads(files["config.json"]) == detector.config
-        assert not Path(place).exists()
+        assert not Path(temporary).exists()
 
     def test_a_repository_is_fetched_without_more_than_is_needed(self, folder, monkeypatch):
         asked = []
@@ -589,7 +589,7 @@ class TestHub:
 
 
 class TestStages:
-    def test_edges_takes_the_stage_it_is_told(self, students):
+    def test_edges_uses_the_stage_that_is_given(self, students):
         image, model = photograph(), students / "conv"
         search = Tracer.from_pretrained(model, device="cpu")(image).edges
         student = Detector.from_pretrained(model, device="cpu").edges(image)
@@ -597,8 +597,8 @@ class TestStages:
         for stage, expected in ((1, search), (2, student), (None, student)):
             assert torch.equal(trace_fast.edges(image, model=model, stage=stage), expected)
         assert torch.equal(trace_fast.edges(image, model=model / "student"), student)
-        (found,) = trace_fast.edges([image[0]], model=model, stage=1)
-        assert torch.equal(found, search)
+        (result,) = trace_fast.edges([image[0]], model=model, stage=1)
+        assert torch.equal(result, search)
 
     def test_without_a_student_stage_one_is_taken_and_stage_two_refused(self, tmp_path):
         model, image = embedded(tmp_path / "base"), photograph()
@@ -635,7 +635,7 @@ class TestStages:
     def test_copies_and_pickles_give_the_same(self, students, kind):
         model = kind.from_pretrained(students / "conv", device="cpu")
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            one, two = (each(photograph()) for each in (model, other))
+            one, two = model(photograph()), other(photograph())
             assert torch.equal(one, two) if kind is Detector else torch.equal(one.edges, two.edges)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -643,11 +643,11 @@ class TestStages:
     def test_half_precision(self, stage, dtype):
         kind = (Tracer, Detector)[stage - 1]
         image = photograph()
-        expected, found = (kind.from_pretrained(device="cpu", dtype=each)(image) for each in (None, dtype))
+        expected, edges = (kind.from_pretrained(device="cpu", dtype=choice)(image) for choice in (None, dtype))
         if stage == 1:
-            expected, found = expected.edges, found.edges
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+            expected, edges = expected.edges, edges.edges
+        assert edges.dtype == torch.float32
+        torch.testing.assert_close(edges, expected, rtol=0, atol=0.02)
 
     @pytest.mark.parametrize("dtype", ["float16", torch.float64])
     def test_a_dtype_that_is_none(self, dtype):

@@ -51,7 +51,7 @@ def attention_map(module, hidden_states, image_rotary_emb):
 
 
 def definition(backbone, images, levels, noising, seed, blocks):
-    """The first stage, written from the paper with plain loops: a map a level, then every step and every map."""
+    """Return KL and ABDiv of the first stage, written from the paper with plain loops: a map a level, then every step and every map."""
     schedule, maps = backbone.schedule, []
     sample = latent = images * 2 - 1
     noise = torch.randn((1, *latent.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(latent)
@@ -59,10 +59,12 @@ def definition(backbone, images, levels, noising, seed, blocks):
         timestep = torch.full((len(images),), level)
         if noising == "gaussian":
             sample = schedule.noise(latent, noise, timestep)
-        found = []
+        maps_of_blocks = []
         handles = [
             backbone.network.blocks[block].attn.register_forward_pre_hook(
-                lambda module, args, kwargs, found=found: found.append(attention_map(module, args[0], **kwargs)),
+                lambda module, args, kwargs, maps_of_blocks=maps_of_blocks: maps_of_blocks.append(
+                    attention_map(module, args[0], **kwargs)
+                ),
                 with_kwargs=True,
             )
             for block in blocks
@@ -70,7 +72,7 @@ def definition(backbone, images, levels, noising, seed, blocks):
         prediction = backbone.network(sample, timestep)
         for handle in handles:
             handle.remove()
-        maps.append(torch.stack(found).mean(0))
+        maps.append(torch.stack(maps_of_blocks).mean(0))
         if noising == "inversion" and index + 1 < len(levels):
             sample = schedule.invert(sample, prediction, timestep, torch.full_like(timestep, levels[index + 1]))
     kl = [(p * (p.log() - q.log())).sum(-1).mean(-1) for p, q in itertools.pairwise(maps)]
@@ -118,7 +120,7 @@ def test_one_level_has_no_steps(tracer, images):
 def test_images_are_squashed_to_the_processing_size(tracer):
     images = torch.rand(2, 3, 37, 61, generator=torch.Generator().manual_seed(3))
     small = torch.nn.functional.interpolate(images, (24, 40), mode="bilinear", antialias=True)
-    for one, other in zip(*(tracer.scan(each, timesteps=LEVELS) for each in (images, small)), strict=True):
+    for one, other in zip(*(tracer.scan(pixels, timesteps=LEVELS) for pixels in (images, small)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -187,7 +189,7 @@ def test_the_search_replays_in_a_cuda_graph(noising):
 
 
 @pytest.mark.gpu
-def test_the_search_makes_no_synchronising_call():
+def test_the_search_makes_no_synchronizing_call():
     tracer = Tracer(make_backbone(device="cuda"))
     images = torch.randint(256, (2, 3, 24, 40), dtype=torch.uint8, device="cuda")
     tracer(images, timesteps=LEVELS, timestep="iep")
@@ -240,12 +242,12 @@ def test_blocks_of_several_grids_meet_on_the_finest(blocks, grid):
     kl, abdiv = tracer.scan(images, timesteps=(0, 499), noising="gaussian", blocks=blocks)
     maps = []
     for level in (0, 499):
-        found = []
-        with tracer.backbone.capture(lambda _, q, k, found=found: found.append((q, k))), torch.no_grad():
+        inputs = []
+        with tracer.backbone.capture(lambda _, q, k, inputs=inputs: inputs.append((q, k))), torch.no_grad():
             timestep = torch.full((2,), level)
             noise = torch.randn((1, 3, 20, 28), generator=torch.Generator().manual_seed(0))
             tracer.backbone.predict(tracer.backbone.schedule.noise(images * 2 - 1, noise, timestep), timestep)
-        read = [reference.attention_map(q.double(), k.double()) for q, k in found]
+        read = [reference.attention_map(q.double(), k.double()) for q, k in inputs]
         chosen = [(read[index], tracer.backbone.grids(None)[index]) for index in blocks or range(3)]
         maps.append(torch.stack([reference.resize_attention(one, size, grid) for one, size in chosen]).mean(0))
     assert abdiv.shape == (2, 2, *grid)
@@ -283,8 +285,8 @@ def test_threads_take_turns(tracer, images):
         return [tracer(images[index % 2], timestep=0).edges for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
-        for index, found in enumerate(pool.map(work, range(4))):
-            assert all(torch.allclose(one, expected[index % 2], atol=1e-5) for one in found)
+        for index, outputs in enumerate(pool.map(work, range(4))):
+            assert all(torch.allclose(one, expected[index % 2], atol=1e-5) for one in outputs)
 
 
 @pytest.mark.parametrize(
@@ -425,9 +427,9 @@ class TestFolder:
 
     def test_unknown_setting(self, folder):
         config = json.loads((folder / "config.json").read_text())
-        config["tracing"]["colour"] = 1
+        config["tracing"]["color"] = 1
         (folder / "config.json").write_text(json.dumps(config))
-        self.refuse(folder, r"unknown tracing settings \['colour'\]")
+        self.refuse(folder, r"unknown tracing settings \['color'\]")
 
 
 def test_models_lists_what_is_embedded_first():

@@ -166,8 +166,8 @@ def edges(
     loaded = None if named else load(model, stage=stage, device=device, dtype=dtype, size=size)
 
     def find_edges(item: Any) -> Any:
-        place = item.device if device is None and isinstance(item, Tensor) else device
-        edge_model = loaded or load_cached(model, stage, place, dtype, size)
+        item_device = item.device if device is None and isinstance(item, Tensor) else device
+        edge_model = loaded or load_cached(model, stage, item_device, dtype, size)
         return convert_edges(edge_model.edges(read_image(item), seed=seed), item, output_type)
 
     if not isinstance(image, (list, tuple)):

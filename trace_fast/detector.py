@@ -343,9 +343,9 @@ class CompilablePass(StudentPass):
         shared: dict[int, Any] = {id(x): x for x in (*own.network.parameters(), *own.network.buffers())}
         own.network = copy.deepcopy(own.network, shared)
         super().__init__(own, decoder, timestep)
-        place = device_of(own.network)
+        device = device_of(own.network)
         self.network = own.network  # moves with the pass, as its timestep does
-        self.register_buffer("timesteps", torch.tensor([timestep], device=place), persistent=False)
+        self.register_buffer("timesteps", torch.tensor([timestep], device=device), persistent=False)
         self.readout: AttentionReadout | None = None  # of the pass that runs
         own.capture(self.on_attention).attach()
 

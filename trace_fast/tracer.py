@@ -406,8 +406,8 @@ class Tracer(EdgeModel):
             ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
 
         def attend() -> Tensor:
-            for each in totals.values():
-                each.zero_()
+            for attention in totals.values():
+                attention.zero_()
             with self.backbone.capture(accumulate, blocks):
                 return self.backbone.predict(sample, timestep)
 
