@@ -138,7 +138,7 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         maps, masses = torch.empty(1, TOKENS, TOKENS, dtype=dtype), (torch.empty(16), torch.empty(16))
         for config in divergence.CONFIGS:
-            launch = functools.partial(divergence.divergence, maps, maps, (32, 32), config)
+            launch = functools.partial(divergence.measure_divergence, maps, maps, (32, 32), config)
             yield Case({"kernel": "divergence", "dtype": name(dtype), "shipped": True}, config, launch)
         yield Case({"kernel": "finish", "dtype": name(dtype), "shipped": True}, divergence.FINISH, launch)
         launch = functools.partial(

@@ -52,8 +52,8 @@ for dtype, (heads, tokens, channels) in itertools.product((torch.bfloat16, torch
 for tokens in (1, 51):
     maps = torch.empty(1, tokens, tokens)
     with benchmark.compiling(90) as compiled:
-        divergence.divergence(maps, maps, None)
-        divergence.divergence(None, maps, (tokens, 1))
+        divergence.measure_divergence(maps, maps, None)
+        divergence.measure_divergence(None, maps, (tokens, 1))
         masses = torch.empty(tokens), torch.empty(1)
         benchmark.attention.accumulate_resized(maps, maps, (tokens, 1), (tokens, 1), 1.0, masses)
     others += compiled

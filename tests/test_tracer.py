@@ -51,7 +51,7 @@ def attention_map(module, hidden_states, image_rotary_emb):
 
 
 def definition(backbone, images, levels, noising, seed, blocks):
-    """Return KL and ABDiv of the first stage, written from the paper with plain loops: a map a level, then every step and every map."""
+    """Return KL and ABDiv of the first stage, written from the paper with plain loops over timesteps."""
     schedule, maps = backbone.schedule, []
     sample = latent = images * 2 - 1
     noise = torch.randn((1, *latent.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(latent)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trace_fast.kernels.launch import INTERPRETED, Config, on_device, pick
 
-__all__ = ["divergence"]
+__all__ = ["measure_divergence"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(2.0**-126)  # probabilities are clamped to it from below
@@ -114,7 +114,7 @@ WAVES = 4  # programs that a multiprocessor needs to hide the latency of memory
 FINISH = Config(128, 256, 4, 1)  # scores and steps that the second kernel adds up at once
 
 
-def divergence(
+def measure_divergence(
     previous: Tensor | None, current: Tensor, size: tuple[int, int] | None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """KL(previous || current) (B,) and ABDiv of current (B, *size); void without a previous map or without a size."""

@@ -81,7 +81,7 @@ def _step_kl(previous: Tensor, current: Tensor, backend: str) -> Tensor:
     if backend == "triton":
         from trace_fast.kernels import divergence as kernels
 
-        return kernels.divergence(previous.contiguous(), current.contiguous(), None)[0]
+        return kernels.measure_divergence(previous.contiguous(), current.contiguous(), None)[0]
     from trace_fast import _C
 
     previous, current = previous.float().contiguous(), current.float().contiguous()
@@ -101,7 +101,7 @@ def _abdiv(attention: Tensor, height: int, width: int, backend: str) -> Tensor:
     if backend == "triton":
         from trace_fast.kernels import divergence as kernels
 
-        return kernels.divergence(None, attention.contiguous(), (height, width))[1]
+        return kernels.measure_divergence(None, attention.contiguous(), (height, width))[1]
     from trace_fast import _C
 
     attention = attention.float().contiguous()
@@ -121,7 +121,7 @@ def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int, b
     if backend == "triton":
         from trace_fast.kernels import divergence as kernels
 
-        return kernels.divergence(previous.contiguous(), current.contiguous(), (height, width))
+        return kernels.measure_divergence(previous.contiguous(), current.contiguous(), (height, width))
     from trace_fast import _C
 
     previous, current = previous.float().contiguous(), current.float().contiguous()
