@@ -1,4 +1,4 @@
-"""The five diffusion families: real diffusers classes of tiny random configurations, built offline."""
+"""The diffusion families: real diffusers classes of tiny random configurations, built offline."""
 
 import contextlib
 import copy
@@ -8,29 +8,18 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from oracle import AttentionOracle
-from tiny import SIZE, TEXT, flux, pixart, sd15, sd35, sdxl
+from tiny import FAMILIES, SIZE, pipeline
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import wrap_pipeline
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 
-# how many self-attentions each has, and which of the tokens that SDPA receives are the image's, for N of them
-FAMILIES = {
-    "sd15": (sd15, 7, lambda n: slice(0, n)),
-    "sdxl": (sdxl, 18, lambda n: slice(0, n)),
-    "pixart": (pixart, 3, lambda n: slice(0, n)),
-    "pixart-1024": (lambda: pixart(128), 3, lambda n: slice(0, n)),
-    "sd3.5-large": (sd35, 3, lambda n: slice(0, n)),
-    "sd3.5-medium": (lambda: sd35((0, 1)), 5, lambda n: slice(0, n)),
-    "flux.1-dev": (flux, 4, lambda n: slice(-n, None)),
-    "flux.1-schnell": (lambda: flux(False), 4, lambda n: slice(-n, None)),
-}
-
 
 def make(family, size=SIZE):
     torch.manual_seed(0)
-    parts, empty_prompt = FAMILIES[family][0]()
+    parts, empty_prompt = FAMILIES[family].parts()
     for name in ("unet", "transformer", "vae"):
         if name in parts:
             for parameter in parts[name].eval().parameters():
@@ -73,14 +62,13 @@ def assert_alike(found, heard):
 
 def test_query_and_key_are_what_the_product_receives(family):
     _, backbone = make(family)
-    count, image = FAMILIES[family][1:]
+    count, image = FAMILIES[family].blocks, FAMILIES[family].image
     oracle = AttentionOracle()
     _, found = captured(backbone, lambda backbone: run(backbone, oracle))
     assert len(found) == len(backbone.attentions()) == count
     assert [index for index, *_ in found] == list(range(count))  # in the order in which they run
     grids = backbone.grids(SIZE)
-    # self-attention: as many queries as keys, and more than text alone has
-    calls = [(q, k) for q, k in oracle.calls if q.shape == k.shape]
+    calls = FAMILIES[family].calls(oracle)
     assert len(calls) == count
     for (index, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
         tokens = grids[index][0] * grids[index][1]
@@ -196,8 +184,8 @@ def test_weights_kept_in_fewer_bits_than_are_computed_in(family):
     assert torch.float8_e4m3fn in {p.dtype for p in backbone.network.parameters()}
     oracle = AttentionOracle()
     _, found = captured(backbone, lambda backbone: run(backbone, oracle))
-    image = FAMILIES[family][2]
-    calls = [(q, k) for q, k in oracle.calls if q.shape == k.shape]
+    image = FAMILIES[family].image
+    calls = FAMILIES[family].calls(oracle)
     for (_, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
         assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
         assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
@@ -268,8 +256,8 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
     peft.inject_adapter_in_model(config, backbone.network)
     oracle = AttentionOracle()
     _, found = captured(backbone, lambda backbone: run(backbone, oracle))
-    image = FAMILIES[family][2]
-    calls = [(q, k) for q, k in oracle.calls if q.shape == k.shape]
+    image = FAMILIES[family].image
+    calls = FAMILIES[family].calls(oracle)
     assert len(calls) == len(found)
     for (_, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
         assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
@@ -330,7 +318,7 @@ def test_the_search_never_waits_for_the_device(family):
 class TestNoising:
     LEVELS = torch.tensor([0, 99, 500, 999])
 
-    @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart"])
+    @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.flow])
     def test_variance_preserving_is_ddpm(self, family):
         pipe, backbone = make(family)
         betas = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).betas.double()
@@ -341,7 +329,7 @@ class TestNoising:
         # the scheduler's betas are float32
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("family", ["sd3.5-large", "flux.1-dev"])
+    @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.flow])
     def test_flow_is_the_straight_line(self, family):
         _, backbone = make(family)
         latent, noise = torch.randn(2, 4, 16, 3, 5, dtype=torch.float64)
@@ -414,6 +402,9 @@ class TestNoising:
             wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if type(FAMILIES[name].parts()[0]["vae"]).__name__ == "AutoencoderKL"]
+)
 def test_encoding_is_the_mode_shifted_and_scaled(family):
     pipe, backbone = make(family)
     images = torch.rand(1, 3, *SIZE)
@@ -421,6 +412,29 @@ def test_encoding_is_the_mode_shifted_and_scaled(family):
         mode = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
         expected = (mode - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
         assert torch.equal(backbone.encode(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "encode"),
+    [
+        ("flux.2", lambda pipe, images: pipe._encode_vae_image(images, None)),
+        (
+            "qwen-image",
+            lambda pipe, images: diffusers.QwenImageImg2ImgPipeline(**pipe.components)._encode_vae_image(
+                images[:, :, None], None
+            )[:, :, 0],
+        ),
+    ],
+)
+def test_encoding_is_that_of_a_pipeline_that_takes_images(family, encode, tmp_path, monkeypatch):
+    pipe = pipeline(family, tmp_path)
+    # its mode, where the pipeline draws a sample
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda latents, generator=None: latents.mode())
+    backbone = wrap_pipeline(pipe, size=SIZE)
+    images = torch.rand(2, 3, *SIZE)
+    with torch.no_grad():
+        expected = encode(pipe, images * 2 - 1)
+        torch.testing.assert_close(backbone.encode(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_latents_of_an_autoencoder_that_knows_their_mean():
@@ -465,15 +479,10 @@ def test_sdxl_takes_zeros_for_the_empty_prompt():
     assert not any(x.any() for x in backbone.empty_prompt.values())
 
 
-def step(family):
-    """Pixels of a latent, and of a patch of two latents in all but the UNets."""
-    return 2 if family in ("sd15", "sdxl") else 4
-
-
 def test_a_size_that_does_not_fit_is_refused(family):
     pipe, backbone = make(family)
     for height, width in ((17, 24), (24, 17)):
-        message = rf"size must be positive multiples of {step(family)} pixels, got \({height}, {width}\)"
+        message = rf"size must be positive multiples of {FAMILIES[family].step} pixels, got \({height}, {width}\)"
         with pytest.raises(ValueError, match=message):
             wrap_pipeline(pipe, backbone.empty_prompt, (height, width))
 
@@ -488,13 +497,13 @@ def test_a_size_beyond_the_positions_is_refused():
 @pytest.mark.parametrize("steps", [(5, 7), (9, 3)])
 def test_any_size_of_whole_steps(family, steps):
     # also of odd numbers, which the down-sampling of a UNet does not divide
-    size = (steps[0] * step(family), steps[1] * step(family))
+    size = (steps[0] * FAMILIES[family].step, steps[1] * FAMILIES[family].step)
     _, backbone = make(family, size)
     oracle = AttentionOracle()
     run(backbone, oracle)
-    tokens = [q.shape[2] for q, k in oracle.calls if q.shape == k.shape]
-    text = {0, TEXT} if family.startswith(("sd3", "flux")) else {0}
-    assert {count - h * w for (h, w), count in zip(backbone.grids(size), tokens, strict=True)} <= text
+    tokens = [query.shape[2] for query, _ in FAMILIES[family].calls(oracle)]
+    others = {count - h * w for (h, w), count in zip(backbone.grids(size), tokens, strict=True)}
+    assert others <= set(FAMILIES[family].others)
     for shape in ((3, 3, 17, 31), (1, 3, 64, 20)):  # smaller, larger, of other aspect; several at once
         output = Tracer(backbone)(torch.rand(shape), timesteps=(0, 499))
         assert output.edges.shape == (shape[0], 1, *shape[2:]) and output.edges.isfinite().all()
@@ -546,7 +555,7 @@ def test_parts_that_are_missing_are_told(family):
         with pytest.raises(ValueError, match=f"empty_prompt must be {names}, each with a batch of 1, got"):
             wrap_pipeline(pipe, wrong, SIZE)
     pipe.vae = torch.nn.Linear(1, 1)
-    with pytest.raises(TypeError, match="vae must be one of AutoencoderKL, AutoencoderTiny, got Linear"):
+    with pytest.raises(TypeError, match=r"vae must be one of Autoencoder.*, got Linear"):
         wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
     pipe.vae = None
     with pytest.raises(ValueError, match="pipe must hold a vae, got SimpleNamespace without"):
@@ -561,9 +570,9 @@ def test_a_refiner_is_refused():
 
 
 def test_a_network_that_is_not_square(family):
-    if family.startswith("flux"):
-        pytest.skip("told nothing of its size")
     pipe, backbone = make(family)
+    if not hasattr(backbone.network.config, "sample_size"):
+        pytest.skip("its configuration has no size")
     backbone.network.register_to_config(sample_size=[8, 12])
     assert wrap_pipeline(pipe, backbone.empty_prompt).settings.size == (16, 24)
     backbone.network.register_to_config(sample_size=None)

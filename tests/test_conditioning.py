@@ -5,18 +5,16 @@ import inspect
 import diffusers
 import pytest
 import torch
-from tiny import SIZE, pipeline, pixart
+from tiny import FAMILIES, PIPELINES, SIZE, pipeline
 
 from trace_fast.backbones import wrap_pipeline
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
 
-FAMILIES = ("sd15", "sdxl", "pixart", "pixart-1024", "sd3.5-large", "flux.1-dev")
-
 
 def told(network, call):
-    """Arguments of a network's one call, by name, those of dictionaries by theirs; nothing for None."""
+    """Tensors that a network receives in its one call, by the names of arguments, those of collections by theirs."""
     calls = []
 
     def note(module, args, kwargs):
@@ -31,18 +29,18 @@ def told(network, call):
     (arguments,) = calls
     values = {}
     for name, value in arguments.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
         values |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
     return {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_a_backbone_tells_a_network_what_its_pipeline_does(family, tmp_path):
-    pipe = pipeline(family.removesuffix("-1024"), tmp_path)
+    pipe = pipeline(family, tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    if not family.startswith(("sd3", "flux")):  # a sampler that can do with one step
+    if not FAMILIES[family].flow:  # a sampler that can do with one step
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    if family == "pixart-1024":  # which is told sizes
-        pipe.transformer = pixart(128)[0]["transformer"].eval()
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     backbone = wrap_pipeline(pipe, size=SIZE)
     prompt = {"prompt": ""}
@@ -51,15 +49,10 @@ def test_a_backbone_tells_a_network_what_its_pipeline_does(family, tmp_path):
         names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
         prompt = {names[name]: x for name, x in backbone.empty_prompt.items()}
     options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 1, "guidance_scale": 1.0}
-    if family.startswith("pixart"):
-        options["use_resolution_binning"] = False
+    options |= FAMILIES[family].call
     expected = told(network, lambda: pipe(**prompt, **options, output_type="latent"))
 
-    sample = expected.get("sample", expected.get("hidden_states"))
-    if family == "flux.1-dev":  # which is given patches in a row
-        height, width = (side // 2 // 2 for side in SIZE)
-        sample = sample.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
-        sample = sample.flatten(4, 5).flatten(2, 3)
+    sample = FAMILIES[family].sample(expected, backbone.grids(SIZE)[0])
     level = pipe.scheduler.timesteps[:1]
     found = told(network, lambda: backbone.predict(sample, level))
     assert found.keys() == expected.keys()

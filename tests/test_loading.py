@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from tiny import SIZE, embedded, pipeline
+from tiny import PIPELINES, SIZE, embedded, pipeline
 from torch.testing import assert_close
 
 import trace_fast
@@ -24,7 +24,7 @@ from trace_fast.backbones.loading import hub_errors, memory, pipelines
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
 
-FAMILIES = ("sd15", "sdxl", "pixart", "sd3.5-large", "flux.1-dev")
+FAMILIES = tuple(name for name in PIPELINES if name != "pixart-1024")
 MINI = registry.EMBEDDED / "mini"
 
 

@@ -6,6 +6,8 @@ built; `pipeline` puts them together with text encoders.
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from unittest.mock import MagicMock
 
 import diffusers
@@ -172,41 +174,46 @@ def t5():
     return transformers.T5EncoderModel(config).eval()
 
 
-def pipeline(family, folder):
-    """A whole tiny pipeline, with text encoders."""
-    torch.manual_seed(0)
-    if family == "sd15":
-        parts, _ = sd15()
-        return diffusers.StableDiffusionPipeline(
-            **parts,
-            text_encoder=clip(),
-            tokenizer=clip_tokenizer(folder / "clip"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    if family == "sdxl":
-        parts, _ = sdxl()
-        del parts["config"]
-        return diffusers.StableDiffusionXLPipeline(
-            **parts,
-            text_encoder=clip(width=4),
-            text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
-            tokenizer=clip_tokenizer(folder / "clip"),
-            tokenizer_2=clip_tokenizer(folder / "clip2"),
-        )
-    if family == "pixart":
-        return diffusers.PixArtAlphaPipeline(**pixart()[0], text_encoder=t5(), tokenizer=t5_tokenizer())
-    if family == "sd3.5-large":
-        return diffusers.StableDiffusion3Pipeline(
-            **sd35()[0],
-            text_encoder=clip(transformers.CLIPTextModelWithProjection, 4),
-            text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
-            text_encoder_3=t5(),
-            tokenizer=clip_tokenizer(folder / "clip"),
-            tokenizer_2=clip_tokenizer(folder / "clip2"),
-            tokenizer_3=t5_tokenizer(),
-        )
+def sd15_pipeline(folder):
+    return diffusers.StableDiffusionPipeline(
+        **sd15()[0],
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(folder / "clip"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl_pipeline(folder):
+    parts, _ = sdxl()
+    del parts["config"]
+    return diffusers.StableDiffusionXLPipeline(
+        **parts,
+        text_encoder=clip(width=4),
+        text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
+        tokenizer=clip_tokenizer(folder / "clip"),
+        tokenizer_2=clip_tokenizer(folder / "clip2"),
+    )
+
+
+def pixart_pipeline(_, sample_size=12):
+    return diffusers.PixArtAlphaPipeline(**pixart(sample_size)[0], text_encoder=t5(), tokenizer=t5_tokenizer())
+
+
+def sd35_pipeline(folder):
+    return diffusers.StableDiffusion3Pipeline(
+        **sd35()[0],
+        text_encoder=clip(transformers.CLIPTextModelWithProjection, 4),
+        text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 4),
+        text_encoder_3=t5(),
+        tokenizer=clip_tokenizer(folder / "clip"),
+        tokenizer_2=clip_tokenizer(folder / "clip2"),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux_pipeline(folder):
     return diffusers.FluxPipeline(
         **flux()[0],
         text_encoder=clip(),
@@ -214,6 +221,226 @@ def pipeline(family, folder):
         tokenizer=clip_tokenizer(folder / "clip"),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+def chat_tokenizer():
+    """A tokenizer whose every word is unknown, with a template of conversations."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template="{% for message in messages %} {{ message.role }} : {{ message.content }} {% endfor %} reply :",
+    )
+
+
+def flux2():
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    vae.bn.running_mean.copy_(torch.randn(16))
+    vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, {
+        "encoder_hidden_states": torch.randn(1, TEXT, 24)
+    }
+
+
+def flux2_pipeline(_):
+    text = language(vocab_size=16, num_hidden_layers=30, head_dim=4)  # the outputs of layers 10, 20 and 30
+    encoder = transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=transformers.MistralConfig(**text),
+            vision_config=transformers.PixtralVisionConfig(
+                hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+            ),
+        )
+    )
+    return diffusers.Flux2Pipeline(**flux2()[0], text_encoder=encoder.eval(), tokenizer=chat_tokenizer())
+
+
+def qwen_image():
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.4],
+        latents_std=[1.0, 2.0, 0.5, 4.0],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, {
+        "encoder_hidden_states": torch.randn(1, TEXT, 8)
+    }
+
+
+def qwen_image_pipeline(_):
+    encoder = qwen(sections=(1, 0, 1), vocab_size=16).eval()
+    return diffusers.QwenImagePipeline(**qwen_image()[0], text_encoder=encoder, tokenizer=chat_tokenizer())
+
+
+def z_image():
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        axes_dims=[4, 4, 8],
+        axes_lens=[128, 24, 32],
+    )
+    vae = autoencoder(4, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, {"cap_feats": torch.randn(1, TEXT, 8)}
+
+
+def z_image_pipeline(_):
+    config = transformers.Qwen3Config(**language(vocab_size=16, num_hidden_layers=2, head_dim=4))
+    encoder = transformers.Qwen3Model(config).eval()
+    return diffusers.ZImagePipeline(**z_image()[0], text_encoder=encoder, tokenizer=chat_tokenizer())
+
+
+def first(count):
+    return slice(0, count)
+
+
+def last(count):
+    return slice(-count, None)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tests know of a family.
+
+    Attributes:
+        parts: makes the parts by name, and what stands for the empty prompt.
+        blocks: how many self-attentions are read.
+        step: pixels of which a side must be a multiple.
+        pipeline: makes the whole pipeline, with text encoders, in a folder for files.
+        image: where the image's tokens stand among those that the product receives, for so many of them.
+        others: how many other tokens the product may receive.
+        ignored: places of the products of text alone among the calls that have as many queries as keys.
+        sample: the latent, from what the network receives and the grid of tokens.
+        flow: whether it is a rectified flow, else variance preserving.
+        call: what its pipeline needs beside size, prompt and steps.
+    """
+
+    parts: Callable[[], tuple[dict, dict | None]]
+    blocks: int
+    step: int = 4
+    pipeline: Callable | None = None
+    image: Callable[[int], slice] = first
+    others: tuple[int, ...] = (0,)
+    ignored: tuple[int, ...] = ()
+    sample: Callable[[dict, tuple[int, int]], torch.Tensor] = lambda arguments, _: arguments["sample"]
+    flow: bool = True
+    call: dict = field(default_factory=dict)
+
+    def calls(self, oracle):
+        """Query and key of the products that are read, in order."""
+        alike = [(query, key) for query, key in oracle.calls if query.shape == key.shape]
+        return [call for index, call in enumerate(alike) if index not in self.ignored]
+
+
+def packed(arguments, grid):
+    """The latent of which a network receives patches of 2 x 2 in a row."""
+    patches = arguments["hidden_states"].unflatten(1, grid).unflatten(3, (-1, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+FAMILIES = {
+    "sd15": Family(sd15, 7, 2, sd15_pipeline, flow=False),
+    "sdxl": Family(sdxl, 18, 2, sdxl_pipeline, flow=False),
+    "pixart": Family(
+        pixart,
+        3,
+        pipeline=pixart_pipeline,
+        sample=lambda arguments, _: arguments["hidden_states"],
+        flow=False,
+        call={"use_resolution_binning": False},
+    ),
+    "pixart-1024": Family(
+        lambda: pixart(128),
+        3,
+        pipeline=lambda folder: pixart_pipeline(folder, 128),
+        sample=lambda arguments, _: arguments["hidden_states"],
+        flow=False,
+        call={"use_resolution_binning": False},
+    ),
+    "sd3.5-large": Family(
+        sd35,
+        3,
+        pipeline=sd35_pipeline,
+        others=(TEXT,),
+        sample=lambda arguments, _: arguments["hidden_states"],
+    ),
+    "sd3.5-medium": Family(lambda: sd35((0, 1)), 5, others=(0, TEXT)),
+    "flux.1-dev": Family(flux, 4, pipeline=flux_pipeline, image=last, others=(TEXT,), sample=packed),
+    "flux.1-schnell": Family(lambda: flux(False), 4, image=last, others=(TEXT,)),
+    "flux.2": Family(
+        flux2,
+        3,
+        pipeline=flux2_pipeline,
+        image=last,
+        others=(TEXT,),
+        sample=lambda arguments, grid: arguments["hidden_states"].mT.unflatten(2, grid),
+    ),
+    "qwen-image": Family(
+        qwen_image,
+        3,
+        pipeline=qwen_image_pipeline,
+        image=last,
+        others=(TEXT,),
+        sample=packed,
+        call={"true_cfg_scale": 1},
+    ),
+    "z-image": Family(
+        z_image,
+        3,
+        pipeline=z_image_pipeline,
+        others=tuple(range(64)),
+        ignored=(1,),
+        sample=lambda arguments, _: torch.stack([x for name, x in arguments.items() if name.startswith("x.")])[:, :, 0],
+        call={"guidance_scale": 0.0},
+    ),
+}
+PIPELINES = tuple(name for name, family in FAMILIES.items() if family.pipeline is not None)
+
+
+def pipeline(family, folder):
+    """A whole tiny pipeline, with text encoders."""
+    torch.manual_seed(0)
+    return FAMILIES[family].pipeline(folder)
 
 
 def embedded(folder):

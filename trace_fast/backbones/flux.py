@@ -49,10 +49,14 @@ class FluxBackbone(LatentBackbone):
         query, key = (apply_rotary(x, rotary).transpose(1, 2) for x in (query, key))
         return query, key
 
-    @staticmethod
-    def native_size(pipe: Any) -> tuple[int, int]:
+    @classmethod
+    def native_size(cls, pipe: Any) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
         return SIZE, SIZE
+
+    def prompt_names(self) -> tuple[str, ...]:
+        """Return the names of what the network receives for a prompt."""
+        return "encoder_hidden_states", "pooled_projections"
 
     def latent_channels(self) -> int:
         """A token's: PATCH x PATCH latents."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trace_fast.backbones.base import Backbone, Settings, constant, dtype_of
 from trace_fast.backbones.capture import AttentionLayout, network_lock, unwrap_compiled
 from trace_fast.backbones.schedule import RectifiedFlow, Schedule
 
-__all__ = ["LatentBackbone", "check_text_encoders", "factor", "get_network"]
+__all__ = ["OTHERS", "PROJECTIONS", "LatentBackbone", "check_text_encoders", "get_network"]
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 # layers of diffusers' attention classes that do not lie between the last of query and key and the attention itself
 OTHERS = frozenset(
@@ -28,22 +28,27 @@ OTHERS = frozenset(
 
 
 class LatentBackbone(Backbone):
-    """A diffusers network that denoises the latents of an autoencoder; families say how it is called.
+    """A diffusers network that denoises the latents of an autoencoder. A family says how its network is called.
 
-    Modules are used as they are, on their device and in their dtype; levels and latents between calls are float32.
+    Modules are used as they are, on their device and in their dtype; timesteps and latents between calls are float32.
 
     Args:
         network: a UNet or transformer.
-        vae: `AutoencoderKL` or `AutoencoderTiny` of its pipeline.
-        schedule: what its levels mean.
-        empty_prompt: what it takes for the empty prompt, by name, each with a batch of 1.
-        settings: how it is traced.
+        vae: the autoencoder of its pipeline.
+        schedule: what its timesteps mean.
+        empty_prompt: what the network receives for the empty prompt, by name, each with a batch of 1.
+        settings: how the network is traced.
+
+    Raises:
+        TypeError: the autoencoder is of a class that the family does not know.
+        ValueError: the parts do not fit each other, or the network does not allow the size.
     """
 
     LAYOUTS: ClassVar[tuple[AttentionLayout, ...]] = (
         AttentionLayout("norm_q", "norm_k", OTHERS, PROJECTIONS),
         AttentionLayout("to_q", "to_k", OTHERS, PROJECTIONS, fused="fused_projections"),
     )
+    AUTOENCODERS: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
 
     def __init__(
         self,
@@ -62,7 +67,7 @@ class LatentBackbone(Backbone):
     def from_pipeline(
         cls, pipe: Any, empty_prompt: dict[str, Tensor] | None, size: tuple[int, int] | None
     ) -> LatentBackbone:
-        """Modules of the family's diffusers pipeline, as they are."""
+        """Return a backbone of the modules of a diffusers pipeline, as they are."""
         if getattr(pipe, "vae", None) is None:
             raise ValueError(f"from_pipeline: pipe must hold a vae, got {type(pipe).__name__} without")
         schedule = cls.make_schedule(pipe)
@@ -73,122 +78,135 @@ class LatentBackbone(Backbone):
 
     @staticmethod
     def needs_text_encoders(pipe: Any) -> bool:
-        """Whether `encode_empty_prompt` asks the pipeline's text encoders."""
+        """Return whether `encode_empty_prompt` runs the pipeline's text encoders."""
         return True
 
     @staticmethod
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
-        """What stands for the empty prompt, by the pipeline's own text encoders."""
+        """Return what the network receives for the empty prompt, from the pipeline's own text encoders."""
         raise NotImplementedError
 
-    def text_names(self) -> tuple[str, ...]:
-        """What the network takes for a prompt, by the names of its arguments."""
-        return "encoder_hidden_states", "pooled_projections"
+    @staticmethod
+    def make_schedule(pipe: Any) -> Schedule:
+        """Return what the timesteps mean: the straight line between image and noise."""
+        return RectifiedFlow()
+
+    @classmethod
+    def native_size(cls, pipe: Any) -> tuple[int, int]:
+        """Return the height and width in pixels that the model was made for."""
+        sample = get_network(pipe).config.sample_size
+        if sample is None:
+            raise ValueError("from_pipeline: size must be given for a network that does not know its own, got None")
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * cls.pixels_per_latent(pipe.vae), width * cls.pixels_per_latent(pipe.vae)
+
+    @staticmethod
+    def pixels_per_latent(vae: Any) -> int:
+        """Return how many pixels along a side one latent stands for."""
+        return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+    def prompt_names(self) -> tuple[str, ...]:
+        """Return the names of what the network receives for a prompt."""
+        return ("encoder_hidden_states",)
 
     def latent_channels(self) -> int:
-        """Channels that the network is given for a latent."""
+        """Return how many channels of a latent the network receives."""
         return self.vae.config.latent_channels
 
     def check_parts(self) -> None:
-        """TypeError or ValueError where the parts are not those of a plain text-to-image pipeline."""
+        """Raise TypeError or ValueError where the parts are not those of a plain text-to-image pipeline."""
         kind = type(unwrap_compiled(self.vae)).__name__
-        if kind not in AUTOENCODERS:
-            raise TypeError(f"from_pipeline: vae must be one of {', '.join(AUTOENCODERS)}, got {kind}")
+        if kind not in self.AUTOENCODERS:
+            raise TypeError(f"from_pipeline: vae must be one of {', '.join(self.AUTOENCODERS)}, got {kind}")
         if self.network.config.in_channels != self.latent_channels():
             raise ValueError(
                 f"from_pipeline: network must take the {self.latent_channels()} channels of a latent alone, got one of "
                 f"{self.network.config.in_channels} (for inpainting, depth or another condition); take its plain model"
             )
         shapes = {name: tuple(x.shape) for name, x in self.empty_prompt.items()}
-        if shapes.keys() != set(self.text_names()) or any(shape[:1] != (1,) for shape in shapes.values()):
-            names = " and ".join(self.text_names())
+        if shapes.keys() != set(self.prompt_names()) or any(shape[:1] != (1,) for shape in shapes.values()):
+            names = " and ".join(self.prompt_names())
             raise ValueError(f"from_pipeline: empty_prompt must be {names}, each with a batch of 1, got {shapes}")
 
-    @staticmethod
-    def make_schedule(pipe: Any) -> Schedule:
-        """What the levels mean: the straight line between image and noise."""
-        return RectifiedFlow()
-
-    @staticmethod
-    def native_size(pipe: Any) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
-        sample = get_network(pipe).config.sample_size
-        if sample is None:
-            raise ValueError("from_pipeline: size must be given for a network that does not know its own, got None")
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * factor(pipe.vae), width * factor(pipe.vae)
-
-    def attentions(self) -> list[nn.Module]:
-        """The self-attention modules, in the order in which they run."""
-        raise NotImplementedError
-
     def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
-        """Return query and key (B, H, T, d) of diffusers' `Attention`, of whose tokens all are the image's."""
+        """Return query and key (B, H, T, d) of diffusers' `Attention`; all of its tokens are the image's."""
         return heads_before_tokens(module, query), heads_before_tokens(module, key)
 
     def patch(self) -> int:
-        """Latents along a side of a token."""
+        """Return how many latents along a side make one token."""
         return self.network.config.patch_size
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Patches of the latent, the same in every block."""
+        """Return the grid of tokens, which is the same in every block."""
         patch = self.patch()
         height, width = self.latent_size(size, patch)
         return [(height // patch, width // patch)] * len(self.attentions())
 
-    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
-        """One call of the network, all of it in the network's dtype."""
-        raise NotImplementedError
-
     def latent_size(self, size: tuple[int, int], multiple: int = 1) -> tuple[int, int]:
-        """Height and width of the latent; ValueError where its sides are not multiples of `multiple`."""
-        step = factor(self.vae) * multiple
+        """Return height and width of the latent.
+
+        Args:
+            size: (height, width) in pixels.
+            multiple: what the sides of the latent must be multiples of.
+
+        Raises:
+            ValueError: they are not, or a side is no whole number of latents.
+        """
+        side = self.pixels_per_latent(self.vae)
+        step = side * multiple
         if min(size) < step or size[0] % step or size[1] % step:
             raise ValueError(f"{type(self).__name__}: size must be positive multiples of {step} pixels, got {size}")
-        return size[0] // factor(self.vae), size[1] // factor(self.vae)
+        return size[0] // side, size[1] // side
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to clean latents (B, C, h, w) float32: the mode, shifted and scaled."""
-        config = self.vae.config
+        """Return clean latents (B, C, h, w) float32 of images (B, 3, H, W) in [0, 1]: the mode, normalized."""
         with network_lock(self.vae), upcast(self.vae) as vae:
-            found = vae.encode((images * 2 - 1).to(vae.dtype))
-            latent = (found.latents if hasattr(found, "latents") else found.latent_dist.mode()).float()
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:  # a channel each
+            latent = self.encode_pixels(vae, (images * 2 - 1).to(vae.dtype)).float()
+        return self.normalize(latent)
+
+    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Return the mode of the latents of pixels (B, 3, H, W) in [-1, 1]."""
+        output = vae.encode(pixels)
+        return output.latents if hasattr(output, "latents") else output.latent_dist.mode()
+
+    def normalize(self, latent: Tensor) -> Tensor:
+        """Return latents as the network receives them, shifted and scaled by the autoencoder's configuration."""
+        config = self.vae.config
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:  # one for each channel
             mean, std = (
                 constant(tuple(config[name]), latent.device, torch.float32)[:, None, None]  # (C, 1, 1)
                 for name in ("latents_mean", "latents_std")
             )
-            return (latent - mean) * (config.scaling_factor / std)
+            return (latent - mean) * (config.get("scaling_factor", 1) / std)
         return (latent - (config.shift_factor or 0)) * config.scaling_factor
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """One call of the network at levels (B,): the prediction, float32, shaped like `sample`."""
+        """Call the network at timesteps (B,) and return its prediction, float32, shaped like `sample`."""
         dtype = dtype_of(self.network)
-        for name, x in self.empty_prompt.items():  # moved once, where the network was moved
+        for name, x in self.empty_prompt.items():  # moved once, to where the network was moved
             self.empty_prompt[name] = x.to(sample.device, dtype if x.is_floating_point() else x.dtype)
         empty_prompt = {name: x.expand(len(sample), *x.shape[1:]) for name, x in self.empty_prompt.items()}
         return self.call(sample.to(dtype), timestep, empty_prompt).float()
 
+    @abc.abstractmethod
+    def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
+        """Call the network on a sample and a prompt in its dtype, and return what `Schedule` calls the prediction."""
+
 
 def get_network(pipe: Any) -> Any:
-    """The network of a pipeline; None where it has none."""
+    """Return the network of a pipeline, or None where it has none."""
     unet = getattr(pipe, "unet", None)
     return getattr(pipe, "transformer", None) if unet is None else unet
 
 
 def check_text_encoders(pipe: Any, *names: str) -> None:
-    """ValueError where a pipeline lacks one of the text encoders that embed its empty prompt."""
+    """Raise ValueError where a pipeline lacks a text encoder that its empty prompt needs."""
     missing = [name for name in names if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"from_pipeline: pipe must hold {' and '.join(names)} to embed the empty prompt, got "
             f"{type(pipe).__name__} without {' and '.join(missing) or 'encode_prompt'}; or give empty_prompt"
         )
-
-
-def factor(vae: Any) -> int:
-    """Pixels along a side of one latent."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def heads_before_tokens(module: Any, output: Tensor) -> Tensor:
@@ -202,7 +220,7 @@ def heads_before_tokens(module: Any, output: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def upcast(vae: Any) -> Iterator[Any]:
-    """An autoencoder that overflows in half precision, as its configuration says, in float32 for the while."""
+    """Keep an autoencoder in float32 during the context, if its configuration says that it overflows in half."""
     before = vae.dtype
     if before != torch.float16 or not vae.config.get("force_upcast", False):
         yield vae

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
-from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["PixArtBackbone"]
@@ -29,7 +29,7 @@ class PixArtBackbone(LatentBackbone):
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
-    def text_names(self) -> tuple[str, ...]:
+    def prompt_names(self) -> tuple[str, ...]:
         """Embeddings, and which of them are of the prompt."""
         return "encoder_hidden_states", "encoder_attention_mask"
 
@@ -41,7 +41,7 @@ class PixArtBackbone(LatentBackbone):
         """The predicted noise; the second half of the channels is the predicted variance."""
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:  # of the models of 1024 pixels
-            size = tuple(side * factor(self.vae) for side in sample.shape[-2:])
+            size = tuple(side * self.pixels_per_latent(self.vae) for side in sample.shape[-2:])
             pixels = constant(size, sample.device).to(sample.dtype)
             added = {
                 "resolution": pixels.expand(len(sample), -1),

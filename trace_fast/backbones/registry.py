@@ -34,6 +34,9 @@ PIPELINE_FAMILIES: dict[str, str] = {
     "PixArtTransformer2DModel": "pixart:PixArtBackbone",
     "SD3Transformer2DModel": "sd3:SD3Backbone",
     "FluxTransformer2DModel": "flux:FluxBackbone",
+    "Flux2Transformer2DModel": "flux2:Flux2Backbone",
+    "QwenImageTransformer2DModel": "qwen_image:QwenImageBackbone",
+    "ZImageTransformer2DModel": "z_image:ZImageBackbone",
 }
 # by the class of an encoder of transformers or timm
 ENCODER_FAMILIES: dict[str, str] = {
@@ -89,6 +92,9 @@ MODELS: dict[str, Model] = {
     "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 1024, 64, 8.06, "Stability Community", True),
     "flux.1-schnell": Model("black-forest-labs/FLUX.1-schnell", 1024, 64, 11.9, "Apache-2.0", True),
     "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", 1024, 64, 11.9, "FLUX.1 dev Non-Commercial", True),
+    "flux.2-dev": Model("black-forest-labs/FLUX.2-dev", 1024, 64, 32.2, "FLUX Non-Commercial", True),
+    "qwen-image": Model("Qwen/Qwen-Image", 1024, 64, 20.4, "Apache-2.0"),
+    "z-image-turbo": Model("Tongyi-MAI/Z-Image-Turbo", 1024, 64, 6.15, "Apache-2.0"),
     "dinov2-b": Model("facebook/dinov2-base", 518, 37, 0.09, "Apache-2.0", encoder=True),
     "dinov2-g": Model("facebook/dinov2-giant", 518, 37, 1.14, "Apache-2.0", encoder=True),
     "dinov3-l": Model("facebook/dinov3-vitl16-pretrain-lvd1689m", 224, 14, 0.3, "DINOv3", True, encoder=True),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trace_fast.backbones.base import device_of
-from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 
 __all__ = ["SD3Backbone"]
 
@@ -26,6 +26,10 @@ class SD3Backbone(LatentBackbone):
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def prompt_names(self) -> tuple[str, ...]:
+        """Return the names of what the network receives for a prompt."""
+        return "encoder_hidden_states", "pooled_projections"
+
     def attentions(self) -> list[nn.Module]:
         """Joint attention of every block, followed by image-only attention where the block has it."""
         blocks = self.network.transformer_blocks
@@ -38,7 +42,7 @@ class SD3Backbone(LatentBackbone):
         grids = super().grids(size)
         limit = self.network.config.pos_embed_max_size
         if max(grids[0]) > limit:
-            most = limit * self.patch() * factor(self.vae)
+            most = limit * self.patch() * self.pixels_per_latent(self.vae)
             raise ValueError(f"{type(self).__name__}: size must be at most {most} pixels, got {size}")
         return grids
 

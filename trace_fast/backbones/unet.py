@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trace_fast.backbones.base import constant, device_of
 from trace_fast.backbones.capture import unwrap_compiled
-from trace_fast.backbones.latent import LatentBackbone, check_text_encoders, factor
+from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 from trace_fast.backbones.schedule import VariancePreserving
 
 __all__ = ["UNetBackbone"]
@@ -57,7 +57,7 @@ class UNetBackbone(LatentBackbone):
         embeds, _, pooled, _ = pipe.encode_prompt("", device=device_of(pipe.unet), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
-    def text_names(self) -> tuple[str, ...]:
+    def prompt_names(self) -> tuple[str, ...]:
         """Embeddings, and of SDXL their pooled one."""
         pooled = self.network.config.addition_embed_type == "text_time"
         return ("encoder_hidden_states", "text_embeds") if pooled else ("encoder_hidden_states",)
@@ -114,7 +114,7 @@ class UNetBackbone(LatentBackbone):
         """The predicted noise or velocity."""
         added = None
         if "text_embeds" in empty_prompt:
-            height, width = (side * factor(self.vae) for side in sample.shape[-2:])
+            height, width = (side * self.pixels_per_latent(self.vae) for side in sample.shape[-2:])
             # size of the original, offset of the crop, size of the target
             sizes = constant((height, width, 0, 0, height, width), sample.device).to(sample.dtype)
             added = {"text_embeds": empty_prompt["text_embeds"], "time_ids": sizes.expand(len(sample), -1)}
