@@ -20,7 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 # what the compiler has to say about diffusers stops no measurement
 pytestmark = pytest.mark.filterwarnings("default")
 
-from memory import MODELS, SCHEDULER  # noqa: E402
+from memory import MODELS, SCHEDULER, make_autoencoder  # noqa: E402
 
 from trace_fast import Detector, Tracer  # noqa: E402
 from trace_fast.backbones import wrap_pipeline  # noqa: E402
@@ -40,7 +40,7 @@ def tracer(name):
     try:
         with torch.device("cuda"):
             network = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
-            vae = diffusers.AutoencoderKL(**autoencoder).eval().requires_grad_(False)
+            vae = make_autoencoder(kind, autoencoder).eval().requires_grad_(False)
             text = {key: (torch.ones if "mask" in key else torch.randn)(shape) for key, shape in empty_prompt.items()}
     finally:
         torch.set_default_dtype(torch.float32)

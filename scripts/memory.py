@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from trace_fast import Tracer
 from trace_fast.backbones import wrap_pipeline
+from trace_fast.backbones.registry import PIPELINE_FAMILIES, find_family
 from trace_fast.io.files import write_atomically
 from trace_fast.ops import dispatch
 
@@ -94,7 +95,7 @@ FLUX = {
 SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 TEXT = {"encoder_hidden_states": (1, 333, 4096), "pooled_projections": (1, 2048)}
 
-# class, configuration, autoencoder, empty prompt, pixels
+# class, configuration, autoencoder's configuration, empty prompt, pixels; an empty configuration is the published one
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]], int]] = {
     "SD1.5 @512": (
         "UNet2DConditionModel",
@@ -126,7 +127,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, tuple[int
         {"encoder_hidden_states": (1, 512, 4096), "pooled_projections": (1, 768)},
         1024,
     ),
+    "FLUX.2 @1024": ("Flux2Transformer2DModel", {}, {}, {"encoder_hidden_states": (1, 512, 15360)}, 1024),
+    "Qwen-Image @1024": ("QwenImageTransformer2DModel", {}, {}, {"encoder_hidden_states": (1, 5, 3584)}, 1024),
+    "Z-Image @1024": ("ZImageTransformer2DModel", {}, FLOW_VAE, {"cap_feats": (1, 13, 2560)}, 1024),
 }
+
+
+def make_autoencoder(network: str, config: dict[str, Any]) -> Any:
+    """Return the autoencoder of a class of network, initialized at random."""
+    name, *_ = find_family(network, PIPELINE_FAMILIES).AUTOENCODERS
+    return getattr(diffusers, name)(**config)
 
 
 class Peak(TorchDispatchMode):
@@ -164,7 +174,7 @@ def measure(name: str) -> dict[str, Any]:
     kind, config, autoencoder, empty_prompt, side = MODELS[name]
     with torch.device("meta"):
         network = getattr(diffusers, kind)(**config).to(torch.bfloat16).eval().requires_grad_(False)
-        vae = diffusers.AutoencoderKL(**autoencoder).to(torch.bfloat16).eval().requires_grad_(False)
+        vae = make_autoencoder(kind, autoencoder).to(torch.bfloat16).eval().requires_grad_(False)
         text = {key: torch.zeros(shape) for key, shape in empty_prompt.items()}
         images = torch.zeros(1, 3, side, side)
     part = "unet" if kind.startswith("UNet") else "transformer"

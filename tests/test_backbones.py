@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from oracle import AttentionOracle
-from tiny import FAMILIES, SIZE, pipeline
+from tiny import FAMILIES, SIZE, language, pipeline
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import wrap_pipeline
@@ -541,6 +542,50 @@ def test_a_network_of_another_task_is_refused(family, config, told):
     backbone.network.register_to_config(**config)
     with pytest.raises(ValueError, match=f"from_pipeline: {told}"):
         wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
+
+
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"])
+def test_pipelines_of_qwen_image_that_receive_an_image_are_refused(name):
+    pipe, backbone = make("qwen-image")
+    pipe.config = {"_class_name": name}  # as in a folder's model_index.json
+    message = f"from_pipeline: pipe must make images of text alone, got {name}, .*; take Qwen/Qwen-Image"
+    with pytest.raises(ValueError, match=message):
+        wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
+    del pipe.config
+    for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        pipe.transformer.register_to_config(**{option: True})
+        with pytest.raises(ValueError, match="from_pipeline: pipe must make images of text alone"):
+            wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
+        pipe.transformer.register_to_config(**{option: False})
+
+
+def test_a_z_image_of_other_images_and_one_beyond_its_positions_are_refused():
+    pipe, backbone = make("z-image")
+    assert wrap_pipeline(pipe, backbone.empty_prompt, (96, 128)).grids((96, 128))[0] == (24, 32)
+    for size in ((100, 128), (96, 132)):
+        with pytest.raises(ValueError, match=rf"ZImageBackbone: size must be at most 96 x 128 pixels, got \({size[0]}"):
+            wrap_pipeline(pipe, backbone.empty_prompt, size)
+    pipe.transformer.register_to_config(siglip_feat_dim=8)
+    with pytest.raises(ValueError, match=r"network must make images of text alone, .* \(siglip_feat_dim\)"):
+        wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
+
+
+def test_a_klein_is_a_flux_2(tmp_path):
+    whole = pipeline("flux.2", tmp_path)
+    transformer = diffusers.Flux2Transformer2DModel.from_config(whole.transformer.config, guidance_embeds=False)
+    config = transformers.Qwen3Config(**language(vocab_size=16, num_hidden_layers=28, head_dim=4))
+    encoder = transformers.Qwen3ForCausalLM(config).eval()
+    pipe = diffusers.Flux2KleinPipeline(
+        **{**whole.components, "transformer": transformer.eval(), "text_encoder": encoder}
+    )
+    assert Tracer.from_pipeline(pipe, size=SIZE)(torch.rand(3, 20, 36), timesteps=(0, 499)).edges.isfinite().all()
+
+
+def test_linear_attention_is_refused():
+    kind = type("SanaTransformer2DModel", (torch.nn.Module,), {})
+    message = r"from_pipeline: pipe must hold a network with attention maps, got SanaTransformer2DModel: .*linear"
+    with pytest.raises(TypeError, match=message):
+        Tracer.from_pipeline(SimpleNamespace(transformer=kind(), vae=None))
 
 
 def test_parts_that_are_missing_are_told(family):

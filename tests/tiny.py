@@ -353,6 +353,7 @@ class Family:
         sample: the latent, from what the network receives and the grid of tokens.
         flow: whether it is a rectified flow, else variance preserving.
         call: what its pipeline needs beside size, prompt and steps.
+        prompt: how many tokens its pipeline's empty prompt has.
     """
 
     parts: Callable[[], tuple[dict, dict | None]]
@@ -365,6 +366,7 @@ class Family:
     sample: Callable[[dict, tuple[int, int]], torch.Tensor] = lambda arguments, _: arguments["sample"]
     flow: bool = True
     call: dict = field(default_factory=dict)
+    prompt: int = 77
 
     def calls(self, oracle):
         """Query and key of the products that are read, in order."""
@@ -388,6 +390,7 @@ FAMILIES = {
         sample=lambda arguments, _: arguments["hidden_states"],
         flow=False,
         call={"use_resolution_binning": False},
+        prompt=120,
     ),
     "pixart-1024": Family(
         lambda: pixart(128),
@@ -396,6 +399,7 @@ FAMILIES = {
         sample=lambda arguments, _: arguments["hidden_states"],
         flow=False,
         call={"use_resolution_binning": False},
+        prompt=120,
     ),
     "sd3.5-large": Family(
         sd35,
@@ -403,9 +407,10 @@ FAMILIES = {
         pipeline=sd35_pipeline,
         others=(TEXT,),
         sample=lambda arguments, _: arguments["hidden_states"],
+        prompt=77 + 256,
     ),
     "sd3.5-medium": Family(lambda: sd35((0, 1)), 5, others=(0, TEXT)),
-    "flux.1-dev": Family(flux, 4, pipeline=flux_pipeline, image=last, others=(TEXT,), sample=packed),
+    "flux.1-dev": Family(flux, 4, pipeline=flux_pipeline, image=last, others=(TEXT,), sample=packed, prompt=512),
     "flux.1-schnell": Family(lambda: flux(False), 4, image=last, others=(TEXT,)),
     "flux.2": Family(
         flux2,
@@ -414,6 +419,7 @@ FAMILIES = {
         image=last,
         others=(TEXT,),
         sample=lambda arguments, grid: arguments["hidden_states"].mT.unflatten(2, grid),
+        prompt=512,
     ),
     "qwen-image": Family(
         qwen_image,
@@ -423,6 +429,7 @@ FAMILIES = {
         others=(TEXT,),
         sample=packed,
         call={"true_cfg_scale": 1},
+        prompt=9,  # what the template has behind its first 34
     ),
     "z-image": Family(
         z_image,
@@ -432,6 +439,7 @@ FAMILIES = {
         ignored=(1,),
         sample=lambda arguments, _: torch.stack([x for name, x in arguments.items() if name.startswith("x.")])[:, :, 0],
         call={"guidance_scale": 0.0},
+        prompt=4,
     ),
 }
 PIPELINES = tuple(name for name, family in FAMILIES.items() if family.pipeline is not None)

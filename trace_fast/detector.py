@@ -107,7 +107,9 @@ class Detector(EdgeModel):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{refusal}{error}") from error
             if hasattr(backbone, "vae"):  # its convolutions are faster so
-                backbone.vae.to(memory_format=torch.channels_last)
+                convolutions: list[Any] = [x for x in backbone.vae.modules() if isinstance(x, nn.Conv2d)]
+                for convolution in convolutions:  # those of films keep their format
+                    convolution.to(memory_format=torch.channels_last)
 
         backbone = load_backbone(
             base,

@@ -74,10 +74,11 @@ class QwenImageBackbone(LatentBackbone):
 
     def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """Return query and key (B, H, N, d) of the image, their positions applied by the model's own function."""
-        from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+        from diffusers.models.transformers import transformer_qwenimage
 
+        apply: Any = transformer_qwenimage.apply_rotary_emb_qwen
         image, _ = rotary  # the other is of the text
-        query, key = (apply_rotary_emb_qwen(x, image, use_real=False).transpose(1, 2) for x in (query, key))
+        query, key = (apply(x, image, use_real=False).transpose(1, 2) for x in (query, key))
         return query, key
 
     def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:

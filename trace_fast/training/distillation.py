@@ -237,7 +237,7 @@ class Distillation:
         self.decoder = make_decoder(config.decoder, self.backbone.finest_grid(), **config.decoder_options).to(
             self.device
         )
-        self.adapters = inject(self.backbone.network, self.backbone.attentions(), config.rank) if config.rate else {}
+        self.adapters = inject(self.backbone, config.rank) if config.rate else {}
         if config.start is not None:
             self.begin_as(config.start)
         groups = [

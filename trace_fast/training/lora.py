@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
+
+from trace_fast.backbones.base import Backbone
 
 __all__ = ["inject"]
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of every self-attention that is read
 
+def inject(backbone: Backbone, rank: int) -> dict[str, nn.Parameter]:
+    """Put adapters on the projections that a family declares for its self-attention, and return their parameters.
 
-def inject(network: nn.Module, attentions: Sequence[nn.Module], rank: int) -> dict[str, nn.Parameter]:
-    """Put adapters on the projections of self-attention modules; their parameters by name, float32.
+    Products start at zero, so that the network is unchanged at first. No other parameter of it is trained.
 
-    Products start at zero, so that the network is unchanged at first.
+    Args:
+        backbone: its network is changed in place.
+        rank: of the adapters.
+
+    Returns:
+        Parameters by name, float32.
+
+    Raises:
+        ValueError: a self-attention that is read has none of the projections, so that it would not be trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    chosen = {id(module) for module in attentions}
-    targets = [
-        f"{place}.{projection}"
-        for place, module in network.named_modules()
-        if id(module) in chosen
-        for projection in PROJECTIONS
-        if projection.split(".")[0] in dict(module.named_children())
-    ]
+    network, attentions = backbone.network, backbone.attentions()
+    names = {id(module): name for name, module in network.named_modules()}
+    targets = []
+    for module in attentions:
+        children = dict(module.named_children())
+        targets += [
+            f"{names[id(module)]}.{projection}"
+            for projection in backbone.find_layout(module).adapters
+            if projection.partition(".")[0] in children
+        ]
     network.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
-    found = {}
+    if targets:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
+    parameters = {}
     for name, parameter in network.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-            found[name.replace(".default", "")] = parameter
-    return found
+            parameters[name.replace(".default", "")] = parameter
+    if without := [
+        names[id(module)]
+        for module in attentions
+        if not any(name.startswith(f"{names[id(module)]}.") for name in parameters)
+    ]:
+        raise ValueError(
+            f"distill: every self-attention must have a projection that {type(backbone).__name__} declares for "
+            f"adapters, got none in {', '.join(without)}"
+        )
+    return parameters
