@@ -36,22 +36,22 @@ def count_plainly():
     """Matched and detected pixels (photographs, T, 2), by libraries; computed once."""
     rows = []
     for ridges, contours, distance in inputs():
-        drawn = cKDTree(np.argwhere(contours[0].numpy()))
+        truth = cKDTree(np.argwhere(contours[0].numpy()))
         for threshold in THRESHOLDS:
-            found = np.argwhere(morphology.thin(ridges.numpy() >= np.float32(threshold)))
-            if not len(found):
+            detected = np.argwhere(morphology.thin(ridges.numpy() >= np.float32(threshold)))
+            if not len(detected):
                 rows.append((0, 0))
                 continue
             # pairs at distance 0 are kept as such
-            near = drawn.sparse_distance_matrix(cKDTree(found), distance, output_type="coo_matrix")
+            near = truth.sparse_distance_matrix(cKDTree(detected), distance, output_type="coo_matrix")
             near.data[:] = 1
-            rows.append((int((maximum_bipartite_matching(near.tocsr(), perm_type="column") >= 0).sum()), len(found)))
+            rows.append((int((maximum_bipartite_matching(near.tocsr(), perm_type="column") >= 0).sum()), len(detected)))
     return np.array(rows).reshape(PHOTOS, -1, 2)
 
 
 def count_natively():
-    """The same by ours."""
-    counts = [ops.count_matches(*each[:2], THRESHOLDS, each[2])[0] for each in inputs()]
+    """Count with the native implementation, likewise."""
+    counts = [ops.count_matches(ridges, lines, THRESHOLDS, distance)[0] for ridges, lines, distance in inputs()]
     return torch.stack(counts).numpy()[:, :, [2, 3]]
 
 

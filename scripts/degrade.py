@@ -24,7 +24,7 @@ from trace_fast.masks.export import write_coco_results
 SMALLEST, STRIP = 200, 0.08  # pixels; of the root of the area, either side of the cut
 
 
-def touching(masks: np.ndarray) -> list[list[int]]:
+def group_touching(masks: np.ndarray) -> list[list[int]]:
     """Return the groups of masks (M, H, W) that touch, directly or through others."""
     labels = np.zeros(masks.shape[1:], int)
     for number, mask in enumerate(masks, 1):
@@ -44,7 +44,7 @@ def degrade(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Merge masks (M, H, W) where they touch, and cut the others."""
     degraded = []
     rows, columns = np.mgrid[: masks.shape[1], : masks.shape[2]]
-    for group in touching(masks):
+    for group in group_touching(masks):
         mask = masks[[number - 1 for number in group]].any(0)
         area = int(mask.sum())
         if len(group) > 1 or area < SMALLEST:

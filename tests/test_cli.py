@@ -69,9 +69,8 @@ class TestEdges:
         result = call("edges", photo, "-o", "out")
         assert (result.exit_code, result.stdout, result.stderr) == (0, "1 of 1 written to out\n", "")
         assert files("out") == ["a photo.png"]
-        expected = trace_fast.Tracer.from_pretrained(model, device="cpu")(photo).edges
-        found = read("out/a photo.png")
-        np.testing.assert_array_equal(found, np.rint(expected[0, 0].double().numpy() * 255))
+        expected = trace_fast.Tracer.from_pretrained(model, device="cpu")(photo).edges[0, 0].double()
+        np.testing.assert_allclose(read("out/a photo.png") / 255, expected, rtol=0, atol=0.5 / 255 + 1e-6)
 
     def test_files_and_folders(self, call, tmp_path):
         make_photo(tmp_path / "in" / "b.PNG", 17, 40)
@@ -117,11 +116,12 @@ class TestEdges:
             assert call("edges", "a.png", "-o", folder, "--bits", 16, *extra).exit_code == 0
         assert (tmp_path / "one" / "a.png").read_bytes() != (tmp_path / "two" / "a.png").read_bytes()
 
-    def test_offloaded_it_gives_the_same(self, call, tmp_path):
+    def test_offloaded_weights_give_the_same(self, call, tmp_path):
         make_photo(tmp_path / "a.png")
         for folder, *extra in (["one"], ["two", "--offload", "model"], ["three", "--offload", "sequential"]):
             assert call("edges", "a.png", "-o", folder, "--bits", 16, *extra).exit_code == 0
-        assert len({(tmp_path / name / "a.png").read_bytes() for name in ("one", "two", "three")}) == 1
+        one, two, three = (read(tmp_path / name / "a.png").astype(int) for name in ("one", "two", "three"))
+        assert abs(one - two).max() <= 1 and abs(one - three).max() <= 1
 
     def test_seed_decides_the_noise(self, call, tmp_path):
         make_photo(tmp_path / "a.png")
@@ -302,7 +302,7 @@ def test_ctrl_c_leaves_whole_files_only(model, tmp_path):
         assert read_image(tmp_path / "out" / name).shape == (1, 3, 20, 31)
 
 
-def test_demo_writes_to_its_folder_and_tells_where(call, monkeypatch):
+def test_demo_writes_to_its_folder_and_prints_where(call, monkeypatch):
     from trace_fast import demo
 
     monkeypatch.setattr(demo, "run", lambda output: output / "panel.png")
@@ -311,7 +311,7 @@ def test_demo_writes_to_its_folder_and_tells_where(call, monkeypatch):
     assert os.path.isdir("some/folder")
 
 
-def test_demo_tells_what_it_needs(call, monkeypatch):
+def test_demo_reports_a_missing_package(call, monkeypatch):
     from trace_fast import demo
 
     def fail(output):

@@ -50,13 +50,10 @@ def make_photo(folder, name, seed=0, height=40, width=56, ending="png"):
     pixels = (colors[labels] + random.normal(0, 9, (height, width, 3))).clip(0, 255).astype(np.uint8)
     lines = np.float32(find_contours(labels).lines[0])
     strength = ndimage.gaussian_filter(lines, 1) * 2.5 + random.random(labels.shape) / 9
-    for place, picture in (
-        ("images", pixels),
-        ("inst", labels),
-        ("maps", np.uint8(255 * (strength / strength.max()))),
-    ):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / place / f"{name}.{ending if place == 'images' else 'png'}")
+    pictures = {"images": pixels, "inst": labels, "maps": np.uint8(255 * (strength / strength.max()))}
+    for kind, picture in pictures.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / kind / f"{name}.{ending if kind == 'images' else 'png'}")
 
 
 @pytest.fixture
@@ -269,16 +266,16 @@ class TestResumption:
         assert [name for name in times if after[name] != times[name]] == [str(path.relative_to(tmp_path / "out"))]
 
     @pytest.mark.usefixtures("no_pictures")
-    @pytest.mark.parametrize("place", ["maps", "inst"])
-    def test_with_a_changed_file(self, call, data, tmp_path, counted, place):
+    @pytest.mark.parametrize("folder", ["maps", "inst"])
+    def test_with_a_changed_file(self, call, data, tmp_path, counted, folder):
         arguments = ("--data", data, "-o", "out", "--method", "m=lines:data/maps")
         assert call(*arguments).exit_code == 0
         before = json.loads((tmp_path / "out" / "report.json").read_text())
-        os.replace(data / place / "p5.png", data / place / "p2.png")
-        Image.new("L", (56, 40), 1).save(data / place / "p5.png")
+        os.replace(data / folder / "p5.png", data / folder / "p2.png")
+        Image.new("L", (56, 40), 1).save(data / folder / "p5.png")
         counted.clear()
         result = call(*arguments)
-        assert (result.exit_code, len(counted)) == (0, 2 if place == "maps" else 1)  # no contour is left in p5
+        assert (result.exit_code, len(counted)) == (0, 2 if folder == "maps" else 1)  # no contour is left in p5
         after = json.loads((tmp_path / "out" / "report.json").read_text())
         assert before["methods"]["m"]["ods"] > after["methods"]["m"]["ods"]
 

@@ -125,7 +125,7 @@ def check_counts(ours, theirs, share):
 @needs_data
 class TestKnownAnswer:
     def test_scores_from_the_original_counts(self):
-        """All 200 images; counting itself is not tested."""
+        """Score all 200 images from counts in files."""
         names = sorted(path.stem for path in (DATA / "hed_thinned").glob("*.png"))
         tables = [original(name) for name in names]
         scores = score_edges(
@@ -224,8 +224,8 @@ class TestScore:
         intervals = score_edges(counts, thresholds=thresholds, resamples=40, seed=3).intervals
         draws = np.random.default_rng(3).multinomial(5, [0.2] * 5, 40)
         figures = []
-        for draw in draws:
-            ods, _, ois, ap = bsds([counts[i].matches for i in np.arange(5).repeat(draw)], thresholds)
+        for times in draws:
+            ods, _, ois, ap = bsds([counts[i].matches for i in np.arange(5).repeat(times)], thresholds)
             figures.append([ods, ois, ap])
         expected = np.percentile(figures, [2.5, 97.5], axis=0)
         assert np.transpose([intervals[name] for name in ("ods", "ois", "ap")]) == pytest.approx(expected, abs=1e-9)
@@ -484,7 +484,7 @@ class TestMethods:
         assert 0.5 < levels[0] < 1 and levels[0] == pytest.approx(2 * levels[1], abs=0.02)
 
     def test_canny_thresholds_are_nested(self, tmp_path):
-        """The map above a threshold equals Canny run at that threshold."""
+        """Thresholding the map equals running Canny at that threshold."""
         cv2 = pytest.importorskip("cv2")
         random = np.random.default_rng(0)
         gray = ndimage.gaussian_filter(random.random((60, 90)), 2)
@@ -554,9 +554,9 @@ class TestKeptCounts:
         whole = stream.getvalue()
         random = np.random.default_rng(0)
         damaged = [whole[:length] for length in (0, 1, 10, *random.integers(0, len(whole), 60))]
-        for place in (*range(30), *random.integers(0, len(whole), 300)):
+        for index in (*range(30), *random.integers(0, len(whole), 300)):
             changed = bytearray(whole)
-            changed[place] ^= random.integers(1, 256)
+            changed[index] ^= random.integers(1, 256)
             damaged.append(bytes(changed))
         path = tmp_path / "a.npz"
         detected = 0

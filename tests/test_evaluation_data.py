@@ -75,7 +75,7 @@ class TestConvention:
 
     def test_a_square(self):
         square = rectangle(np.zeros((6, 7), int), 2, 2, 4, 5, 9)
-        # a corner is cut: above left because no neighbour to the right or below differs, above right by thinning
+        # a corner is cut: above left because no neighbor to the right or below differs, above right by thinning
         assert draw_lines(square) == [
             [0, 0, 0, 0, 0, 0, 0],
             [0, 0, 1, 1, 0, 0, 0],
@@ -178,7 +178,7 @@ class TestGroups:
         rectangle(labels, 10, 20, 50, 110, 2)
         contours = find_contours(labels)
         between = np.s_[0, 11:19, 19]
-        # of the smaller one, which has one neighbour
+        # of the smaller one, which has one neighbor
         assert {GROUPS[code] for code in contours.groups[between]} == {("touching", "small", "one")}
         assert group_names(contours).keys() == {
             ("touching", "small", "one"),
@@ -521,7 +521,7 @@ class TestFolders:
         assert open_dataset(tmp_path, "i.json").panoptic is None
 
     def test_the_stamp_of_what_contours_depend_on(self, tmp_path, labels):
-        """The stamp, under which results are kept, changes as soon as contours may change."""
+        """Results are kept under a stamp, which changes as soon as contours may change."""
 
         def stamp(name, **options):
             (photo,) = open_dataset(tmp_path, name, **options).photos

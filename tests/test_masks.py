@@ -1,4 +1,4 @@
-"""AP and AR of masks: by hand, both engines against pycocotools used as its authors do, and the bootstrap."""
+"""AP and AR of masks: by hand, both engines against pycocotools used directly, and the bootstrap."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 110, 130  # room for a large instance
 
 
 def boxes(random, count):
-    """Boxes of all three sizes, (count, H, W) bool."""
+    """Make boxes of all three sizes, (count, H, W) bool."""
     stack = np.zeros((count, HEIGHT, WIDTH), dtype=bool)
     for mask in stack:
         share = random.choice([0.15, 0.5, 0.95])
@@ -34,25 +34,25 @@ def boxes(random, count):
 
 
 def random_case(seed, images=6, ties=True):
-    """Truth with crowds and images without any; results near it and elsewhere, their scores from a few values."""
+    """Make a truth with crowds and empty images; results near it and elsewhere, their scores of a few values."""
     random = np.random.default_rng(seed)
     truth, results = {}, {}
     for number in random.permutation(images * 3)[:images].tolist():
         stack = boxes(random, random.integers(0, 6))
         truth[number] = encode_masks(stack, iscrowd=random.random(len(stack)) < 0.2, id=number)
         near = np.roll(stack, random.integers(-3, 4, 2), (1, 2))[random.random(len(stack)) < 0.8]
-        found = np.concatenate([near, stack[:1], boxes(random, random.integers(0, 14))])
-        found = found[random.permutation(len(found))]
+        detections = np.concatenate([near, stack[:1], boxes(random, random.integers(0, 14))])
+        detections = detections[random.permutation(len(detections))]
         if random.random() < 0.8:
-            scores = random.integers(0, 5, len(found)) / 4 if ties else random.random(len(found))
-            results[number] = encode_masks(found, scores, id=number)
+            scores = random.integers(0, 5, len(detections)) / 4 if ties else random.random(len(detections))
+            results[number] = encode_masks(detections, scores, id=number)
     return Instances(truth, {}), Instances(results, {})
 
 
 def as_json(truth, results, classes=1):
-    """What COCO's own files would hold, results of several classes by turns."""
+    """Return the contents of COCO's files; the results alternate between classes."""
     data = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}]}
-    found = []
+    detections = []
     for image in truth.images.values():
         data["images"].append({"id": image.id, "height": image.height, "width": image.width})
         for instance, rle in zip(image.instances, image.rles(), strict=True):
@@ -61,20 +61,20 @@ def as_json(truth, results, classes=1):
             data["annotations"].append(annotation)
     for image in results.images.values():
         for instance, rle in zip(image.instances, image.rles(), strict=True):
-            entry = {"image_id": image.id, "category_id": 1 + len(found) % classes, "score": instance.score}
-            found.append({**entry, "segmentation": rle})
-    return data, found
+            entry = {"image_id": image.id, "category_id": 1 + len(detections) % classes, "score": instance.score}
+            detections.append({**entry, "segmentation": rle})
+    return data, detections
 
 
 def original(truth, results, classes=1):
-    """The twelve figures as pycocotools is meant to be used, whatever the class; -1 for none."""
-    data, found = as_json(truth, results, classes)
+    """Return the twelve figures of pycocotools used directly, without classes; -1 for none."""
+    data, detections = as_json(truth, results, classes)
     with contextlib.redirect_stdout(io.StringIO()):
         coco, none = COCO(), COCO()  # loadRes takes no empty list
         coco.dataset, none.dataset = copy.deepcopy(data), {**data, "annotations": []}
         coco.createIndex()
         none.createIndex()
-        evaluator = COCOeval(coco, coco.loadRes(found) if found else none, "segm")
+        evaluator = COCOeval(coco, coco.loadRes(detections) if detections else none, "segm")
         evaluator.params.useCats = 0
         evaluator.evaluate()
         evaluator.accumulate()
@@ -110,8 +110,8 @@ class TestAgainstPycocotools:
         random = np.random.default_rng(0)
         stack = boxes(random, 30)
         truth = Instances({1: encode_masks(stack, id=1)}, {})
-        found = np.concatenate([boxes(random, 120), stack])
-        results = Instances({1: encode_masks(found, random.random(150), id=1)}, {})
+        detections = np.concatenate([boxes(random, 120), stack])
+        results = Instances({1: encode_masks(detections, random.random(150), id=1)}, {})
         expected = original(truth, results)
         assert 0 < expected[8] < 1
         np.testing.assert_allclose(figures(mask_ap(truth, results, engine=engine)), expected, rtol=0, atol=1e-12)
@@ -123,16 +123,15 @@ class TestAgainstPycocotools:
         truth = Instances({1: ImageInstances(1, HEIGHT, WIDTH, "", stated)}, {})
         results = Instances({1: image}, {})
         scores = mask_ap(truth, results, engine=engine)
-        assert (scores.ar_small, scores.ar_large) == (1, 1) and math.isnan(scores.ar_medium)
+        assert (scores.ar_small, scores.ar_large) == pytest.approx((1, 1)) and math.isnan(scores.ar_medium)
         np.testing.assert_allclose(figures(scores), original(truth, results), rtol=0, atol=1e-12)
 
     def test_files(self, engine):
         truth, results = random_case(1)
-        data, found = as_json(truth, results)
+        data, detections = as_json(truth, results)
         # areas of boxes, which loadRes would take for those of masks
-        read = mask_ap(
-            read_instances(data), read_results([{**entry, "bbox": [0, 0, 130, 110]} for entry in found]), engine=engine
-        )
+        entries = [{**entry, "bbox": [0, 0, 130, 110]} for entry in detections]
+        read = mask_ap(read_instances(data), read_results(entries), engine=engine)
         assert figures(read).tolist() == figures(mask_ap(truth, results, engine=engine)).tolist()
 
 
@@ -143,33 +142,33 @@ def square(top, left, side=10):
 
 
 def score(truth, results, engine):
-    """Scores of one image from lists of masks and of (mask, score)."""
-    found = np.concatenate([np.zeros((0, 30, 40), bool), *(mask for mask, _ in results)])
+    """Return the scores of one image from lists of masks and of (mask, score)."""
+    detections = np.concatenate([np.zeros((0, 30, 40), bool), *(mask for mask, _ in results)])
     stack = np.concatenate([np.zeros((0, 30, 40), bool), *truth])
-    return mask_ap([stack], [(found, np.array([value for _, value in results], float))], engine=engine)
+    return mask_ap([stack], [(detections, np.array([value for _, value in results], float))], engine=engine)
 
 
 class TestByHand:
     def test_all_found(self, engine):
         scores = score([square(0, 0)], [(square(0, 0), 0.1)], engine)
         assert (scores.ap, scores.ap50, scores.ap75, scores.ap_small) == pytest.approx((1, 1, 1, 1))
-        assert (scores.ar1, scores.ar10, scores.ar100, scores.ar_small) == (1, 1, 1, 1)
+        assert (scores.ar1, scores.ar10, scores.ar100, scores.ar_small) == pytest.approx((1, 1, 1, 1))
         assert all(math.isnan(x) for x in (scores.ap_medium, scores.ap_large, scores.ar_medium, scores.ar_large))
         assert scores.intervals is None
 
     def test_half_found(self, engine):
         scores = score([square(0, 0), square(15, 15)], [(square(0, 0), 0.1)], engine)
         assert scores.ap == pytest.approx(51 / 101)  # of recalls 0, 0.01 ... 1, those up to 0.5
-        assert (scores.ar1, scores.ar100) == (0.5, 0.5)
+        assert (scores.ar1, scores.ar100) == pytest.approx((0.5, 0.5))
 
-    def test_a_surer_mask_elsewhere(self, engine):
+    def test_a_wrong_mask_with_a_higher_score(self, engine):
         scores = score([square(0, 0)], [(square(15, 15), 0.9), (square(0, 0), 0.1)], engine)
         assert scores.ap == pytest.approx(0.5)
-        assert (scores.ar1, scores.ar10) == (0, 1)
+        assert (scores.ar1, scores.ar10) == pytest.approx((0, 1))
 
-    def test_thresholds_that_an_overlap_reaches(self, engine):
+    def test_an_overlap_reaches_some_thresholds(self, engine):
         narrow = square(0, 0).copy()
-        narrow[0, 7:] = False  # IoU 0.7: 0.50 ... 0.70 of the ten
+        narrow[0, 8:] = narrow[0, 7, 3:] = False  # IoU 0.73: 0.50 ... 0.70 of the ten
         scores = score([square(0, 0)], [(narrow, 1)], engine)
         assert (scores.ap50, scores.ap75, scores.ap, scores.ar100) == pytest.approx((1, 0, 0.5, 0.5))
 
@@ -180,33 +179,33 @@ class TestByHand:
 
     def test_masks_on_a_crowd_are_ignored(self, engine):
         crowd = encode_masks(np.concatenate([square(0, 0), square(15, 15, 15)]), iscrowd=np.array([False, True]))
-        found = np.concatenate([square(16, 16, 5), square(20, 20, 5), square(0, 0)])
-        found = encode_masks(found, np.array([0.9, 0.8, 0.1]))
-        scores = mask_ap(Instances({0: crowd}, {}), Instances({0: found}, {}), engine=engine)
+        detections = np.concatenate([square(16, 16, 5), square(20, 20, 5), square(0, 0)])
+        detections = encode_masks(detections, np.array([0.9, 0.8, 0.1]))
+        scores = mask_ap(Instances({0: crowd}, {}), Instances({0: detections}, {}), engine=engine)
         assert (scores.ap, scores.ar100, scores.ar1) == pytest.approx((1, 1, 0))
 
     def test_nothing_found(self, engine):
         for results in ([], [(np.zeros((0, 30, 40), bool), np.zeros(0))]):
             scores = mask_ap([square(0, 0)], results, engine=engine)
-            assert (scores.ap, scores.ap_small, scores.ar100) == (0, 0, 0) and math.isnan(scores.ap_large)
+            assert (scores.ap, scores.ap_small, scores.ar100) == pytest.approx((0, 0, 0))
+            assert math.isnan(scores.ap_large)
 
-    def test_nothing_to_find(self, engine):
+    def test_no_instances(self, engine):
         for results in ([], [(square(0, 0), np.ones(1))]):
             scores = mask_ap([np.zeros((0, 30, 40), bool)], results, engine=engine)
             assert all(map(math.isnan, astuple(scores)[:12]))
 
 
 class TestInputs:
-    def test_stacks_may_come_one_by_one(self, engine):
+    def test_stacks_of_a_generator(self, engine):
         random = np.random.default_rng(0)
         stacks = [boxes(random, count) for count in (2, 0, 5)]
         scores = [random.random(len(stack)) for stack in stacks]
         pairs = list(zip(stacks, scores, strict=True))
         truth = Instances({n: encode_masks(stack, id=n) for n, stack in enumerate(stacks)}, {})
-        found = [
-            mask_ap(x, y, engine=engine) for x, y in ((stacks, pairs), (iter(stacks), iter(pairs)), (truth, pairs))
-        ]
-        assert figures(found[0]).tolist() == figures(found[1]).tolist() == figures(found[2]).tolist()
+        forms = ((stacks, pairs), (iter(stacks), iter(pairs)), (truth, pairs))
+        first, second, third = (figures(mask_ap(*arguments, engine=engine)).tolist() for arguments in forms)
+        assert first == second == third
 
     def test_the_faster_engine_is_the_default(self, monkeypatch):
         used = []
@@ -217,7 +216,7 @@ class TestInputs:
         mask_ap([square(0, 0)], [])
         assert used == ["faster-coco-eval", "pycocotools"]
 
-    def test_nothing_is_printed_and_the_input_is_left_alone(self, engine, capsys):
+    def test_nothing_is_printed_and_the_input_is_unchanged(self, engine, capsys):
         truth, results = random_case(0)
         before = copy.deepcopy((truth, results))
         mask_ap(truth, results, engine=engine)
@@ -272,8 +271,8 @@ class TestBootstrap:
     @pytest.mark.parametrize("seed", range(15))
     def test_each_image_once_gives_the_figures_themselves(self, seed):
         truth, results = random_case(seed)
-        found = masks._figures(matches(truth, results), np.ones(len(truth.images), dtype=int))
-        np.testing.assert_allclose(np.nan_to_num(found, nan=-1), original(truth, results), rtol=0, atol=1e-12)
+        computed = masks._figures(matches(truth, results), np.ones(len(truth.images), dtype=int))
+        np.testing.assert_allclose(np.nan_to_num(computed, nan=-1), original(truth, results), rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("seed", range(15))
     def test_images_taken_several_times_are_copies(self, seed):
@@ -287,9 +286,9 @@ class TestBootstrap:
             )
             return Instances({n: ImageInstances(n, HEIGHT, WIDTH, "", image.instances) for n, image in images}, {})
 
-        found = masks._figures(matches(truth, results), times)
+        computed = masks._figures(matches(truth, results), times)
         expected = original(repeat(truth), repeat(results))
-        np.testing.assert_allclose(np.nan_to_num(found, nan=-1), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(np.nan_to_num(computed, nan=-1), expected, rtol=0, atol=1e-12)
 
     def test_intervals(self, engine):
         truth, results = random_case(5, images=12)
@@ -303,13 +302,13 @@ class TestBootstrap:
         assert again.intervals == scores.intervals
         assert mask_ap(truth, results, resamples=200, seed=1, engine=engine).intervals != scores.intervals
 
-    def test_equal_images_leave_nothing_to_chance(self):
-        truth, found = np.concatenate([square(0, 0), square(15, 15)]), square(0, 0)
-        scores = mask_ap([truth] * 5, [(found, np.ones(1))] * 5, resamples=20)
+    def test_equal_images_have_intervals_of_one_point(self):
+        truth, detection = np.concatenate([square(0, 0), square(15, 15)]), square(0, 0)
+        scores = mask_ap([truth] * 5, [(detection, np.ones(1))] * 5, resamples=20)
         assert scores.intervals["ap"] == pytest.approx((51 / 101, 51 / 101))
         assert all(map(math.isnan, scores.intervals["ap_large"]))
 
-    def test_width_is_that_of_the_mean_over_images(self):
+    def test_width_equals_that_of_the_mean_over_images(self):
         # one instance an image, found or not, all with one score: recall is the share of images where it is found
         hits = np.arange(100) < 36
         results = [(square(0, 0) if hit else np.zeros((0, 30, 40), bool), np.ones(int(hit))) for hit in hits]

@@ -19,74 +19,72 @@ many = settings(max_examples=400, deadline=None, derandomize=True, database=None
 
 
 def describe(ids, categories, crowds=()):
-    """segments_info of a map, from category and crowd by id."""
-    found = np.unique(ids[ids != 0]).tolist()
-    return [{"id": n, "category_id": categories[n], "iscrowd": int(n in crowds)} for n in found]
+    """Return the segments_info of a map, from category and crowd by id."""
+    numbers = np.unique(ids[ids != 0]).tolist()
+    return [{"id": n, "category_id": categories[n], "iscrowd": int(n in crowds)} for n in numbers]
 
 
-def naive(images):
-    """The rules, one pixel set at a time: (PQ, SQ, RQ) by category that occurs."""
-    counts = {category: {"iou": 0.0, "tp": 0, "fp": 0, "fn": 0} for category in ISTHING}
-    for truth, truth_segments, result, result_segments in images:
+def find_pixels(ids, number):
+    """Return the set of pixels of a segment."""
+    return set(zip(*map(list, np.nonzero(ids == number)), strict=True))
 
-        def pixels(ids, number):
-            return set(zip(*map(list, np.nonzero(ids == number)), strict=True))
 
-        void = pixels(truth, 0)
-        matched = set()
+def count_segments(truth, truth_segments, result, result_segments, counts):
+    """Add the matches of an image to the sums of each category, one pixel set at a time."""
+    void, matched = find_pixels(truth, 0), set()
+    for expected in truth_segments:
+        if not expected["iscrowd"]:
+            inside = find_pixels(truth, expected["id"])
+            rivals = [s for s in result_segments if s["category_id"] == expected["category_id"]]
+            overlaps = {}
+            for segment in rivals:
+                other = find_pixels(result, segment["id"])
+                overlaps[segment["id"]] = len(inside & other) / len((inside | other) - void)
+            hits = {number: iou for number, iou in overlaps.items() if iou > 0.5}
+            counts[expected["category_id"]] += [sum(hits.values()), len(hits), 0, not hits]
+            matched |= set(hits)
+    for segment in result_segments:
+        other, excused = find_pixels(result, segment["id"]), set(void)
         for expected in truth_segments:
-            if expected["iscrowd"]:
-                continue
-            count = counts[expected["category_id"]]
-            inside = pixels(truth, expected["id"])
-            for found in result_segments:
-                if found["category_id"] == expected["category_id"]:
-                    other = pixels(result, found["id"])
-                    iou = len(inside & other) / len((inside | other) - void)
-                    if iou > 0.5:
-                        count["iou"] += iou
-                        count["tp"] += 1
-                        matched.add(found["id"])
-                        break
-            else:
-                count["fn"] += 1
-        for found in result_segments:
-            other = pixels(result, found["id"])
-            excused = set(void)
-            for expected in truth_segments:
-                if expected["iscrowd"] and expected["category_id"] == found["category_id"]:
-                    excused |= pixels(truth, expected["id"])
-            if found["id"] not in matched and len(other & excused) <= len(other) / 2:
-                counts[found["category_id"]]["fp"] += 1
+            if expected["iscrowd"] and expected["category_id"] == segment["category_id"]:
+                excused |= find_pixels(truth, expected["id"])
+        if segment["id"] not in matched and len(other & excused) <= len(other) / 2:
+            counts[segment["category_id"]][2] += 1
+
+
+def score_pixel_sets(images):
+    """Return (PQ, SQ, RQ) by category that occurs, by the rules, one pixel set at a time."""
+    counts = {category: np.zeros(4) for category in ISTHING}  # IoU of matches, TP, FP, FN
+    for image in images:
+        count_segments(*image, counts)
     qualities = {}
-    for category, count in counts.items():
-        total = count["tp"] + count["fp"] / 2 + count["fn"] / 2
+    for category, (overlap, hits, unmatched, missed) in counts.items():
+        total = hits + unmatched / 2 + missed / 2
         if total:
-            sq = count["iou"] / count["tp"] if count["tp"] else 0
-            qualities[category] = (count["iou"] / total, sq, count["tp"] / total)
+            qualities[category] = (overlap / total, overlap / hits if hits else 0, hits / total)
     return qualities
 
 
 def check(quality, expected):
-    """Require the mean of the naive qualities."""
+    """Compare a quality with the mean of qualities of pixel sets."""
     assert quality.classes == len(expected)
     values = np.mean(expected, axis=0) if expected else [math.nan] * 3
     np.testing.assert_allclose((quality.pq, quality.sq, quality.rq), values, rtol=0, atol=1e-12)
 
 
 @st.composite
-def pictures(draw):
-    """A truth with void and crowds, and a result that is some change of it."""
-    shape = draw(arrays.array_shapes(min_dims=2, max_dims=2, max_side=7))
-    truth = draw(arrays.arrays(np.int32, shape, elements=st.integers(0, 4)))
-    change = draw(arrays.arrays(np.int32, shape, elements=st.integers(0, 4), fill=st.just(0)))
-    kept = draw(arrays.arrays(np.bool_, shape, fill=st.just(True)))
-    result = np.where(kept, truth, change)
-    kinds = st.lists(st.sampled_from(list(ISTHING)), min_size=5, max_size=5)
-    categories = draw(kinds)
-    guessed = draw(st.one_of(st.just(categories), kinds))
-    crowds = draw(st.sets(st.integers(1, 4), max_size=3))
-    # ids that are far apart, as those of colours
+def pictures(sample):
+    """Make a truth with void and crowds, and a result that differs from it in some pixels."""
+    shape = sample(arrays.array_shapes(min_dims=2, max_dims=2, max_side=7))
+    truth = sample(arrays.arrays(np.int32, shape, elements=st.integers(0, 4)))
+    change = sample(arrays.arrays(np.int32, shape, elements=st.integers(0, 4), fill=st.just(0)))
+    unchanged = sample(arrays.arrays(np.bool_, shape, fill=st.just(True)))
+    result = np.where(unchanged, truth, change)
+    classes = st.lists(st.sampled_from(list(ISTHING)), min_size=5, max_size=5)
+    categories = sample(classes)
+    guessed = sample(st.one_of(st.just(categories), classes))
+    crowds = sample(st.sets(st.integers(1, 4), max_size=3))
+    # ids that are far apart, as those of colors
     spread = np.array([0, 16_000_000, 5, 300, 70_000], dtype=np.int32)
     named = dict(zip(spread.tolist(), categories, strict=True))
     renamed = dict(zip(spread.tolist(), guessed, strict=True))
@@ -101,13 +99,13 @@ class TestAgainstPixelSets:
         quality = PanopticQuality(ISTHING)
         for image in images:
             quality.add(*image)
-        scores, expected = quality.scores(), naive(images)
+        scores, expected = quality.scores(), score_pixel_sets(images)
         check(scores.all, list(expected.values()))
         check(scores.things, [q for category, q in expected.items() if ISTHING[category]])
         check(scores.stuff, [q for category, q in expected.items() if not ISTHING[category]])
         assert list(scores.classes) == list(ISTHING)
-        for category, found in scores.classes.items():
-            check(found, [expected[category]] if category in expected else [])
+        for category, quality in scores.classes.items():
+            check(quality, [expected[category]] if category in expected else [])
 
 
 class TestAgainstTorchmetrics:
@@ -120,25 +118,26 @@ class TestAgainstTorchmetrics:
         mean = detection.PanopticQuality(things={1, 2}, stuffs={3, 7}, return_sq_and_rq=True)
         ours = PanopticQuality(ISTHING)
         for _ in range(4):
-            kinds = random.choice(list(ISTHING), 8)
+            classes = random.choice(list(ISTHING), 8)
             truth = np.sort(random.integers(1, 7, 12 * 9)).reshape(12, 9)
             result = np.where(random.random(truth.shape) < 0.8, truth, random.integers(1, 8, truth.shape))
             # stuff is one segment of an image there
-            truth, result = (np.where(kinds[x] > 2, kinds[x] + 100, x) for x in (truth, result))
-            names = {**dict(enumerate(kinds.tolist())), 103: 3, 107: 7}
+            truth, result = (np.where(classes[ids] > 2, classes[ids] + 100, ids) for ids in (truth, result))
+            names = {**dict(enumerate(classes.tolist())), 103: 3, 107: 7}
             ours.add(truth, describe(truth, names), result, describe(result, names))
-            pair = [torch.tensor(np.stack([np.vectorize(names.get)(x), x], axis=-1))[None] for x in (result, truth)]
+            maps = (np.stack([np.vectorize(names.get)(ids), ids], axis=-1) for ids in (result, truth))
+            pair = [torch.tensor(ids)[None] for ids in maps]
             theirs.update(*pair)
             mean.update(*pair)
         scores = ours.scores()
-        found = [astuple(quality)[:3] for quality in scores.classes.values()]
-        np.testing.assert_allclose(np.nan_to_num(found), theirs.compute().numpy(), rtol=0, atol=1e-6)
+        qualities = [astuple(quality)[:3] for quality in scores.classes.values()]
+        np.testing.assert_allclose(np.nan_to_num(qualities), theirs.compute().numpy(), rtol=0, atol=1e-6)
         if scores.all.classes == 4:
             np.testing.assert_allclose(astuple(scores.all)[:3], mean.compute().numpy(), rtol=0, atol=1e-6)
 
 
 def single(truth, result, crowd=(), categories=None):
-    """Scores of one row of pixels; segments are of category 1 unless said otherwise."""
+    """Return the scores of one row of pixels; segments are of category 1 unless `categories` has another."""
     truth, result = np.array([truth]), np.array([result])
     names = dict.fromkeys(range(20), 1) | (categories or {})
     quality = PanopticQuality(ISTHING)
@@ -153,8 +152,8 @@ class TestByHand:
         assert scores.things == scores.stuff == scores.classes[1] == scores.classes[3] == Quality(1, 1, 1, 1)
         assert scores.classes[2].classes == 0 and math.isnan(scores.classes[2].pq)
 
-    def test_one_match_one_missed_one_invented(self):
-        # segment 1: IoU 3/4; 2 is covered by half, so 2 is missed and 6 is invented
+    def test_one_match_one_missed_one_unmatched(self):
+        # segment 1: IoU 3/4; 2 is covered by half, so 2 is missed and 6 is unmatched
         scores = single([1, 1, 1, 1, 2, 2], [5, 5, 5, 6, 6, 0])
         assert astuple(scores.all) == pytest.approx((0.75 / 2, 0.75, 1 / 2, 1))
 
@@ -169,7 +168,7 @@ class TestByHand:
         assert single([1, 1, 0, 0, 0], [5, 5, 5, 5, 5]).all == Quality(1, 1, 1, 1)
 
     @pytest.mark.parametrize(("under", "rq"), [([0, 0, 2, 2], 1 / 1.5), ([0, 0, 0, 2], 1)])
-    def test_a_segment_mostly_on_void_is_not_invented(self, under, rq):
+    def test_a_segment_mostly_on_void_is_no_false_positive(self, under, rq):
         # half is not enough
         assert single([1, *under], [5, 6, 6, 6, 6], categories={2: 2}).classes[1].rq == pytest.approx(rq)
 
@@ -183,7 +182,7 @@ class TestByHand:
         assert scores.classes[1].rq == pytest.approx(1 / 1.5) and scores.classes[2].classes == 0
 
     @pytest.mark.parametrize(("category", "rq"), [(1, 1), (2, 1 / 1.5)])
-    def test_void_and_crowds_add_up(self, category, rq):
+    def test_void_and_crowds_are_added(self, category, rq):
         # of five pixels two are void and one is of a crowd
         scores = single([1, 0, 0, 2, 3, 3], [5, 6, 6, 6, 6, 6], crowd={2}, categories={2: category, 3: 2})
         assert scores.classes[1].rq == pytest.approx(rq)
@@ -252,7 +251,7 @@ class TestAccumulation:
 
 
 def write(folder, maps, categories, crowds=()):
-    """A panoptic file of segment maps."""
+    """Write a panoptic file of segment maps, and read it."""
     folder.mkdir()
     data = {
         "images": [],
@@ -260,8 +259,8 @@ def write(folder, maps, categories, crowds=()):
         "categories": [{"id": n, "name": str(n), "isthing": int(thing)} for n, thing in ISTHING.items()],
     }
     for number, ids in enumerate(maps):
-        colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-        Image.fromarray(colours).save(folder / f"{number}.png")
+        colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+        Image.fromarray(colors).save(folder / f"{number}.png")
         data["images"].append({"id": number, "height": ids.shape[0], "width": ids.shape[1]})
         segments = describe(ids, categories, crowds)
         data["annotations"].append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
@@ -269,14 +268,14 @@ def write(folder, maps, categories, crowds=()):
 
 
 class TestFiles:
-    def test_as_the_maps(self, tmp_path):
+    def test_equals_maps_in_memory(self, tmp_path):
         random = np.random.default_rng(0)
         spread = np.array([0, 16_000_000, 5, 300, 70_000, 256])
         categories = dict(zip(spread.tolist(), (0, 1, 1, 2, 3, 7), strict=True))
         truth = [spread[random.integers(0, 6, (4, side))] for side in (1, 5, 9)]
         result = [np.where(random.random(ids.shape) < 0.8, ids, 5) for ids in truth]
         files = [write(tmp_path / "a", truth, categories, {300}), write(tmp_path / "b", result, categories)]
-        expected = naive(
+        expected = score_pixel_sets(
             (a, describe(a, categories, {300}), b, describe(b, categories)) for a, b in zip(truth, result, strict=True)
         )
         check(panoptic_quality(*files).all, list(expected.values()))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from degrade import degrade, touching
+from degrade import degrade, group_touching
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -278,7 +278,7 @@ def test_drawn_masks_have_outlines_and_colors():
 def test_degraded_masks():
     masks = np.zeros((4, 60, 80), bool)
     masks[0, :20, :20], masks[1, :20, 20:40], masks[2, 30:55, 5:40], masks[3, 58:60, 70:75] = True, True, True, True
-    assert touching(masks) == [[1, 2], [3], [4]]
+    assert group_touching(masks) == [[1, 2], [3], [4]]
     degraded = degrade(masks, np.random.default_rng(0))
     assert np.array_equal(degraded[0], masks[0] | masks[1])
     assert np.array_equal(degraded[-1], masks[3])  # too small to be cut

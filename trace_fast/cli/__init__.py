@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Instance edges from a diffusion model's self-attention.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )

@@ -33,7 +33,7 @@ __all__ = [
 # what a user, a file or the machine may cause: reported in one line, without a traceback
 FAILURES = (OSError, RuntimeError, TypeError, ValueError)
 
-Inputs = Annotated[list[Path], typer.Argument(metavar="IN...", help="Image files, and folders of image files.")]
+Inputs = Annotated[list[Path], typer.Argument(metavar="IN", help="Image files, and folders of image files.")]
 OutputFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to. It is created where it is missing.")
 ]

@@ -68,7 +68,7 @@ def evaluate(
             groundTruth.
         ignore: labels of maps that are crowd or void.
         distance: largest distance of a match of edges, as a share of the image's diagonal.
-        limit: score the first images only, at most so many; None is all.
+        limit: number of images to score, the first; None is all.
         device: where named models run; None is the GPU where there is one, else the CPU.
         skip_bad: leave images out that have a problem, instead of raising.
         cache: folder where the counts of each image are kept, so that an interrupted call continues where it was; None

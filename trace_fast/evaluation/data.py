@@ -211,32 +211,31 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
         (1, 426, 640)
     """
     folder = Path(folder)
-    place = _find_truth(folder, truth)
+    truth_path = _find_truth(folder, truth)
     images = folder / "images" if (folder / "images").is_dir() else folder
     files = sorted(images.iterdir()) if images.is_dir() else []
     files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if place.suffix == ".json":
-        return _open_json(place, images, files)
-    return _open_folder(place, images, files, tuple(ignore))
+    if truth_path.suffix == ".json":
+        return _open_json(truth_path, images, files)
+    return _open_folder(truth_path, images, files, tuple(ignore))
 
 
 def _find_truth(folder: Path, truth: str | Path | None) -> Path:
     """Return the file or folder of ground truth, below `folder` or anywhere."""
     names = TRUTH_FOLDERS if truth is None else (str(truth),)
-    places = [folder / name for name in names] + ([] if truth is None else [Path(truth)])
-    for place in places:
-        if place.exists():
-            return place
+    for path in [folder / name for name in names] + ([] if truth is None else [Path(truth)]):
+        if path.exists():
+            return path
     raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
 
 
-def _open_folder(place: Path, images: Path, files: list[Path], ignore: tuple[int, ...]) -> DataSet:
+def _open_folder(truth: Path, images: Path, files: list[Path], ignore: tuple[int, ...]) -> DataSet:
     """Pair image files with the files, or folders, of ground truth by their names."""
-    truths = [path for path in sorted(place.iterdir()) if path.name[0] != "."]
+    truths = [path for path in sorted(truth.iterdir()) if path.name[0] != "."]
     images_by_name, problems = _group_by_name(files, "image files")
     truth_by_name, more_problems = _group_by_name(truths, "ground truths")
     problems += more_problems
-    notes = [f"{name}: no ground truth in {place}" for name in sorted(set(images_by_name) - set(truth_by_name))]
+    notes = [f"{name}: no ground truth in {truth}" for name in sorted(set(images_by_name) - set(truth_by_name))]
     if files:
         problems += [f"{name}: no image in {images}" for name in sorted(set(truth_by_name) - set(images_by_name))]
     photos = []

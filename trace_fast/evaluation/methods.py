@@ -82,13 +82,13 @@ def open_method(spec: Any, *, name: str | None = None, device: str | None = None
         model = load(spec)
         return _wrap_model(model.name if name is None else name, model.name, model)
     name, spec = split_name(str(spec)) if name is None else (name, str(spec))
-    kind, _, place = spec.partition(":")
+    kind, _, folder = spec.partition(":")
     if spec == "sobel":
         return _open_detector(name, spec, _prepare_sobel(), suppress=True)
     if spec == "canny":
         return _open_detector(name, spec, _prepare_canny(), suppress=False)
     if kind in ("maps", "lines"):
-        return _open_maps(name, Path(place), suppress=kind == "maps")
+        return _open_maps(name, Path(folder), suppress=kind == "maps")
     return _open_model(name, spec, device)
 
 
