@@ -2,8 +2,8 @@
 
 `edges` returns the edges of an image in one call. `load` returns the model that finds them: a `Detector`, the
 one-step student, or a `Tracer`, the search over timesteps. `propagate`, `instances` and `seeds` turn edges into masks,
-regions and prompts. `distill` and `pretrain` train models; `evaluate` scores edges and masks. `ops` are the kernels, with
-an eager twin of each in `reference`; `backends` shows which implementation runs them.
+regions and prompts. `distill` and `pretrain` train models; `evaluate` scores edges and masks. `ops` are the kernels,
+with an eager twin of each in `reference`; `backends` shows which implementation runs them.
 
     >>> import trace_fast
     >>> edges = trace_fast.edges("photo.jpg")  # doctest: +SKIP

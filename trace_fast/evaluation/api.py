@@ -83,10 +83,8 @@ def evaluate(
         OSError: a file is missing or cannot be read.
 
     Example:
-        >>> report = trace_fast.evaluate("coco", ["sobel", "HED=maps:hed", "mini"], cache="build/evaluation")
-        >>> print(report)
-        >>> report.edges["mini"].ods
-        0.577
+        >>> report = trace_fast.evaluate("coco", ["sobel", "HED=maps:hed", "mini"])  # doctest: +SKIP
+        >>> print(report, report.edges["mini"].ods)  # doctest: +SKIP
     """
     named = _name_methods(methods, table)
     files = _name_results(results)

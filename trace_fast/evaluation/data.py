@@ -206,8 +206,8 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
         ValueError: there is no ground truth at all, or the JSON file has problems.
 
     Example:
-        >>> dataset = open_dataset("coco", "instances_val2017.json")
-        >>> dataset.photos[0].contours().lines.shape
+        >>> dataset = open_dataset("coco", "instances_val2017.json")  # doctest: +SKIP
+        >>> dataset.photos[0].contours().lines.shape  # doctest: +SKIP
         (1, 426, 640)
     """
     folder = Path(folder)

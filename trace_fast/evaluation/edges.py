@@ -149,9 +149,11 @@ def score_edges(
         ValueError: there are no images, thresholds differ, or resamples is below 1.
 
     Example:
-        >>> photos = open_dataset("coco").photos
-        >>> counts = [count_edges(read_map(f"maps/{photo.name}.png"), photo.contours()) for photo in photos]
-        >>> print(score_edges(counts).ods)
+        >>> contours = find_contours(np.repeat([[1, 1, 2, 2]], 3, axis=0))
+        >>> maps = [np.float32([[0, 0.9, 0, 0]] * 3), np.float32([[0, 0.2, 0, 0]] * 3)]
+        >>> scores = score_edges([count_edges(edges, contours) for edges in maps])
+        >>> scores.recall[[0, 29]].tolist()  # at thresholds 0.01 and 0.3
+        [1.0, 0.5]
     """
     if not counts or any(len(image.matches) != len(thresholds) for image in counts):
         raise ValueError(f"score_edges: counts must be of at least one image at {len(thresholds)} thresholds each")

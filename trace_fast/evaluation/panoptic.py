@@ -167,9 +167,9 @@ def panoptic_quality(truth: Panoptic, results: Panoptic) -> PanopticScores:
         ValueError: an image of one side is missing on the other, sizes differ, or a category of the results is unknown.
 
     Example:
-        >>> truth = read_panoptic("panoptic_val2017.json", "panoptic_val2017")
-        >>> scores = panoptic_quality(truth, read_panoptic("results.json", "results"))
-        >>> print(scores.all.pq, scores.things.pq, scores.stuff.pq)
+        >>> truth = read_panoptic("panoptic_val2017.json", "panoptic_val2017")  # doctest: +SKIP
+        >>> scores = panoptic_quality(truth, read_panoptic("results.json", "results"))  # doctest: +SKIP
+        >>> print(scores.all.pq, scores.things.pq, scores.stuff.pq)  # doctest: +SKIP
     """
     for name, images, others in (("truth", truth.images, results.images), ("results", results.images, truth.images)):
         missing = sorted(others.keys() - images.keys())
