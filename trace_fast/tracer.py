@@ -18,7 +18,7 @@ from torch.nn import functional
 from trace_fast import ops
 from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pipeline
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
-from trace_fast.backbones.capture import run_captured
+from trace_fast.backbones.capture import run_captured, unwrap_compiled
 from trace_fast.io.images import error_context, read_image, resize
 from trace_fast.model import EdgeModel
 from trace_fast.ops import checks
@@ -189,8 +189,7 @@ class Tracer(EdgeModel):
             >>> edges = Tracer.from_encoder(model, size=(518, 700))("photo.jpg").edges  # doctest: +SKIP
         """
         backbone = wrap_encoder(model, read=read, size=size, blocks=blocks, mean=mean, std=std)
-        # a compiled network is wrapped
-        return cls(backbone, name=type(getattr(model, "_orig_mod", model)).__name__)
+        return cls(backbone, name=type(unwrap_compiled(model)).__name__)
 
     @property
     def timestep(self) -> int | str:
