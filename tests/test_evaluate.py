@@ -471,6 +471,13 @@ class TestCall:
         evaluate(data, sobel, cache=tmp_path / "cache")
         assert len(counted) == 8 - finished
 
+    def test_a_model_in_memory(self, data, tmp_path):
+        folder = embedded(tmp_path / "plain")
+        tracer = trace_fast.Tracer.from_pretrained(folder, device="cpu")
+        result = evaluate(data, {"memory": tracer, "file": str(folder)}, device="cpu", limit=2)
+        assert result.edges["memory"].f_per_image.tolist() == result.edges["file"].f_per_image.tolist()
+        assert list(evaluate(data, tracer, limit=1).edges) == [str(folder)]
+
     def test_a_table_of_pandas(self, data):
         pandas = pytest.importorskip("pandas", reason="needs pandas")
         result = evaluate(data, ["sobel", f"m=maps:{data / 'maps'}"])

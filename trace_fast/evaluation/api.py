@@ -46,10 +46,11 @@ def evaluate(
 ) -> Report:
     """Score edge maps against instance boundaries, and masks against instances.
 
-    Of edges ODS, OIS and AP as BSDS500 has them, clDice, and recall where instances touch; of masks class-agnostic AP
-    and AR as COCO has them; of panoptic segments PQ, SQ and RQ. Intervals are 95 % of 1,000 resamples of the images.
-    With `table`, the masks of a baseline are scored as they are, and split and completed by the edges of each method.
-    All files are read once before anything is counted, so that faults are known first.
+    Edge maps are scored by ODS, OIS and AP as BSDS500 defines them, by clDice, and by recall where instances touch;
+    masks by class-agnostic AP and AR as COCO defines them; panoptic segments by PQ, SQ and RQ. Intervals are 95 % of
+    1,000 resamples of the images. With `table`, the masks of a baseline are scored as they are, and again split and
+    completed by the edges of each method. All files are read once before anything is counted, so that faults are
+    reported first.
 
     Args:
         data: folder with photographs, in `images` or itself, and ground truth.
@@ -62,7 +63,7 @@ def evaluate(
             steps of one MODEL (a fixed timestep, t*, its student where it has one); None scores the edges.
         baseline: JSON file of COCO results, with `table`.
         threshold: strength in (0, 1] from which an edge separates masks, with `table`; one, or one for each method.
-        mode: "flood" or "walk", as masks are completed, with `table`; see `trace_fast.propagate`.
+        mode: "flood" or "walk", the way in which masks are completed, with `table`; see `trace_fast.propagate`.
         truth: ground truth, a folder of label maps, of folders of mask files or of BSDS .mat files, or a COCO JSON
             file, below `data` or anywhere; None is the first that exists of inst, panoptic, masks, ground_truth,
             groundTruth.
