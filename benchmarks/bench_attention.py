@@ -1,8 +1,8 @@
 """The attention ops: on the CPU one block of SD 1.5 (8 heads of 40 channels), on a GPU the blocks of every backbone.
 
 Half precision on a GPU, as networks run there. `floor` is the larger of products and exponentials of both passes at the
-ceilings measured in the same run. "statistics given" is the second pass alone: what capture costs where the forward's
-own attention hands over its row statistics.
+ceilings measured in the same run. "statistics given" is the second pass alone: the cost of capture where the
+forward pass provides its row statistics.
 """
 
 import functools
@@ -35,7 +35,7 @@ def truth(device, shape):
 
 
 def half(total, query, key, weight):
-    """Head by head like the reference, but with products in the dtype of the features, as fast as eager gets."""
+    """Accumulate head by head like the reference, but with products in the dtype of the features: the fastest eager."""
     heads, scale = query.shape[1], query.shape[-1] ** -0.5
     for head in range(heads):
         logits = (query[:, head] * scale) @ key[:, head].mT
@@ -43,7 +43,7 @@ def half(total, query, key, weight):
 
 
 def batched(total, query, key, weight):
-    """All heads at once, as an attention processor that keeps its probabilities does."""
+    """Accumulate all heads at once, like an attention processor that keeps its probabilities."""
     total.add_((query @ key.mT).mul_(query.shape[-1] ** -0.5).softmax(-1).mean(1), alpha=weight)
 
 
@@ -75,12 +75,12 @@ def bench_accumulate_attention(device, model, shape, provider, measure):
     elif provider == "statistics given" and device == "cuda":
         from trace_fast.kernels import attention
 
-        known = attention.Features(query, key, shape.channels**-0.5)
-        call = functools.partial(attention.add_probabilities, total, known, attention.row_statistics(known), 1.0)
+        prepared = attention.Features(query, key, shape.channels**-0.5)
+        call = functools.partial(attention.add_probabilities, total, prepared, attention.row_statistics(prepared), 1.0)
     else:
         pytest.skip(f"no such provider on {device}")
     call()
-    if provider == "eager" and device == "cuda":  # its products are rounded: near is all it has to be
+    if provider == "eager" and device == "cuda":  # its products are rounded, so it is only near
         torch.testing.assert_close(total.double(), truth(device, shape)[0], rtol=0.1, atol=1e-2)
     else:
         assert_no_worse(total, *truth(device, shape))
@@ -93,14 +93,14 @@ def bench_accumulate_attention(device, model, shape, provider, measure):
 
 
 def skip_slow_compilation(device, shape, provider):
-    """On a GPU inductor takes longer to compile a shape than all else takes to run; two shapes tell enough."""
+    """Skip all but two shapes on a GPU, where inductor takes longer to compile than all else takes to run."""
     compiled_shapes = SHAPES["SD1.5 @512"][0], SHAPES["SD3.5-L @1024"][0]
     if device == "cuda" and provider == "compiled" and shape not in compiled_shapes:
         pytest.skip("compiled at two shapes only")
 
 
 def title(op, device, model, shape):
-    """Name of a group."""
+    """Return the name of a group."""
     if device == "cpu":
         return f"{op}, N = {shape.tokens}"
     return f"{op}, {model}: {shape.heads} x {shape.tokens} x {shape.channels}"
@@ -114,7 +114,7 @@ def readout_eager(query, key, values):
 
 
 def sdpa(query, key, values, width):
-    """Attention with the values given to every head, padded to a width that fused kernels take."""
+    """Attend with the same values in every head, padded to a width that fused kernels take."""
     padded = F.pad(values.to(query.dtype), (0, width - values.shape[1]))
     heads = padded.expand(*query.shape[:2], -1, -1)
     return F.scaled_dot_product_attention(query, key, heads)[..., : values.shape[1]].float().mean(1)
@@ -177,7 +177,7 @@ RESIZES = {"eager": resize_eager, "compiled": torch.compile(resize_eager, dynami
 @pytest.mark.parametrize("side", [8, 16, 32])
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if GPU else [])])
 def bench_accumulate_resized(device, side, provider, measure):
-    """Maps of a UNet's coarser grids, carried to 64 x 64."""
+    """Time the maps of a UNet's coarser grids, resized to 64 x 64."""
     size, target = (side, side), (64, 64)
     attention = torch.randn(1, side**2, side**2, generator=torch.Generator().manual_seed(0)).softmax(-1).to(device)
     total = torch.zeros(1, 4096, 4096, device=device)

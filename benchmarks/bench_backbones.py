@@ -1,10 +1,10 @@
-"""The full-size backbones on a GPU, with random weights: where the time of a search goes, and against eager maps.
+"""The full-size backbones on a GPU, with random weights: the parts of a search, and the same with eager maps.
 
-`encode` is the autoencoder, `forward` one plain call of the network, `capture` the same with every block's map added
-up, `search` ten levels by inversion, `eager` the same with maps made head by head in plain torch. `student` is one pass
-of encode and network with the paper's decoder, its aim at most 1.15 times `encode` and `forward`; `student, compiled`
-the same as a CUDA graph. Random weights prove wiring and latency, never quality. Needs diffusers on the machine with
-the GPU.
+`encode` is the autoencoder, `forward` one plain call of the network, `capture` the same with every block's map
+accumulated, `search` ten timesteps by inversion, `eager` the same with maps head by head in plain torch. `student` is
+one pass of encode and network with the paper's decoder, its aim at most 1.15 times `encode` and `forward`; `student,
+compiled` the same as a CUDA graph. Random weights prove wiring and latency, never quality. Needs diffusers on the
+machine with the GPU.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 diffusers = pytest.importorskip("diffusers")
-# what the compiler has to say about diffusers stops no measurement
+# warnings of the compiler about diffusers do not stop a measurement
 pytestmark = pytest.mark.filterwarnings("default")
 
 from memory import MODELS, SCHEDULER, make_autoencoder  # noqa: E402
@@ -26,12 +26,12 @@ from trace_fast import Detector, Tracer  # noqa: E402
 from trace_fast.backbones import wrap_pipeline  # noqa: E402
 from trace_fast.decoder import make_decoder  # noqa: E402
 
-LEVELS = (0, *range(99, 900, 100))  # ten
+TIMESTEPS = (0, *range(99, 900, 100))  # ten
 
 
 @functools.lru_cache(maxsize=1)
 def tracer(name):
-    """A network of the published configuration on the GPU, in bfloat16, initialised at random; one at a time."""
+    """Build a network of the published configuration on the GPU, in bfloat16, with random weights; one at a time."""
     gc.collect()
     torch.cuda.empty_cache()
     kind, config, autoencoder, empty_prompt, side = MODELS[name]
@@ -61,7 +61,7 @@ def bench_backbone(model, stage, measure, monkeypatch):
     blocks = range(len(grids))
     tokens = max(height * width for height, width in grids)
     total = torch.zeros(1, tokens, tokens, device="cuda")
-    search = functools.partial(traced.scan, images, timesteps=LEVELS, noising="inversion")
+    search = functools.partial(traced.scan, images, timesteps=TIMESTEPS, noising="inversion")
     calls = {
         "encode": lambda: backbone.encode(images),
         "forward": lambda: backbone.predict(latent, timestep),
@@ -73,9 +73,9 @@ def bench_backbone(model, stage, measure, monkeypatch):
         assert torch.equal(calls["forward"](), calls["capture"]())
         torch.testing.assert_close(total.sum(-1), torch.ones(1, tokens, device="cuda"), rtol=0, atol=1e-3)
     elif stage in ("search", "eager"):
-        found = search()
+        maps = search()
         monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
-        for one, other in zip(found, search(), strict=True):
+        for one, other in zip(maps, search(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
         if stage == "search":
             monkeypatch.delenv("TRACE_FAST_BACKEND")

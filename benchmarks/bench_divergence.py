@@ -1,4 +1,4 @@
-"""step_kl_abdiv, the work of one step of the search, beside what bounds it; on a GPU its halves, too.
+"""step_kl_abdiv, the work of one step of the search, beside its floors; on a GPU its halves, too.
 
 On the CPU two floors that do less than the op must: `sum` reads the same two maps, `log` takes as many logarithms into
 memory that is already there. On a GPU the floor is the two maps at the copy bandwidth measured in the same run.
@@ -17,14 +17,14 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @functools.lru_cache(maxsize=2)
 def maps(device, side, dtype):
-    """Two related maps of a side x side grid, as flat as those of a diffusion model."""
+    """Return two related maps of a side x side grid, as flat as those of a diffusion model."""
     generator = torch.Generator().manual_seed(0)
     logits, change = torch.randn(2, 1, side**2, side**2, generator=generator)
     return tuple(x.softmax(-1).to(device, dtype) for x in (2 * logits, 2 * logits + 0.2 * change))
 
 
 def call_op(module, op, previous, current, side):
-    """An op of `ops` or `reference`; a tuple of results."""
+    """Call an op of `ops` or `reference`; return a tuple of results."""
     if op == "step_kl_abdiv":
         return module.step_kl_abdiv(previous, current, side, side)
     return (module.step_kl(previous, current) if op == "step_kl" else module.abdiv(current, side, side),)
@@ -38,7 +38,7 @@ PROVIDERS = {
 
 
 def title(device, side, dtype, op="step_kl_abdiv"):
-    """Name of a group."""
+    """Return the name of a group."""
     return f"{op}, N = {side**2}" + (f", {dtype}" if device == "cuda" else "")
 
 

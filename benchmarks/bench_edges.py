@@ -1,11 +1,11 @@
-"""Stage 1 end to end on a 640 x 480 photograph with the embedded model on the CPU, and where the time goes.
+"""Stage 1 end to end on a 640 x 480 photograph with the embedded model on the CPU, and its parts.
 
-The stages are those of the whole search, 11 noise levels: `load` reads the JPEG, `forward` runs the network without
+The stages are those of the whole search, 11 timesteps: `load` reads the JPEG, `forward` runs the network without
 capture, `forward_capture` the same with every map accumulated, `divergence` measures all steps and maps, `post`
-carries the edges to the input's size.
+resizes the edges to the input.
 
-The student, whole and compiled, stands beside the search it was distilled from, the same search with every op in plain
-torch, and what no student can do without: the network's own pass.
+The student, eager and compiled, is timed beside the search it was distilled from, the same search with every op in
+plain torch, and its floor: one pass of the network.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maps(tracer):
-    """As many maps as levels, of the tracer's own grid: (T, 1, N, N), rows sum to 1."""
+    """Return a map for each timestep, of the tracer's grid: (T, 1, N, N), rows sum to 1."""
     height, width = tracer.backbone.grid(tracer.backbone.settings.size)
     tokens = height * width
     return torch.randn(len(TIMESTEPS), 1, tokens, tokens, device=tracer.device).mul_(3).softmax(-1)
@@ -61,9 +61,9 @@ def bench_search(measure, tracer, path, noising):
 
 
 def bench_edges_default(measure, path):
-    found = trace_fast.edges(path, device="cpu")
-    assert found.shape == (HEIGHT, WIDTH)
-    assert 0 <= found.min() < found.max() <= 1
+    edges = trace_fast.edges(path, device="cpu")
+    assert edges.shape == (HEIGHT, WIDTH)
+    assert 0 <= edges.min() < edges.max() <= 1
     measure(EDGES, "trace_fast.edges", lambda: trace_fast.edges(path, device="cpu"))
 
 
@@ -73,7 +73,7 @@ def bench_stage(measure, tracer, path, maps, stage):
     height, width = backbone.grid(size)
     pixels = image.read_image(path)
     latent = backbone.encode(image.resize(pixels, size))
-    levels = [torch.tensor([level]) for level in TIMESTEPS]
+    timesteps = [torch.tensor([timestep]) for timestep in TIMESTEPS]
     blocks = tuple(range(len(backbone.attentions())))
     total = torch.empty_like(maps[0])
 
@@ -82,11 +82,11 @@ def bench_stage(measure, tracer, path, maps, stage):
 
     @torch.no_grad()
     def forward():
-        return [backbone.predict(latent, level) for level in levels]
+        return [backbone.predict(latent, timestep) for timestep in timesteps]
 
     @torch.no_grad()
     def forward_capture():
-        return [tracer._attend(total, latent, level, blocks, backbone.grids(size)) for level in levels]
+        return [tracer._attend(total, latent, timestep, blocks, backbone.grids(size)) for timestep in timesteps]
 
     def divergence():
         return [ops.step_kl_abdiv(previous, current, height, width) for previous, current in itertools.pairwise(maps)]
@@ -102,7 +102,7 @@ def bench_stage(measure, tracer, path, maps, stage):
         torch.testing.assert_close(divergence()[0][0].double(), kl, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(divergence()[0][1].double(), abdiv, rtol=1e-4, atol=1e-6)
     stages = {call.__name__: call for call in (load, forward, forward_capture, divergence, post)}
-    measure("stages of the search, 11 levels", stage, stages[stage])
+    measure("stages of the search, 11 timesteps", stage, stages[stage])
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def bench_teacher(measure, monkeypatch, tracer, square, backend):
 @torch.no_grad()
 def bench_plain_pass(measure, detector, square):
     backbone = detector.backbone
-    timestep = torch.tensor([detector.level])
+    timestep = torch.tensor([detector.timestep])
 
     def run():
         return backbone.predict(backbone.encode(image.resize(square, backbone.settings.size)), timestep)

@@ -1,7 +1,7 @@
-"""The ops on regions and masks beside the libraries that a user would pick, on realistic barriers and on the hard case.
+"""The ops on regions and masks beside libraries that a user would choose, on realistic barriers and on the hard case.
 
 `outlines` are the contours of smooth blobs, `gaps` the same with every tenth pixel missing, so that nearly all labels
-compete in one region, and `noise` is on at random for as many pixels as barely connect (site percolation).
+compete in one region, and `noise` sets pixels at random, just enough to connect (site percolation).
 """
 
 import functools
@@ -24,7 +24,7 @@ cv2.setNumThreads(torch.get_num_threads())
 
 @functools.lru_cache(maxsize=2)
 def make_barrier(kind, side):
-    """A barrier (side, side) bool."""
+    """Return a barrier (side, side) bool."""
     rng = np.random.default_rng(0)
     if kind == "noise":
         return rng.random((side, side)) > 0.593
@@ -36,7 +36,7 @@ def make_barrier(kind, side):
 
 @functools.lru_cache(maxsize=2)
 def make_seeds(side):
-    """A label for every 4,000 pixels, (side, side) int32."""
+    """Return seeds, a label for every 4,000 pixels, (side, side) int32."""
     rng, count = np.random.default_rng(1), side * side // 4000
     seeds = np.zeros((side, side), np.int32)
     seeds[rng.integers(0, side, count), rng.integers(0, side, count)] = np.arange(1, count + 1)
@@ -44,7 +44,7 @@ def make_seeds(side):
 
 
 def same_regions(labels, others):
-    """Whether two labellings divide the pixels alike, with 0 for 0."""
+    """Return whether two label maps have the same regions, with 0 for 0."""
     names = np.zeros(labels.max() + 1, others.dtype)
     names[labels] = others
     return names[0] == 0 and len(np.unique(names)) == len(names) and np.array_equal(names[labels], others)
@@ -58,7 +58,7 @@ def label_cv2(free, connectivity):
     return cv2.connectedComponents(free.view(np.uint8), connectivity=connectivity, ltype=cv2.CV_32S)[1]
 
 
-LABELLERS = {
+PROVIDERS = {
     "eager": lambda barrier, connectivity: reference.label_regions(barrier, connectivity)[0],
     "native": lambda barrier, connectivity: ops.label_regions(barrier, connectivity)[0],
     "scipy": label_scipy,
@@ -67,7 +67,7 @@ LABELLERS = {
 }
 
 
-@pytest.mark.parametrize("provider", LABELLERS)
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("kind", ["outlines", "noise"])
 @pytest.mark.parametrize("connectivity", [4, 8])
 @pytest.mark.parametrize("side", [512, 2048, 4096])
@@ -77,12 +77,12 @@ def bench_label_regions(side, connectivity, kind, provider, measure):
     barrier = make_barrier(kind, side)
     ours = provider in ("eager", "native")
     image = torch.from_numpy(barrier)[None] if ours else ~barrier
-    call = functools.partial(LABELLERS[provider], image, connectivity)
-    found, expected = call(), label_scipy(~barrier, connectivity)
+    call = functools.partial(PROVIDERS[provider], image, connectivity)
+    labels, expected = call(), label_scipy(~barrier, connectivity)
     if ours:
-        assert np.array_equal(found[0].numpy(), expected)
+        assert np.array_equal(labels[0].numpy(), expected)
     else:
-        assert same_regions(expected, found)
+        assert same_regions(expected, labels)
     measure(f"label_regions, {connectivity}, {kind}, {side} x {side}", provider, call, bytes=5 * barrier.size)
 
 
@@ -100,7 +100,7 @@ def bench_flood_fill(side, kind, provider, measure):
         "skimage watershed": lambda: watershed(flat, markers, mask=~barrier),
     }[provider]
     if provider == "skimage watershed":
-        # the same pixels, and the same labels but where two are as near
+        # the same pixels, and the same labels except where two are equally near
         other = call()
         assert np.array_equal(other > 0, filled[0].numpy() > 0)
         assert np.mean(other == filled[0].numpy()) > 0.97
@@ -116,19 +116,19 @@ def bench_flood_fill(side, kind, provider, measure):
 
 @functools.lru_cache(maxsize=2)
 def make_walk(side):
-    """Twenty discs and the edges around smooth blobs, float32."""
+    """Return twenty discs and the edges around smooth blobs, float32."""
     rng = np.random.default_rng(2)
     edges = 0.2 * rng.random((side, side)) ** 2
     edges[scipy.ndimage.zoom(make_barrier("outlines", 256), side / 256, order=0)] = 0.9
     rows, columns = np.indices((side, side))
-    centres = rng.integers(0, side, (20, 2, 1, 1))
-    masks = (rows - centres[:, 0]) ** 2 + (columns - centres[:, 1]) ** 2 < (side / 6) ** 2
+    centers = rng.integers(0, side, (20, 2, 1, 1))
+    masks = (rows - centers[:, 0]) ** 2 + (columns - centers[:, 1]) ** 2 < (side / 6) ** 2
     return torch.from_numpy(masks).float(), torch.from_numpy(edges).float()
 
 
 @functools.lru_cache(maxsize=2)
 def make_transition(side, dtype):
-    """The matrix of one step, (N, N) in CSR: times masks, (N, M)."""
+    """Return the matrix of one step, (N, N) in CSR, which multiplies masks (N, M)."""
     edges = make_walk(side)[1].to(dtype)
     places = torch.arange(side * side).view(side, side)
     rows, columns, values = [places.flatten()], [places.flatten()], [torch.ones(side * side, dtype=dtype)]
@@ -146,7 +146,7 @@ def make_transition(side, dtype):
 
 
 def multiply(side, dtype):
-    """The walk as products with the matrix of one step."""
+    """Walk by products with the matrix of one step."""
     masks, edges = (x.to(dtype) for x in make_walk(side))
     transition, state = make_transition(side, dtype), (masks * (1 - edges)).flatten(1).numpy().T
     for _ in range(256):
@@ -160,7 +160,7 @@ def bench_random_walk(side, provider, measure):
     if side > 64 and provider in ("eager", "torch, dense squaring"):
         pytest.skip("takes a minute")
     masks, edges = make_walk(side)
-    # the matrix is made beforehand
+    # building the matrix is not timed
     transition = make_transition(side, torch.float32)
     dense = torch.from_numpy(transition.T.toarray()) if provider.startswith("torch") else None
 
@@ -187,18 +187,18 @@ def bench_random_walk(side, provider, measure):
 
 @functools.lru_cache(maxsize=1)
 def make_masks(count=500, side=512):
-    """Discs, two thirds of them close to the one before, (count, side, side) bool."""
+    """Return discs, two thirds of them close to the one before, (count, side, side) bool."""
     rng = np.random.default_rng(3)
     rows, columns = np.indices((side, side), dtype=np.int32)
-    masks, centre = np.empty((count, side, side), bool), np.zeros(2)
+    masks, center = np.empty((count, side, side), bool), np.zeros(2)
     for index in range(count):
-        centre = rng.integers(0, side, 2) if index % 3 == 0 else centre + rng.integers(-6, 7, 2)
-        masks[index] = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < rng.integers(15, 70) ** 2
+        center = rng.integers(0, side, 2) if index % 3 == 0 else center + rng.integers(-6, 7, 2)
+        masks[index] = (rows - center[0]) ** 2 + (columns - center[1]) ** 2 < rng.integers(15, 70) ** 2
     return masks
 
 
 def merge(masks, overlaps):
-    """Rounds of unions of the components of a graph; overlaps(masks) is its matrix."""
+    """Unite the components of a graph until it has no edge; overlaps(masks) is its matrix."""
     while True:
         count, component = scipy.sparse.csgraph.connected_components(overlaps(masks))
         if count == len(masks):
@@ -207,7 +207,7 @@ def merge(masks, overlaps):
 
 
 def overlaps_numpy(masks):
-    """One mask against all later ones at a time."""
+    """Compare one mask with all later ones at a time."""
     areas = masks.sum((1, 2))
     joined = np.zeros((len(masks), len(masks)), bool)
     for index in range(len(masks) - 1):
@@ -217,7 +217,7 @@ def overlaps_numpy(masks):
 
 
 def overlaps_coco(masks):
-    """From run lengths."""
+    """Compare run lengths."""
     runs = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).view(np.uint8)))
     return (coco.iou(runs, runs, [0] * len(runs)) > 0.5) & ~np.eye(len(runs), dtype=bool)
 

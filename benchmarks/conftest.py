@@ -1,4 +1,4 @@
-"""How a provider is measured, and what is written beside the times: machine, threads, versions, backends, memory.
+"""How a provider is timed, and the facts beside the times: machine, threads, versions, backends, memory.
 
 Run `pytest benchmarks --benchmark-only`; add `--benchmark-json=benchmarks/results/<name>.json` to keep the figures.
 """
@@ -18,12 +18,12 @@ import torch
 import trace_fast
 from trace_fast import _C
 
-# a provider is timed for about so long, in so many rounds at least; a slower one for several times as long at most
+# seconds and rounds that a provider is timed for, about; a slower one takes several times as long at most
 SECONDS, ROUNDS = 2.0, 7
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    for name in ("node", "release"):  # of a machine, not of its kind
+    for name in ("node", "release"):  # they identify one machine
         del machine_info[name]
     machine_info["cpu"].pop("flags", None)
     machine_info["threads"] = torch.get_num_threads()
@@ -45,12 +45,12 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    for case in output_json["benchmarks"]:  # thousands of samples, of which the tables need none
+    for case in output_json["benchmarks"]:  # thousands of samples, which no table needs
         case["stats"].pop("data", None)
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that one call adds at its peak, outputs included; None where Linux does not tell."""
+    """Return the bytes of resident memory that one call adds at its peak, with outputs; None without /proc."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
@@ -59,7 +59,7 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
 
-    # memory that the allocator keeps for later would hide what a call needs
+    # memory that the allocator holds would hide the needs of a call
     ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")
     before = read("VmRSS")
@@ -68,7 +68,7 @@ def peak_memory(call: Callable[[], object]) -> int | None:
 
 
 def device_memory(call: Callable[[], object]) -> int:
-    """Bytes of GPU memory that one call adds at its peak, outputs included."""
+    """Return the bytes of GPU memory that one call adds at its peak, with outputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -79,10 +79,10 @@ def device_memory(call: Callable[[], object]) -> int:
 
 @pytest.fixture
 def measure(benchmark, request) -> Callable[..., None]:
-    """Time `call`, which has been verified, as `provider` of a group; `work` is what a call has to do, in numbers.
+    """Time `call`, which has been verified, as `provider` of a group; `work` holds numbers of a call, such as bytes.
 
-    On a GPU the times are those of its own clock, with the cache flushed before each call; with `graph`, of a CUDA
-    graph, and beside them those of calls from Python. What takes minutes is timed once.
+    On a GPU the times are from the clock of the GPU, with the cache flushed before each call; with `graph`, of a CUDA
+    graph, and beside them those of calls from Python. `once`: time a call of minutes once.
     """
 
     def measure(
@@ -110,13 +110,13 @@ def measure(benchmark, request) -> Callable[..., None]:
             called = statistics.median(event_times(call))
             try:
                 again = replay(call) if graph else call
-            except RuntimeError as error:  # some providers cannot be recorded: told beside their times
+            except RuntimeError as error:  # some providers cannot be recorded, which their times state
                 again, graph = call, False
                 warnings.warn(f"{provider} is not timed as a graph: {error}", stacklevel=2)
             quartiles = statistics.quantiles(event_times(again), n=4)
             work.update(seconds=quartiles[1], spread=quartiles[2] - quartiles[0], called=called, graph=graph)
             benchmark.extra_info.update(provider=provider, peak_memory=device_memory(call), **work)
-            benchmark.pedantic(lambda: None, rounds=1)  # pytest-benchmark wants a turn too: its times mean nothing here
+            benchmark.pedantic(lambda: None, rounds=1)  # pytest-benchmark must run something; its times are not used
             return
         memory = peak_memory(call)
         start = time.perf_counter()

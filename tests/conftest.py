@@ -34,7 +34,7 @@ IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip the tests that need a GPU where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fill torch.empty with NaN, so that an element nobody writes is seen."""
+    """Fill torch.empty with NaN, so that an element that nothing writes is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -51,7 +51,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def odd_defaults() -> Iterator[None]:
-    """Have torch make other tensors than usual where nobody says which."""
+    """Change the dtype and the device of tensors for which code states none."""
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     yield
@@ -70,9 +70,9 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Force each implementation in turn, native by instruction set; the device its tensors belong on.
+    """Force each implementation in turn, native by instruction set; return the device of its tensors.
 
-    Triton runs on a GPU where there is one. Else its kernels are interpreted, every address that they touch checked.
+    Triton runs on a GPU where there is one. Else its kernels are interpreted, and every address they use is checked.
     The files of ops that have CUDA kernels ask for "native-cuda", too.
     """
     name, _, instruction_set = request.param.partition("-")
@@ -96,7 +96,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make an interpreted kernel fail where it reads or writes outside the tensors it was given."""
+    """Make an interpreted kernel fail where it reads or writes outside its tensors."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     extents: list[tuple[int, int]] = []
@@ -104,19 +104,19 @@ def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def note_extents(self: Any, arguments: Any, keywords: Any) -> Any:
-        taken = take_arguments(self, arguments, keywords)
+        prepared = take_arguments(self, arguments, keywords)
         extents.clear()
-        for x in taken[0]:
-            if isinstance(x, torch.Tensor) and x.numel():
-                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-                extents.append((x.data_ptr(), x.data_ptr() + last * x.element_size()))
-        return taken
+        for tensor in prepared[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                extents.append((tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()))
+        return prepared
 
     def check(pointers: Any, mask: Any) -> None:
-        touched = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-        touched = touched[np.broadcast_to(mask.data, touched.shape)]
-        if touched.size:
-            low, high = int(touched.min()), int(touched.max())
+        addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+        if addresses.size:
+            low, high = int(addresses.min()), int(addresses.max())
             assert any(first <= low and high <= last for first, last in extents), "an address is outside its tensor"
 
     def checked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
@@ -134,9 +134,9 @@ def check_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Call with rows, columns (and `polynomial`) to set the tile of every Triton kernel; nothing on the native path.
+    """Return a function that sets the tile of every Triton kernel, and does nothing on the native path.
 
-    `interpreted_only` leaves a GPU its own: numpy is fast on tiles that no multiprocessor holds.
+    `interpreted_only` keeps the tiles of a GPU: numpy is fast on tiles that no multiprocessor holds.
     """
 
     def choose(rows: int, columns: int, polynomial: int = 0, interpreted_only: bool = False) -> None:

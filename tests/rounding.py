@@ -8,6 +8,7 @@ that use few bits of their mantissa (0, 1, counts, halves) are exact everywhere 
 """
 
 import functools
+import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ OPERATIONS = {
 BITS = {torch.float64: (torch.int64, 17), torch.float32: (torch.int32, 7), torch.float16: (torch.int16, 3)}
 BITS[torch.bfloat16] = (torch.int16, 2)
 
+_state = threading.local()
+
 
 def install() -> None:
     """Replace the operations for the rest of the process; compiled code keeps its own."""
@@ -45,10 +48,14 @@ def perturbed(operation: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(operation)
     def call(*arguments: Any, **keywords: Any) -> Any:
-        result = operation(*arguments, **keywords)
-        if torch.compiler.is_compiling() or "out" in keywords:
-            return result
-        return shift(result, salt)
+        # an operation may call another, or itself under a mode of torch: the outermost result moves, once
+        if torch.compiler.is_compiling() or "out" in keywords or getattr(_state, "inside", False):
+            return operation(*arguments, **keywords)
+        _state.inside = True
+        try:
+            return shift(operation(*arguments, **keywords), salt)
+        finally:
+            _state.inside = False
 
     return call
 
