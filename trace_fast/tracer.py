@@ -125,8 +125,8 @@ class Tracer(EdgeModel):
     ) -> Tracer:
         """Trace with the network of a diffusers pipeline, which stays as it is: dtype, processors, adapters, device.
 
-        Stable Diffusion 1.5 and SDXL, PixArt-alpha, Stable Diffusion 3 and 3.5, FLUX.1, FLUX.2, Qwen-Image, Z-Image: what
-        `trace_fast.backbones.registry.PIPELINE_FAMILIES` lists. The empty prompt is embedded once, here, by the
+        Stable Diffusion 1.5 and SDXL, PixArt-alpha, Stable Diffusion 3 and 3.5, FLUX.1, FLUX.2, Qwen-Image, Z-Image:
+        what `trace_fast.backbones.registry.PIPELINE_FAMILIES` lists. The empty prompt is embedded once, here, by the
         pipeline's own text encoders, which may be freed afterwards. On a card that is too small for all parts at once,
         call `pipe.enable_model_cpu_offload()` first.
 
