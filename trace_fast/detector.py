@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from trace_fast.backbones import Backbone, fetch_student, load_backbone
-from trace_fast.backbones.base import constant, device_of, load_weights
+from trace_fast.backbones.base import constant, get_device, load_weights
 from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
 from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
@@ -56,7 +56,7 @@ class Detector(EdgeModel):
     ):
         super().__init__(backbone, name)
         self._timestep = timestep
-        self.decoder = decoder.to(device_of(backbone.network)).eval().requires_grad_(False)
+        self.decoder = decoder.to(get_device(backbone.network)).eval().requires_grad_(False)
         self.config, self.adapter = dict(config or {}), dict(adapter or {})
         self._forward: Callable[[Tensor, Tensor | None], Tensor] = StudentPass(backbone, self.decoder, timestep)
 
@@ -345,7 +345,7 @@ class CompilablePass(StudentPass):
         shared: dict[int, Any] = {id(x): x for x in (*own.network.parameters(), *own.network.buffers())}
         own.network = copy.deepcopy(own.network, shared)
         super().__init__(own, decoder, timestep)
-        device = device_of(own.network)
+        device = get_device(own.network)
         self.network = own.network  # moves with the pass, as its timestep does
         self.register_buffer("timesteps", torch.tensor([timestep], device=device), persistent=False)
         self.readout: AttentionReadout | None = None  # of the pass that runs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_fast.backbones import Backbone
-from trace_fast.backbones.base import device_of, dtype_of
+from trace_fast.backbones.base import get_device, get_dtype
 from trace_fast.ops import checks
 
 __all__ = ["EdgeModel"]
@@ -44,12 +44,12 @@ class EdgeModel(abc.ABC):
     @property
     def device(self) -> torch.device:
         """The device that the network runs on, which is not where offloaded weights are kept."""
-        return device_of(self.backbone.network)
+        return get_device(self.backbone.network)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the network computes in."""
-        return dtype_of(self.backbone.network)
+        return get_dtype(self.backbone.network)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -28,8 +28,8 @@ __all__ = [
     "check_noising",
     "check_timestep",
     "constant",
-    "device_of",
-    "dtype_of",
+    "get_device",
+    "get_dtype",
     "load_weights",
 ]
 
@@ -209,7 +209,7 @@ def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def device_of(network: nn.Module) -> torch.device:
+def get_device(network: nn.Module) -> torch.device:
     """Where a network runs: where it is, or where accelerate or diffusers bring it or its layers."""
     resting = next(network.parameters()).device
     offloaded = hasattr(network, "_hf_hook") or resting.type in ("cpu", "meta")  # or weights would not rest there
@@ -223,7 +223,7 @@ def device_of(network: nn.Module) -> torch.device:
     return resting
 
 
-def dtype_of(network: Any) -> torch.dtype:
+def get_dtype(network: Any) -> torch.dtype:
     """What a network computes in: its own word where it has one, since weights may be kept in fewer bits."""
     dtype = getattr(network, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(network.parameters()).dtype

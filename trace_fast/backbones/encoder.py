@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import Backbone, Settings, dtype_of
+from trace_fast.backbones.base import Backbone, Settings, get_dtype
 from trace_fast.backbones.capture import AttentionLayout
 
 __all__ = ["CLIP", "EncoderBackbone", "pair"]
@@ -126,7 +126,7 @@ class EncoderBackbone(Backbone):
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """One call of the network: features of every token; there are no levels, so `timestep` is ignored."""
-        return self.call(sample.to(dtype_of(self.network)))
+        return self.call(sample.to(get_dtype(self.network)))
 
     def call(self, pixels: Tensor) -> Tensor:
         """The network's features of normalised images in its dtype."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import device_of
+from trace_fast.backbones.base import get_device
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.latent import OTHERS, PROJECTIONS, LatentBackbone, check_text_encoders
 from trace_fast.backbones.rotary import apply_rotary
@@ -35,7 +35,7 @@ class FluxBackbone(LatentBackbone):
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
         check_text_encoders(pipe, "text_encoder", "text_encoder_2")
-        embeds, pooled, _ = pipe.encode_prompt("", "", device=device_of(pipe.transformer))
+        embeds, pooled, _ = pipe.encode_prompt("", "", device=get_device(pipe.transformer))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def attentions(self) -> list[nn.Module]:

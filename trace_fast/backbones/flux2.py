@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import device_of
+from trace_fast.backbones.base import get_device
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.latent import OTHERS, PROJECTIONS, LatentBackbone, check_text_encoders
 from trace_fast.backbones.rotary import apply_rotary
@@ -46,7 +46,7 @@ class Flux2Backbone(LatentBackbone):
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """Return the embedding of the empty prompt, which stands in the template of the text encoder."""
         check_text_encoders(pipe, "text_encoder")
-        embeds, _ = pipe.encode_prompt("", device=device_of(pipe.transformer))
+        embeds, _ = pipe.encode_prompt("", device=get_device(pipe.transformer))
         return {"encoder_hidden_states": embeds}
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trace_fast.backbones.base import Backbone, Settings, constant, dtype_of
+from trace_fast.backbones.base import Backbone, Settings, constant, get_dtype
 from trace_fast.backbones.capture import AttentionLayout, network_lock, unwrap_compiled
 from trace_fast.backbones.schedule import RectifiedFlow, Schedule
 
@@ -182,7 +182,7 @@ class LatentBackbone(Backbone):
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """Call the network at timesteps (B,) and return its prediction, float32, shaped like `sample`."""
-        dtype = dtype_of(self.network)
+        dtype = get_dtype(self.network)
         for name, x in self.empty_prompt.items():  # moved once, to where the network was moved
             self.empty_prompt[name] = x.to(sample.device, dtype if x.is_floating_point() else x.dtype)
         empty_prompt = {name: x.expand(len(sample), *x.shape[1:]) for name, x in self.empty_prompt.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import Backbone, Settings, dtype_of, load_weights
+from trace_fast.backbones.base import Backbone, Settings, get_dtype, load_weights
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
@@ -204,4 +204,4 @@ class MiniBackbone(Backbone):
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """The predicted v, of the dtype of the sample."""
-        return self.network(sample.to(dtype_of(self.network)), timestep).to(sample.dtype)
+        return self.network(sample.to(get_dtype(self.network)), timestep).to(sample.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import constant, device_of
+from trace_fast.backbones.base import constant, get_device
 from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 from trace_fast.backbones.schedule import VariancePreserving
 
@@ -19,13 +19,13 @@ class PixArtBackbone(LatentBackbone):
     @staticmethod
     def make_schedule(pipe: Any) -> VariancePreserving:
         """The scheduler's own levels."""
-        return VariancePreserving.of(pipe.scheduler)
+        return VariancePreserving.from_scheduler(pipe.scheduler)
 
     @staticmethod
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
         check_text_encoders(pipe, "text_encoder")
-        device = device_of(pipe.transformer)
+        device = get_device(pipe.transformer)
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trace_fast.backbones.base import device_of
+from trace_fast.backbones.base import get_device
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.latent import OTHERS, PROJECTIONS, LatentBackbone, check_text_encoders
 
@@ -47,7 +47,7 @@ class QwenImageBackbone(LatentBackbone):
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """Return the embedding of the empty prompt, which stands in the template of the text encoder."""
         check_text_encoders(pipe, "text_encoder")
-        embeds, _ = pipe.encode_prompt("", device=device_of(pipe.transformer))  # one prompt alone has no padding
+        embeds, _ = pipe.encode_prompt("", device=get_device(pipe.transformer))  # one prompt alone has no padding
         return {"encoder_hidden_states": embeds}
 
     @classmethod

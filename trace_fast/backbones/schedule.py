@@ -49,7 +49,7 @@ class VariancePreserving:
     zero_terminal: bool = False
 
     @classmethod
-    def of(cls, scheduler: Any) -> VariancePreserving:
+    def from_scheduler(cls, scheduler: Any) -> VariancePreserving:
         """The schedule that a diffusers scheduler's configuration describes, whatever its sampler.
 
         Raises:

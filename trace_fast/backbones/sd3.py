@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import device_of
+from trace_fast.backbones.base import get_device
 from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 
 __all__ = ["SD3Backbone"]
@@ -22,7 +22,7 @@ class SD3Backbone(LatentBackbone):
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """The embedding of the empty prompt by the pipeline's text encoders."""
         check_text_encoders(pipe, "text_encoder", "text_encoder_2")  # the third may be left out
-        device = device_of(pipe.transformer)
+        device = get_device(pipe.transformer)
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 

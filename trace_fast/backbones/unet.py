@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import constant, device_of
+from trace_fast.backbones.base import constant, get_device
 from trace_fast.backbones.capture import unwrap_compiled
 from trace_fast.backbones.latent import LatentBackbone, check_text_encoders
 from trace_fast.backbones.schedule import VariancePreserving
@@ -28,7 +28,7 @@ class UNetBackbone(LatentBackbone):
     @staticmethod
     def make_schedule(pipe: Any) -> VariancePreserving:
         """The scheduler's own levels."""
-        return VariancePreserving.of(pipe.scheduler)
+        return VariancePreserving.from_scheduler(pipe.scheduler)
 
     @staticmethod
     def needs_text_encoders(pipe: Any) -> bool:
@@ -42,7 +42,7 @@ class UNetBackbone(LatentBackbone):
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
             check_text_encoders(pipe, "text_encoder")
-            embeds, _ = pipe.encode_prompt("", device_of(pipe.unet), 1, False)
+            embeds, _ = pipe.encode_prompt("", get_device(pipe.unet), 1, False)
             return {"encoder_hidden_states": embeds}
         if getattr(pipe, "config", {}).get("requires_aesthetics_score"):
             raise ValueError("from_pipeline: pipe must be of a base model, got a refiner, which is told a score")
@@ -54,7 +54,7 @@ class UNetBackbone(LatentBackbone):
                 "text_embeds": torch.zeros(1, pooled),
             }
         check_text_encoders(pipe, "text_encoder_2")  # the refiner has no other
-        embeds, _, pooled, _ = pipe.encode_prompt("", device=device_of(pipe.unet), do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt("", device=get_device(pipe.unet), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
     def prompt_names(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trace_fast.backbones.base import Settings, constant, device_of
+from trace_fast.backbones.base import Settings, constant, get_device
 from trace_fast.backbones.capture import Capture, OnAttention
 from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 
@@ -89,7 +89,7 @@ class QwenBackbone(EncoderBackbone):
         self._check_blocks(range(len(self.attentions())) if chosen is None else chosen)
         config, merge = self.network.config, self.network.config.spatial_merge_size
         window = config.window_size // merge // self.token()[0]
-        places = raster_places(*self.grids(self.settings.size)[0], merge, window, device_of(self.network))
+        places = raster_places(*self.grids(self.settings.size)[0], merge, window, get_device(self.network))
 
         def in_raster(index: int, query: Tensor, key: Tensor) -> None:
             on_attention(index, query[:, :, places], key[:, :, places])

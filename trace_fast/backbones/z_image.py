@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trace_fast.backbones.base import device_of
+from trace_fast.backbones.base import get_device
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.latent import OTHERS, PROJECTIONS, LatentBackbone, check_text_encoders
 
@@ -33,7 +33,7 @@ class ZImageBackbone(LatentBackbone):
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
         """Return the embedding of the empty prompt, which stands in the template of the text encoder."""
         check_text_encoders(pipe, "text_encoder")
-        (embeds,), _ = pipe.encode_prompt("", device=device_of(pipe.transformer), do_classifier_free_guidance=False)
+        (embeds,), _ = pipe.encode_prompt("", device=get_device(pipe.transformer), do_classifier_free_guidance=False)
         return {"cap_feats": embeds[None]}
 
     @classmethod
