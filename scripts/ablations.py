@@ -31,15 +31,15 @@ from trace_fast import Detector, Tracer, decoder, ops
 from trace_fast.evaluation import Method, Report, open_dataset, open_method, run, score_edges
 from trace_fast.io.images import read_image, resize
 from trace_fast.training.distillation import DistillConfig, distill
-from trace_fast.training.labels import draw_labels
+from trace_fast.training.labels import make_labels
 
 SMALL, LARGE = (128, 128), (256, 256)  # input sizes of teachers, in pixels; students have the small one
 LABEL_SIZE = (256, 256)  # in pixels, that of the decoder's logits
 BASE: dict[str, Any] = {
     "teacher_size": LARGE,
-    "timestep": 0,
+    "teacher_timestep": 0,
     "decoder": "pixels",
-    "labels": "sharp",
+    "labels": "sharpened",
     "rate": 3e-4,
     "decoder_rate": 4e-3,
     "batch": 4,
@@ -48,7 +48,7 @@ BASE: dict[str, Any] = {
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "reference": {},
-    "crisp labels": {"labels": "crisp"},
+    "binarized labels": {"labels": "binarized"},
     "soft labels, not sharpened": {"labels": "soft"},
     "ternary labels": {"labels": "ternary"},
     "binary labels": {"labels": "binary"},
@@ -57,7 +57,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "no adapters": {"rate": 0.0},
     "no attention (control)": {"rate": 0.0, "blind": True},
     "teacher at 128 pixels": {"teacher_size": SMALL},
-    "teacher at 128 pixels, t*": {"teacher_size": SMALL, "timestep": "iep"},
+    "teacher at 128 pixels, t*": {"teacher_size": SMALL, "teacher_timestep": "iep"},
     "teacher at 128 pixels, L2": {"teacher_size": SMALL, "distance": True},
 }
 divergence = ops.abdiv
@@ -104,20 +104,22 @@ def make_student_method(name: str, folder: Path | str, *, blind: bool) -> Method
     return replace(method, edges=find, identity=f"{method.identity} blind")
 
 
-def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = False, sharp: bool = False) -> Method:
-    """Return the embedded model's search at a size; sharp: sharpened as labels are."""
+def make_teacher_method(
+    size: tuple[int, int], timestep: str | int, *, distance: bool = False, sharpened: bool = False
+) -> Method:
+    """Return the embedded model's search at a size; if `sharpened`, as labels are."""
     tracer = Tracer.from_pretrained("mini", device="cpu", size=size)
     name = f"teacher at {size[0]} pixels, {'t*' if timestep == 'iep' else f'timestep {timestep}'}"
-    name += ", L2" * distance + ", sharpened" * sharp
+    name += ", L2" * distance + ", sharpened" * sharpened
 
     def find(photo: Any) -> Any:
         with mock.patch.object(ops, "abdiv", squared_distance if distance else divergence):
-            if not sharp:
+            if not sharpened:
                 return tracer(photo.image, timestep=timestep).edges[0, 0].numpy()
             whole = read_image(photo.image)
             small = resize(whole, LABEL_SIZE)
             abdiv = tracer(small, timestep=timestep, return_abdiv=True).abdiv
-            label = draw_labels(abdiv, LABEL_SIZE, small, "sharp", 0.0, tracer.backbone.settings.edge_scale)[0]
+            label, _ = make_labels(abdiv, LABEL_SIZE, small, "sharpened", 0.0, tracer.backbone.settings.edge_scale)
             return resize(label, tuple(whole.shape[-2:]))[0, 0].numpy()
 
     return Method(
@@ -125,7 +127,7 @@ def teacher(size: tuple[int, int], timestep: str | int, *, distance: bool = Fals
     )
 
 
-def gradient() -> Method:
+def make_gradient_method() -> Method:
     """Return the control without a model: length of the color gradient, smoothed by one pixel, at the labels' size."""
 
     def find(photo: Any) -> Any:
@@ -145,7 +147,7 @@ def main() -> None:
     add("--images", type=Path, required=True, help="photographs to distill from")
     add("--data", type=Path, required=True, help="photographs with instances, to score on")
     add("-o", "--output", type=Path, required=True)
-    add("--edges", type=Path, help="folder of finished shards, one folder for each teacher")
+    add("--labels-dir", type=Path, help="folder of finished shards, one folder for each teacher")
     add("--photographs", type=int, default=128, help="number of photographs to distill from")
     add("--epochs", type=float, default=4)
     add("--every", type=int, default=1, help="score one photograph in this many")
@@ -155,12 +157,12 @@ def main() -> None:
 
     students = {name: STUDENTS[name] for name in options.only or STUDENTS}
     methods = [
-        gradient(),
-        teacher(LARGE, 0),
-        teacher(LARGE, 0, sharp=True),
-        teacher(SMALL, 0),
-        teacher(SMALL, "iep"),
-        teacher(SMALL, 0, distance=True),
+        make_gradient_method(),
+        make_teacher_method(LARGE, 0),
+        make_teacher_method(LARGE, 0, sharpened=True),
+        make_teacher_method(SMALL, 0),
+        make_teacher_method(SMALL, "iep"),
+        make_teacher_method(SMALL, 0, distance=True),
         make_student_method("embedded student", "mini", blind=False),
         make_student_method("embedded student, attention blanked", "mini", blind=True),
     ]
@@ -168,12 +170,11 @@ def main() -> None:
         values = {**BASE, "blind": False, "distance": False, **changes}
         blind, distance = values.pop("blind"), values.pop("distance")
         slug = "".join(letter if letter.isalnum() else "_" for letter in name)
-        search = f"{values['teacher_size'][0]}-{values['timestep']}{'-L2' if distance else ''}"
+        search = f"{values['teacher_size'][0]}-{values['teacher_timestep']}{'-L2' if distance else ''}"
         config = DistillConfig(
-            "mini",
-            options.images,
-            options.output / "students" / slug,
-            edges=(options.edges or options.output / "edges") / search,
+            images=options.images,
+            output=options.output / "students" / slug,
+            labels_dir=(options.labels_dir or options.output / "labels") / search,
             size=SMALL,
             rank=16,
             limit=options.photographs,

@@ -148,7 +148,7 @@ class Decoder(nn.Module):
     Attributes:
         name: its key in `DECODERS`.
         detail: side of the image that the decoder sees, as a multiple of the processing size; 0 if it sees none.
-        grid: (h, w) of the map in tokens. It is fixed, since every key has values of its own.
+        grid: (h, w) of the map in tokens. It is fixed, since there are values for every key.
         values: (N, C) float, multiplied with the map.
     """
 
@@ -175,7 +175,7 @@ class ConvDecoder(Decoder):
     """The paper's decoder: one 3 x 3 convolution over the map as an image of N channels, 9 N + 1 parameters.
 
     Args:
-        grid: (h, w) of the map in tokens. It is fixed, since every key has weights of its own.
+        grid: (h, w) of the map in tokens. It is fixed, since there are weights for every key.
     """
 
     name = "conv"
@@ -203,7 +203,7 @@ class PixelDecoder(Decoder):
     size; the result is then refined with the pixels of an image that is `detail` times as high and wide.
 
     Args:
-        grid: (h, w) of the map in tokens. It is fixed, since every key has values of its own.
+        grid: (h, w) of the map in tokens. It is fixed, since there are values for every key.
         columns: features per token that are read from the map, at most 64 and fewer than tokens.
         channels: of the convolutions; half as many at full detail.
         detail: height and width of the image that the decoder sees, and of the logits, as a multiple of the processing

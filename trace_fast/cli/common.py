@@ -66,8 +66,8 @@ def require_package(package: str, option: str) -> None:
         refuse(f"{option} needs {package}: pip install {package}")
 
 
-def parse_timestep(text: str | None) -> str | int | None:
-    """Return the value of --timestep: an integer from 0 to 999, "iep", or None where it is not given."""
+def parse_timestep(text: str | None, name: str = "timestep") -> str | int | None:
+    """Return the value of an option: an integer from 0 to 999, "iep", or None where it is not given."""
     if text is None or text == "iep":
         return text
     try:
@@ -75,7 +75,7 @@ def parse_timestep(text: str | None) -> str | int | None:
     except ValueError:
         timestep = -1
     if not 0 <= timestep <= 999:
-        refuse(f"--timestep must be iep or an integer from 0 to 999, got {text!r}")
+        refuse(f"--{name} must be iep or an integer from 0 to 999, got {text!r}")
     return timestep
 
 

@@ -1,4 +1,4 @@
-"""Photographs to train on: files of a folder and its subfolders, and members of the tar files there."""
+"""Photos to train on: image files of a folder and its subfolders, and members of the tar files there."""
 
 from __future__ import annotations
 
@@ -16,114 +16,131 @@ from tqdm import tqdm
 from trace_fast.io.images import IMAGE_SUFFIXES, read_image
 from trace_fast.training.state import Process
 
-__all__ = ["Photograph", "find_bad", "find_damaged", "in_order", "list_photographs"]
+__all__ = ["PhotoFile", "find_damaged", "list_photos", "refuse_damaged", "shuffle_photos"]
 
-REFUSAL = "photographs must be readable, got "
+REFUSAL = "photos must be readable, got "
 
 
 @dataclass(frozen=True)
-class Photograph:
-    """Where the bytes of a picture lie.
+class PhotoFile:
+    """An image file, or a member of a tar file that is one.
 
     Attributes:
-        name: path in the folder, for a member of a tar file "archive.tar/member"; its own in the folder.
-        path: the file that holds it.
-        start: of its bytes there.
-        length: of its bytes; None for the whole file.
+        name: path in the folder; of a member of a tar file "archive.tar/member".
+        path: the file that has its bytes.
+        offset: of its first byte in that file.
+        length: in bytes; None is the whole file.
     """
 
     name: str
     path: Path
-    start: int = 0
+    offset: int = 0
     length: int | None = None
 
     @property
     def key(self) -> str:
-        """Name and length, by which files of results know it: another file of the same name is seldom as long."""
+        """Name and length, which identify a photo in other files; a replaced photo rarely has the same length."""
         return f"{self.name} {self.length}"
 
     def read(self) -> Tensor:
-        """Its pixels, (1, 3, H, W) float32 in [0, 1].
+        """Return the pixels, (1, 3, H, W) float32 in [0, 1].
 
         Raises:
-            ValueError: it cannot be read; the message names it.
+            ValueError: the photo is damaged or too small; the message names it.
         """
         from PIL import Image, UnidentifiedImageError
 
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.start)
+                file.seek(self.offset)
                 content = file.read(self.length)
             return read_image(Image.open(io.BytesIO(content)))
-        except Exception as error:  # each format's reader fails in its own way on damaged bytes
-            # Pillow's own words are of an object in memory
+        except Exception as error:  # the reader of each format raises other errors for damaged bytes
+            # the message of this error only names an object in memory
             reason = "Pillow cannot read it" if isinstance(error, UnidentifiedImageError) else error
             raise ValueError(f"{REFUSAL}{self.name} in {str(self.path)!r}: {reason}") from error
 
 
-def list_photographs(folder: Path) -> list[Photograph]:
-    """Every photograph of a folder, by name.
+def list_photos(folder: Path) -> list[PhotoFile]:
+    """Return all photos of a folder, sorted by name.
+
+    Args:
+        folder: searched with its subfolders and the tar files in them.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds none, or a tar file is damaged.
+        FileNotFoundError: the folder does not exist.
+        ValueError: there is no photo in it, or a tar file is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"photographs must be a folder of image or tar files, got {str(folder)!r}")
-    found: list[Photograph] = []
+        raise FileNotFoundError(f"photos must be a folder of image or tar files, got {str(folder)!r}")
+    photos: list[PhotoFile] = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            found.append(Photograph(name, path, length=path.stat().st_size))
+            photos.append(PhotoFile(name, path, length=path.stat().st_size))
         elif path.suffix == ".tar":
             try:
                 with tarfile.open(path, "r:") as archive:
-                    found += [
-                        Photograph(f"{name}/{member.name}", path, member.offset_data, member.size)
+                    photos += [
+                        PhotoFile(f"{name}/{member.name}", path, member.offset_data, member.size)
                         for member in archive
                         if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
                     ]
             except tarfile.TarError as error:
                 raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error
-    if not found:
-        raise ValueError(f"photographs must hold image files, got none in {str(folder)!r}")
-    return sorted(found, key=lambda photograph: photograph.name)
+    if not photos:
+        raise ValueError(f"photos must be a folder with image files, got none in {str(folder)!r}")
+    return sorted(photos, key=lambda photo: photo.name)
 
 
-def find_damaged(photographs: Iterable[Photograph], quiet: bool = False) -> dict[Photograph, str]:
-    """Those that are damaged or too small, and what is wrong with each: all are read, before hours of work.
+def shuffle_photos(photos: Sequence[PhotoFile], seed: int) -> list[PhotoFile]:
+    """Return photos in an order that depends on the seed and their names.
+
+    A photo that is added or removed does not change the order of the others.
 
     Args:
-        photographs: to read.
+        photos: in any order.
+        seed: of the order.
+    """
+
+    def get_hash(photo: PhotoFile) -> bytes:
+        return hashlib.sha256(f"{seed} {photo.name}".encode(errors="surrogateescape")).digest()
+
+    return sorted(photos, key=get_hash)
+
+
+def find_damaged(photos: Iterable[PhotoFile], quiet: bool = False) -> dict[PhotoFile, str]:
+    """Return the photos that are damaged or too small, with the reason for each, after reading them all.
+
+    Args:
+        photos: to read.
         quiet: show no progress.
     """
-    found = {}
-    for photograph in tqdm(photographs, desc="checking photographs", unit="image", disable=True if quiet else None):
+    damaged = {}
+    for photo in tqdm(photos, desc="checking photos", unit="image", disable=True if quiet else None):
         try:
-            photograph.read()
+            photo.read()
         except ValueError as error:
-            found[photograph] = str(error).removeprefix(REFUSAL)
-    return found
+            damaged[photo] = str(error).removeprefix(REFUSAL)
+    return damaged
 
 
-def in_order(photographs: Sequence[Photograph], seed: int) -> list[Photograph]:
-    """Shuffled with a seed, so that adding or removing one moves no other: by a hash of each one's name."""
+def refuse_damaged(photos: Sequence[PhotoFile], skip: bool, process: Process) -> set[PhotoFile]:
+    """Return the photos that are damaged or too small, and list them on stderr.
 
-    def place(photograph: Photograph) -> bytes:
-        return hashlib.sha256(f"{seed} {photograph.name}".encode(errors="surrogateescape")).digest()
+    Args:
+        photos: to read; every process reads its share.
+        skip: continue if there are such photos.
+        process: this process.
 
-    return sorted(photographs, key=place)
-
-
-def find_bad(photographs: Sequence[Photograph], skip: bool, process: Process) -> dict[Photograph, str]:
-    """Those that cannot be read, of which each process reads its share: refused, or told once and to be left out."""
-    found = process.gather(find_damaged(photographs[process.share], quiet=process.index > 0))
-    bad = {photograph: told for each in found for photograph, told in each.items()}
-    lines = "\n  ".join(["", *sorted(bad.values())])
-    if bad and not skip:
-        raise ValueError(f"{REFUSAL}{len(bad)} damaged or too small; --skip-bad goes on without:{lines}")
-    if bad and process.index == 0:
-        tqdm.write(
-            f"trace-fast: photographs that cannot be read are left out, {len(bad)} of them:{lines}", file=sys.stderr
-        )
-    return bad
+    Raises:
+        ValueError: there are such photos, and `skip` is false; the message lists them.
+    """
+    shares = process.gather(find_damaged(photos[process.share], quiet=process.index > 0))
+    damaged = {photo: reason for share in shares for photo, reason in share.items()}
+    lines = "\n  ".join(["", *sorted(damaged.values())])
+    if damaged and not skip:
+        raise ValueError(f"{REFUSAL}{len(damaged)} damaged or too small; --skip-bad leaves them out:{lines}")
+    if damaged and process.index == 0:
+        tqdm.write(f"trace-fast: {len(damaged)} photos cannot be read and are left out:{lines}", file=sys.stderr)
+    return set(damaged)

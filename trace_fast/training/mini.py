@@ -1,4 +1,4 @@
-"""Training of the embedded backbone `mini` from a folder of photographs, without labels."""
+"""Pretraining: the embedded diffusion model `mini` learns from a folder of photos, without annotations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import platform
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,143 +25,203 @@ from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import resize
-from trace_fast.ops import checks
-from trace_fast.training.data import list_photographs
+from trace_fast.training.data import list_photos
+from trace_fast.training.options import check_options, document_options, option, to_json
 from trace_fast.training.state import Process, State, trapezoid
 
-__all__ = ["PretrainConfig", "collages", "crops", "load_photographs", "pretrain"]
+__all__ = ["PretrainConfig", "load_photos", "make_collages", "make_crops", "pretrain"]
 
 WEIGHTS = "model.safetensors"
-PROGRESS = ("step", "seen", "seconds", "recent", "losses")
-MARKS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)  # images seen, for the scaling curve
+PROGRESS = ("step", "images_done", "seconds", "recent", "losses")
+# counts of images after which weights are exported, for the scaling curve
+EXPORTS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
 
 
-@dataclass(frozen=True)
+@document_options
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """What a training run is made of.
+    """The configuration of a pretraining.
 
-    Every random number follows from `seed` and the step, so a resumed run goes on exactly where it stopped. `images`
-    may be another number then: the rate follows it.
-
-    Attributes:
-        photographs: folder of image files, or of tar files of them.
-        output: folder for the checkpoints; a run found there is resumed.
-        start: folder of weights of the same architecture to go on from, None for none.
-        images: number of images to see before stopping.
-        sizes: side of the training images, in pixels, small and large.
-        batches: images in a step of either size, over all processes.
-        large_every: every so many steps, one is at the large size.
-        collages: share of every batch made of fragments of several photographs.
-        levels: exponent of the noise levels drawn, 1000 u^levels with u uniform: 1 for all alike, more for lower ones.
-        rate: peak learning rate of AdamW.
-        warmup: steps over which it rises.
-        decay: last share of the run over which it falls to zero.
-        ema: decay of the moving average of the weights; the average is what is kept.
-        seed: of everything random.
-        compile: whether the network is compiled: two minutes at first, then a quarter less for each step on a CPU.
-        device: where to train.
-        workers: processes that make batches ahead of the training, 0 for none; a GPU takes more than one can make.
-        save_minutes: time between two states to resume from.
-        minutes: time after which a call stops, to go on in another; None for no limit.
-        licence: of the photographs, for the model card.
-        model: architecture.
-    """
-
-    photographs: Path
-    output: Path
-    start: Path | None = None
-    images: int = 300_000
-    sizes: tuple[int, int] = (64, 128)
-    batches: tuple[int, int] = (32, 8)
-    large_every: int = 6
-    collages: float = 0.5
-    levels: float = 1.5
-    rate: float = 1.5e-3
-    warmup: int = 200
-    decay: float = 0.25
-    ema: float = 0.999
-    seed: int = 0
-    compile: bool = False
-    device: str = "cpu"
-    workers: int = 0
-    save_minutes: float = 5.0
-    minutes: float | None = None
-    licence: str = "not stated"
-    model: MiniConfig = field(default_factory=MiniConfig)
-
-    def __post_init__(self) -> None:
-        checks.number("pretrain", "collages", self.collages, 0, 1)
-        checks.number("pretrain", "levels", self.levels, 1, 100)
-        checks.number("pretrain", "rate", self.rate, 0, 1)
-        checks.integer("pretrain", "workers", self.workers, 0)
-        if self.start is not None and not (self.start / WEIGHTS).is_file():
-            raise FileNotFoundError(f"pretrain: start must be a folder with {WEIGHTS}, got '{self.start}'")
-
-    def identity(self) -> str:
-        """What a resumed run must share with the run before: all but where it runs and how far.
-
-        Of weights to start from, the bytes.
-        """
-        free = (
-            *("photographs", "output", "start", "images", "device", "workers"),
-            *("save_minutes", "minutes", "licence"),
-        )
-        values = {name: value for name, value in asdict(self).items() if name not in free}
-        if self.start is not None:
-            values["start"] = hashlib.sha256((self.start / WEIGHTS).read_bytes()).hexdigest()
-        return json.dumps(values)
-
-    def batch(self, step: int) -> tuple[int, int]:
-        """(size, number of images) of a step."""
-        large = step % self.large_every == self.large_every - 1
-        return self.sizes[large], self.batches[large]
-
-    def step_rate(self, step: int, seen: int) -> float:
-        """Learning rate of a step."""
-        return self.rate * trapezoid(step, seen / self.images, self.warmup, self.decay)
-
-
-def load_photographs(folder: Path, size: int = 256) -> np.ndarray:
-    """Every image of a folder of files, or tar files of them, centre-cropped to (n, size, size, 3) uint8.
+    All random numbers depend on `seed` and the step alone, so that a resumed run continues exactly where it stopped. A
+    resumed run may have another number of images; the learning rate follows it.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no images, or one is damaged or too small; the message names it.
+        TypeError: the value of an option is of a wrong type.
+        ValueError: the value of an option is out of range.
+        FileNotFoundError: there are no weights to start from.
+
+    Example:
+        >>> config = PretrainConfig(photos=Path("photos"), output=Path("mini"), size=32, large_size=48)
+        >>> config.get_batch(5)
+        (48, 14)
     """
-    photographs = []
-    for photograph in tqdm(list_photographs(folder), desc="reading photographs", unit="image"):
-        pixels = photograph.read()
+
+    photos: Path = option(help="The folder of image files to learn from, or of tar files of them.", fixed=False)
+    output: Path = option(
+        help="The folder for the state of the run and the weights. A run in that folder is resumed.", fixed=False
+    )
+    init_from: Path | None = option(
+        None, help="The folder with weights of the same architecture to start from.", fixed=False
+    )
+    images: int = option(300_000, help="The number of images to train on.", least=1, fixed=False)
+    size: int = option(64, help="The height and width in pixels of the images in most steps.", least=16)
+    large_size: int = option(128, help="The height and width in pixels of the images in the other steps.", least=16)
+    large_every: int = option(6, help="The number of steps of which the last one uses the large size.", least=1)
+    batch: int = option(
+        32,
+        help="The number of images in a step of the small size, over all processes. A step of the large size has about "
+        "as many pixels.",
+        least=1,
+    )
+    collages: float = option(
+        0.5, help="The share of a batch that is made of fragments of several photos.", least=0, most=1
+    )
+    timestep_power: float = option(
+        1.5,
+        help="The exponent of the timesteps that are drawn, 1000 u^power with u uniform. 1 draws all equally often, a "
+        "larger one draws low timesteps more often.",
+        least=1,
+        most=100,
+    )
+    rate: float = option(1.5e-3, help="The peak learning rate.", least=0, most=1)
+    warmup: int = option(200, help="The number of steps over which the learning rate rises.", least=1)
+    decay: float = option(
+        0.25, help="The last share of the run, over which the learning rate falls to zero.", least=0.01, most=1
+    )
+    ema: float = option(
+        0.999, help="The decay of the moving average of the weights. The average is the result.", least=0, most=1
+    )
+    dim: int = option(MiniConfig.dim, help="The number of channels of the network.", least=16)
+    depth: int = option(MiniConfig.depth, help="The number of blocks of the network.", least=1)
+    heads: int = option(MiniConfig.heads, help="The number of attention heads of the network.", least=1)
+    seed: int = option(0, help="The seed of all random numbers.", least=0)
+    compile: bool = option(
+        False, help="Compile the network. This takes two minutes, and saves a quarter of the time of a step on a CPU."
+    )
+    device: str = option("cpu", help="The device to train on, such as cuda:1.", fixed=False)
+    workers: int = option(
+        0,
+        help="The number of processes that prepare batches ahead. 0 prepares them in the main process; a GPU needs "
+        "several.",
+        least=0,
+        fixed=False,
+    )
+    save_minutes: float = option(
+        5.0, help="The time in minutes between two states from which a run can be resumed.", least=0, fixed=False
+    )
+    minutes: float | None = option(
+        None,
+        help="The time in minutes after which the run stops, to be resumed later. The default is no limit.",
+        least=0,
+        fixed=False,
+    )
+    license: str = option("not stated", help="The license of the photos, for the model card.", fixed=False)
+
+    def __post_init__(self) -> None:
+        check_options("pretrain", self)
+        if self.init_from is not None and not (self.init_from / WEIGHTS).is_file():
+            raise FileNotFoundError(f"pretrain: init_from must be a folder with {WEIGHTS}, got '{self.init_from}'")
+
+    @property
+    def architecture(self) -> MiniConfig:
+        """The architecture of the network."""
+        return MiniConfig(dim=self.dim, depth=self.depth, heads=self.heads)
+
+    @property
+    def large_batch(self) -> int:
+        """The number of images in a step of the large size."""
+        return max(1, self.batch * self.size**2 // self.large_size**2)
+
+    def describe_run(self) -> str:
+        """Return what a resumed run must share with the run before, as JSON; of weights to start from, their bytes."""
+        if self.init_from is None:
+            return to_json(self, {})
+        return to_json(self, {"init_from": hashlib.sha256((self.init_from / WEIGHTS).read_bytes()).hexdigest()})
+
+    def get_batch(self, step: int) -> tuple[int, int]:
+        """Return size and number of the images of a step."""
+        large = step % self.large_every == self.large_every - 1
+        return (self.large_size, self.large_batch) if large else (self.size, self.batch)
+
+    def get_rate(self, step: int, images_done: int) -> float:
+        """Return the learning rate of a step."""
+        return self.rate * trapezoid(step, images_done / self.images, self.warmup, self.decay)
+
+
+def load_photos(folder: Path, size: int = 256) -> np.ndarray:
+    """Return the central square of every photo of a folder.
+
+    Args:
+        folder: of image files, or of tar files of them.
+        size: height and width in pixels that the squares are resized to.
+
+    Returns:
+        (n, size, size, 3) uint8.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: it has no photo, or one is damaged or too small; the message names it.
+    """
+    squares = []
+    for photo in tqdm(list_photos(folder), desc="reading photos", unit="image"):
+        pixels = photo.read()
         side = min(pixels.shape[2:])
         top, left = ((length - side) // 2 for length in pixels.shape[2:])
         square = resize(pixels[:, :, top : top + side, left : left + side], (size, size))
-        photographs.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
-    return np.stack(photographs)
+        squares.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    return np.stack(squares)
 
 
-def crops(photographs: np.ndarray, count: int, size: int, random: np.random.Generator) -> Tensor:
-    """Random square crops, flipped half of the time, resized to (count, 3, size, size) float32 in [-1, 1].
+def make_crops(photos: np.ndarray, count: int, size: int, random: np.random.Generator) -> Tensor:
+    """Return random square crops of random photos, half of them mirrored.
 
-    Sides are log-uniform between `size` pixels (native detail) and the whole photograph.
+    The side of a crop is log-uniform between `size` pixels, its native resolution, and the whole photo.
+
+    Args:
+        photos: (n, side, side, 3) uint8.
+        count: number of crops.
+        size: height and width in pixels that crops are resized to.
+        random: source of random numbers.
+
+    Returns:
+        (count, 3, size, size) float32 in [-1, 1].
+
+    Example:
+        >>> make_crops(np.zeros((2, 64, 64, 3), np.uint8), 5, 16, np.random.default_rng(0)).shape
+        torch.Size([5, 3, 16, 16])
     """
     from PIL import Image
 
-    full = photographs.shape[1]
+    full = photos.shape[1]
     batch = np.empty((count, size, size, 3), np.uint8)
     for row in batch:
         side = math.exp(random.uniform(math.log(min(size, full)), math.log(full)))
         left, top = random.uniform(0, full - side, 2)
-        photograph = Image.fromarray(photographs[random.integers(len(photographs))])
+        photo = Image.fromarray(photos[random.integers(len(photos))])
         box = (left, top, left + side, top + side)
-        picture = np.asarray(photograph.resize((size, size), Image.Resampling.BILINEAR, box=box))
-        row[:] = picture[:, ::-1] if random.random() < 0.5 else picture
+        crop = np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, box=box))
+        row[:] = crop[:, ::-1] if random.random() < 0.5 else crop
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def collages(images: Tensor, count: int, random: torch.Generator, fragments: int = 8) -> Tensor:
-    """Pictures made of fragments of others: (count, 3, h, w), like `images` (n, 3, h, w) in [-1, 1].
+def make_collages(images: Tensor, count: int, random: torch.Generator, fragments: int = 8) -> Tensor:
+    """Return images made of fragments of others.
 
-    Each starts as one image; up to `fragments` blobs are laid over it, each cut from another image, with a contrast
-    and tint of its own. A blob is an ellipse whose radius is bent by a few random harmonics.
+    A collage starts as one image. Up to `fragments` blobs are laid over it, each cut from another image, with random
+    contrast and tint. A blob is an ellipse whose radius varies with the angle by a few random harmonics.
+
+    Args:
+        images: (n, 3, h, w) float32 in [-1, 1].
+        count: number of collages.
+        random: source of random numbers.
+        fragments: blobs in a collage, at most.
+
+    Returns:
+        (count, 3, h, w) float32 in [-1, 1].
+
+    Example:
+        >>> make_collages(torch.zeros(2, 3, 24, 32), 5, torch.Generator()).shape
+        torch.Size([5, 3, 24, 32])
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -174,11 +234,11 @@ def collages(images: Tensor, count: int, random: torch.Generator, fragments: int
     orders = torch.arange(2, 7).view(1, -1, 1, 1)
     for index in range(fragments):
         y, x = uniform(0.05, 0.95, count, 1, 1), uniform(0.05, 0.95, count, 1, 1)
-        turn = uniform(0, math.pi, count, 1, 1)
+        angle = uniform(0, math.pi, count, 1, 1)
         radius = torch.exp(uniform(math.log(0.06), math.log(0.4), count, 1, 1))
-        stretch = torch.exp(uniform(-0.6, 0.6, count, 1, 1))
-        across = ((columns - x) * turn.cos() + (rows - y) * turn.sin()) * stretch
-        along = ((rows - y) * turn.cos() - (columns - x) * turn.sin()) / stretch
+        elongation = torch.exp(uniform(-0.6, 0.6, count, 1, 1))
+        across = ((columns - x) * angle.cos() + (rows - y) * angle.sin()) * elongation
+        along = ((rows - y) * angle.cos() - (columns - x) * angle.sin()) / elongation
         phase = uniform(0, 2 * math.pi, count, orders.numel(), 1, 1)
         height = torch.randn((count, orders.numel(), 1, 1), generator=random) * 0.35 / orders
         bend = (height * torch.cos(orders * torch.atan2(along, across)[:, None] + phase)).sum(1)
@@ -193,52 +253,63 @@ def collages(images: Tensor, count: int, random: torch.Generator, fragments: int
 
 
 class Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """What a step learns from, by its number: images, noise and levels follow from the seed and the step alone."""
+    """The batches of a run by their step: images, noise and timesteps depend on the seed and the step alone.
 
-    def __init__(self, config: PretrainConfig, photographs: np.ndarray, steps: int):
-        self.config, self.photographs, self.steps = config, photographs, steps
+    Args:
+        config: of the run.
+        photos: (n, side, side, 3) uint8.
+        steps: number of timesteps.
+    """
+
+    def __init__(self, config: PretrainConfig, photos: np.ndarray, steps: int):
+        self.config, self.photos, self.steps = config, photos, steps
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        size, count = config.batch(step)
+        size, count = config.get_batch(step)
         random = np.random.default_rng([config.seed, step])
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-        images = crops(self.photographs, count, size, random)
-        made = round(config.collages * count)
-        images = torch.cat([images[: count - made], collages(images, made, generator)])
-        level = (self.steps * torch.rand(count, generator=generator) ** config.levels).long()
-        return images, torch.randn(images.shape, generator=generator), level
+        images = make_crops(self.photos, count, size, random)
+        collages = round(config.collages * count)
+        images = torch.cat([images[: count - collages], make_collages(images, collages, generator)])
+        timesteps = (self.steps * torch.rand(count, generator=generator) ** config.timestep_power).long()
+        return images, torch.randn(images.shape, generator=generator), timesteps
 
 
 class Pretraining:
-    """The state of a run: weights, their moving average, optimiser, images seen."""
+    """A run: the weights, their moving average, the optimizer and the progress.
+
+    Args:
+        config: of the run.
+        process: this process.
+    """
 
     def __init__(self, config: PretrainConfig, process: Process):
         self.config, self.process = config, process
         torch.manual_seed(config.seed)
-        self.model = Mini(config.model)
-        if config.start is not None:
-            begin_as(self.model, config.start)
+        self.model = Mini(config.architecture)
+        if config.init_from is not None:
+            initialize_from(self.model, config.init_from)
         self.model.to(process.device)
         self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.step = self.seen = 0
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.step = self.images_done = 0
         self.seconds = 0.0
         self.recent: list[Tensor | float] = []  # losses since the last entry of `losses`
-        self.losses: list[tuple[int, float]] = []  # (images seen, mean loss of the 60 steps before)
+        self.losses: list[tuple[int, float]] = []  # (images done, mean loss of the 60 steps before)
         self.schedule = VariancePreserving()
         self.state = State(
             config.output / "state.safetensors",
             dict(self.model.named_parameters()),
-            self.optimiser,
-            config.identity(),
+            self.optimizer,
+            config.describe_run(),
             "pretrain",
             {f"average.{name}": value for name, value in self.average.items()},
         )
 
     def save(self) -> None:
-        """Write what a later run resumes from."""
+        """Write the state from which a later run resumes."""
         if self.process.index == 0:
             self.recent = [float(loss) for loss in self.recent]
             self.state.save({name: getattr(self, name) for name in PROGRESS})
@@ -251,31 +322,39 @@ class Pretraining:
         weights = {name: value.half().contiguous().cpu() for name, value in self.average.items()}
         description = {
             "family": "mini",
-            "architecture": self.config.model.to_dict(),
-            "images": self.seen,
-            "tracing": {"size": [self.config.sizes[1]] * 2},
+            "architecture": self.config.architecture.to_dict(),
+            "images": self.images_done,
+            "tracing": {"size": [self.config.large_size] * 2},
         }
-        write(folder / WEIGHTS, save(weights))
-        write(folder / "README.md", self.card().encode())
-        write(folder / "config.json", (json.dumps(description, indent=2) + "\n").encode())
+        contents = {
+            WEIGHTS: save(weights),
+            "README.md": self.write_card().encode(),
+            "config.json": (json.dumps(description, indent=2) + "\n").encode(),
+        }
+        for name, content in contents.items():
+            with write_atomically(folder / name, "pretrain") as file:
+                file.write(content)
 
-    def card(self) -> str:
-        config, count = self.config, sum(p.numel() for p in self.model.parameters())
-        loss = f"{self.losses[-1][1]:.4f}" if self.losses else "none yet"
+    def write_card(self) -> str:
+        """Return the model card, in Markdown."""
+        config, count = self.config, sum(parameter.numel() for parameter in self.model.parameters())
+        loss = f"{self.losses[-1][1]:.4f}" if self.losses else "not logged"
         return "\n".join(
             [
-                "# mini: a small diffusion model of photographs",
+                "# mini: a small diffusion model of photos",
                 "",
-                "Made to show TRACE's first stage with no download; it is not an image generator of any quality.",
+                "Made to show the first stage of TRACE without a download; it is not a good image generator.",
                 "",
-                f"- Parameters: {count:,} ({config.model})",
-                f"- Data: photographs of {config.photographs.name!r}, licence {config.licence}, without labels; "
-                f"{config.collages:.0%} of every batch collages of their fragments",
-                *([f"- Set out from the weights in {config.start.name!r}"] if config.start else []),
-                f"- Objective: v-prediction, mean squared error, {self.schedule}, levels 1000 u^{config.levels:g}",
-                f"- Steps: {self.step:,}; images seen: {self.seen:,}",
-                f"- Sizes: {config.sizes} px, in batches of {config.batches}, large every {config.large_every} steps",
-                f"- Mean squared error of v in the last 60 steps logged: {loss}",
+                f"- Parameters: {count:,} ({config.architecture})",
+                f"- Data: photos of {config.photos.name!r}, license {config.license}, without annotations; "
+                f"{config.collages:.0%} of every batch are collages of their fragments",
+                *([f"- Initial weights: those in {config.init_from.name!r}"] if config.init_from else []),
+                f"- Objective: v-prediction, mean squared error, {self.schedule}, timesteps "
+                f"1000 u^{config.timestep_power:g}",
+                f"- Steps: {self.step:,}; images: {self.images_done:,}",
+                f"- Sizes: {config.size} px in batches of {config.batch}, and every {config.large_every} steps "
+                f"{config.large_size} px in batches of {config.large_batch}",
+                f"- Mean squared error of v in the last 60 steps that were logged: {loss}",
                 f"- Machine: {platform.processor() or platform.machine()}, {self.process.device}, "
                 f"{self.process.count} process(es) of {torch.get_num_threads()} thread(s), "
                 f"{self.seconds / 3600:.2f} hours; torch {torch.__version__}",
@@ -284,38 +363,40 @@ class Pretraining:
         )
 
     def train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Learn from a batch; returns its mean loss, (), for which nobody has waited yet."""
+        """Train one step and return the mean loss of the batch, (), without waiting for the device."""
         config, device, count = self.config, self.process.device, len(batch[0])
-        # every process draws the whole batch, so that their number changes nothing
-        images, noise, level = (x[self.process.share].to(device, non_blocking=True) for x in batch)
-        target, noisy = self.schedule.velocity(images, noise, level), self.schedule.noise(images, noise, level)
-        rate = config.step_rate(self.step, self.seen)
-        for group in self.optimiser.param_groups:
+        # every process draws the whole batch, so that the result does not depend on their number
+        images, noise, timesteps = (part[self.process.share].to(device, non_blocking=True) for part in batch)
+        target = self.schedule.velocity(images, noise, timesteps)
+        noisy = self.schedule.noise(images, noise, timesteps)
+        rate = config.get_rate(self.step, self.images_done)
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16):
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
-            prediction = self.network(noisy, level)
+            prediction = self.network(noisy, timesteps)
         loss = functional.mse_loss(prediction.float(), target) * (len(images) / count)
         loss.backward()
         self.process.sum_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
+        self.optimizer.step()
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 self.average[name].lerp_(parameter, 1 - decay)
         self.step += 1
-        self.seen += count
+        self.images_done += count
         return self.process.sum(loss.detach())
 
     def run(self) -> None:
+        """Train to the end or to the limit of time, from the state in the output folder if there is one."""
         config = self.config
         config.output.mkdir(parents=True, exist_ok=True)
         for name, value in (self.state.resume() or {}).items():
             setattr(self, name, value)
         loader = DataLoader(
-            Batches(config, load_photographs(config.photographs), self.schedule.steps),
+            Batches(config, load_photos(config.photos), self.schedule.steps),
             batch_size=None,
             sampler=itertools.count(self.step),
             num_workers=config.workers,
@@ -324,21 +405,21 @@ class Pretraining:
         )
         batches = iter(loader)
         begun = saved = time.monotonic()
-        started, others = begun - self.seconds, self.process.index > 0
+        started, hidden = begun - self.seconds, self.process.index > 0
         limit = math.inf if config.minutes is None else 60 * config.minutes
-        with tqdm(total=config.images, initial=self.seen, unit="image", desc="pretrain", disable=others) as bar:
-            while self.seen < config.images and time.monotonic() - begun < limit:
-                before = self.seen
+        with tqdm(total=config.images, initial=self.images_done, unit="image", desc="pretrain", disable=hidden) as bar:
+            while self.images_done < config.images and time.monotonic() - begun < limit:
+                before = self.images_done
                 self.recent.append(self.train_step(next(batches)))
                 self.seconds = time.monotonic() - started
-                bar.update(self.seen - before)
+                bar.update(self.images_done - before)
                 if len(self.recent) == 60:
-                    self.losses.append((self.seen, float(sum(self.recent) / 60)))
+                    self.losses.append((self.images_done, float(sum(self.recent) / 60)))
                     bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
                     self.recent = []
-                for mark in MARKS:
-                    if before < mark <= self.seen:
-                        self.export(config.output / f"images-{mark:08d}")
+                for count in EXPORTS:
+                    if before < count <= self.images_done:
+                        self.export(config.output / f"images-{count:08d}")
                 if time.monotonic() - saved > 60 * config.save_minutes:
                     self.save()
                     saved = time.monotonic()
@@ -346,37 +427,44 @@ class Pretraining:
         self.export(config.output / "final")
 
 
-def begin_as(model: Mini, folder: Path) -> None:
-    """Take over weights; ValueError where they are damaged, or of another architecture."""
-    refusal = f"pretrain: start must be a folder with weights of {model.config}, got '{folder}': "
+def initialize_from(model: Mini, folder: Path) -> None:
+    """Load weights; ValueError if they are damaged or belong to another architecture."""
+    refusal = f"pretrain: init_from must be a folder with weights of {model.config}, got '{folder}': "
     try:
         weights = load_weights(folder / WEIGHTS)
     except ValueError as error:
         raise ValueError(f"{refusal}{error}") from error
-    shapes = [{name: tuple(x.shape) for name, x in each.items()} for each in (weights, model.state_dict())]
-    if wrong := sorted(dict(shapes[0].items() ^ shapes[1].items())):
-        raise ValueError(f"{refusal}{wrong[0]} differs")
+    shapes, expected = (
+        {name: tuple(tensor.shape) for name, tensor in group.items()} for group in (weights, model.state_dict())
+    )
+    if different := sorted(dict(shapes.items() ^ expected.items())):
+        raise ValueError(f"{refusal}{different[0]} differs")
     model.load_state_dict(weights)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step."""
-    with write_atomically(path, "pretrain") as file:
-        file.write(content)
-
-
 def pretrain(config: PretrainConfig) -> Path:
-    """Train `mini`; resume a run found in `config.output`. Returns the folder of the finished weights.
+    """Train `mini` on photos; a run in the output folder is resumed.
 
-    Started by `accelerate launch` or `torchrun`, several processes share batches.
+    Several processes, started by `accelerate launch` or `torchrun`, share the batches.
+
+    Args:
+        config: see `PretrainConfig`.
+
+    Returns:
+        The folder of the weights, which `trace_fast.load` and `Tracer.from_pretrained` read.
 
     Raises:
-        FileNotFoundError, ValueError: the photographs cannot be read, the run found is of another configuration, or
-            the weights to start from do not fit.
-        RuntimeError: the device is not there.
+        FileNotFoundError: the folder of photos does not exist.
+        ValueError: photos are damaged, the output folder holds a run of another configuration, or the weights to start
+            from do not fit.
+        RuntimeError: the device is not present.
+
+    Example:
+        >>> folder = pretrain(PretrainConfig(photos=Path("photos"), output=Path("run"), images=88_000))
+        >>> edges = trace_fast.edges("photo.jpg", model=folder)
     """
-    process = Process.join(config.device, "pretrain")
-    if (least := min(config.batches)) < process.count:
-        raise ValueError(f"pretrain: batches must be at least the {process.count} processes, got {least}")
+    process = Process.connect(config.device, "pretrain")
+    if (smallest := min(config.batch, config.large_batch)) < process.count:
+        raise ValueError(f"pretrain: batch must be at least the {process.count} processes, got {smallest} in a step")
     Pretraining(config, process).run()
     return config.output / "final"

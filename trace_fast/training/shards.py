@@ -1,4 +1,4 @@
-"""Files of the divergences that the search gave, by photograph: searched once, read in every epoch and by every run."""
+"""Files of the divergences that the teacher's search gives for photos; each photo is searched once."""
 
 from __future__ import annotations
 
@@ -18,101 +18,105 @@ from tqdm import tqdm
 
 from trace_fast.io.files import write_atomically
 from trace_fast.tracer import TraceOutput
-from trace_fast.training.data import Photograph
+from trace_fast.training.data import PhotoFile
 from trace_fast.training.state import require_same
 
 __all__ = ["Shards"]
 
 
 class Shards:
-    """The pseudo edges of a list of photographs: in files that are whole or not there.
+    """The divergences of a list of photos, in files.
 
-    A file tells the photographs that it is of. They are found by that, so that others may come and go.
+    A file names the photos whose divergences it has. These are found by name, so that photos may be added to and
+    removed from the list between runs.
 
     Args:
-        folder: of the files; made where it is missing.
-        teacher: what the divergences depend on beside their photograph, as JSON.
-        photographs: all of them, in order.
+        folder: of the files; created if it is missing.
+        teacher: description of what the divergences depend on beside their photo, as JSON.
+        photos: the whole list, in order.
     """
 
-    def __init__(self, folder: Path, teacher: str, photographs: Sequence[Photograph]):
-        self.folder, self.teacher, self.photographs = folder, teacher, photographs
+    def __init__(self, folder: Path, teacher: str, photos: Sequence[PhotoFile]):
+        self.folder, self.teacher, self.photos = folder, teacher, photos
 
     @functools.cached_property
-    def places(self) -> dict[str, tuple[Path, int]]:
-        """File and row of what was there when this was asked for first. A damaged file is told, and made again.
+    def rows(self) -> dict[str, tuple[Path, int]]:
+        """File and row of every photo that is in a file, by its key; read once.
+
+        A damaged file is reported on stderr, and its photos are searched again.
 
         Raises:
-            ValueError: a file is of another teacher.
+            ValueError: a file belongs to another teacher.
         """
-        places: dict[str, tuple[Path, int]] = {}
+        rows: dict[str, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as stored:
                     metadata = stored.metadata() or {}
             except (SafetensorError, OSError) as error:
-                tqdm.write(f"trace-fast: {path} is damaged and made again: {error}", file=sys.stderr)
+                tqdm.write(f"trace-fast: {path} is damaged, its photos are searched again: {error}", file=sys.stderr)
                 continue
-            require_same("distill", "teacher and photographs", metadata.get("teacher"), self.teacher, path)
-            places |= {key: (path, row) for row, key in enumerate(json.loads(metadata["photographs"]))}
-        return places
+            content = "labels of the same teacher"
+            require_same("distill", "labels_dir", content, metadata.get("teacher"), self.teacher, path)
+            rows |= {key: (path, row) for row, key in enumerate(json.loads(metadata["photographs"]))}
+        return rows
 
-    def missing(self) -> list[Photograph]:
-        """Photographs whose pseudo edges are not there.
+    def list_missing(self) -> list[PhotoFile]:
+        """Return the photos that are in no file.
 
         Raises:
-            ValueError: files are there, but of other photographs alone, or of another teacher.
+            ValueError: there are files, but of other photos alone, or of another teacher.
         """
-        missing = [photograph for photograph in self.photographs if photograph.key not in self.places]
-        if self.places and len(missing) == len(self.photographs):
+        missing = [photo for photo in self.photos if photo.key not in self.rows]
+        if self.rows and len(missing) == len(self.photos):
             raise ValueError(
-                "distill: output must be empty or hold a run of the same teacher and photographs, got others alone in "
-                f"{str(self.folder)!r}"
+                "distill: labels_dir must be empty or hold labels of the same photos, got those of other photos alone "
+                f"in {str(self.folder)!r}"
             )
         return missing
 
-    def make(
+    def write(
         self,
         search: Callable[[Tensor], TraceOutput],
-        photographs: Sequence[Photograph],
+        photos: Sequence[PhotoFile],
         length: int,
         share: slice = slice(None),
     ) -> None:
-        """Search photographs that are missing.
+        """Search photos that are missing, and write their divergences.
 
         Args:
-            search: gives the divergences of an image (1, 3, H, W) in [0, 1].
-            photographs: those that are missing.
-            length: photographs in a file, at most.
-            share: the files to make here, of those of all the photographs.
+            search: returns the divergence of an image (1, 3, H, W) in [0, 1].
+            photos: those that are missing.
+            length: photos in a file, at most.
+            share: the files that this process writes, of those for all `photos`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        taken = {path for path, _ in self.places.values()}
+        taken = {path for path, _ in self.rows.values()}
         paths = (self.folder / f"{number:06d}.safetensors" for number in itertools.count())
         free = (path for path in paths if path not in taken)
-        starts = range(0, len(photographs), length)
-        parts = [(next(free), photographs[start : start + length]) for start in starts][share]
-        with tqdm(total=sum(len(part) for _, part in parts), desc="pseudo edges", unit="image", disable=None) as bar:
-            for path, part in parts:
-                strengths, levels = [], []
-                for photograph in part:
-                    traced = search(photograph.read())
-                    assert traced.abdiv is not None
-                    strengths.append(traced.abdiv.half().cpu())
-                    levels.append(traced.timestep.cpu())
+        starts = range(0, len(photos), length)
+        files = [(next(free), photos[start : start + length]) for start in starts][share]
+        with tqdm(total=sum(len(part) for _, part in files), desc="searching", unit="image", disable=None) as bar:
+            for path, part in files:
+                divergences, timesteps = [], []
+                for photo in part:
+                    output = search(photo.read())
+                    assert output.abdiv is not None
+                    divergences.append(output.abdiv.half().cpu())
+                    timesteps.append(output.timestep.cpu())
                     bar.update()
-                tensors = {"abdiv": torch.cat(strengths), "timestep": torch.cat(levels)}
-                keys = json.dumps([photograph.key for photograph in part])
+                tensors = {"abdiv": torch.cat(divergences), "timestep": torch.cat(timesteps)}
+                keys = json.dumps([photo.key for photo in part])
                 with write_atomically(path, "distill") as file:
                     file.write(save(tensors, {"teacher": self.teacher, "photographs": keys}))
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """ABDiv (B, h, w) float32 of photographs by their place in the list."""
-        rows = []
+        """Return the divergences (B, h, w) float32, in nats, of photos by their index in the list."""
+        divergences = []
         for index in indices:
-            path, row = self.places[self.photographs[index].key]
-            rows.append(self._open(path).get_slice("abdiv")[row : row + 1])
-        return torch.cat(rows).float()
+            path, row = self.rows[self.photos[index].key]
+            divergences.append(self._open(path).get_slice("abdiv")[row : row + 1])
+        return torch.cat(divergences).float()
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
     def _open(self, path: Path) -> Any:
