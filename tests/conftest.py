@@ -24,8 +24,8 @@ from trace_fast import _C
 # without a GPU the Triton kernels run in numpy; decided before anything imports triton
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if os.environ.get("TRACE_FAST_TEST_ULP") == "1":
-    rounding.install()
+if seed := os.environ.get("TRACE_FAST_TEST_ULP"):
+    rounding.install(int(seed))
 if name := os.environ.get("TRACE_FAST_TEST_INSTRUCTION_SET"):
     _C.set_instruction_set(name)
 

@@ -1,10 +1,11 @@
-"""Other last bits: torch with a math library that rounds differently, deterministically, for `TRACE_FAST_TEST_ULP=1`.
+"""Other last bits: torch with a math library that rounds differently, for `TRACE_FAST_TEST_ULP=1`, or 2, 3, ...
 
 Results of float operations differ by a unit in the last place between processors, instruction sets and libraries, and
 a test that compares them exactly passes on one machine and fails on the next. Here every result of the operations below
 moves by -1, 0 or +1 unit. The step is drawn from the value, the operation and the shape, so that a call repeated with
 the same input gives the same bits, as it does on every machine, and another way to the same value gives others. Values
-that use few bits of their mantissa (0, 1, counts, halves) are exact everywhere and stay.
+that use few bits of their mantissa (counts, halves, the exponential of 0) are exact everywhere and stay. The number of
+the variable is a seed: each gives another library.
 """
 
 import functools
@@ -28,23 +29,23 @@ OPERATIONS = {
     functional: "adaptive_avg_pool2d avg_pool2d batch_norm conv2d conv_transpose2d gelu group_norm interpolate "
     "layer_norm linear log_softmax sigmoid silu softmax softplus tanh",
 }
-# integers of the same size, and how many of the last bits of the mantissa say that a value was rounded
+# integers of the same size, and the number of last bits of the mantissa that are 0 in an exact value
 BITS = {torch.float64: (torch.int64, 17), torch.float32: (torch.int32, 7), torch.float16: (torch.int16, 3)}
 BITS[torch.bfloat16] = (torch.int16, 2)
 
 _state = threading.local()
 
 
-def install() -> None:
-    """Replace the operations for the rest of the process; compiled code keeps its own."""
+def install(seed: int) -> None:
+    """Replace the operations for the rest of the process; compiled code is not changed."""
     for owner, names in OPERATIONS.items():
         for name in names.split():
-            setattr(owner, name, perturbed(getattr(owner, name), name))
+            setattr(owner, name, perturbed(getattr(owner, name), name, seed))
 
 
-def perturbed(operation: Callable[..., Any], name: str) -> Callable[..., Any]:
+def perturbed(operation: Callable[..., Any], name: str, seed: int) -> Callable[..., Any]:
     """Return the operation with another last bit in its results."""
-    salt = zlib.crc32(name.strip("_").encode())
+    salt = zlib.crc32(f"{seed} {name.strip('_')}".encode())
 
     @functools.wraps(operation)
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -53,25 +54,40 @@ def perturbed(operation: Callable[..., Any], name: str) -> Callable[..., Any]:
             return operation(*arguments, **keywords)
         _state.inside = True
         try:
-            return shift(operation(*arguments, **keywords), salt)
+            result = operation(*arguments, **keywords)
+            # a function of a rounded value is rounded, even if it comes out as 1
+            return shift(result, salt, arguments[0] if name in MATH.split() else result)
         finally:
             _state.inside = False
 
     return call
 
 
-def shift(result: Any, salt: int) -> Any:
-    """Move the values of a dense tensor by at most one unit in the last place, gradients as they were."""
+def shift(result: Any, salt: int, source: Any = None) -> Any:
+    """Move the values of a dense tensor by at most one unit in the last place, gradients as they were.
+
+    Values stay where both they and those of `source`, of the same shape, use few bits; 0 stays, and 1 moves towards 0.
+    """
     if type(result) is not Tensor or result.dtype not in BITS or result.is_meta or not result.numel():
         return result
-    whole, low = BITS[result.dtype]
+    whole = BITS[result.dtype][0]
     with torch.no_grad():
-        bits = result.detach().view(whole)
+        values = result.detach()
+        bits = values.view(whole)
         # a multiplicative hash of value, operation and shape; its upper bits are as good as random
         key = (salt + zlib.crc32(repr(tuple(result.shape)).encode())) & 0x7FFF
         mixed = (bits.long() * 0x9E3779B1 + key * 0x85EBCA6B) >> 13 & 0xFFFF
         step = (mixed % 3 - 1).to(whole)
-        rounded = (bits & ((1 << low) - 1)) != 0
-        moved = torch.where(rounded & result.isfinite(), bits + step, bits).view(result.dtype)
-        change = moved - result.detach()
+        step = torch.where(values.abs() == 1, -step.abs(), step)
+        rounded = uses_last_bits(values)
+        if isinstance(source, Tensor) and source.shape == result.shape and source.dtype in BITS:
+            rounded = rounded | uses_last_bits(source.detach())
+        moved = torch.where(rounded & values.isfinite() & (values != 0), bits + step, bits).view(result.dtype)
+        change = moved - values
     return result + change if result.requires_grad else moved
+
+
+def uses_last_bits(values: Tensor) -> Tensor:
+    """Return where one of the last bits of the mantissa is set."""
+    whole, low = BITS[values.dtype]
+    return (values.view(whole) & ((1 << low) - 1)) != 0

@@ -29,6 +29,15 @@ def test_exact_results_stay(dtype):
     assert rounding.shift(torch.zeros(0, dtype=dtype), 5).shape == (0,)
 
 
+def test_a_function_of_a_rounded_value_is_rounded():
+    results = [
+        rounding.perturbed(torch.sqrt, "sqrt", seed)(torch.tensor([1 - 2.0**-24, 1.0, 4.0])) for seed in range(9)
+    ]
+    assert {result[0].item() for result in results} <= {1 - 2.0**-23, 1 - 2.0**-24, 1.0}
+    assert len({result[0].item() for result in results}) > 1
+    assert all(result[1:].tolist() == [1, 2] for result in results)
+
+
 def test_other_results_stay():
     for result in (
         torch.arange(3),
@@ -44,7 +53,7 @@ def test_strides_and_gradients_are_kept():
     values = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)).T
     assert rounding.shift(values, 5).stride() == values.stride()
     leaf = torch.full((2, 3), 0.3, requires_grad=True)
-    moved = rounding.perturbed(torch.exp, "exp")(leaf)
+    moved = rounding.perturbed(torch.exp, "exp", 1)(leaf)
     moved.sum().backward()
     torch.testing.assert_close(leaf.grad, leaf.detach().exp(), rtol=1e-6, atol=0)
 
