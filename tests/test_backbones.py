@@ -36,7 +36,7 @@ def family(request):
 
 @torch.no_grad()
 def run(backbone, oracle=None):
-    """One call of the network, overheard by an oracle."""
+    """Call the network once, with an oracle that records its attention."""
     images = torch.rand(2, 3, *backbone.settings.size, generator=torch.Generator().manual_seed(1))
     latent = backbone.encode(images)
     level = torch.tensor([99, 700])
@@ -47,16 +47,16 @@ def run(backbone, oracle=None):
 
 
 def captured(backbone, forward=run):
-    """Prediction, and (index, query, key) in the order in which blocks were read."""
+    """Return the prediction, and (index, query, key) in the order in which blocks were read."""
     inputs = []
     with backbone.capture(lambda *block: inputs.append(block)):
         prediction = forward(backbone)
     return prediction, inputs
 
 
-def assert_alike(found, heard):
-    """Queries and keys that were heard twice, on ways that round differently."""
-    for (_, *expected), (_, *read) in zip(found, heard, strict=True):
+def assert_alike(first, second):
+    """Compare queries and keys that were captured twice, in ways that round differently."""
+    for (_, *expected), (_, *read) in zip(first, second, strict=True):
         for one, other in zip(expected, read, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -65,13 +65,13 @@ def test_query_and_key_are_what_the_product_receives(family):
     _, backbone = make(family)
     count, image = FAMILIES[family].blocks, FAMILIES[family].image
     oracle = AttentionOracle()
-    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
-    assert len(found) == len(backbone.attentions()) == count
-    assert [index for index, *_ in found] == list(range(count))  # in the order in which they run
+    _, outputs = captured(backbone, lambda backbone: run(backbone, oracle))
+    assert len(outputs) == len(backbone.attentions()) == count
+    assert [index for index, *_ in outputs] == list(range(count))  # in the order in which they run
     grids = backbone.grids(SIZE)
     calls = FAMILIES[family].calls(oracle)
     assert len(calls) == count
-    for (index, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
+    for (index, query, key), (expected_query, expected_key) in zip(outputs, calls, strict=True):
         tokens = grids[index][0] * grids[index][1]
         assert torch.equal(query, expected_query[:, :, image(tokens)])
         assert torch.equal(key, expected_key[:, :, image(tokens)])
@@ -98,12 +98,12 @@ def test_aggregated_map_is_the_definition(family):
     maps = []
     for level in (0, 499):
         timestep = torch.full((2,), level)
-        _, found = captured(
+        _, blocks = captured(
             backbone, torch.no_grad()(lambda b, t=timestep: b.predict(b.schedule.noise(latent, noise, t), t))
         )
         read = [
             reference.resize_attention(reference.attention_map(q.double(), k.double()), grids[index], finest)
-            for index, q, k in found
+            for index, q, k in blocks
         ]
         maps.append(torch.stack(read).mean(0))
     rows = maps[0].sum(-1)
@@ -113,11 +113,11 @@ def test_aggregated_map_is_the_definition(family):
     torch.testing.assert_close(abdiv[:, 1].double(), reference.abdiv(maps[1], *finest), rtol=1e-3, atol=1e-6)
 
 
-def test_joint_softmax_renormalised_is_the_softmax_over_image_keys():
+def test_joint_softmax_renormalized_is_the_softmax_over_image_keys():
     _, backbone = make("flux.1-dev")
     oracle = AttentionOracle()
-    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
-    for (_, query, key), (joint_query, joint_key) in zip(found, oracle.calls, strict=True):
+    _, blocks = captured(backbone, lambda backbone: run(backbone, oracle))
+    for (_, query, key), (joint_query, joint_key) in zip(blocks, oracle.calls, strict=True):
         scale = query.shape[-1] ** -0.5
         tokens = query.shape[2]
         joint = (joint_query.double() @ joint_key.double().mT * scale).softmax(-1)[:, :, -tokens:, -tokens:]
@@ -151,8 +151,8 @@ def test_a_pipeline_that_is_offloaded_runs_where_it_is_brought():
     expected = Tracer(backbone).scan(images, timesteps=(0, 499))
     _, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
     cpu_offload_with_hook(pipe.vae, torch.device("cpu"), prev_module_hook=hook)
-    found = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt).scan(images, timesteps=(0, 499))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    outputs = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt).scan(images, timesteps=(0, 499))
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
     # weights wait on the CPU, tensors are made where the network will run
     pipe.unet._hf_hook.execution_device = "meta"
     assert Tracer(backbone).device == torch.device("meta")
@@ -168,10 +168,10 @@ def test_a_pipeline_that_is_offloaded_in_groups_runs_where_it_is_brought():
         pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     except AttributeError:
         pytest.skip("diffusers 0.35 asks torch for an accelerator here")
-    found = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt).scan(images, timesteps=(0, 499))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    outputs = Tracer.from_pipeline(pipe, size=SIZE, empty_prompt=backbone.empty_prompt).scan(images, timesteps=(0, 499))
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
     registries = [module._diffusers_hook for module in pipe.unet.modules() if hasattr(module, "_diffusers_hook")]
-    hooks = [hook for each in registries if (hook := each.get_hook("group_offloading")) is not None]
+    hooks = [hook for registry in registries if (hook := registry.get_hook("group_offloading")) is not None]
     for hook in hooks:
         hook.group.onload_device = torch.device("meta")
     assert hooks and Tracer(backbone).device == torch.device("meta")
@@ -184,10 +184,10 @@ def test_weights_kept_in_fewer_bits_than_are_computed_in(family):
     backbone.network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert torch.float8_e4m3fn in {p.dtype for p in backbone.network.parameters()}
     oracle = AttentionOracle()
-    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
+    _, blocks = captured(backbone, lambda backbone: run(backbone, oracle))
     image = FAMILIES[family].image
     calls = FAMILIES[family].calls(oracle)
-    for (_, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
+    for (_, query, key), (expected_query, expected_key) in zip(blocks, calls, strict=True):
         assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
         assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
 
@@ -205,21 +205,21 @@ def test_hooks_are_gone_after_an_error():
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "flux.1-dev", "flux.1-schnell"])
 def test_fused_projections_are_read_too(family):
     _, backbone = make(family)
-    _, found = captured(backbone)
+    _, blocks = captured(backbone)
     backbone.network.fuse_qkv_projections()
     _, fused = captured(backbone)
-    assert_alike(found, fused)
+    assert_alike(blocks, fused)
 
 
 def test_a_sliced_attention_processor_is_left_in_place():
     _, backbone = make("sd15")
-    _, found = captured(backbone)
+    _, blocks = captured(backbone)
     backbone.network.set_attention_slice(1)
     processors = dict(backbone.network.attn_processors)
     _, sliced = captured(backbone)
     assert {type(p).__name__ for p in processors.values()} == {"SlicedAttnProcessor"}
     assert backbone.network.attn_processors == processors
-    assert_alike(found, sliced)
+    assert_alike(blocks, sliced)
 
 
 def test_a_processor_that_folds_heads_into_the_batch(monkeypatch):
@@ -233,13 +233,13 @@ def test_a_processor_that_folds_heads_into_the_batch(monkeypatch):
     if not hasattr(attention_processor, "XFormersJointAttnProcessor"):
         pytest.skip("of a later diffusers")
     _, backbone = make("sd3.5-medium")
-    _, found = captured(backbone)
+    _, blocks = captured(backbone)
     backbone.network.set_attn_processor(attention_processor.XFormersJointAttnProcessor())
     _, folded = captured(backbone)
-    assert_alike(found, folded)
+    assert_alike(blocks, folded)
 
 
-def test_merged_tokens_are_told():
+def test_merged_tokens_are_reported():
     _, backbone = make("sd15")
     attention = backbone.attentions()[0]
     forward = attention.forward
@@ -256,19 +256,19 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, backbone.network)
     oracle = AttentionOracle()
-    _, found = captured(backbone, lambda backbone: run(backbone, oracle))
+    _, blocks = captured(backbone, lambda backbone: run(backbone, oracle))
     image = FAMILIES[family].image
     calls = FAMILIES[family].calls(oracle)
-    assert len(calls) == len(found)
-    for (_, query, key), (expected_query, expected_key) in zip(found, calls, strict=True):
+    assert len(calls) == len(blocks)
+    for (_, query, key), (expected_query, expected_key) in zip(blocks, calls, strict=True):
         assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
         assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
-    assert not torch.equal(before[0][1], found[0][1])
+    assert not torch.equal(before[0][1], blocks[0][1])
 
 
 def test_compiled_with_capture_on(family):
     _, backbone = make(family)
-    plain, found = captured(backbone)
+    plain, blocks = captured(backbone)
     torch._dynamo.reset()
     network = backbone.network
 
@@ -279,10 +279,10 @@ def test_compiled_with_capture_on(family):
         finally:
             backbone.network = network
 
-    compiled, heard = captured(backbone, forward)
+    compiled, again = captured(backbone, forward)
     torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
-    assert [index for index, *_ in heard] == [index for index, *_ in found]
-    assert_alike(found, heard)
+    assert [index for index, *_ in again] == [index for index, *_ in blocks]
+    assert_alike(blocks, again)
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -302,10 +302,10 @@ def test_a_pipeline_that_was_compiled(family, wrapped, ran):
     if ran:  # as when the user has made a picture before: what was compiled then has no hooks
         with torch.no_grad():
             traced.backbone.predict(backbone.encode(images), torch.tensor([0]))
-    told = "compiled and has run without being traced, so it is traced uncompiled"
-    with pytest.warns(UserWarning, match=told) if ran else contextlib.nullcontext():
-        found = traced.scan(images, timesteps=(0, 499))
-    for one, other in zip(found, expected, strict=True):
+    message = "compiled and has run without being traced, so it is traced uncompiled"
+    with pytest.warns(UserWarning, match=message) if ran else contextlib.nullcontext():
+        outputs = traced.scan(images, timesteps=(0, 499))
+    for one, other in zip(outputs, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
@@ -326,17 +326,17 @@ class TestNoising:
         latent, noise = torch.randn(2, 4, 4, 3, 5, dtype=torch.float64)
         abar = (1 - betas).cumprod(0)[self.LEVELS][:, None, None, None]
         expected = abar.sqrt() * latent + (1 - abar).sqrt() * noise
-        found = backbone.schedule.noise(latent, noise, self.LEVELS)
+        outputs = backbone.schedule.noise(latent, noise, self.LEVELS)
         # the scheduler's betas are float32
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.flow])
     def test_flow_is_the_straight_line(self, family):
         _, backbone = make(family)
         latent, noise = torch.randn(2, 4, 16, 3, 5, dtype=torch.float64)
         sigma = (self.LEVELS.double() / 1000)[:, None, None, None]
-        found = backbone.schedule.noise(latent, noise, self.LEVELS)
-        torch.testing.assert_close(found, (1 - sigma) * latent + sigma * noise, rtol=0, atol=1e-6)
+        outputs = backbone.schedule.noise(latent, noise, self.LEVELS)
+        torch.testing.assert_close(outputs, (1 - sigma) * latent + sigma * noise, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("prediction", ["epsilon", "velocity"])
     def test_inversion_with_the_true_noise_lands_on_the_noised_latent(self, prediction):
@@ -344,16 +344,16 @@ class TestNoising:
         latent, noise = torch.randn(2, 3, 4, 3, 5)
         here, there = torch.tensor([99, 300, 700]), torch.tensor([199, 400, 999])
         sample = schedule.noise(latent, noise, here)
-        told = noise if prediction == "epsilon" else schedule.velocity(latent, noise, here)
-        found = schedule.invert(sample, told, here, there)
-        torch.testing.assert_close(found, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
+        target = noise if prediction == "epsilon" else schedule.velocity(latent, noise, here)
+        outputs = schedule.invert(sample, target, here, there)
+        torch.testing.assert_close(outputs, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
 
     def test_flow_inversion_with_the_true_velocity_lands_on_the_noised_latent(self):
         schedule = RectifiedFlow()
         latent, noise = torch.randn(2, 3, 4, 3, 5)
         here, there = torch.tensor([0, 300, 700]), torch.tensor([99, 400, 999])
-        found = schedule.invert(schedule.noise(latent, noise, here), noise - latent, here, there)
-        torch.testing.assert_close(found, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
+        outputs = schedule.invert(schedule.noise(latent, noise, here), noise - latent, here, there)
+        torch.testing.assert_close(outputs, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
 
     def test_inversion_forward_and_back_returns_the_latent(self, family):
         # the network's slope changes from level to level, so the way back differs a little: small steps, small error
@@ -385,7 +385,7 @@ class TestNoising:
         assert schedule.denoise(sample, torch.ones(1, 1, 1, 1), torch.tensor([999])).isfinite().all()
 
     @pytest.mark.parametrize(
-        ("scheduler", "told"),
+        ("scheduler", "message"),
         [
             (
                 lambda: diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -393,13 +393,13 @@ class TestNoising:
             ),
             (diffusers.FlowMatchEulerDiscreteScheduler, r"beta_start and beta_end, got FlowMatchEulerDiscreteSch"),
             (diffusers.EDMEulerScheduler, "beta_start and beta_end, got EDMEulerScheduler without, of another kind"),
-            (lambda: diffusers.DDIMScheduler(num_train_timesteps=500), "1000 levels, got 500"),
+            (lambda: diffusers.DDIMScheduler(num_train_timesteps=500), "1000 timesteps, got 500"),
         ],
     )
-    def test_an_unknown_schedule_is_refused(self, scheduler, told):
+    def test_an_unknown_schedule_is_refused(self, scheduler, message):
         pipe, backbone = make("sd15")
         pipe.scheduler = scheduler()
-        with pytest.raises(ValueError, match=f"scheduler must have {told}"):
+        with pytest.raises(ValueError, match=f"scheduler must have {message}"):
             wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
@@ -466,11 +466,11 @@ def test_an_autoencoder_that_overflows_is_upcast_and_put_back():
     pipe.vae.register_to_config(force_upcast=True)
     expected = backbone.encode(torch.full((1, 3, *SIZE), 0.3))
     pipe.vae.half()
-    seen = []
-    pipe.vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    found = backbone.encode(torch.full((1, 3, *SIZE), 0.3))
-    assert seen == [torch.float32] and pipe.vae.dtype == torch.float16
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    dtypes = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    outputs = backbone.encode(torch.full((1, 3, *SIZE), 0.3))
+    assert dtypes == [torch.float32] and pipe.vae.dtype == torch.float16
+    torch.testing.assert_close(outputs, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_sdxl_takes_zeros_for_the_empty_prompt():
@@ -511,20 +511,20 @@ def test_any_size_of_whole_steps(family, steps):
         assert output.size == size
 
 
-def test_consistency_models_are_told_of_no_guidance():
+def test_consistency_models_receive_no_guidance():
     from diffusers import LatentConsistencyModelPipeline
 
     pipe, backbone = make("sd15")
     pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=6).eval()
-    told = []
-    pipe.unet.time_embedding.register_forward_pre_hook(lambda _, args: told.append(args[1]))
+    conditions = []
+    pipe.unet.time_embedding.register_forward_pre_hook(lambda _, args: conditions.append(args[1]))
     run(wrap_pipeline(pipe, backbone.empty_prompt, SIZE))
     embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
-    torch.testing.assert_close(told[0], embed(None, torch.zeros(2), embedding_dim=6))
+    torch.testing.assert_close(conditions[0], embed(None, torch.zeros(2), embedding_dim=6))
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "told"),
+    ("family", "config", "message"),
     [
         ("sd15", {"in_channels": 9}, "network must take the 4 channels of a latent alone, got one of 9 "),
         ("flux.1-dev", {"in_channels": 96}, "network must take the 64 channels of a latent alone, got one of 96 "),
@@ -532,15 +532,15 @@ def test_consistency_models_are_told_of_no_guidance():
         (
             "sd15",
             {"num_class_embeds": 7},
-            "unet must be told level and prompt alone, got one with num_class_embeds = 7",
+            "unet must need nothing but a timestep and a prompt, got one with num_class_embeds = 7",
         ),
         ("sdxl", {"projection_class_embeddings_input_dim": 28}, r"unet must take 6 numbers for the size, got one of 5"),
     ],
 )
-def test_a_network_of_another_task_is_refused(family, config, told):
+def test_a_network_of_another_task_is_refused(family, config, message):
     pipe, backbone = make(family)
     backbone.network.register_to_config(**config)
-    with pytest.raises(ValueError, match=f"from_pipeline: {told}"):
+    with pytest.raises(ValueError, match=f"from_pipeline: {message}"):
         wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
@@ -588,7 +588,7 @@ def test_linear_attention_is_refused():
         Tracer.from_pipeline(SimpleNamespace(transformer=kind(), vae=None))
 
 
-def test_parts_that_are_missing_are_told(family):
+def test_parts_that_are_missing_are_reported(family):
     pipe, backbone = make(family)
     if family != "sdxl":  # which takes zeros
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""What a network is told beside the latent: by its own pipeline, and by a backbone, at a size that is not square."""
+"""What a network receives beside the latent, from its own pipeline and a backbone, at a size that is not square."""
 
 import inspect
 
@@ -13,8 +13,8 @@ from trace_fast.backbones import wrap_pipeline
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
 
 
-def told(network, call):
-    """Tensors that a network receives in its one call, by the names of arguments, those of collections by theirs."""
+def received(network, call):
+    """Return the tensors that a network receives in its one call, by the names of arguments and of their items."""
     calls = []
 
     def note(module, args, kwargs):
@@ -36,7 +36,7 @@ def told(network, call):
 
 
 @pytest.mark.parametrize("family", PIPELINES)
-def test_a_backbone_tells_a_network_what_its_pipeline_does(family, tmp_path):
+def test_a_network_receives_from_a_backbone_what_its_pipeline_gives(family, tmp_path):
     pipe = pipeline(family, tmp_path)
     pipe.set_progress_bar_config(disable=True)
     if not FAMILIES[family].flow:  # a sampler that can do with one step
@@ -50,14 +50,14 @@ def test_a_backbone_tells_a_network_what_its_pipeline_does(family, tmp_path):
         prompt = {names[name]: x for name, x in backbone.empty_prompt.items()}
     options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 1, "guidance_scale": 1.0}
     options |= FAMILIES[family].call
-    expected = told(network, lambda: pipe(**prompt, **options, output_type="latent"))
+    expected = received(network, lambda: pipe(**prompt, **options, output_type="latent"))
 
     sample = FAMILIES[family].sample(expected, backbone.grids(SIZE)[0])
     level = pipe.scheduler.timesteps[:1]
-    found = told(network, lambda: backbone.predict(sample, level))
-    assert found.keys() == expected.keys()
+    ours = received(network, lambda: backbone.predict(sample, level))
+    assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        one, other = torch.broadcast_tensors(found[name], value)
+        one, other = torch.broadcast_tensors(ours[name], value)
         # embedded twice, in batches of other sizes
         close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
         torch.testing.assert_close(one, other, **close, msg=lambda text, name=name: f"{name}: {text}")

@@ -85,7 +85,7 @@ def offline(monkeypatch):
 
 
 def make(family, **options):
-    """A model with weights that matter, peaked attention among them, and its backbone."""
+    """Make a model with weights that matter, peaked attention among them, and its backbone."""
     torch.manual_seed(0)
     model = FAMILIES[family][0]().eval()
     for parameter in model.parameters():
@@ -111,14 +111,14 @@ def run(backbone, context=None):
 
 
 def captured(backbone, context=None):
-    """Features, and (index, query, key) of the blocks that are read, in the order in which they ran."""
+    """Return features, and (index, query, key) of the blocks that are read, in the order in which they ran."""
     inputs = []
     with backbone.capture(lambda *block: inputs.append(block)):
         return run(backbone, context), inputs
 
 
 def image_tokens(family, calls):
-    """Query and key (B, H, N, d) of every block that is read, from those of all products, by the model's own means."""
+    """Return query and key (B, H, N, d) of every block that is read, of those of all products, by the model's means."""
     tokens = GRID[0] * GRID[1]
     if family in LANGUAGE:  # which runs after the tower, and sees one token before the image
         assert {q.shape[2] for q, _ in calls[-3:]} == {tokens + 1}
@@ -138,12 +138,12 @@ def image_tokens(family, calls):
         torch.tensor([[1, *GRID]]), spatial_merge_size=2, window_size=16, patch_size=4, kwargs={}
     )
     height, width = GRID
-    place = {}  # of a patch, row by row, in the sequence
+    position_of_patch = {}  # in the sequence, by row and column
     for position, unit in enumerate(windows.tolist()):
         row, column = divmod(unit, width // 2)
         for inner in range(4):
-            place[(2 * row + inner // 2, 2 * column + inner % 2)] = 4 * position + inner
-    order = [place[(row, column)] for row in range(height) for column in range(width)]
+            position_of_patch[(2 * row + inner // 2, 2 * column + inner % 2)] = 4 * position + inner
+    order = [position_of_patch[(row, column)] for row in range(height) for column in range(width)]
     assert order != sorted(order)
     return [(q[:, :, order], k[:, :, order]) for q, k in pairs]
 
@@ -151,10 +151,10 @@ def image_tokens(family, calls):
 def test_query_and_key_are_what_the_product_receives(family):
     _, backbone = make(family)
     oracle = AttentionOracle()
-    _, found = captured(backbone, oracle)
+    _, blocks = captured(backbone, oracle)
     expected = image_tokens(family, oracle.calls)
-    assert [index for index, *_ in found] == list(range(FAMILIES[family][1])) and len(expected) == len(found)
-    for (_, query, key), (expected_query, expected_key) in zip(found, expected, strict=True):
+    assert [index for index, *_ in blocks] == list(range(FAMILIES[family][1])) and len(expected) == len(blocks)
+    for (_, query, key), (expected_query, expected_key) in zip(blocks, expected, strict=True):
         assert torch.equal(query, expected_query)
         assert torch.equal(key, expected_key)
 
@@ -168,17 +168,17 @@ def test_eager_attention_is_read_too(family):
     else:
         model.set_attn_implementation("eager")
     oracle = AttentionOracle()
-    plain, (features, found) = run(backbone), captured(backbone, oracle)
+    plain, (features, outputs) = run(backbone), captured(backbone, oracle)
     assert not oracle.calls
     assert torch.equal(plain, features)
-    assert len(found) == len(expected)
-    for (_, *one), (_, *other) in zip(found, expected, strict=True):
+    assert len(outputs) == len(expected)
+    for (_, *one), (_, *other) in zip(outputs, expected, strict=True):
         for x, y in zip(one, other, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 def hooks(model):
-    """How many sit on the network; transformers leaves some of its own when it has run."""
+    """Count the hooks on a network; transformers leaves some itself when it has run."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
@@ -216,11 +216,11 @@ def test_aggregated_map_is_the_definition(family):
 
 
 @pytest.mark.parametrize("family", params("dinov2-registers", "dinov3", "llava", "eva02-l", "eva-rope"))
-def test_whole_softmax_renormalised_is_the_softmax_over_patches(family):
+def test_whole_softmax_renormalized_is_the_softmax_over_patches(family):
     _, backbone = make(family)
     oracle = AttentionOracle()
-    _, found = captured(backbone, oracle)
-    for (_, query, key), (all_queries, all_keys) in zip(found, oracle.calls, strict=True):
+    _, blocks = captured(backbone, oracle)
+    for (_, query, key), (all_queries, all_keys) in zip(blocks, oracle.calls, strict=True):
         scores = (all_queries.double() @ all_keys.double().mT) * query.shape[-1] ** -0.5
         part = scores.softmax(-1)[:, :, -60:, -60:]
         expected = (part / part.sum(-1, keepdim=True)).mean(1)
@@ -281,20 +281,20 @@ def test_native_size_is_the_network_called_plainly(family):
 
 def test_qwen_patches_are_those_of_its_image_processor():
     _, backbone = make("qwen2.5-vl")
-    seen = []
-    backbone.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    calls = []
+    backbone.network.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     run(backbone)
-    ((patches,), keywords) = seen[0]
-    normalised = backbone.encode(photos()).numpy()
+    ((patches,), keywords) = calls[0]
+    normalized = backbone.encode(photos()).numpy()
     patchify = transformers.Qwen2VLImageProcessorPil().patchify
     expected = np.concatenate(
-        [patchify(image, patch_size=4, merge_size=2, temporal_patch_size=2)[0] for image in normalised]
+        [patchify(image, patch_size=4, merge_size=2, temporal_patch_size=2)[0] for image in normalized]
     )
     assert torch.equal(patches, torch.from_numpy(expected))
     assert keywords["grid_thw"].tolist() == [[1, *GRID]] * BATCH
 
 
-def test_pixels_are_normalised(family):
+def test_pixels_are_normalized(family):
     model, backbone = make(family)
     clip = not family.startswith("dino")
     mean = (0.48145466, 0.4578275, 0.40821073) if clip else (0.485, 0.456, 0.406)
@@ -339,10 +339,10 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "qkv"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, model)
     oracle = AttentionOracle()
-    _, found = captured(backbone, oracle)
-    for (_, *heard), expected in zip(found, image_tokens(family, oracle.calls), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(heard, expected, strict=True))
-    assert not torch.equal(before[0][1], found[0][1])
+    _, blocks = captured(backbone, oracle)
+    for (_, *read), expected in zip(blocks, image_tokens(family, oracle.calls), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(read, expected, strict=True))
+    assert not torch.equal(before[0][1], blocks[0][1])
 
 
 @pytest.mark.parametrize("family", ["dinov3", "qwen2.5-vl", "qwen2.5-vl-language"])
@@ -482,9 +482,9 @@ class TestLoading:
         model, folder = saved
         expected = traced(family, model)(photos(), return_abdiv=True)
         tracer = Tracer.from_pretrained(folder, device="cpu", size=SIZE, local_files_only=True)
-        found = tracer(photos(), return_abdiv=True)
-        assert found.model == str(folder)
-        assert torch.equal(found.abdiv, expected.abdiv) and torch.equal(found.edges, expected.edges)
+        outputs = tracer(photos(), return_abdiv=True)
+        assert outputs.model == str(folder)
+        assert torch.equal(outputs.abdiv, expected.abdiv) and torch.equal(outputs.edges, expected.edges)
         # of a vision-language model, only the tower is there
         tower = traced(family, model).backbone.network
         assert type(tracer.backbone.network) is type(tower)
@@ -498,8 +498,8 @@ class TestLoading:
         model, _ = make(family)
         tracer = traced(family, model)
         save(tracer.backbone.network, tmp_path / "tower")
-        found = Tracer.from_pretrained(tmp_path / "tower", device="cpu", size=SIZE)
-        assert torch.equal(found.scan(photos())[1], tracer.scan(photos())[1])
+        outputs = Tracer.from_pretrained(tmp_path / "tower", device="cpu", size=SIZE)
+        assert torch.equal(outputs.scan(photos())[1], tracer.scan(photos())[1])
 
     @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
     def test_only_the_shards_of_the_tower_are_needed(self, saved):
@@ -515,8 +515,8 @@ class TestLoading:
             save_file(part, folder / file, {"format": "pt"})
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
         assert "model-2.safetensors" in shards.values()
-        found = Tracer.from_pretrained(folder, device="cpu", size=SIZE).scan(photos())[1]
-        assert torch.equal(found, traced(family, model).scan(photos())[1])
+        outputs = Tracer.from_pretrained(folder, device="cpu", size=SIZE).scan(photos())[1]
+        assert torch.equal(outputs, traced(family, model).scan(photos())[1])
         (folder / "model-1.safetensors").unlink()
         self.refuse(folder, "load: model must be complete .*, got .*no model-1.safetensors")
 
@@ -528,8 +528,8 @@ class TestLoading:
         old = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in weights.items()}
         assert old.keys() != weights.keys()
         save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
-        found = Tracer.from_pretrained(tmp_path, device="cpu", size=SIZE).scan(photos())[1]
-        assert torch.equal(found, traced(family, model).scan(photos())[1])
+        outputs = Tracer.from_pretrained(tmp_path, device="cpu", size=SIZE).scan(photos())[1]
+        assert torch.equal(outputs, traced(family, model).scan(photos())[1])
 
     def test_mean_and_std_are_those_of_the_folder(self, saved):
         model, folder = saved
@@ -610,7 +610,7 @@ class TestLoading:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}))
         self.refuse(tmp_path, r"model_type must be one of dinov2, .* got 'bert'")
 
-    def test_a_folder_of_ours_is_told_apart(self, tmp_path):
+    def test_a_folder_of_ours_is_recognized(self, tmp_path):
         shutil.copytree(trace_fast.__path__[0] + "/weights/mini", tmp_path / "ours")
         assert type(Tracer.from_pretrained(tmp_path / "ours", device="cpu").backbone).__name__ == "MiniBackbone"
         (tmp_path / "ours" / "config.json").write_text("{}")
@@ -633,24 +633,24 @@ class TestLanguage:
         size = backbone.settings.size
         height, width = backbone.grids(size)[0]
         images = torch.rand(1, 3, *size)
-        normalised = backbone.encode(images)
+        normalized = backbone.encode(images)
         first, image = (1, 7) if family == "llava-language" else (4, 5)
         tokens = torch.tensor([[first, *[image] * height * width]])
         if family == "llava-language":
-            inputs = {"pixel_values": normalised}
+            inputs = {"pixel_values": normalized}
         else:
             processor = transformers.Qwen2VLImageProcessorPil()
-            patches = processor.patchify(normalised[0].numpy(), patch_size=2, merge_size=2, temporal_patch_size=2)[0]
+            patches = processor.patchify(normalized[0].numpy(), patch_size=2, merge_size=2, temporal_patch_size=2)[0]
             grid = torch.tensor([[1, 2 * height, 2 * width]])
             inputs = {"pixel_values": torch.from_numpy(patches), "image_grid_thw": grid}
             inputs["mm_token_type_ids"] = (tokens == image).int()
         oracle = AttentionOracle()
         with torch.no_grad(), oracle:
             expected = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
-        found = []
-        with torch.no_grad(), backbone.capture(lambda *block: found.append(block)):
-            assert torch.equal(backbone.predict(normalised, torch.zeros(1)), expected)
-        for (_, *read), (query, key) in zip(found, oracle.calls[-3:], strict=True):  # the image follows one token
+        blocks = []
+        with torch.no_grad(), backbone.capture(lambda *block: blocks.append(block)):
+            assert torch.equal(backbone.predict(normalized, torch.zeros(1)), expected)
+        for (_, *read), (query, key) in zip(blocks, oracle.calls[-3:], strict=True):  # the image follows one token
             assert torch.equal(read[0], query[:, :, 1:])
             assert torch.equal(read[1], key.repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, 1:])
 
@@ -699,10 +699,10 @@ class TestEva:
     def test_other_models_of_the_class(self, options):
         backbone = wrap_encoder(eva(**options).eval(), size=SIZE)
         oracle = AttentionOracle()
-        _, found = captured(backbone, oracle)
-        assert len(found) == len(oracle.calls) == 3
-        for (_, *heard), expected in zip(found, oracle.calls, strict=True):
-            assert all(torch.equal(x, y[:, :, -60:]) for x, y in zip(heard, expected, strict=True))
+        _, blocks = captured(backbone, oracle)
+        assert len(blocks) == len(oracle.calls) == 3
+        for (_, *read), expected in zip(blocks, oracle.calls, strict=True):
+            assert all(torch.equal(x, y[:, :, -60:]) for x, y in zip(read, expected, strict=True))
 
     def test_another_architecture_of_timm(self, tmp_path):
         timm()

@@ -73,13 +73,13 @@ def test_rotary_keeps_lengths_and_sees_only_relative_positions():
 
 
 def test_capture_passes_on_exactly_what_attention_receives(network, backbone, sample):
-    seen = {}
-    with AttentionOracle() as oracle, backbone.capture(lambda i, q, k: seen.update({i: (q.clone(), k.clone())})):
+    inputs = {}
+    with AttentionOracle() as oracle, backbone.capture(lambda i, q, k: inputs.update({i: (q.clone(), k.clone())})):
         network(sample, LEVEL)
-    assert sorted(seen) == [0, 1, 2] and len(oracle.calls) == 3
+    assert sorted(inputs) == [0, 1, 2] and len(oracle.calls) == 3
     for index, (query, key) in enumerate(oracle.calls):
         assert query.shape == (2, 4, 35, 12)
-        assert torch.equal(seen[index][0], query) and torch.equal(seen[index][1], key)
+        assert torch.equal(inputs[index][0], query) and torch.equal(inputs[index][1], key)
 
 
 def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, backbone, sample):
@@ -117,20 +117,20 @@ def test_capture_complains_of_a_module_that_does_not_run(network, backbone, samp
 
 
 def test_captured_map_is_the_networks_own(network, backbone, sample):
-    """The value path of a block, computed from the captured map alone, is what the block computed."""
-    seen, values, outputs = {}, {}, {}
+    """Compare the output of a block with its values, averaged by the captured map alone."""
+    inputs, values, outputs = {}, {}, {}
     attention = network.blocks[1].attn
     handles = [
         attention.to_v.register_forward_hook(lambda _, __, out: values.update(v=out)),
         attention.to_out[0].register_forward_hook(lambda _, args, __: outputs.update(mixed=args[0])),
     ]
-    with backbone.capture(lambda _, q, k: seen.update(q=q, k=k), [1]):
+    with backbone.capture(lambda _, q, k: inputs.update(q=q, k=k), [1]):
         network(sample, LEVEL)
     for handle in handles:
         handle.remove()
     mixed = outputs["mixed"].unflatten(-1, (4, -1))  # (B, N, H, d)
     for head in range(4):
-        one = (seen["q"][:, head : head + 1].double(), seen["k"][:, head : head + 1].double())
+        one = (inputs["q"][:, head : head + 1].double(), inputs["k"][:, head : head + 1].double())
         attended = reference.attention_map(*one) @ values["v"].double().unflatten(-1, (4, -1))[:, :, head]
         torch.testing.assert_close(attended, mixed[:, :, head].double(), atol=1e-5, rtol=1e-5)
 

@@ -35,7 +35,7 @@ def images(count=4):
 
 
 def run_in_threads(calls):
-    """Results of calls (name, function), several times each and all at once, by name; an error is raised here."""
+    """Return (name, result) of calls (name, function), made several times and at once; raise the first error."""
     results, errors, start = [], [], threading.Barrier(THREADS, timeout=60)
 
     def work(first):
@@ -60,7 +60,7 @@ def run_in_threads(calls):
 
 
 def assert_as_alone(calls):
-    """What threads get at once is what one thread gets in turn."""
+    """Compare what threads get at once with what one thread gets in turn."""
     alone = {name: call() for name, call in calls}
     for name, result in run_in_threads(calls):
         expected = alone[name]
@@ -69,7 +69,7 @@ def assert_as_alone(calls):
 
 
 def tracer_calls(*tracers):
-    """Scans of every image by every tracer, in an order in which neighbors differ in both."""
+    """Return scans of every image by every tracer, in an order in which neighbors differ in tracer or image."""
     return [
         (f"tracer {number}, image {index}", lambda tracer=tracer, image=image: tracer.scan(image, **SCAN))
         for index, image in enumerate(images())
@@ -88,7 +88,7 @@ def make_pipe(family):
 
 
 def pipe_calls(pipe, empty_prompt):
-    """Scans by two tracers of a pipeline, and between them calls of its network, in no capture and without a lock."""
+    """Return scans by two tracers of a pipeline, and calls of its network in no capture and without a lock."""
     backbones = [wrap_pipeline(pipe, empty_prompt, SIZE) for _ in range(2)]
     latents = [backbones[0].encode(image) for image in images()]
 
@@ -98,12 +98,12 @@ def pipe_calls(pipe, empty_prompt):
 
     calls = tracer_calls(*map(Tracer, backbones))
     for index, latent in enumerate(latents):
-        calls.insert(3 * index, (f"own call, latent {index}", lambda latent=latent: predict(latent)))
+        calls.insert(3 * index, (f"plain call, latent {index}", lambda latent=latent: predict(latent)))
     return calls
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3.5-medium", "flux.2", "qwen-image", "z-image"])
-def test_two_tracers_of_a_network_and_calls_of_its_own(family):
+def test_two_tracers_of_a_network_and_plain_calls(family):
     assert_as_alone(pipe_calls(*make_pipe(family)))
 
 
@@ -171,7 +171,7 @@ def test_parts_whose_weights_come_and_go():
 
 
 def test_a_backward_pass_in_autograds_thread_is_read_too():
-    # on a GPU autograd runs checkpointed blocks again in a thread of its own
+    # on a GPU autograd runs checkpointed blocks again in another thread
     backbone = load_backbone("mini", device=torch.device("cpu"), size=SIZE)
     network, blocks = backbone.network.requires_grad_(True), []
     forwards = [block.forward for block in network.blocks]

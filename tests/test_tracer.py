@@ -295,7 +295,7 @@ def test_threads_take_turns(tracer, images):
         ({"size": (64,)}, ValueError, r"size must be \(height, width\), positive integers, got \(64,\)"),
         ({"size": (22, 40)}, ValueError, "size must be positive multiples of 4 pixels"),
         ({"edge_scale": 0}, ValueError, "edge_scale must be a positive number, got 0"),
-        ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer level"),
+        ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer"),
         ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian"),
     ],
 )
@@ -340,8 +340,8 @@ def test_seed_matters_for_gaussian_noising_alone(tracer, images):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer level, got 'peak'"),
-        ({"timestep": True}, TypeError, "timestep must be 'iep' or an integer level, got True"),
+        ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer, got 'peak'"),
+        ({"timestep": True}, TypeError, "timestep must be 'iep' or an integer, got True"),
         ({"timestep": 1000}, ValueError, "timestep must be from 0 to 999, got 1000"),
         ({"timesteps": (99, 0)}, ValueError, r"timesteps must rise and be from 0 to 999, got \(99, 0\)"),
         ({"timesteps": ()}, ValueError, "timesteps must rise and be from 0 to 999"),

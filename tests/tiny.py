@@ -224,7 +224,7 @@ def flux_pipeline(folder):
 
 
 def chat_tokenizer():
-    """A tokenizer whose every word is unknown, with a template of conversations."""
+    """Make a tokenizer whose every word is unknown, with a template of conversations."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     inner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
@@ -347,9 +347,9 @@ class Family:
         blocks: how many self-attentions are read.
         step: pixels of which a side must be a multiple.
         pipeline: makes the whole pipeline, with text encoders, in a folder for files.
-        image: where the image's tokens stand among those that the product receives, for so many of them.
-        others: how many other tokens the product may receive.
-        ignored: places of the products of text alone among the calls that have as many queries as keys.
+        image: where the image's tokens stand among those that attention receives, by their count.
+        others: how many other tokens attention may receive.
+        ignored: positions of attention of text alone among the calls that have as many queries as keys.
         sample: the latent, from what the network receives and the grid of tokens.
         flow: whether it is a rectified flow, else variance preserving.
         call: what its pipeline needs beside size, prompt and steps.
@@ -369,13 +369,13 @@ class Family:
     prompt: int = 77
 
     def calls(self, oracle):
-        """Query and key of the products that are read, in order."""
+        """Return query and key of the calls of attention that are read, in order."""
         alike = [(query, key) for query, key in oracle.calls if query.shape == key.shape]
         return [call for index, call in enumerate(alike) if index not in self.ignored]
 
 
 def packed(arguments, grid):
-    """The latent of which a network receives patches of 2 x 2 in a row."""
+    """Return the latent of which a network receives patches of 2 x 2 in a row."""
     patches = arguments["hidden_states"].unflatten(1, grid).unflatten(3, (-1, 2, 2))
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
@@ -446,13 +446,13 @@ PIPELINES = tuple(name for name, family in FAMILIES.items() if family.pipeline i
 
 
 def pipeline(family, folder):
-    """A whole tiny pipeline, with text encoders."""
+    """Make a whole tiny pipeline, with text encoders."""
     torch.manual_seed(0)
     return FAMILIES[family].pipeline(folder)
 
 
 def embedded(folder):
-    """The folder of a network of ours with random weights: 32 x 48 pixels, 8 x 12 tokens, two blocks."""
+    """Write the folder of a network of ours with random weights: 32 x 48 pixels, 8 x 12 tokens, two blocks."""
     torch.manual_seed(0)
     network = Mini(MiniConfig(dim=16, depth=2, heads=2))
     for parameter in network.parameters():
@@ -465,7 +465,7 @@ def embedded(folder):
 
 
 def student(folder, base, size, decoder="conv", timestep=0, **options):
-    """The folder of a student with random adapters and decoder."""
+    """Write the folder of a student with random adapters and decoder."""
     backbone = load_backbone(base, device=torch.device("cpu"), size=size)
     random = torch.Generator().manual_seed(5)
     names = {module: name for name, module in backbone.network.named_modules()}
@@ -475,16 +475,16 @@ def student(folder, base, size, decoder="conv", timestep=0, **options):
         adapter[f"{name}.lora_A.weight"] = torch.randn(2, columns, generator=random) / 4
         adapter[f"{name}.lora_B.weight"] = torch.randn(rows, 2, generator=random) / 4
     torch.manual_seed(6)
-    made = make_decoder(decoder, backbone.finest_grid(), **options)
+    network_decoder = make_decoder(decoder, backbone.finest_grid(), **options)
     config = {
         "format": FORMAT,
         "base": {"model": str(base)},
         "size": list(size),
         "timestep": timestep,
-        "decoder": made.options(),
+        "decoder": network_decoder.options(),
         "scale": 0.5,
     }
-    save_student(folder, config, made, adapter, getattr(backbone, "empty_prompt", None))
+    save_student(folder, config, network_decoder, adapter, getattr(backbone, "empty_prompt", None))
     return folder
 
 
@@ -514,7 +514,7 @@ def dinov3():
 
 
 def language(**config):
-    """What a tiny language model is made of."""
+    """Return the configuration of a tiny language model."""
     return {
         "vocab_size": 8,
         "hidden_size": 8,
@@ -594,7 +594,7 @@ def eva(architecture="eva02_large_patch14_448", **options):
 
 
 def sam():
-    """A SAM of 32 pixels, and its processor, of the classes that need no torchvision."""
+    """Make a SAM of 32 pixels, and its processor, of the classes that need no torchvision."""
     from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
     sizes = {"hidden_size": 8, "image_size": 32, "patch_size": 8}
@@ -629,7 +629,7 @@ def sam():
 
 
 def sam2():
-    """A SAM 2 of 64 pixels."""
+    """Make a SAM 2 of 64 pixels."""
     backbone = transformers.Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[64, 64],

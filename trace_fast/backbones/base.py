@@ -33,27 +33,32 @@ __all__ = [
     "load_weights",
 ]
 
-STEPS = 1000  # noise levels are 0 .. STEPS - 1, from image to noise
+STEPS = 1000  # timesteps are 0 .. STEPS - 1, from image to noise
 NOISINGS = ("inversion", "gaussian")
 
 
 def check_timestep(timestep: Any) -> int | None:
-    """A fixed level as an integer, or None for "iep"."""
+    """Return a timestep as an integer, or None for "iep".
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is not from 0 to STEPS - 1.
+    """
     if isinstance(timestep, str) and timestep == "iep":
         return None
     try:
-        level = operator.index(timestep)
+        value = operator.index(timestep)
     except TypeError:
-        level = None
-    if level is None or isinstance(timestep, bool):
-        raise TypeError(f"trace: timestep must be 'iep' or an integer level, got {timestep!r}")
-    if not 0 <= level < STEPS:
-        raise ValueError(f"trace: timestep must be from 0 to {STEPS - 1}, got {level}")
-    return level
+        value = None
+    if value is None or isinstance(timestep, bool):
+        raise TypeError(f"trace: timestep must be 'iep' or an integer, got {timestep!r}")
+    if not 0 <= value < STEPS:
+        raise ValueError(f"trace: timestep must be from 0 to {STEPS - 1}, got {value}")
+    return value
 
 
 def check_noising(noising: Any) -> str:
-    """One of `NOISINGS`."""
+    """Return a way of noising, one of `NOISINGS`; raise ValueError for another."""
     if noising not in NOISINGS:
         raise ValueError(f"trace: noising must be one of {', '.join(NOISINGS)}, got {noising!r}")
     return str(noising)
@@ -65,8 +70,8 @@ class Settings:
 
     Attributes:
         size: processing size in pixels, (height, width); images are squashed to it and edges stretched back.
-        timestep: "iep" for the peak of the KL curve, or a fixed noise level.
-        noising: "inversion" (deterministic) or "gaussian" (independent levels).
+        timestep: "iep" for the peak of the KL curve, or a fixed timestep.
+        noising: "inversion" (deterministic) or "gaussian" (independent timesteps).
         blocks: indices of the self-attention blocks that are averaged; None for all of them.
         edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats.
         reason: why a preference differs from the paper's, with the figure that decided it.
@@ -93,7 +98,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """Settings from JSON values; unknown names raise TypeError."""
+        """Return settings of JSON values; raise TypeError for unknown names."""
         known = {entry.name for entry in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise TypeError(f"unknown tracing settings {unknown}, known are {sorted(known)}")
@@ -205,32 +210,36 @@ class Backbone(abc.ABC):
 
 @functools.lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers (N,) where they are used, copied there once: a copy makes the host wait, and breaks a graph."""
+    """Return numbers (N,) on a device, copied there once: a copy makes the host wait, and breaks a graph."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def get_device(network: nn.Module) -> torch.device:
-    """Where a network runs: where it is, or where accelerate or diffusers bring it or its layers."""
+    """Return the device that a network runs on: its own, or the one that accelerate or diffusers move it to."""
     resting = next(network.parameters()).device
     offloaded = hasattr(network, "_hf_hook") or resting.type in ("cpu", "meta")  # or weights would not rest there
     for module in network.modules() if offloaded else ():
-        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         registry: Any = getattr(module, "_diffusers_hook", None)
         if registry is not None and (hook := registry.get_hook("group_offloading")) is not None:
-            place = hook.group.onload_device
-        if place is not None:
-            return torch.device(place)
+            device = hook.group.onload_device
+        if device is not None:
+            return torch.device(device)
     return resting
 
 
 def get_dtype(network: Any) -> torch.dtype:
-    """What a network computes in: its own word where it has one, since weights may be kept in fewer bits."""
+    """Return the dtype that a network computes in, which it may say itself: weights may be kept in fewer bits."""
     dtype = getattr(network, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(network.parameters()).dtype
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file as float32; ValueError where it is damaged or holds a number that is not finite."""
+    """Read the tensors of a safetensors file as float32.
+
+    Raises:
+        ValueError: the file is damaged, or holds a number that is not finite.
+    """
     try:
         weights = {name: value.float() for name, value in load_file(path).items()}
     except SafetensorError as error:

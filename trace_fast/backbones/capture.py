@@ -135,10 +135,10 @@ class Capture:
         self._lock.release()
         silent = [module for module, captured in zip(self.modules, self.captured, strict=True) if not captured]
         if error is None and silent:
-            kinds = ", ".join(sorted({type(module).__name__ for module in silent}))
+            names = ", ".join(sorted({type(module).__name__ for module in silent}))
             raise CaptureError(
                 f"Capture: every self-attention must run and call its declared layers, got nothing from {len(silent)} "
-                f"of {len(self.modules)} modules ({kinds}); if their projections are fused, separate them "
+                f"of {len(self.modules)} modules ({names}); if their projections are fused, separate them "
                 "(unfuse_qkv_projections)"
             )
 
@@ -148,7 +148,7 @@ class Capture:
             return True
         if not self._trains or torch.compiler.is_compiling():
             return False
-        # autograd runs a checkpointed block again in a thread of its own
+        # on a GPU, autograd runs a checkpointed block again in another thread
         return torch._C._current_graph_task_id() >= 0
 
     def _watch(self, index: int) -> None:
@@ -227,7 +227,7 @@ def network_lock(module: nn.Module) -> threading.RLock:
     """Return the lock of a network or an autoencoder: one for all objects that use it, compiled or not.
 
     A thread may hold it more than once. It is no part of the module, which can be copied and pickled as before; a copy
-    has a lock of its own.
+    has another lock.
 
     Args:
         module: a module, or what `torch.compile` makes of it.

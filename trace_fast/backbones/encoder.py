@@ -20,7 +20,7 @@ OTHERS = frozenset(("v_proj", "o_proj", "out_proj", "proj"))
 
 
 class EncoderBackbone(Backbone):
-    """An encoder as the tracer sees it: the sample is the normalised image, the level always 0.
+    """An encoder as the tracer sees it: the sample is the normalized image, the timestep always 0.
 
     The network is used as it is, on its device and in its dtype. Families say how large its patches are and how it is
     called.
@@ -75,27 +75,27 @@ class EncoderBackbone(Backbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> EncoderBackbone:
-        """A loaded network at a size, its own where None; `blocks` are read, `default_blocks` where None."""
+        """Return a backbone of a loaded network at a size, its own if None; `blocks` are read, or `default_blocks`."""
         chosen = cls.default_blocks(network) if blocks is None else tuple(blocks)
         return cls(network, Settings(size=size or cls.native_size(network), timestep=0, blocks=chosen), mean, std)
 
     @staticmethod
     def default_blocks(network: Any) -> tuple[int, ...] | None:
-        """Indices of the blocks that are averaged; None for all of them."""
+        """Return the indices of the blocks that are averaged, or None for all of them."""
         return None
 
     @staticmethod
     def config(network: Any) -> Any:
-        """What the network says of its images."""
+        """Return the part of a network's configuration that describes its images."""
         return network.config
 
     @classmethod
     def native_size(cls, network: Any) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
+        """Return the height and width in pixels that the model was made for."""
         return pair(cls.config(network).image_size)
 
     def attentions(self) -> list[nn.Module]:
-        """The self-attention modules, in the order in which they run."""
+        """Return the self-attention modules, in the order in which they run."""
         return [
             module
             for module in self.network.modules()
@@ -103,15 +103,15 @@ class EncoderBackbone(Backbone):
         ]
 
     def token(self) -> tuple[int, int]:
-        """Height and width in pixels of what a token stands for: a patch."""
+        """Return the height and width in pixels of what a token stands for: a patch."""
         return pair(self.config(self.network).patch_size)
 
     def step(self) -> tuple[int, int]:
-        """Height and width must be multiples of these, in pixels: a token, or what the network merges of them."""
+        """Return what height and width must be multiples of, in pixels: a token, or those that the network merges."""
         return self.token()
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Tokens, the same in every block."""
+        """Return the grid of tokens, which is the same in every block."""
         step, token = self.step(), self.token()
         if any(side < one or side % one for side, one in zip(size, step, strict=True)):
             raise ValueError(
@@ -120,16 +120,16 @@ class EncoderBackbone(Backbone):
         return [(size[0] // token[0], size[1] // token[1])] * len(self.attentions())
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to (image - mean) / std of the data that the model was trained on."""
+        """Return (image - mean) / std of images (B, 3, H, W) in [0, 1], by the data that the model was trained on."""
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)  # moved once
         return (images - self.mean) / self.std
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """One call of the network: features of every token; there are no levels, so `timestep` is ignored."""
+        """Call the network and return features of every token; `timestep` is ignored, since it has none."""
         return self.call(sample.to(get_dtype(self.network)))
 
     def call(self, pixels: Tensor) -> Tensor:
-        """The network's features of normalised images in its dtype."""
+        """Return the network's features of normalized images in its dtype."""
         return self.network(pixels)[0]
 
     def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
@@ -139,5 +139,5 @@ class EncoderBackbone(Backbone):
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a configuration's side or sides."""
+    """Return (height, width) of a configuration's side or sides."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

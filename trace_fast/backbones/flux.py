@@ -25,7 +25,7 @@ class FluxBackbone(LatentBackbone):
     The softmax over image keys alone is the image part of the joint softmax, every row divided by its sum.
 
     Attributes:
-        guidance: strength that guidance-distilled models (dev) are told; 1 is none, as befits the empty prompt.
+        guidance: strength that guidance-distilled models (dev) receive; 1 means none, as fits the empty prompt.
     """
 
     LAYOUTS: ClassVar = (AttentionLayout("norm_q", "norm_k", OTHERS, PROJECTIONS, rotary="image_rotary_emb"),)
@@ -33,13 +33,13 @@ class FluxBackbone(LatentBackbone):
 
     @staticmethod
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
-        """The embedding of the empty prompt by the pipeline's text encoders."""
+        """Return the embedding of the empty prompt by the pipeline's text encoders."""
         check_text_encoders(pipe, "text_encoder", "text_encoder_2")
         embeds, pooled, _ = pipe.encode_prompt("", "", device=get_device(pipe.transformer))
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def attentions(self) -> list[nn.Module]:
-        """Double blocks, then single blocks."""
+        """Return the attention of double blocks, then that of single blocks."""
         return [block.attn for block in (*self.network.transformer_blocks, *self.network.single_transformer_blocks)]
 
     def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class FluxBackbone(LatentBackbone):
 
     @classmethod
     def native_size(cls, pipe: Any) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
+        """Return the height and width in pixels that the model was made for."""
         return SIZE, SIZE
 
     def prompt_names(self) -> tuple[str, ...]:
@@ -59,15 +59,15 @@ class FluxBackbone(LatentBackbone):
         return "encoder_hidden_states", "pooled_projections"
 
     def latent_channels(self) -> int:
-        """A token's: PATCH x PATCH latents."""
+        """Return the channels of a token: PATCH x PATCH latents."""
         return super().latent_channels() * PATCH**2
 
     def patch(self) -> int:
-        """Latents along a side of a token; the network itself is told 1."""
+        """Return the side of a token in latents; the network's own configuration says 1."""
         return PATCH
 
     def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
-        """The predicted velocity; the network counts levels from 0 to 1."""
+        """Return the predicted velocity; the network's own timesteps go from 0 to 1."""
         height, width = (side // PATCH for side in sample.shape[-2:])
         positions = torch.zeros(height, width, 3, dtype=torch.float32, device=sample.device)
         positions[..., 1] = torch.arange(height, device=sample.device)[:, None]

@@ -22,7 +22,7 @@ class LanguageBackbone(EncoderBackbone):
     the first token of a sequence whatever it is, so it had better not be the image's. Nothing follows the image, since
     what comes before does not see it. The network runs as it is, with its causal mask; the map is the softmax over all
     keys of the image without that mask. Under it a token sees only what is above it and to its left, and the rows of
-    opposite neighbours could not be compared. The paper does not say which it takes.
+    opposite neighbors could not be compared. The paper does not say which it takes.
 
     `network` is the whole model. Its way of making masks makes the host wait for the device.
     """
@@ -31,27 +31,27 @@ class LanguageBackbone(EncoderBackbone):
 
     @staticmethod
     def config(network: Any) -> Any:
-        """What the tower says of its images."""
+        """Return the tower's configuration."""
         return network.config.vision_config
 
     def attentions(self) -> list[nn.Module]:
-        """One a layer of the language model."""
+        """Return the attention of every layer of the language model."""
         return [layer.self_attn for layer in self.network.model.language_model.layers]
 
     def first(self) -> int:
-        """The token before the image."""
+        """Return the token before the image."""
         raise NotImplementedError
 
     def features(self, pixels: Tensor) -> Tensor:
-        """The image's tokens as the language model takes them, (B, N, C)."""
+        """Return the image's tokens as the language model takes them, (B, N, C)."""
         raise NotImplementedError
 
     def positions(self, device: torch.device) -> Tensor | None:
-        """Positions of all tokens; None for 0, 1, 2 and so on."""
+        """Return the positions of all tokens, or None for 0, 1, 2 and so on."""
         return None
 
     def call(self, pixels: Tensor) -> Tensor:
-        """Logits of what would follow the image."""
+        """Return the logits of what would follow the image."""
         features = self.features(pixels)
         first = self.network.get_input_embeddings()(constant((self.first(),), pixels.device))
         return self.network(
@@ -71,11 +71,11 @@ class LlavaLanguageBackbone(LanguageBackbone):
     """`LlavaForConditionalGeneration`: one token a patch, behind the token that begins a text."""
 
     def first(self) -> int:
-        """The token that begins a text."""
+        """Return the token that begins a text."""
         return self.network.config.text_config.bos_token_id
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Patches behind the projector, (B, N, C); positions of the tower are interpolated to other sizes."""
+        """Return patches behind the projector, (B, N, C); the tower interpolates its positions to other sizes."""
         output = self.network.model.get_image_features(pixels, interpolate_pos_encoding=True, return_dict=True)
         return torch.stack(tuple(output.pooler_output))
 
@@ -88,25 +88,25 @@ class QwenLanguageBackbone(LanguageBackbone):
 
     @classmethod
     def native_size(cls, network: Any) -> tuple[int, int]:
-        """64 x 64 patches."""
+        """Return the size of 64 x 64 patches."""
         return qwen_size(cls.config(network), 64)
 
     def token(self) -> tuple[int, int]:
-        """A unit of patches that are merged."""
+        """Return the size of a unit of patches that are merged."""
         config = self.config(self.network)
         return qwen_size(config, config.spatial_merge_size)
 
     def first(self) -> int:
-        """The token that begins an image."""
+        """Return the token that begins an image."""
         return self.network.config.vision_start_token_id
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Merged patches, row by row, (B, N, C)."""
+        """Return merged patches, row by row, (B, N, C)."""
         patches, grid = qwen_patches(pixels, self.config(self.network))
         return torch.stack(self.network.model.get_image_features(patches, grid, return_dict=True).pooler_output)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Time, row and column of all tokens, (3, 1, 1 + N): an image begins where the text before it ends."""
+        """Return time, row and column of all tokens, (3, 1, 1 + N): an image begins where the text before it ends."""
         height, width = self.grids(self.settings.size)[0]
         row, column = torch.meshgrid(
             torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"

@@ -41,7 +41,7 @@ class MiniConfig:
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys; attribute names are those of diffusers' attention classes."""
+    """Self-attention with normalized queries and keys; attribute names are those of diffusers' attention classes."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -69,14 +69,14 @@ class Attention(nn.Module):
 
 
 def zeros(module: Layer) -> Layer:
-    """The layer with weight and bias at zero, so that training starts from a network that does nothing."""
+    """Set weight and bias of a layer to zero, so that training starts from a network that does nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class Block(nn.Module):
-    """Self-attention, then a depthwise 3 x 3 convolution and an MLP, both modulated by the noise level.
+    """Self-attention, then a depthwise 3 x 3 convolution and an MLP, both modulated by the timestep.
 
     The convolution does the local part of denoising, so that attention need not.
     """
@@ -91,8 +91,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
 
-    def forward(self, x: Tensor, level: Tensor, grid: tuple[int, int], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        modulation = (level + self.scale_shift_table)[:, :, None]  # (B, 6, 1, C)
+    def forward(self, x: Tensor, conditioning: Tensor, grid: tuple[int, int], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        modulation = (conditioning + self.scale_shift_table)[:, :, None]  # (B, 6, 1, C)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, image_rotary_emb=rotary)
         y = self.norm2(x) * (1 + scale2) + shift2
@@ -126,7 +126,7 @@ class Mini(nn.Module):
 
         Args:
             sample: (B, 3, H, W) float, pixels in [-1, 1] mixed with unit noise; H and W multiples of `patch`.
-            timestep: (B,) noise level, 0 (image) to 999 (noise).
+            timestep: (B,), 0 (image) to 999 (noise).
 
         Returns:
             (B, 3, H, W), v = sqrt(abar) noise - sqrt(1 - abar) image.
@@ -134,16 +134,18 @@ class Mini(nn.Module):
         config = self.config
         grid = (sample.shape[-2] // config.patch, sample.shape[-1] // config.patch)
         rotary = rotary_embedding(*grid, config.dim // config.heads, sample.device)
-        level = self.time(sinusoidal_embedding(timestep, config.dim).to(self.stem.weight.dtype)).unflatten(1, (6, -1))
+        conditioning = self.time(sinusoidal_embedding(timestep, config.dim).to(self.stem.weight.dtype)).unflatten(
+            1, (6, -1)
+        )
         x = self.stem(sample).flatten(2).transpose(1, 2)  # (B, N, C)
         for block in self.blocks:
-            x = block(x, level, grid, rotary)
+            x = block(x, conditioning, grid, rotary)
         patches = self.head(self.norm(x)).transpose(1, 2)  # (B, 3 * patch * patch, N)
         return functional.pixel_shuffle(patches.unflatten(2, grid), config.patch)
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """(B,) noise levels -> (B, dim) float32 cosines and sines, wavelengths from 2 pi to 10,000 times that."""
+    """Return cosines and sines (B, dim) float32 of timesteps (B,), wavelengths from 2 pi to 10,000 times that."""
     steps = torch.linspace(0, -math.log(10_000), dim // 2, dtype=torch.float32, device=timestep.device)
     frequencies = torch.exp(steps)
     angles = timestep.float()[:, None] * frequencies
@@ -179,18 +181,18 @@ class MiniBackbone(Backbone):
         return cls(network, Settings.from_dict({"size": [side, side], **config.get("tracing", {})}))
 
     def attentions(self) -> list[nn.Module]:
-        """The attention of every block."""
+        """Return the attention of every block."""
         return [module for module in self.network.modules() if isinstance(module, Attention)]
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tokens of `patch` x `patch` pixels; any size that they fill."""
+        """Return the grid of tokens of `patch` x `patch` pixels; raise ValueError for a size that they do not fill."""
         patch = self.network.config.patch
         if min(size) < patch or size[0] % patch or size[1] % patch:
             raise ValueError(f"mini: size must be positive multiples of {patch} pixels, got {size}")
         return size[0] // patch, size[1] // patch
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Every block sees the same grid."""
+        """Return the grid of tokens, which is the same in every block."""
         return [self.grid(size)] * len(self.attentions())
 
     def attention_inputs(self, module: nn.Module, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
@@ -199,9 +201,9 @@ class MiniBackbone(Backbone):
         return query, key
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pixels from [0, 1] to [-1, 1]."""
+        """Return pixels in [-1, 1] of pixels in [0, 1]."""
         return images * 2 - 1
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The predicted v, of the dtype of the sample."""
+        """Return the predicted v, in the dtype of the sample."""
         return self.network(sample.to(get_dtype(self.network)), timestep).to(sample.dtype)

@@ -18,27 +18,27 @@ class PixArtBackbone(LatentBackbone):
 
     @staticmethod
     def make_schedule(pipe: Any) -> VariancePreserving:
-        """The scheduler's own levels."""
+        """Return the schedule that the scheduler describes."""
         return VariancePreserving.from_scheduler(pipe.scheduler)
 
     @staticmethod
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
-        """The embedding of the empty prompt by the pipeline's text encoders."""
+        """Return the embedding of the empty prompt by the pipeline's text encoders."""
         check_text_encoders(pipe, "text_encoder")
         device = get_device(pipe.transformer)
         embeds, mask, *_ = pipe.encode_prompt("", do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def prompt_names(self) -> tuple[str, ...]:
-        """Embeddings, and which of them are of the prompt."""
+        """Return the names of the embeddings, and of the mask that says which of them are of the prompt."""
         return "encoder_hidden_states", "encoder_attention_mask"
 
     def attentions(self) -> list[nn.Module]:
-        """One a block."""
+        """Return the first attention of every block."""
         return [block.attn1 for block in self.network.transformer_blocks]
 
     def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
-        """The predicted noise; the second half of the channels is the predicted variance."""
+        """Return the predicted noise; the second half of the network's channels is the predicted variance."""
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:  # of the models of 1024 pixels
             size = tuple(side * self.pixels_per_latent(self.vae) for side in sample.shape[-2:])

@@ -1,4 +1,4 @@
-"""Rotary position embedding as diffusers' transformers apply it: interleaved pairs, after q/k normalisation."""
+"""Rotary position embedding as diffusers' transformers apply it: interleaved pairs, after the norms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["apply_rotary", "rotary_embedding"]
 
 
 def rotary_embedding(height: int, width: int, dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a two-dimensional rotary position embedding.
+    """Return cosines and sines of a two-dimensional rotary position embedding.
 
     Args:
         height: grid rows, in tokens.
         width: grid columns, in tokens.
-        dim: channels of one head; the first half turns with the row, the second with the column.
+        dim: channels of one head; the first half encodes the row, the second the column.
         device: where to make them.
 
     Returns:
@@ -31,8 +31,8 @@ def rotary_embedding(height: int, width: int, dim: int, device: torch.device | N
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel pairs of x (B, N, H, d) by the angles of `rotary`, two (N, d) tensors; float32 inside."""
+    """Rotate channel pairs of x (B, N, H, d) by the angles of `rotary`, two (N, d) tensors, in float32."""
     cos, sin = (part[:, None, :] for part in rotary)  # (N, 1, d)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    rotated = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x.float() * cos + rotated * sin).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Noise levels: how a latent at level t is made by noising or inversion, in float32, apart from any sampler."""
+"""Timesteps: how a latent at timestep t is made by noising or inversion, in float32, apart from any sampler."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["RectifiedFlow", "Schedule", "VariancePreserving"]
 
 
 class Schedule(Protocol):
-    """What the levels of a network mean: integers from 0 (image) to 999 (noise)."""
+    """What the timesteps of a network mean: integers from 0 (image) to 999 (noise)."""
 
     def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Independent Gaussian noising: the latent (B, C, h, w) mixed with unit noise at levels (B,)."""
+        """Return the latent (B, C, h, w) mixed with unit noise, independently at timesteps (B,)."""
 
     def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
-        """One deterministic inversion step, from levels (B,) to the noisier levels `following` (B,).
+        """Return the sample after one deterministic inversion step, from timesteps (B,) to noisier ones, `following`.
 
         `prediction` is what the network makes of `sample`, shaped like it.
         """
 
     def denoise(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The clean latent that the network sees in `sample` at levels (B,)."""
+        """Return the clean latent that the network predicts of `sample` at timesteps (B,)."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class VariancePreserving:
     """The discrete variance-preserving schedule of DDPM and Stable Diffusion.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, with abar_t the running product of 1 - beta, and beta or, where
-    `scaled`, sqrt(beta) linear in t. Level 0 is all but clean (abar = 0.99915); inversion starts there from the latent
-    as it is, as samplers do. The network predicts the noise (epsilon) or the velocity.
+    `scaled`, sqrt(beta) linear in t. Timestep 0 is all but clean (abar = 0.99915); inversion starts there from the
+    latent as it is, as samplers do. The network predicts the noise (epsilon) or the velocity.
 
-    With `zero_terminal`, sqrt(abar) is shifted and scaled so that the last level is all but pure noise (2^-24, as
+    With `zero_terminal`, sqrt(abar) is shifted and scaled so that the last timestep is all but pure noise (2^-24, as
     samplers have it) and the first stays what it was.
     """
 
@@ -50,7 +50,7 @@ class VariancePreserving:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> VariancePreserving:
-        """The schedule that a diffusers scheduler's configuration describes, whatever its sampler.
+        """Return the schedule that a diffusers scheduler's configuration describes, whatever its sampler.
 
         Raises:
             ValueError: it describes another kind of schedule or prediction.
@@ -67,7 +67,7 @@ class VariancePreserving:
             kind = type(scheduler).__name__
             raise ValueError(f"load: scheduler must have {' and '.join(missing)}, got {kind} without, of another kind")
         if config["num_train_timesteps"] != cls.steps:
-            raise ValueError(f"load: scheduler must have {cls.steps} levels, got {config['num_train_timesteps']}")
+            raise ValueError(f"load: scheduler must have {cls.steps} timesteps, got {config['num_train_timesteps']}")
         return cls(
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],
@@ -77,22 +77,22 @@ class VariancePreserving:
         )
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """(signal, noise) factors, each (B, 1, 1, 1) float32, of integer levels (B,) in 0 .. steps - 1."""
+        """Return the factors of signal and noise, each (B, 1, 1, 1) float32, at timesteps (B,) from 0 to steps - 1."""
         abar = _cumulative_products(self, timestep.device)[timestep][:, None, None, None]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Independent Gaussian noising: the latent (B, C, h, w) mixed with unit noise at levels (B,)."""
+        """Return the latent (B, C, h, w) mixed with unit noise, independently at timesteps (B,)."""
         signal, sigma = self.coefficients(timestep)
         return signal * latent + sigma * noise
 
     def velocity(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What a v-predicting network is trained to return: sqrt(abar) noise - sqrt(1 - abar) latent."""
+        """Return what a v-predicting network is trained on: sqrt(abar) noise - sqrt(1 - abar) latent."""
         signal, sigma = self.coefficients(timestep)
         return signal * noise - sigma * latent
 
     def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
-        """One deterministic DDIM inversion step, from levels (B,) to the noisier levels `following` (B,).
+        """Return the sample after one step of DDIM inversion, from timesteps (B,) to noisier ones, `following`.
 
         `prediction` is the noise or velocity that the network sees in `sample`, shaped like it.
         """
@@ -101,7 +101,7 @@ class VariancePreserving:
         return self.noise(self.denoise(sample, prediction, timestep), noise, following)
 
     def denoise(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The clean latent that the network sees in `sample` at levels (B,)."""
+        """Return the clean latent that the network predicts of `sample` at timesteps (B,)."""
         signal, sigma = self.coefficients(timestep)
         if self.prediction == "epsilon":
             return (sample - sigma * prediction) / signal
@@ -112,36 +112,36 @@ class VariancePreserving:
 class RectifiedFlow:
     """The straight path of Stable Diffusion 3 and FLUX.1: x = (1 - sigma) x_0 + sigma noise, sigma = t / steps.
 
-    Sigma is not shifted: the shift of their samplers only decides which levels are visited. The network predicts the
+    Sigma is not shifted: the shift of their samplers only decides at which timesteps they run. The network predicts the
     velocity noise - x_0.
     """
 
     steps: int = 1000
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Share of noise, (B, 1, 1, 1) float32, at integer levels (B,)."""
+        """Return the share of noise, (B, 1, 1, 1) float32, at timesteps (B,)."""
         return (timestep.float() / self.steps)[:, None, None, None]
 
     def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Independent Gaussian noising: the latent (B, C, h, w) mixed with unit noise at levels (B,)."""
+        """Return the latent (B, C, h, w) mixed with unit noise, independently at timesteps (B,)."""
         sigma = self.sigma(timestep)
         return (1 - sigma) * latent + sigma * noise
 
     def invert(self, sample: Tensor, prediction: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
-        """One Euler step away from the image, from levels (B,) to the noisier levels `following` (B,).
+        """Return the sample after one Euler step away from the image, from timesteps (B,) to noisier ones, `following`.
 
         `prediction` is the velocity of `sample`, shaped like it.
         """
         return sample + (self.sigma(following) - self.sigma(timestep)) * prediction
 
     def denoise(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The clean latent that the network sees in `sample` at levels (B,)."""
+        """Return the clean latent that the network predicts of `sample` at timesteps (B,)."""
         return sample - self.sigma(timestep) * prediction
 
 
 @functools.lru_cache(maxsize=16)
 def _cumulative_products(schedule: VariancePreserving, device: torch.device) -> Tensor:
-    """The product abar at every level, (steps,) float32, worked out in float64 and copied to the device once."""
+    """Return the product abar at every timestep, (steps,) float32, computed in float64 and copied once."""
     power = 0.5 if schedule.scaled else 1
     roots = torch.linspace(schedule.beta_start**power, schedule.beta_end**power, schedule.steps, dtype=torch.float64)
     abar = (1 - roots ** (1 / power)).cumprod(0)

@@ -20,7 +20,7 @@ class SD3Backbone(LatentBackbone):
 
     @staticmethod
     def encode_empty_prompt(pipe: Any) -> dict[str, Tensor]:
-        """The embedding of the empty prompt by the pipeline's text encoders."""
+        """Return the embedding of the empty prompt by the pipeline's text encoders."""
         check_text_encoders(pipe, "text_encoder", "text_encoder_2")  # the third may be left out
         device = get_device(pipe.transformer)
         embeds, _, pooled, _ = pipe.encode_prompt("", "", "", device=device, do_classifier_free_guidance=False)
@@ -31,14 +31,14 @@ class SD3Backbone(LatentBackbone):
         return "encoder_hidden_states", "pooled_projections"
 
     def attentions(self) -> list[nn.Module]:
-        """Joint attention of every block, followed by image-only attention where the block has it."""
+        """Return the joint attention of every block, followed by image-only attention where the block has it."""
         blocks = self.network.transformer_blocks
         return [
             module for block in blocks for module in (block.attn, getattr(block, "attn2", None)) if module is not None
         ]
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Patches of the latent, as many along a side as have a position."""
+        """Return the grid of tokens, along each side of which there are only as many as there are positions."""
         grids = super().grids(size)
         limit = self.network.config.pos_embed_max_size
         if max(grids[0]) > limit:
@@ -47,7 +47,7 @@ class SD3Backbone(LatentBackbone):
         return grids
 
     def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
-        """The predicted velocity."""
+        """Return the predicted velocity."""
         return self.network(
             hidden_states=sample,
             encoder_hidden_states=empty_prompt["encoder_hidden_states"],

@@ -59,19 +59,19 @@ class EvaBackbone(EncoderBackbone):
 
     @classmethod
     def native_size(cls, network: Any) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
+        """Return the height and width in pixels that the model was made for."""
         return pair(network.patch_embed.img_size)
 
     def attentions(self) -> list[nn.Module]:
-        """One a block."""
+        """Return the attention of every block."""
         return [block.attn for block in self.network.blocks]
 
     def token(self) -> tuple[int, int]:
-        """A patch."""
+        """Return the height and width of a patch in pixels."""
         return pair(self.network.patch_embed.patch_size)
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Patches, the same in every block."""
+        """Return the grid of patches, which is the same in every block."""
         native = self.native_size(self.network)
         if size != native and not self.network.dynamic_img_size:
             raise ValueError(
@@ -81,7 +81,7 @@ class EvaBackbone(EncoderBackbone):
         return super().grids(size)
 
     def call(self, pixels: Tensor) -> Tensor:
-        """Features of the image, or logits where the model has a head."""
+        """Return features of the image, or logits where the model has a head."""
         return self.network(pixels)
 
     def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class CLIPBackbone(EncoderBackbone):
     COLORS: ClassVar = CLIP
 
     def call(self, pixels: Tensor) -> Tensor:
-        """Features of every token."""
+        """Return features of every token."""
         return self.network(pixels, interpolate_pos_encoding=True)[0]
 
 
@@ -52,20 +52,20 @@ class QwenBackbone(EncoderBackbone):
 
     @staticmethod
     def default_blocks(network: Any) -> tuple[int, ...]:
-        """Those of full attention; the others attend inside windows alone."""
+        """Return the blocks of full attention; the others attend inside windows alone."""
         return tuple(network.config.fullatt_block_indexes)
 
     @classmethod
     def native_size(cls, network: Any) -> tuple[int, int]:
-        """64 x 64 patches."""
+        """Return the size of 64 x 64 patches."""
         return qwen_size(network.config, 64)
 
     def step(self) -> tuple[int, int]:
-        """A unit of patches that are merged."""
+        """Return the size of a unit of patches that are merged."""
         return qwen_size(self.network.config, self.network.config.spatial_merge_size)
 
     def call(self, pixels: Tensor) -> Tensor:
-        """Features of every patch, (B * N, C), in the order of the windows."""
+        """Return features of every patch, (B * N, C), in the order of the windows."""
         patches, grid = qwen_patches(pixels, self.network.config)
         return self.network(patches, grid_thw=grid)[0]
 
@@ -106,13 +106,13 @@ class QwenBackbone(EncoderBackbone):
 
 
 def qwen_size(config: Any, count: int) -> tuple[int, int]:
-    """Height and width in pixels of so many patches along both sides."""
+    """Return height and width in pixels of `count` patches along both sides."""
     height, width = pair(config.patch_size)
     return count * height, count * width
 
 
 def qwen_patches(pixels: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) as Qwen2.5-VL takes them: patches (B * N, C) in units of those that are merged, and grids.
+    """Return images (B, 3, H, W) as Qwen2.5-VL takes them: patches (B * N, C), in units that it merges, and grids.
 
     Grids are (B, 3) int64: frames, rows and columns of patches. `config` is that of the tower.
     """
@@ -131,7 +131,7 @@ def qwen_patches(pixels: Tensor, config: Any) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=16)
 def raster_places(height: int, width: int, merge: int, window: int, device: torch.device) -> Tensor:
-    """Where each patch of the raster stands in Qwen2.5-VL's sequence of one image.
+    """Return where each patch of the raster stands in Qwen2.5-VL's sequence of one image.
 
     The sequence goes through windows, in each through units, in each through patches, always row by row.
 

@@ -72,7 +72,7 @@ class ZImageBackbone(LatentBackbone):
         return PATCH
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return the grid of tokens, along each side of which there are only so many positions."""
+        """Return the grid of tokens, along each side of which there are only as many as there are positions."""
         grids = super().grids(size)
         _, rows, columns = self.network.config.axes_lens
         if grids[0][0] > rows or grids[0][1] > columns:
