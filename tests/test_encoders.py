@@ -389,11 +389,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"timestep": "iep"}, "timestep must be 0 for {}, an encoder without noise levels, got 'iep'"),
-            ({"timestep": 499}, "timestep must be 0 for {}, an encoder without noise levels, got 499"),
-            ({"noising": "gaussian"}, "noising must be none for {}, an encoder without noise levels, got 'gaussian'"),
+            ({"timestep": "iep"}, "timestep must be 0 for {}, an encoder without timesteps, got 'iep'"),
+            ({"timestep": 499}, "timestep must be 0 for {}, an encoder without timesteps, got 499"),
+            ({"noising": "gaussian"}, "noising must be none for {}, an encoder without timesteps, got 'gaussian'"),
             ({"noising": "inversion"}, "noising must be none for {}"),
-            ({"return_kl": True}, "return_kl must be False for {}, an encoder without noise levels, got True"),
+            ({"return_kl": True}, "return_kl must be False for {}, an encoder without timesteps, got True"),
             ({"timesteps": (0, 99)}, r"timesteps must be \(0,\) for {}, an encoder .*, got \(0, 99\)"),
         ],
     )
