@@ -71,12 +71,6 @@ class AttentionLayout:
         return {self.query, self.key} <= children <= {self.query, self.key, *self.others}
 
 
-class _ThreadState(threading.local):
-    """Whether the current thread runs inside a capture; torch.compile guards on it, so a graph knows its thread."""
-
-    inside = False
-
-
 class Capture:
     """Context in which self-attention modules pass their query and key to a function.
 
@@ -109,7 +103,7 @@ class Capture:
         self.captured = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
         self._layouts = [backbone.find_layout(module) for module in self.modules]
         self._lock = network_lock(backbone.network)
-        self._thread = _ThreadState()
+        self._thread = threading.local()  # torch.compile guards on what it holds, so that a graph knows its thread
         self._every_thread = False
         self._trains = False
         self._handles: list[Any] = []
@@ -144,7 +138,7 @@ class Capture:
 
     def _is_own_call(self) -> bool:
         """Return whether the thread that runs a module is the one whose calls are read."""
-        if self._every_thread or self._thread.inside:
+        if self._every_thread or getattr(self._thread, "inside", False):
             return True
         if not self._trains or torch.compiler.is_compiling():
             return False
