@@ -164,7 +164,9 @@ class Capture:
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
                 if self._is_own_call():
-                    values[name] = output
+                    # a view, so that autograd adds up the gradients of what is read before those of the network's own
+                    # use: the sum does not depend on where the read values are used
+                    values[name] = output.view_as(output)
 
             return hook
 
