@@ -30,15 +30,21 @@ if name := os.environ.get("TRACE_FAST_TEST_INSTRUCTION_SET"):
     _C.set_instruction_set(name)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
-IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), pytest.param("triton", marks=needs_triton)]
+TRITON = pytest.param("triton", marks=[needs_triton, pytest.mark.slow])  # slow where it is interpreted
+IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), TRITON]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where there is none."""
+    """Skip the tests that cannot run here."""
+    reasons = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        reasons["gpu"] = "needs a CUDA device"
+    if "TRACE_FAST_TEST_ULP" in os.environ:
+        reasons["child_process"] = "another process computes other last bits"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
