@@ -26,8 +26,7 @@ lint: build ## check format, types, stubs and words; change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest trace_fast._C --mypy-config-file scripts/stubtest.ini \
-	  --allowlist scripts/stubtest.allow --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest trace_fast._C --mypy-config-file scripts/stubtest.ini
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/python scripts/terms.py
 

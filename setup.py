@@ -17,10 +17,10 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CORE = ["csrc/bindings.cpp", "csrc/common.cpp"]
-CPU = ["csrc/cpu/attention.cpp", "csrc/cpu/contours.cpp", "csrc/cpu/divergence.cpp", "csrc/cpu/regions.cpp"]
-GPU = ["csrc/cuda/regions.cu"]
-HEADERS = ["csrc/trace_fast.h", "csrc/common.h", "csrc/regions.h", "csrc/cpu/simd.h"]
+CORE, CPU, GPU, HEADERS = (
+    sorted(path.as_posix() for pattern in patterns for path in Path().glob(pattern))
+    for patterns in (["csrc/*.cpp"], ["csrc/cpu/*.cpp"], ["csrc/cuda/*.cu"], ["csrc/*.h", "csrc/cpu/*.h"])
+)
 
 # each CPU kernel is compiled once per instruction set and chosen at run time
 ISAS = {"baseline": ""}

@@ -1,8 +1,8 @@
 // The map of the core: every native entry point, declared once.
 //
 // The core knows neither torch nor Python. Arrays are contiguous in row-major order, float32 but where a type says
-// otherwise, and allocated by the caller; outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens = height *
-// width, channels per head, columns of values; images and masks have height * width pixels, fewer than 2^31.
+// otherwise, and allocated by the caller; outputs never overlap inputs. Sizes are int64_t: batch, heads, tokens =
+// height * width, channels per head, columns of values; images and masks have height * width pixels, fewer than 2^31.
 // A mask or barrier is bytes, 0 or not.
 // Results do not depend on num_threads.
 #pragma once
@@ -34,9 +34,8 @@ void readout(const float* query, const float* key, const float* values, int64_t 
 // readout's. grad_query, grad_key (batch, heads, tokens, channels); grad_values (batch, heads, tokens, columns).
 template <Isa isa>
 void readout_backward(const float* grad, const float* delta, const float* query, const float* key, const float* values,
-                      const float* lse, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
-                      int64_t columns, float scale, float* grad_query, float* grad_key, float* grad_values,
-                      int num_threads);
+                      const float* lse, int64_t batch, int64_t heads, int64_t tokens, int64_t channels, int64_t columns,
+                      float scale, float* grad_query, float* grad_key, float* grad_values, int num_threads);
 
 // Adds weight * U attention diag(1 / column sums of U) U^T to total, in place; U interpolates the grid bilinearly.
 // total (batch, target tokens, target tokens); attention (batch, tokens, tokens); target >= size on both axes.
@@ -58,13 +57,14 @@ void abdiv(const float* attention, int64_t batch, int64_t height, int64_t width,
 // Writes step_kl of the pair and abdiv of current, reading each map once.
 // previous, current (batch, tokens, tokens); kl (batch); abdiv (batch, height, width).
 template <Isa isa>
-void step_kl_abdiv(const float* previous, const float* current, int64_t batch, int64_t height, int64_t width,
-                   float* kl, float* abdiv, int num_threads);
+void step_kl_abdiv(const float* previous, const float* current, int64_t batch, int64_t height, int64_t width, float* kl,
+                   float* abdiv, int num_threads);
 
 // Writes edges, smoothed over 3 x 3 pixels, where they are as strong as one pixel away on either side across the ridge,
 // and 0 elsewhere. edges, suppressed (batch, height, width).
 template <Isa isa>
-void suppress_nonmaxima(const float* edges, int64_t batch, int64_t height, int64_t width, float* suppressed, int num_threads);
+void suppress_nonmaxima(const float* edges, int64_t batch, int64_t height, int64_t width, float* suppressed,
+                        int num_threads);
 
 // Writes the mask thinned to lines of one pixel, by Guo and Hall. mask, thinned (batch, height, width).
 template <Isa isa>
@@ -74,7 +74,7 @@ void thin(const uint8_t* mask, int64_t batch, int64_t height, int64_t width, uin
 // which have a partner. All (batch, height, width).
 template <Isa isa>
 void match_contours(const uint8_t* detected, const uint8_t* truth, int64_t batch, int64_t height, int64_t width,
-           double distance, uint8_t* matched_detected, uint8_t* matched_truth, int num_threads);
+                    double distance, uint8_t* matched_detected, uint8_t* matched_truth, int num_threads);
 
 // Counts, at each threshold, the pixels that match between edges of one image and the contours of its annotators.
 // edges, ignored (height, width); truths, groups (annotators, height, width), groups bytes below num_groups; thresholds
@@ -118,6 +118,25 @@ template <Isa isa>
 void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, int64_t unions,
                  uint8_t* merged, int num_threads);
 
+// The names of the entry points above: bindings.cpp makes each of them a function of trace_fast._C.cpu.
+#define TRACE_FAST_ENTRY_POINTS(X) \
+  X(accumulate_attention)          \
+  X(readout)                       \
+  X(readout_backward)              \
+  X(accumulate_resized)            \
+  X(step_kl)                       \
+  X(abdiv)                         \
+  X(step_kl_abdiv)                 \
+  X(suppress_nonmaxima)            \
+  X(thin)                          \
+  X(match_contours)                \
+  X(count_matches)                 \
+  X(label_regions)                 \
+  X(flood_fill)                    \
+  X(random_walk)                   \
+  X(merge_masks)                   \
+  X(unite_masks)
+
 #if defined(TRACE_FAST_CUDA)
 // The GPU kernels: addresses are of memory on a device, work is queued on one of its streams (a cudaStream_t), and
 // nothing waits for it. Scratch memory is the caller's, too. Failures to launch are thrown as std::runtime_error.
@@ -154,6 +173,14 @@ void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int
                  Queue queue);
 
 }  // namespace cuda
+
+// The names of the entry points above: functions of trace_fast._C.cuda.
+#define TRACE_FAST_CUDA_ENTRY_POINTS(X) \
+  X(label_roots)                        \
+  X(flood_fill)                         \
+  X(random_walk)                        \
+  X(shared_pixels)                      \
+  X(unite_masks)
 #endif
 
 }  // namespace trace_fast

@@ -272,7 +272,7 @@ def test_inputs_are_left_as_they_are(device):
 def test_bits_depend_neither_on_the_run_nor_on_threads(threads):
     query, key = random_features(1, 2, 384, 40)
     first = torch.zeros(1, 384, 384)
-    _C.accumulate_attention(first.data_ptr(), query.data_ptr(), key.data_ptr(), 1, 2, 384, 40, 1.0, 40**-0.5, 1)
+    _C.cpu.accumulate_attention(first.data_ptr(), query.data_ptr(), key.data_ptr(), 1, 2, 384, 40, 1.0, 40**-0.5, 1)
     for _ in range(5):
         assert torch.equal(ops.attention_map(query, key), first)
 

@@ -238,7 +238,7 @@ def test_forced_backends(monkeypatch):
     mask = draw(1, 9, 9)
     expected = ops.thin(mask)
     monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
-    monkeypatch.setattr("trace_fast._C.thin", None)
+    monkeypatch.setattr("trace_fast._C.cpu.thin", None)
     assert torch.equal(ops.thin(mask), expected)
     monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="thin: there is no triton kernel; unset TRACE_FAST_BACKEND"):

@@ -12,9 +12,6 @@ from trace_fast import _C, ops, reference
 from trace_fast.ops import dispatch
 from trace_fast.testing import random_maps
 
-# what else the native core has
-SETTINGS = {"has_cuda", "instruction_set", "instruction_sets", "set_instruction_set"}
-
 
 def run(op, device="cpu"):
     """Run an op on the example of its documentation."""
@@ -39,9 +36,9 @@ def launched(monkeypatch):
     pytest.importorskip("triton")
     launches = []
 
-    def spy(name, function):
+    def spy(backend, function):
         def call(*arguments):
-            launches.append("native on cuda" if name.startswith("cuda_") else "native")
+            launches.append(backend)
             return function(*arguments)
 
         return call
@@ -50,9 +47,10 @@ def launched(monkeypatch):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, SpiedKernel(kernel, launches))
-    for name, function in list(vars(_C).items()):
-        if callable(function) and not name.startswith("_") and name not in SETTINGS:
-            monkeypatch.setattr(_C, name, spy(name, function))
+    for backend, kernels in (("native", _C.cpu), ("native on cuda", _C.cuda)):
+        for name, function in list(vars(kernels).items()):
+            if not name.startswith("_"):
+                monkeypatch.setattr(kernels, name, spy(backend, function))
     return launches
 
 

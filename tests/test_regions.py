@@ -655,10 +655,10 @@ def test_more_than_the_memory_holds_is_refused_before_it_is_allocated(monkeypatc
 
 def test_null_pointers_and_no_threads_are_refused():
     barrier, labels = torch.zeros(1, 2, 3, dtype=torch.bool), torch.zeros(1, 2, 3, dtype=torch.int32)
-    with pytest.raises(ValueError, match="_C: a pointer is null"):
-        _C.label_regions(barrier.data_ptr(), 1, 2, 3, False, labels.data_ptr(), 0, 1)
-    with pytest.raises(ValueError, match="_C: num_threads is less than 1"):
-        _C.label_regions(barrier.data_ptr(), 1, 2, 3, False, labels.data_ptr(), labels.data_ptr(), 0)
+    with pytest.raises(ValueError, match=r"_C: addresses of \w+ must not be null"):
+        _C.cpu.label_regions(barrier.data_ptr(), 1, 2, 3, False, labels.data_ptr(), 0, 1)
+    with pytest.raises(ValueError, match="_C: num_threads must be at least 1, got 0"):
+        _C.cpu.label_regions(barrier.data_ptr(), 1, 2, 3, False, labels.data_ptr(), labels.data_ptr(), 0)
 
 
 @native

@@ -87,8 +87,7 @@ inline void multiply_block(const float* queries, const float* keys, int64_t chan
 inline void multiply_dots(const float* left, int64_t left_stride, const float* packed, int64_t channels, int64_t first,
                           int64_t columns, float* sums, int64_t sums_stride) {
   int64_t offsets[kTileDots];
-  for (int64_t c = 0; c < kTileDots; ++c)
-    offsets[c] = (first + c < channels ? first + c : channels - 1) * kTileColumns;
+  for (int64_t c = 0; c < kTileDots; ++c) offsets[c] = (first + c < channels ? first + c : channels - 1) * kTileColumns;
   vec dots[kTileRows][kTileDots];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r)
@@ -221,8 +220,7 @@ void interpolate_keys(const float* row, int64_t width, const Between* down, cons
     int64_t c = x[0].low;
     for (; c + kLanes <= end; c += kLanes) store(line + c, y.from_low * load(low + c) + y.from_high * load(high + c));
     for (; c < end; ++c) line[c] = y.from_low * low[c] + y.from_high * high[c];
-    for (int64_t i = 0; i < run; ++i)
-      out[done + i] = x[i].from_low * line[x[i].low] + x[i].from_high * line[x[i].high];
+    for (int64_t i = 0; i < run; ++i) out[done + i] = x[i].from_low * line[x[i].low] + x[i].from_high * line[x[i].high];
     done += run;
   }
 }
@@ -257,8 +255,7 @@ void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, cons
       multiply_block(block_queries, packed_keys.data + map * columns * channels, channels, rows, columns, block_logits,
                      columns);
       for (int64_t r = 0; r < rows; ++r)
-        add_softmax(block_logits + r * columns, tokens, weight / heads,
-                    total + (image * tokens + first + r) * tokens);
+        add_softmax(block_logits + r * columns, tokens, weight / heads, total + (image * tokens + first + r) * tokens);
     }
   });
 }
@@ -332,8 +329,8 @@ void readout<TRACE_FAST_ISA>(const float* query, const float* key, const float* 
 template <>
 void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, const float* query, const float* key,
                                       const float* values, const float* lse, int64_t batch, int64_t heads,
-                                      int64_t tokens, int64_t channels, int64_t columns, float scale,
-                                      float* grad_query, float* grad_key, float* grad_values, int num_threads) {
+                                      int64_t tokens, int64_t channels, int64_t columns, float scale, float* grad_query,
+                                      float* grad_key, float* grad_values, int num_threads) {
   const int64_t keys = round_up(tokens, kTileColumns);
   const int64_t panels = keys / kTileColumns;
   const int64_t wide_channels = round_up(channels, kTileRows), wide_columns = round_up(columns, kTileRows);
@@ -413,8 +410,7 @@ void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, con
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = panel * kTileColumns;
       unpack_panel(map_key_sums + first * wide_channels, tokens, channels, panel, grad_key + map * tokens * channels);
-      unpack_panel(map_value_sums + first * wide_columns, tokens, columns, panel,
-                   grad_values + map * tokens * columns);
+      unpack_panel(map_value_sums + first * wide_columns, tokens, columns, panel, grad_values + map * tokens * columns);
     }
   });
 }

@@ -154,17 +154,13 @@ struct Thinner {
 // The pixels within a distance of another: how far each row goes, and what each of them costs.
 struct Disc {
   explicit Disc(double distance)
-      : reach(static_cast<int64_t>(distance)),
-        side(2 * reach + 1),
-        halves(side),
-        costs(side * side) {
+      : reach(static_cast<int64_t>(distance)), side(2 * reach + 1), halves(side), costs(side * side) {
     for (int64_t y = -reach; y <= reach; ++y) {
       int64_t half = -1;
       for (int64_t x = 0; x <= reach && static_cast<double>(y * y + x * x) <= distance * distance; ++x) half = x;
       halves.data[y + reach] = half;
       for (int64_t x = -reach; x <= reach; ++x)
-        costs.data[(y + reach) * side + x + reach] =
-            std::lround(std::sqrt(static_cast<double>(y * y + x * x)) * kUnit);
+        costs.data[(y + reach) * side + x + reach] = std::lround(std::sqrt(static_cast<double>(y * y + x * x)) * kUnit);
     }
   }
 
@@ -228,13 +224,17 @@ struct Matcher {
       disc.find(second, y, x, [&](int64_t row, int64_t column, int64_t cost) {
         const int32_t there = index(row, column);
         const bool free = columns[there].partner < 0;
-        if (cost < nearest) nearest = cost, choice = free ? there : -1;
-        else if (cost == nearest && free && choice < 0) choice = there;
+        if (cost < nearest)
+          nearest = cost, choice = free ? there : -1;
+        else if (cost == nearest && free && choice < 0)
+          choice = there;
         return false;
       });
       partners[here] = choice;
-      if (choice >= 0) columns[choice].partner = here;
-      else if (nearest < kNever) todo[waiting++] = here;
+      if (choice >= 0)
+        columns[choice].partner = here;
+      else if (nearest < kNever)
+        todo[waiting++] = here;
     });
     for (int64_t i = 0; i < waiting; ++i) assign(todo[i], static_cast<int32_t>(i + 1));
 
@@ -335,7 +335,6 @@ struct Matcher {
 
   static constexpr int64_t kNever = int64_t{1} << 50;  // more than all distances together: going without
 
-
   const Frame& frame;
   const Disc& disc;
   const Bits open, left;  // of the first and second image; in a search, left is what is not settled
@@ -364,9 +363,12 @@ struct Workspace {
   }
 
   Matcher matcher(const Disc& disc, int thread) const {
-    int32_t* const own = numbers.data + thread * Matcher::kNumbers * frame.pixels;
-    return {frame, disc, plane(thread, planes), plane(thread, planes + 1), columns.data + thread * frame.pixels, own,
-            own + frame.pixels, own + 2 * frame.pixels, own + 3 * frame.pixels, true};
+    const int64_t pixels = frame.pixels;
+    const Bits open = plane(thread, planes), left = plane(thread, planes + 1);
+    Column* const own = columns.data + thread * pixels;
+    int32_t* const own_numbers = numbers.data + thread * Matcher::kNumbers * pixels;
+    int32_t *const todo = own_numbers + pixels, *const heap = todo + pixels, *const done = heap + pixels;
+    return {frame, disc, open, left, own, own_numbers, todo, heap, done, true};
   }
 
   const Frame& frame;
@@ -465,8 +467,8 @@ void suppress_image(const float* edges, int64_t height, int64_t width, float* su
 }  // namespace
 
 template <>
-void suppress_nonmaxima<TRACE_FAST_ISA>(const float* edges, int64_t batch, int64_t height, int64_t width, float* suppressed,
-                              int num_threads) {
+void suppress_nonmaxima<TRACE_FAST_ISA>(const float* edges, int64_t batch, int64_t height, int64_t width,
+                                        float* suppressed, int num_threads) {
   for (int64_t b = 0; b < batch; ++b)
     suppress_image(edges + b * height * width, height, width, suppressed + b * height * width, num_threads);
 }
@@ -490,8 +492,9 @@ void thin<TRACE_FAST_ISA>(const uint8_t* mask, int64_t batch, int64_t height, in
 }
 
 template <>
-void match_contours<TRACE_FAST_ISA>(const uint8_t* detected, const uint8_t* truth, int64_t batch, int64_t height, int64_t width,
-                           double distance, uint8_t* matched_detected, uint8_t* matched_truth, int num_threads) {
+void match_contours<TRACE_FAST_ISA>(const uint8_t* detected, const uint8_t* truth, int64_t batch, int64_t height,
+                                    int64_t width, double distance, uint8_t* matched_detected, uint8_t* matched_truth,
+                                    int num_threads) {
   const Disc disc(distance);
   const Frame frame(height, width, std::max<int64_t>(disc.reach, 1));
   const Workspace space(frame, 2, num_threads);
@@ -550,8 +553,7 @@ void count_matches<TRACE_FAST_ISA>(const float* edges, const uint8_t* truths, co
     Matcher matcher = space.matcher(disc, thread);
     for (int64_t a = 0; a < annotators; ++a) {
       matcher.match(found, drawn(a));
-      for (int64_t i = 0; i < frame.size; ++i)
-        matched.memory[i] |= found.memory[i] & ~matcher.unpaired(true).memory[i];
+      for (int64_t i = 0; i < frame.size; ++i) matched.memory[i] |= found.memory[i] & ~matcher.unpaired(true).memory[i];
       drawn(a).each([&](int64_t y, int64_t x) {
         row[5] += disc.find(found, y, x, is_near);
         if (matcher.unpaired(false).test(y, x)) return;

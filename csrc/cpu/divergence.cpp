@@ -63,8 +63,7 @@ double sweep(const float* previous, const float* current, int64_t height, int64_
         add(j, kKl ? load(p + j) : vec{}, load(q + j));
       }
       // lanes past the map hold 1 in every row, so that all their terms are 1 * (0 - 0)
-      if (j < columns)
-        add(j, kKl ? load_first(p + j, columns - j, 1.0f) : vec{}, load_first(q + j, columns - j, 1.0f));
+      if (j < columns) add(j, kKl ? load_first(p + j, columns - j, 1.0f) : vec{}, load_first(q + j, columns - j, 1.0f));
 
       if (kKl) total += sum(step);
       if (kAbdiv) {

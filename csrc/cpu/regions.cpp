@@ -216,8 +216,7 @@ Regions::Regions(const uint8_t* barrier, int64_t height, int64_t width, bool dia
     if (seams[y]) join(y);
 
   // parents come before their children, and have become regions when it is the turn of these
-  for (int32_t run = 0; run < first[height]; ++run)
-    region[run] = region[run] == run ? ++count : region[region[run]];
+  for (int32_t run = 0; run < first[height]; ++run) region[run] = region[run] == run ? ++count : region[region[run]];
 }
 
 #if defined(__AVX2__)
@@ -686,7 +685,7 @@ struct Masks {
   }
 
   const int64_t height, words;
-  const Array<uint64_t> bits;    // (count, height, words)
+  const Array<uint64_t> bits;   // (count, height, words)
   const Array<Extent> extents;  // (count)
 };
 

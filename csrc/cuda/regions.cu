@@ -55,8 +55,7 @@ __global__ void unite_pixels(const uint8_t* barrier, int64_t pixels, int32_t wid
 }
 
 __global__ void flatten(int32_t* roots, int64_t pixels) {
-  for (int64_t i = first_item(); i < pixels; i += item_stride())
-    roots[i] = find_root(roots, static_cast<int32_t>(i));
+  for (int64_t i = first_item(); i < pixels; i += item_stride()) roots[i] = find_root(roots, static_cast<int32_t>(i));
 }
 
 // What decides between labels at a pixel: the lower distance, then the lower label.
@@ -68,9 +67,8 @@ __device__ unsigned long long make_key(int64_t distance, int32_t label) {
 // Grows the labels above 0 over the ground, the pixels whose barrier is as given, one distance at a time: all blocks
 // meet after each. Fronts hold the pixels at two successive distances, sizes how many at three.
 // Without `kept`, labels on the ground alone count, as seeds do.
-__global__ void grow(const int32_t* from, const uint8_t* barrier, bool ground, bool kept, int32_t height,
-                     int32_t width, int steps, unsigned long long* keys, int32_t* fronts, int32_t* sizes,
-                     int32_t* labels) {
+__global__ void grow(const int32_t* from, const uint8_t* barrier, bool ground, bool kept, int32_t height, int32_t width,
+                     int steps, unsigned long long* keys, int32_t* fronts, int32_t* sizes, int32_t* labels) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int64_t pixels = static_cast<int64_t>(height) * width;
   if (first_item() < 3) sizes[first_item()] = 0;
@@ -108,8 +106,8 @@ __global__ void connect(const float* powers, const int32_t* ahead, int64_t reach
   const int64_t pixels = height * width;
   for (int64_t i = first_item(); i < reach * pixels; i += item_stride()) {
     const int64_t step = i / pixels, pixel = i % pixels;
-    affinities[i] = lowest_power(powers, pixel / width, pixel % width, ahead[2 * step], ahead[2 * step + 1], height,
-                                 width);
+    affinities[i] =
+        lowest_power(powers, pixel / width, pixel % width, ahead[2 * step], ahead[2 * step + 1], height, width);
   }
 }
 
@@ -198,7 +196,7 @@ void random_walk(float* masks, float* others, const float* powers, const int32_t
   const int64_t pixels = height * width;
   if (reach > 0)
     connect<<<blocks_for(reach * pixels), kThreads, 0, stream_of(queue)>>>(powers, ahead, reach, height, width,
-                                                                          affinities);
+                                                                           affinities);
   const int64_t whole = count / kTogether, rest = count - whole * kTogether, first = whole * kTogether * pixels;
   for (int64_t step = 0; step < steps; ++step) {
     const float* const from = step % 2 == 0 ? masks : others;
@@ -213,8 +211,7 @@ void random_walk(float* masks, float* others, const float* powers, const int32_t
   check(cudaGetLastError());
 }
 
-void shared_pixels(const uint8_t* masks, int64_t count, int64_t pixels, uint32_t* words, int32_t* shared,
-                   Queue queue) {
+void shared_pixels(const uint8_t* masks, int64_t count, int64_t pixels, uint32_t* words, int32_t* shared, Queue queue) {
   if (count == 0) return;
   const DeviceGuard guard(queue.device);
   const int64_t row = (pixels + 31) / 32;

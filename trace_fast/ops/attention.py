@@ -190,7 +190,7 @@ def _accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: flo
         batch, heads, tokens, channels = query.shape
         pointers = wide_total.data_ptr(), query.data_ptr(), key.data_ptr()
         threads = torch.get_num_threads()
-        _C.accumulate_attention(*pointers, batch, heads, tokens, channels, weight, scale, threads)
+        _C.cpu.accumulate_attention(*pointers, batch, heads, tokens, channels, weight, scale, threads)
         _round_total(wide_total, total)
 
 
@@ -220,7 +220,9 @@ def _accumulate_resized(
         from trace_fast import _C
 
         wide_total, threads = total.float(), torch.get_num_threads()
-        _C.accumulate_resized(wide_total.data_ptr(), attention.data_ptr(), len(total), *size, *target, weight, threads)
+        _C.cpu.accumulate_resized(
+            wide_total.data_ptr(), attention.data_ptr(), len(total), *size, *target, weight, threads
+        )
         _round_total(wide_total, total)
 
 
@@ -260,7 +262,7 @@ def _readout(query: Tensor, key: Tensor, values: Tensor, scale: float, backend: 
         query, key, values = (tensor.float().contiguous() for tensor in (query, key, values))
         inputs, outputs = (query.data_ptr(), key.data_ptr(), values.data_ptr()), (parts.data_ptr(), lse.data_ptr())
         threads = torch.get_num_threads()
-        _C.readout(*inputs, batch, heads, tokens, channels, columns, scale, *outputs, threads)
+        _C.cpu.readout(*inputs, batch, heads, tokens, channels, columns, scale, *outputs, threads)
     return parts.mean(1), parts, lse
 
 
@@ -291,7 +293,7 @@ def _readout_backward(
         outputs = grad_query.data_ptr(), grad_key.data_ptr(), grad_values.data_ptr()
         sizes = batch, heads, tokens, channels, columns
         threads = torch.get_num_threads()
-        _C.readout_backward(grad.data_ptr(), delta.data_ptr(), *features, *sizes, scale, *outputs, threads)
+        _C.cpu.readout_backward(grad.data_ptr(), delta.data_ptr(), *features, *sizes, scale, *outputs, threads)
         grad_query, grad_key = grad_query.to(dtype), grad_key.to(dtype)
     return grad_query, grad_key, grad_values.sum((0, 1))
 

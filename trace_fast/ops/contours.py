@@ -32,7 +32,7 @@ def suppress_nonmaxima(edges: Tensor) -> Tensor:
     batch, height, width = edges.shape
     suppressed = torch.empty_like(edges)
     threads = torch.get_num_threads()
-    _C.suppress_nonmaxima(edges.data_ptr(), batch, height, width, suppressed.data_ptr(), threads)
+    _C.cpu.suppress_nonmaxima(edges.data_ptr(), batch, height, width, suppressed.data_ptr(), threads)
     return suppressed
 
 
@@ -55,7 +55,7 @@ def thin(mask: Tensor) -> Tensor:
     mask = mask.contiguous()
     batch, height, width = mask.shape
     thinned = torch.empty_like(mask)
-    _C.thin(mask.data_ptr(), batch, height, width, thinned.data_ptr(), torch.get_num_threads())
+    _C.cpu.thin(mask.data_ptr(), batch, height, width, thinned.data_ptr(), torch.get_num_threads())
     return thinned
 
 
@@ -83,7 +83,7 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
     batch, height, width = truth.shape
     matched = torch.empty_like(detected), torch.empty_like(truth)
     inputs, outputs = (detected.data_ptr(), truth.data_ptr()), (matched[0].data_ptr(), matched[1].data_ptr())
-    _C.match_contours(*inputs, batch, height, width, float(distance), *outputs, torch.get_num_threads())
+    _C.cpu.match_contours(*inputs, batch, height, width, float(distance), *outputs, torch.get_num_threads())
     return matched
 
 
@@ -146,7 +146,7 @@ def count_matches(
     annotators, height, width = truths.shape
     lengths = annotators, height, width, len(thresholds), num_groups
     outputs = counts.data_ptr(), by_group.data_ptr()
-    _C.count_matches(*maps, *lengths, float(distance), thinning, *outputs, torch.get_num_threads())
+    _C.cpu.count_matches(*maps, *lengths, float(distance), thinning, *outputs, torch.get_num_threads())
     return counts, by_group
 
 

@@ -140,10 +140,10 @@ def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     labels = barrier.new_empty(barrier.shape, dtype=torch.int32)
     inputs = barrier.data_ptr(), batch, height, width, diagonal
     if barrier.is_cuda:
-        _C.cuda_label_roots(*inputs, labels.data_ptr(), *_queue(barrier.device))
+        _C.cuda.label_roots(*inputs, labels.data_ptr(), _queue(barrier.device))
         return reference.number_roots(labels, barrier)
     counts = barrier.new_empty(batch, dtype=torch.int32)
-    _C.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), torch.get_num_threads())
+    _C.cpu.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), torch.get_num_threads())
     return labels, counts
 
 
@@ -163,9 +163,9 @@ def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier
     if seeds.is_cuda:
         keys, fronts = seeds.new_empty((height, width), dtype=torch.int64), seeds.new_empty(2, height, width)
         scratch = keys.data_ptr(), fronts.data_ptr(), seeds.new_empty(3).data_ptr()
-        _C.cuda_flood_fill(*inputs, labels.data_ptr(), *scratch, *_queue(seeds.device))
+        _C.cuda.flood_fill(*inputs, labels.data_ptr(), *scratch, _queue(seeds.device))
     else:
-        _C.flood_fill(*inputs, labels.data_ptr(), torch.get_num_threads())
+        _C.cpu.flood_fill(*inputs, labels.data_ptr(), torch.get_num_threads())
     return labels
 
 
@@ -183,7 +183,7 @@ def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: 
         return _walk_on_cuda(masks, edges, radius, beta, steps)
     walked, threads = masks.new_empty(masks.shape), torch.get_num_threads()
     pointers, sizes = (masks.data_ptr(), edges.data_ptr()), (batch, count, height, width)
-    _C.random_walk(*pointers, *sizes, radius, beta, steps, walked.data_ptr(), threads)
+    _C.cpu.random_walk(*pointers, *sizes, radius, beta, steps, walked.data_ptr(), threads)
     return walked
 
 
@@ -199,7 +199,7 @@ def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps:
     sizes, scratch = (len(ahead), count, height, width, steps), affinities.data_ptr()
     for start, other, power in zip(walked, others, powers, strict=True):
         pointers = start.data_ptr(), other.data_ptr(), power.data_ptr(), ahead.data_ptr()
-        _C.cuda_random_walk(*pointers, *sizes, scratch, *_queue(masks.device))
+        _C.cuda.random_walk(*pointers, *sizes, scratch, _queue(masks.device))
     return walked if steps % 2 == 0 else others
 
 
@@ -223,7 +223,7 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
     if masks.is_cuda:
         return reference.group_masks(masks, iou, _shared_on_cuda)
     groups = masks.new_empty(count, dtype=torch.int64)
-    _C.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), torch.get_num_threads())
+    _C.cpu.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), torch.get_num_threads())
     return groups
 
 
@@ -234,7 +234,7 @@ def _shared_on_cuda(masks: Tensor) -> Tensor:
     count, pixels = len(masks), masks[:1].numel()
     words = masks.new_empty((count, (pixels + 31) // 32), dtype=torch.int32)
     shared = masks.new_empty((count, count), dtype=torch.int32)
-    _C.cuda_shared_pixels(masks.data_ptr(), count, pixels, words.data_ptr(), shared.data_ptr(), *_queue(masks.device))
+    _C.cuda.shared_pixels(masks.data_ptr(), count, pixels, words.data_ptr(), shared.data_ptr(), _queue(masks.device))
     return shared
 
 
@@ -252,10 +252,10 @@ def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
     inputs = masks.data_ptr(), groups.data_ptr(), count, height * width
     if masks.is_cuda:
         merged = masks.new_zeros(unions, height, width)
-        _C.cuda_unite_masks(*inputs, merged.data_ptr(), *_queue(masks.device))
+        _C.cuda.unite_masks(*inputs, merged.data_ptr(), _queue(masks.device))
     else:
         merged = masks.new_empty(unions, height, width)
-        _C.unite_masks(*inputs, unions, merged.data_ptr(), torch.get_num_threads())
+        _C.cpu.unite_masks(*inputs, unions, merged.data_ptr(), torch.get_num_threads())
     return merged
 
 
