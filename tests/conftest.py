@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import rounding
 import torch
+from op_examples import kernel_modules
 
 from trace_fast import _C
 
@@ -147,13 +148,14 @@ def tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     def choose(rows: int, columns: int, polynomial: int = 0, interpreted_only: bool = False) -> None:
         if os.environ["TRACE_FAST_BACKEND"] == "triton" and not (interpreted_only and device.type == "cuda"):
-            from trace_fast.kernels import attention, divergence
             from trace_fast.kernels.launch import Config
 
             config = Config(rows, columns, 4, 1, polynomial)
-            for module in (attention, divergence):
-                monkeypatch.setattr(module, "pick", lambda *_: config)
-            monkeypatch.setattr(attention, "RESIZED", config)
+            for module in kernel_modules():
+                monkeypatch.setattr(module, "pick", lambda *_: config, raising=False)
+                for name, value in list(vars(module).items()):
+                    if isinstance(value, Config):
+                        monkeypatch.setattr(module, name, config)
 
     return choose
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to for sm_80 and sm_90, without a GPU, and the table of it that is committed."""
+"""The code of the Triton kernels for sm_80 and sm_90, compiled without a GPU, and the committed table of it."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_examples import kernel_names
 
 triton = pytest.importorskip("triton")
 
@@ -23,14 +24,18 @@ ARCHITECTURES = (80, 90)
 DTYPES = {2: "bfloat16", 4: "float32"}
 HEAD_SIZES = (40, 64, 72, 80, 128, 160)
 
-# every kernel as it is picked for heads of 72 channels, and one of them for every size of head; then shapes that the
-# compiler sees in another way: arguments that are 1, sizes that no tile divides, and one output of two
+# every tabulated kernel in the configuration for heads of 72 channels, and one of them for every size of head; then
+# shapes for which the compiler writes other code: arguments that are 1, sizes that no tile divides, one output of two;
+# last, what the examples of the ops launch, which need no case in the table
 SCRIPT = """
 import itertools, json, sys
-sys.path.insert(0, sys.argv[1])
+sys.path += sys.argv[1:]
 import compile_kernels as benchmark
 import torch
+from op_examples import TRITON_OPS, example
+from trace_fast import ops
 from trace_fast.kernels import divergence
+from trace_fast.ops import dispatch
 
 def chosen(case):
     row = case.row
@@ -40,8 +45,8 @@ def chosen(case):
 rows = []
 for architecture, case in itertools.product(benchmark.ARCHITECTURES, filter(chosen, benchmark.cases())):
     kernel = benchmark.compile_case(case, architecture)
-    found = benchmark.resources(kernel, architecture)
-    rows.append({**case.row, "sm": architecture, "tile": list(case.config), **found, "ptx": kernel.asm["ptx"]})
+    resources = benchmark.resources(kernel, architecture)
+    rows.append({**case.row, "sm": architecture, "tile": list(case.config), **resources, "ptx": kernel.asm["ptx"]})
 
 others = []
 for dtype, (heads, tokens, channels) in itertools.product((torch.bfloat16, torch.float32), ((1, 1, 1), (5, 51, 13))):
@@ -57,7 +62,16 @@ for tokens in (1, 51):
         masses = torch.empty(tokens), torch.empty(1)
         benchmark.attention.accumulate_resized(maps, maps, (tokens, 1), (tokens, 1), 1.0, masses)
     others += compiled
-json.dump({"rows": rows, "others": others}, sys.stdout)
+
+examples = {}
+dispatch.choose = lambda op, device: "triton"
+for architecture in benchmark.ARCHITECTURES:
+    with benchmark.compiling(architecture) as compiled:
+        for op in TRITON_OPS:
+            arguments, options = example(op)
+            getattr(ops, op)(*arguments, **options)
+    examples[architecture] = list(compiled)
+json.dump({"rows": rows, "others": others, "examples": examples}, sys.stdout)
 """
 
 
@@ -66,25 +80,26 @@ def compiled(tmp_path_factory):
     """Rows as the table has them, with the code, compiled anew in a process that does not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    command = [sys.executable, "-c", SCRIPT, str(ROOT / "scripts")]
+    command = [sys.executable, "-c", SCRIPT, str(ROOT / "scripts"), str(ROOT / "tests")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def kernels():
-    """Names of the kernels of both families."""
-    names = [name for module in (attention, divergence) for name in vars(module) if name.endswith("_kernel")]
-    return {name.removesuffix("_kernel") for name in names}
+def tabulated():
+    """Names of the kernels in the table: those that have configurations to choose from."""
+    return {row["kernel"] for row in TABLE["kernels"]}
 
 
 def test_every_kernel_compiles_for_both_architectures(compiled):
     for architecture in ARCHITECTURES:
-        assert {row["kernel"] for row in compiled["rows"] if row["sm"] == architecture} == kernels()
+        names = {row["kernel"] for row in compiled["rows"] if row["sm"] == architecture}
+        assert names == tabulated()
+        assert names | set(compiled["examples"][str(architecture)]) == kernel_names()
 
 
-def test_every_kernel_compiles_for_a_single_token_and_for_sizes_that_no_tile_divides(compiled):
-    assert set(compiled["others"]) == kernels()
+def test_kernels_compile_for_a_single_token_and_for_sizes_that_no_tile_divides(compiled):
+    assert set(compiled["others"]) == tabulated()
 
 
 def test_products_are_those_of_tensor_cores(compiled):
@@ -129,20 +144,20 @@ def test_table_is_what_is_compiled(compiled):
     if TABLE["triton"] != triton.__version__:
         pytest.skip(f"the table is of Triton {TABLE['triton']}, installed is {triton.__version__}")
     recorded = {identity(row): (row["registers"], row["spilled"]) for row in TABLE["kernels"]}
-    found = {identity(row): (row["registers"], row["spilled"]) for row in compiled["rows"]}
-    assert {row: recorded.get(row) for row in found} == found
+    measured = {identity(row): (row["registers"], row["spilled"]) for row in compiled["rows"]}
+    assert {row: recorded.get(row) for row in measured} == measured
 
 
 def identity(row):
-    """What tells a row from another."""
+    """Return what distinguishes a row from the others."""
     return row["kernel"], row["dtype"], row.get("channels"), row["sm"], tuple(row["tile"])
 
 
 def test_table_has_every_kernel_and_configuration():
     shipped = [
         (kernel, DTYPES[size], tuple(config))
-        for size, found in attention.CONFIGS.items()
-        for kernel, limits in found.items()
+        for size, kernels in attention.CONFIGS.items()
+        for kernel, limits in kernels.items()
         for configs in limits.values()
         for config in configs
     ]
@@ -150,7 +165,7 @@ def test_table_has_every_kernel_and_configuration():
         shipped += [("divergence", dtype, tuple(config)) for config in divergence.CONFIGS]
         shipped.append(("finish", dtype, tuple(divergence.FINISH)))
         shipped.append(("accumulate_resized", dtype, tuple(attention.RESIZED)))
-    assert {kernel for kernel, *_ in shipped} == kernels()
+    assert {kernel for kernel, *_ in shipped} == tabulated()
     rows = [row for row in TABLE["kernels"] if row["shipped"]]
     listed = {(row["kernel"], row["dtype"], tuple(row["tile"]), row["sm"]) for row in rows}
     missing = {(*case, architecture) for case in shipped for architecture in ARCHITECTURES} - listed
