@@ -16,11 +16,11 @@ namespace trace_fast {
 namespace {
 constexpr std::align_val_t kCacheLine{64};
 
-// Runs a function on so many threads at once: GOMP_parallel, as every OpenMP runtime on Linux has it.
+// The type of GOMP_parallel, which every OpenMP runtime on Linux has: it runs a function on a number of threads.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// That of the OpenMP runtime which torch has loaded, null where there is none. Its threads go on spinning for a while
-// after torch's own work, and threads of ours beside them would have to share the cores.
+// Returns that of the OpenMP runtime which torch has loaded, or null. The threads of this runtime spin for some time
+// after they have worked for torch, and would share the cores with threads of another pool.
 Team loaded_team() {
 #if defined(__linux__)
   static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -37,7 +37,7 @@ struct Job {
   std::atomic<int64_t> next{0};
   std::atomic<int> threads{0};
 
-  // What every thread does: it takes a number, then items until there are none left.
+  // The work of one thread: it takes a number, then items until there are none left.
   static void enter(void* data) {
     Job& job = *static_cast<Job*>(data);
     const int thread = job.threads.fetch_add(1, std::memory_order_relaxed);
@@ -53,7 +53,7 @@ void run_parallel(int64_t count, int num_threads, void (*body)(const void*, int6
   if (helpers > 0)
     if (const Team team = loaded_team()) return team(&Job::enter, &job, helpers + 1, 0);
 
-  // joins on every way out, so that a thread that cannot be started leaves no other behind
+  // joins in every case, so that the other threads end if one cannot be started
   struct Pool {
     std::vector<std::thread> threads;
     ~Pool() {
@@ -70,7 +70,7 @@ void expect_writes(void* data, int64_t bytes) {
   constexpr int64_t kLarge = 1 << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) / kLarge * kLarge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLarge * kLarge;
-  // only advice: where it is refused, pages stay small
+  // this is advice: if it is refused, pages stay small
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
   static_cast<void>(data), static_cast<void>(bytes);

@@ -1,18 +1,18 @@
-// Threads and scratch memory: nothing specific to an op or to a vector unit.
+// Threads and scratch memory: nothing specific to an op or to an instruction set.
 //
-// The cpu/*.cpp files are compiled for several vector units, so what they share must not be an inline function or a
-// template of external linkage: the linker would keep one copy, perhaps the one this machine cannot run.
+// The cpu/*.cpp files are compiled for several instruction sets, so nothing here may be an inline function or a
+// template of external linkage: the linker would keep one copy, perhaps one that this machine cannot run.
 #pragma once
 
 #include <cstdint>
 
 namespace trace_fast {
 
-// Calls body(context, item, thread) for each item in [0, count) on at most num_threads threads, this one included.
+// Calls body(context, item, thread) for each item in [0, count) on at most num_threads threads, including this one.
 void run_parallel(int64_t count, int num_threads, void (*body)(const void* context, int64_t item, int thread),
                   const void* context);
 
-// Calls body(item, thread) for each item in [0, count); free threads take the next item. body must not throw.
+// Calls body(item, thread) for each item in [0, count); a thread that is free takes the next item. body must not throw.
 template <class Body>
 static void parallel_for(int64_t count, int num_threads, const Body& body) {
   run_parallel(
@@ -20,10 +20,10 @@ static void parallel_for(int64_t count, int num_threads, const Body& body) {
       [](const void* context, int64_t item, int thread) { (*static_cast<const Body*>(context))(item, thread); }, &body);
 }
 
-// Asks for large pages where the memory is fresh: the faults of its first writing are then few. Contents do not change.
+// Asks for large pages for memory that is new, so that the first writes cause few page faults. Contents do not change.
 void expect_writes(void* data, int64_t bytes);
 
-// Uninitialised floats on a cache-line boundary, freed with the scope.
+// Uninitialized floats on a cache-line boundary, freed at the end of the scope.
 struct Scratch {
   explicit Scratch(int64_t size);
   ~Scratch();
@@ -35,7 +35,7 @@ struct Scratch {
 
 namespace {
 
-// Uninitialised room for values of a plain type, freed with the scope.
+// Uninitialized memory for values of a plain type, freed at the end of the scope.
 template <class T>
 struct Array {
   explicit Array(int64_t size) : memory((size * sizeof(T) + 3) / 4), data(reinterpret_cast<T*>(memory.data)) {}

@@ -1,4 +1,4 @@
-// What the CPU and the GPU kernels of regions have in common: when things belong together.
+// Shared by the CPU and the GPU kernels of regions: unions of pixels, steps and paths between pixels, overlap of masks.
 #pragma once
 
 #include <cstdint>
@@ -11,19 +11,19 @@
 
 namespace trace_fast {
 
-// Lowers *slot to value if that is less, atomically on a GPU; what it held before.
+// Lowers *slot to value if value is less, atomically on a GPU, and returns its old value.
 TRACE_FAST_SHARED int32_t fetch_min(int32_t* slot, int32_t value) {
 #if defined(__CUDA_ARCH__)
   return atomicMin(slot, value);
 #else
-  const int32_t held = *slot;
-  if (value < held) *slot = value;
-  return held;
+  const int32_t old = *slot;
+  if (value < old) *slot = value;
+  return old;
 #endif
 }
 
-// The root of item, which is the lowest of its set: parents are lower than their children, roots their own parents.
-// Every item on the way is moved to its grandparent; threads that do so at once write ancestors, whatever the order.
+// Returns the root of item, the lowest item of its set: a parent is lower than its children, a root its own parent.
+// Every item on the way is linked to its grandparent; concurrent threads write ancestors too, whatever the order.
 TRACE_FAST_SHARED int32_t find_root(int32_t* parents, int32_t item) {
   for (int32_t parent = parents[item];;) {
     const int32_t grandparent = parents[parent];
@@ -33,21 +33,21 @@ TRACE_FAST_SHARED int32_t find_root(int32_t* parents, int32_t item) {
   }
 }
 
-// Makes one set of those of a and b. Many threads may call it at once (Playne and Hawick, 2018).
+// Unites the sets of a and b. Many threads may call it at once (Playne and Hawick, 2018).
 TRACE_FAST_SHARED void unite(int32_t* parents, int32_t a, int32_t b) {
   a = find_root(parents, a);
   b = find_root(parents, b);
   while (a != b) {
     const int32_t low = a < b ? a : b, high = a < b ? b : a;
-    const int32_t held = fetch_min(parents + high, low);
-    if (held == high) return;
-    // another thread has moved high below held, which is to meet low in its turn
-    a = find_root(parents, held);
+    const int32_t parent = fetch_min(parents + high, low);
+    if (parent == high) return;
+    // another thread has linked high to parent, which must now be united with low
+    a = find_root(parents, parent);
     b = find_root(parents, low);
   }
 }
 
-// Unites a pixel of an image with those that touch it before it in raster order, unless it or they are on the barrier.
+// Unites a pixel with the pixels before it in raster order that touch it, unless it or they are on the barrier.
 TRACE_FAST_SHARED void unite_pixel(int32_t* parents, const uint8_t* barrier, int32_t pixel, int32_t width,
                                    bool diagonal) {
   if (barrier[pixel]) return;
@@ -59,7 +59,7 @@ TRACE_FAST_SHARED void unite_pixel(int32_t* parents, const uint8_t* barrier, int
   if (diagonal && x + 1 < width && !barrier[above + 1]) unite(parents, pixel, above + 1);
 }
 
-// The pixel that step 0 to 3 along an axis, or 4 to 7 along a diagonal, leads to; -1 if it leaves the image.
+// Returns the pixel to which step 0 to 3 along an axis, or 4 to 7 along a diagonal, leads; -1 outside of the image.
 TRACE_FAST_SHARED int32_t next_pixel(int32_t pixel, int step, int32_t height, int32_t width) {
   const int32_t dy = step < 4 ? (step == 0 ? -1 : step == 3) : (step < 6 ? -1 : 1);
   const int32_t dx = step < 4 ? (step == 1 ? -1 : step == 2) : (step % 2 == 0 ? -1 : 1);
@@ -67,14 +67,15 @@ TRACE_FAST_SHARED int32_t next_pixel(int32_t pixel, int step, int32_t height, in
   return y < 0 || y >= height || x < 0 || x >= width ? -1 : y * width + x;
 }
 
-// Whether pixel (y, x) of the rectangle from (0, 0) to (dy, dx) is on the path between these: closer than one pixel to
-// the line through both.
+// Returns whether pixel (y, x) of the rectangle from (0, 0) to (dy, dx) is on the path between these corners: closer
+// than one pixel to the line through both.
 TRACE_FAST_SHARED bool on_path(int64_t dy, int64_t dx, int64_t y, int64_t x) {
   const int64_t area = dy * x - dx * y;
   return area * area < dy * dy + dx * dx;
 }
 
-// The affinity of pixel (y, x) and the one a step (dy, dx) ahead: the lowest power on the path, 0 out of the image.
+// Returns the affinity of pixel (y, x) and the pixel a step (dy, dx) ahead: the lowest power on the path between them,
+// or 0 if the step leaves the image.
 TRACE_FAST_SHARED float lowest_power(const float* powers, int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t height,
                                      int64_t width) {
   if (y + dy >= height || x + dx < 0 || x + dx >= width) return 0;
@@ -88,8 +89,8 @@ TRACE_FAST_SHARED float lowest_power(const float* powers, int64_t y, int64_t x, 
   return lowest;
 }
 
-// What pixel (y, x) of kMasks masks becomes in a step of the walk; affinities (count, height, width) of steps ahead,
-// (count, 2) of dy and dx. masks and walked start kMasks masks of pixels each.
+// Computes pixel (y, x) of kMasks masks after a step of the walk: from masks to walked, (kMasks, height, width) each.
+// affinities (count, height, width) are those of the steps ahead, whose (dy, dx) are in steps (count, 2).
 template <int kMasks>
 TRACE_FAST_SHARED void walk_pixel(const float* affinities, const int32_t* steps, int64_t count, const float* masks,
                                   float* walked, int64_t y, int64_t x, int64_t height, int64_t width) {
@@ -99,7 +100,7 @@ TRACE_FAST_SHARED void walk_pixel(const float* affinities, const int32_t* steps,
   for (int64_t step = 0; step < count; ++step) {
     const int64_t dy = steps[2 * step], dx = steps[2 * step + 1];
     const float* const own = affinities + step * pixels + pixel;
-    // ahead, and back from the other end
+    // the neighbor ahead, then the neighbor behind, whose affinity is that of the step ahead from there
     for (int side = 1; side >= -1; side -= 2) {
       const int64_t below = y + side * dy, beside = x + side * dx;
       if (below < 0 || below >= height || beside < 0 || beside >= width) continue;
@@ -112,7 +113,7 @@ TRACE_FAST_SHARED void walk_pixel(const float* affinities, const int32_t* steps,
   for (int mask = 0; mask < kMasks; ++mask) walked[mask * pixels + pixel] = sums[mask] / degree;
 }
 
-// Whether two masks with so many pixels, of which they share some, have an intersection over union above iou.
+// Returns whether two masks of these numbers of pixels, and of pixels they share, have an IoU above iou.
 TRACE_FAST_SHARED bool overlap(int64_t shared, int64_t pixels, int64_t others, double iou) {
   return static_cast<double>(shared) > iou * static_cast<double>(pixels + others - shared);
 }

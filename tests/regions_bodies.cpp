@@ -1,9 +1,9 @@
-// What a GPU thread does for a pixel, as loops on the CPU; tests/test_regions.py compiles this and compares.
+// The work of a GPU thread for each pixel, in loops on the CPU; tests/test_regions.py compiles this and compares.
 #include "../csrc/regions.h"
 
 using namespace trace_fast;
 
-// Regions by their first pixels, from pixels in any order: order, roots (height * width).
+// Writes the first pixel of the region of each pixel, from pixels in any order: order, roots (height * width).
 extern "C" void label(const uint8_t* barrier, const int32_t* order, int32_t height, int32_t width, bool diagonal,
                       int32_t* roots) {
   const int32_t pixels = height * width;
@@ -12,12 +12,12 @@ extern "C" void label(const uint8_t* barrier, const int32_t* order, int32_t heig
   for (int32_t i = 0; i < pixels; ++i) roots[i] = find_root(roots, i);
 }
 
-// Where each of eight steps leads from each pixel, (height * width, 8).
-extern "C" void neighbours(int32_t height, int32_t width, int32_t* there) {
+// Writes the pixel to which each of eight steps leads from each pixel, (height * width, 8).
+extern "C" void neighbors(int32_t height, int32_t width, int32_t* there) {
   for (int32_t i = 0; i < 8 * height * width; ++i) there[i] = next_pixel(i / 8, i % 8, height, width);
 }
 
-// One step of four masks, as cuda::random_walk takes it; affinities is scratch memory.
+// Takes one step of four masks, like cuda::random_walk; affinities is scratch memory.
 extern "C" void walk(const float* masks, const float* powers, const int32_t* ahead, int64_t reach, int64_t height,
                      int64_t width, float* affinities, float* walked) {
   for (int64_t i = 0; i < reach * height * width; ++i) {

@@ -697,10 +697,10 @@ def test_gpu_labels_on_the_cpu(bodies, connectivity, height, width, seed):
         assert torch.equal(result, expected)
 
 
-def test_gpu_neighbours_on_the_cpu(bodies):
+def test_gpu_neighbors_on_the_cpu(bodies):
     height, width = 3, 5
     there = torch.empty(height * width, 8, dtype=torch.int32)
-    bodies.neighbours(height, width, *addresses(there))
+    bodies.neighbors(height, width, *addresses(there))
     for pixel, row in enumerate(there.tolist()):
         places = [(pixel // width + dy, pixel % width + dx) for dy, dx in SQUARE]
         inside = [y * width + x for y, x in places if 0 <= y < height and 0 <= x < width]

@@ -1,8 +1,7 @@
-// Attention: maps averaged over heads or carried to a finer grid, and products with values that need no map.
+// Attention: maps averaged over heads or resampled to a finer grid, and readouts that never form the map.
 //
-// The keys are packed into panels as wide as a register tile, and all vectors run along them: logits of a block of
-// query rows come from a register-tiled product with the panels and stay in cache through max, exp, sum and what is
-// made of them.
+// The keys are packed into panels as wide as a register tile, and all vectors run along them: a register-tiled product
+// with the panels gives the logits of a block of query rows, which stay in cache through max, exp, sum and their use.
 #include "../common.h"
 #include "../trace_fast.h"
 #include "simd.h"
@@ -10,7 +9,7 @@
 namespace trace_fast {
 namespace {
 
-// a register tile holds kTileRows x kTileVecs sums, or kTileRows x kTileDots sums whose lanes are still apart; its
+// a register tile holds kTileRows x kTileVecs sums, or kTileRows x kTileDots sums whose lanes are not yet added up; the
 // operands take the remaining vector registers
 #if defined(__AVX512F__)
 constexpr int64_t kTileRows = 6, kTileVecs = 4, kTileDots = 3;
@@ -20,14 +19,14 @@ constexpr int64_t kTileRows = 6, kTileVecs = 2, kTileDots = 2;
 constexpr int64_t kTileColumns = kTileVecs * kLanes;
 constexpr int64_t kBlockRows = 2 * kTileRows;
 
-// keys between two visits to sums that are kept in memory: a block of rows of them fits a first-level cache
+// keys between two updates of sums in memory: a block of rows of logits for them fits a first-level cache
 constexpr int64_t kChunk = 512;
 static_assert(kChunk % kTileColumns == 0 && kTileRows % kTileDots == 0, "chunks are whole panels, tiles whole dots");
 
-// the maximum of no logits: finite, so that its difference to any of them is a number or -infinity
+// the maximum of no logits: finite, so that its difference from any logit is a number or -infinity
 constexpr float kLowest = -0x1.fffffep127f;
 
-// fine keys that accumulate_resized carries through the grid at once
+// fine keys that accumulate_resized processes at once
 constexpr int64_t kStrip = 256;
 
 // packed (tokens / kTileColumns, channels, kTileColumns) = transposed panels of rows (tokens, channels), zero-padded.
@@ -82,8 +81,8 @@ inline void multiply_block(const float* queries, const float* keys, int64_t chan
                            out + r * stride + j, stride);
 }
 
-// sums (kTileRows, kTileDots of sums_stride, kLanes) += left (kTileRows, columns) times channels first and following of
-// packed (columns, channels). The lanes stay apart; past the last channel it is repeated.
+// sums (kTileRows, kTileDots of sums_stride, kLanes) += left (kTileRows, columns) times kTileDots channels of packed
+// (columns, channels), from first on. Lanes are not added up; beyond the last channel, the last is repeated.
 inline void multiply_dots(const float* left, int64_t left_stride, const float* packed, int64_t channels, int64_t first,
                           int64_t columns, float* sums, int64_t sums_stride) {
   int64_t offsets[kTileDots];
@@ -101,7 +100,7 @@ inline void multiply_dots(const float* left, int64_t left_stride, const float* p
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kTileRows; ++r) {
         const vec row = load(left + r * left_stride + j + v);
-        // keeps the row in its register: GCC would load it again for each product, more than the load ports can bear
+        // keeps the row in its register: GCC would load it again for each product, more than the load ports can serve
         __atomic_signal_fence(__ATOMIC_ACQUIRE);
 #pragma GCC unroll 8
         for (int64_t c = 0; c < kTileDots; ++c) dots[r][c] += row * rights[c];
@@ -113,13 +112,13 @@ inline void multiply_dots(const float* left, int64_t left_stride, const float* p
     for (int64_t c = 0; c < kTileDots; ++c) store(sums + r * sums_stride + c * kLanes, dots[r][c]);
 }
 
-// Keys from tokens on only fill a panel of logits (columns): they get no mass.
-inline void close_row(float* logits, int64_t tokens, int64_t columns) {
+// Sets the logits from tokens on to -infinity: these keys only fill a panel (columns) and get no mass.
+inline void mask_padding(float* logits, int64_t tokens, int64_t columns) {
   for (int64_t j = tokens; j < columns; ++j) logits[j] = -kInfinity;
 }
 
-// The largest of logits (columns), whole panels of them.
-// A tile at a time, so that the maxima of its vectors do not wait for one another.
+// Returns the largest of logits (columns), which are whole panels.
+// It takes a tile at a time, so that the maxima of its vectors are independent of each other.
 inline float top_logit(const float* logits, int64_t columns) {
   vec tops[kTileVecs];
   for (vec& top : tops) top = splat(-kInfinity);
@@ -130,7 +129,7 @@ inline float top_logit(const float* logits, int64_t columns) {
   return max(tops[0]);
 }
 
-// logits (columns) = exp(logits - shift), whole panels of them; returns the sum.
+// logits (columns) = exp(logits - shift), whole panels; returns the sum.
 inline float exponentiate(float* logits, int64_t columns, float shift) {
   vec sums[kTileVecs] = {};
   for (int64_t j = 0; j < columns; j += kTileColumns)
@@ -144,15 +143,15 @@ inline float exponentiate(float* logits, int64_t columns, float shift) {
   return sum(sums[0]);
 }
 
-// slopes (columns) = masses * (slopes - mean), whole panels of them.
+// slopes (columns) = masses * (slopes - mean), whole panels.
 inline void differentiate(const float* masses, int64_t columns, float mean, float* slopes) {
   for (int64_t j = 0; j < columns; j += kLanes) store(slopes + j, load(masses + j) * (load(slopes + j) - mean));
 }
 
-// total (tokens) += weight * softmax of logits (tokens), which is overwritten up to the next whole panel.
+// total (tokens) += weight * softmax of logits (tokens), which are overwritten up to the next whole panel.
 inline void add_softmax(float* logits, int64_t tokens, float weight, float* total) {
   const int64_t columns = round_up(tokens, kTileColumns);
-  close_row(logits, tokens, columns);
+  mask_padding(logits, tokens, columns);
   const float factor = weight / exponentiate(logits, columns, top_logit(logits, columns));
   int64_t j = 0;
   for (; j + kLanes <= tokens; j += kLanes) store(total + j, load(total + j) + factor * load(logits + j));
@@ -175,22 +174,22 @@ void fill(float* values, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) values[i] = value;
 }
 
-// A point of the finer grid on one axis: the two points of the coarser one around it, and what it takes of each.
-struct Between {
+// A point of the finer grid on one axis: the two points of the coarser grid around it, and their weights.
+struct Interpolant {
   int64_t low, high;
   float from_low, from_high;
 };
-constexpr int64_t kBetweenFloats = sizeof(Between) / sizeof(float);
+constexpr int64_t kInterpolantFloats = sizeof(Interpolant) / sizeof(float);
 
 // points (target) as F.interpolate(mode="bilinear", align_corners=False) places them on an axis of size points.
-// With sums (size), shares are divided by the total that a coarse point gives, which is left there.
-void place_between(int64_t size, int64_t target, float* sums, Between* points) {
+// With sums (size), weights are divided by the sum of the weights of their coarse point, and these are written to sums.
+void place_points(int64_t size, int64_t target, float* sums, Interpolant* points) {
   for (int64_t i = 0; i < target; ++i) {
-    const double centre = (i + 0.5) * size / target - 0.5;
-    const double source = centre > 0 ? centre : 0;
+    const double center = (i + 0.5) * size / target - 0.5;
+    const double source = center > 0 ? center : 0;
     const int64_t low = static_cast<int64_t>(source);
     const float share = static_cast<float>(source - low);
-    // an axis that keeps its size is copied: 0 times a neighbour is not always 0
+    // an axis that keeps its size is copied: 0 times a neighbor is not always 0
     points[i] = {low, low + 1 < size && size != target ? low + 1 : low, 1 - share, share};
   }
   if (sums == nullptr) return;
@@ -205,12 +204,13 @@ void place_between(int64_t size, int64_t target, float* sums, Between* points) {
   }
 }
 
-// out (count) = the row of a coarse map (keys) at count fine keys from first on; line holds a coarse line of keys.
-void interpolate_keys(const float* row, int64_t width, const Between* down, const Between* across, int64_t fine_width,
-                      int64_t first, int64_t count, float* line, float* out) {
+// out (count) = the row of a coarse map (keys) at count fine keys from first on; line holds one grid row of coarse
+// keys.
+void interpolate_keys(const float* row, int64_t width, const Interpolant* down, const Interpolant* across,
+                      int64_t fine_width, int64_t first, int64_t count, float* line, float* out) {
   for (int64_t done = 0; done < count;) {
-    const Between& y = down[(first + done) / fine_width];
-    const Between* const x = across + (first + done) % fine_width;
+    const Interpolant& y = down[(first + done) / fine_width];
+    const Interpolant* const x = across + (first + done) % fine_width;
     const int64_t left = fine_width - (first + done) % fine_width;
     const int64_t run = left < count - done ? left : count - done;
     const float* const low = row + y.low * width;
@@ -301,10 +301,10 @@ void readout<TRACE_FAST_ISA>(const float* query, const float* key, const float* 
                      kChunk);
       for (int64_t r = 0; r < rows; ++r) {
         float* const row = block_logits + r * kChunk;
-        close_row(row, tokens - j, width);
+        mask_padding(row, tokens - j, width);
         const float top = top_logit(row, width);
         if (top > shifts[r]) {
-          // what was summed so far is relative to a lower maximum
+          // the sums so far are relative to a lower maximum
           const float factor = exp2(splat((shifts[r] - top) * kLog2E))[0];
           for (int64_t c = 0; c < dots; ++c) block_sums[r * dots + c] *= factor;
           masses[r] *= factor;
@@ -340,7 +340,7 @@ void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, con
   const Scratch key_sums(num_threads * keys * wide_channels);
   const Scratch value_sums(num_threads * keys * wide_columns);
   const Scratch query_sums(num_threads * kBlockRows * dots);
-  // queries and gradients of a block of rows, packed for products with keys and values, padded for those with rows
+  // queries and gradients of a block of rows: packed for products with keys and values, padded for products with rows
   const Scratch packed_rows(num_threads * kBlockRows * (channels + columns));
   const Scratch padded_rows(num_threads * kBlockRows * (wide_channels + wide_columns));
   const Scratch masses(num_threads * kBlockRows * keys);
@@ -373,10 +373,10 @@ void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, con
       pack_queries(query + row * channels, rows, channels, scale, block_queries);
       pack_queries(map_grad + first * columns, rows, columns, 1, block_grads);
       multiply_block(block_queries, map_keys, channels, rows, keys, block_masses, keys);
-      // lse is rounded as large numbers are, so masses of a row need not sum to 1: all that they weigh is divided by it
+      // lse is rounded like a large number, so the masses of a row may not sum to 1: what they weight is divided by it
       float factors[kBlockRows];
       for (int64_t r = 0; r < rows; ++r) {
-        close_row(block_masses + r * keys, tokens, keys);
+        mask_padding(block_masses + r * keys, tokens, keys);
         factors[r] = 1 / exponentiate(block_masses + r * keys, keys, lse[row + r] / kLog2E);
         pad_row(query + (row + r) * channels, channels, factors[r] * scale, query_rows + r * wide_channels,
                 wide_channels);
@@ -423,15 +423,15 @@ void accumulate_resized<TRACE_FAST_ISA>(float* total, const float* attention, in
   const int64_t strips = round_up(fine_tokens, kStrip) / kStrip;
   const int64_t longest = height > width ? height : width;
   const Scratch sums(longest);
-  const Scratch points((target_height + target_width) * 2 * kBetweenFloats);
-  Between* const query_down = reinterpret_cast<Between*>(points.data);
-  Between* const query_across = query_down + target_height;
-  Between* const key_down = query_across + target_width;
-  Between* const key_across = key_down + target_height;
-  place_between(height, target_height, nullptr, query_down);
-  place_between(width, target_width, nullptr, query_across);
-  place_between(height, target_height, sums.data, key_down);
-  place_between(width, target_width, sums.data, key_across);
+  const Scratch points((target_height + target_width) * 2 * kInterpolantFloats);
+  Interpolant* const query_down = reinterpret_cast<Interpolant*>(points.data);
+  Interpolant* const query_across = query_down + target_height;
+  Interpolant* const key_down = query_across + target_width;
+  Interpolant* const key_across = key_down + target_height;
+  place_points(height, target_height, nullptr, query_down);
+  place_points(width, target_width, nullptr, query_across);
+  place_points(height, target_height, sums.data, key_down);
+  place_points(width, target_width, sums.data, key_across);
   const Scratch lines(num_threads * width);
   const Scratch rings(num_threads * 2 * width * kStrip);
 
@@ -445,8 +445,8 @@ void accumulate_resized<TRACE_FAST_ISA>(float* total, const float* attention, in
     float* const ring = rings.data + thread * 2 * width * kStrip;
     int64_t ready = 0;
     for (int64_t y = 0; y < target_height; ++y) {
-      const Between& down = query_down[y];
-      // the coarse queries of one grid row, at these fine keys, take the place of those two grid rows above
+      const Interpolant& down = query_down[y];
+      // the coarse queries of one grid row, at these fine keys, replace those of two grid rows above
       for (; ready <= down.high; ++ready)
         for (int64_t x = 0; x < width; ++x)
           interpolate_keys(map + (ready * width + x) * tokens, width, key_down, key_across, target_width, first, count,
@@ -454,7 +454,7 @@ void accumulate_resized<TRACE_FAST_ISA>(float* total, const float* attention, in
       const float* const low = ring + down.low % 2 * width * kStrip;
       const float* const high = ring + down.high % 2 * width * kStrip;
       for (int64_t x = 0; x < target_width; ++x) {
-        const Between& across = query_across[x];
+        const Interpolant& across = query_across[x];
         const float* const corners[] = {low + across.low * kStrip, low + across.high * kStrip,
                                         high + across.low * kStrip, high + across.high * kStrip};
         const float shares[] = {weight * down.from_low * across.from_low, weight * down.from_low * across.from_high,

@@ -1,8 +1,8 @@
 // Contours of an edge map: ridges, thinning, and matching one to one with the contours of a truth.
 //
-// Thinning and matching work on rows of bits, 64 pixels to a word, with zeros around the image, so that a read beside
-// it needs no test. Matching is a sparse assignment problem: most pixels take their nearest partner, and shortest
-// augmenting paths with prices (Jonker and Volgenant) settle the others.
+// Thinning and matching work on rows of bits, 64 pixels per word, with zeros around the image, so that reads beyond its
+// border need no test. Matching is a sparse assignment problem: most pixels take their nearest partner, and shortest
+// augmenting paths with prices (Jonker and Volgenant) assign the others.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,7 +16,7 @@ namespace {
 
 typedef uint64_t Word;
 
-// Where the pixels of an image are among words: rows with zeros beside and between them.
+// The layout of an image in words: its rows, with zeros beside, above and below them.
 struct Frame {
   Frame(int64_t height, int64_t width, int64_t reach)
       : height(height),
@@ -31,7 +31,7 @@ struct Frame {
   const int64_t height, width, border, guard, words, stride, size, pixels;
 };
 
-// One bit a pixel, in memory of frame.size words.
+// An image of one bit per pixel, in memory of frame.size words.
 struct Bits {
   Bits(const Frame& frame, Word* memory)
       : frame(frame), memory(memory), origin(memory + frame.border * frame.stride + frame.guard) {}
@@ -43,7 +43,7 @@ struct Bits {
   void set(int64_t y, int64_t x) const { row(y)[x >> 6] |= Word{1} << (x & 63); }
   void reset(int64_t y, int64_t x) const { row(y)[x >> 6] &= ~(Word{1} << (x & 63)); }
 
-  // Sets the pixels for which inside(index of the pixel) holds, and no others.
+  // Sets the pixels for which inside(index of the pixel) is true, and no others.
   template <class Inside>
   void fill(const Inside& inside) const {
     clear();
@@ -60,7 +60,7 @@ struct Bits {
 
   // Calls body(y, x) for each pixel that is set, in raster order; body may change this pixel.
   template <class Body>
-  void each(const Body& body) const {
+  void for_each(const Body& body) const {
     for (int64_t y = 0; y < frame.height; ++y)
       for (int64_t w = 0; w < frame.words; ++w)
         for (Word word = row(y)[w]; word; word &= word - 1) body(y, 64 * w + __builtin_ctzll(word));
@@ -71,9 +71,9 @@ struct Bits {
   Word* const origin;
 };
 
-// Pixels set in the words that word(i) gives.
-template <class Combined>
-int64_t count(const Frame& frame, const Combined& word) {
+// Returns the number of bits that are set in the words word(0), word(1), ...
+template <class Words>
+int64_t count(const Frame& frame, const Words& word) {
   int64_t total = 0;
   for (int64_t i = 0; i < frame.size; ++i) total += __builtin_popcountll(word(i));
   return total;
@@ -83,8 +83,8 @@ int64_t count(const Bits& bits) {
   return count(bits.frame, [&](int64_t i) { return bits.memory[i]; });
 }
 
-// What one pass of Guo and Hall removes among 64 pixels, from the rows above, here and below at one word.
-// Neighbours are numbered from the east, counter-clockwise.
+// Returns the pixels, among 64, that one pass of Guo and Hall removes, from the rows above, here and below at one word.
+// Neighbors are numbered from the east, counterclockwise.
 template <bool kSecond>
 inline Word removable(const Word* above, const Word* here, const Word* below) {
   const auto east = [](const Word* at) { return at[0] >> 1 | at[1] << 63; };
@@ -92,25 +92,25 @@ inline Word removable(const Word* above, const Word* here, const Word* below) {
   const Word x1 = east(here), x2 = east(above), x3 = above[0], x4 = west(above);
   const Word x5 = west(here), x6 = west(below), x7 = below[0], x8 = east(below);
 
-  // exactly one run of neighbours: the pixel is no bridge
+  // exactly one run of neighbors: the pixel is not a bridge
   const Word b1 = ~x1 & (x2 | x3), b2 = ~x3 & (x4 | x5), b3 = ~x5 & (x6 | x7), b4 = ~x7 & (x8 | x1);
   const Word some = b1 | b2 | b3 | b4;
   const Word several = (b1 & b2) | (b3 & b4) | ((b1 | b2) & (b3 | b4));
-  // two or three neighbours, counted in pairs either way: neither an end nor inside
+  // two or three neighbors, counted in pairs of both kinds: the pixel is neither an end nor inside
   const Word p1 = x1 | x2, p2 = x3 | x4, p3 = x5 | x6, p4 = x7 | x8;
   const Word q1 = x2 | x3, q2 = x4 | x5, q3 = x6 | x7, q4 = x8 | x1;
   const Word two_p = (p1 & p2) | (p3 & p4) | ((p1 | p2) & (p3 | p4));
   const Word two_q = (q1 & q2) | (q3 & q4) | ((q1 | q2) & (q3 | q4));
   const Word inside = p1 & p2 & p3 & p4 & q1 & q2 & q3 & q4;
-  // on the side of this pass
-  const Word held = kSecond ? (x6 | x7 | ~x4) & x5 : (x2 | x3 | ~x8) & x1;
-  return here[0] & some & ~several & two_p & two_q & ~inside & ~held;
+  // the pixel is not on the side of this pass
+  const Word protect = kSecond ? (x6 | x7 | ~x4) & x5 : (x2 | x3 | ~x8) & x1;
+  return here[0] & some & ~several & two_p & two_q & ~inside & ~protect;
 }
 
-// Thins to lines of one pixel by passes from either side, until nothing changes. Rows around which nothing changed
-// since the last pass of the same side are not looked at again.
+// Thins to lines one pixel wide by passes from alternating sides, until nothing changes. A row is skipped if nothing
+// around it has changed since the last pass from the same side.
 struct Thinner {
-  // words and passes that one of them needs
+  // the sizes of rows and changes
   static int64_t words(const Frame& frame) { return 2 * frame.stride; }
   static int64_t passes(const Frame& frame) { return frame.height + 2; }
 
@@ -119,7 +119,7 @@ struct Thinner {
     for (int32_t pass = 1, quiet = 0; quiet < 2; ++pass) quiet = sweep(image, pass) ? 0 : quiet + 1;
   }
 
-  // One pass; whether it changed anything.
+  // Runs one pass, and returns whether it changed anything.
   bool sweep(const Bits& image, int32_t pass) const {
     bool changed = false;
     Word* above = rows + frame.guard;  // as it was before this pass
@@ -148,10 +148,10 @@ struct Thinner {
 
   const Frame& frame;
   Word* const rows;
-  int32_t* const changes;  // the last pass that changed a row; one more before and after
+  int32_t* const changes;  // the last pass that changed each row, with one entry more before and after
 };
 
-// The pixels within a distance of another: how far each row goes, and what each of them costs.
+// The pixels within a distance of a pixel: half the width of each row of the disc, and the cost of each pixel.
 struct Disc {
   explicit Disc(double distance)
       : reach(static_cast<int64_t>(distance)), side(2 * reach + 1), halves(side), costs(side * side) {
@@ -164,7 +164,7 @@ struct Disc {
     }
   }
 
-  // Calls body(y, x, cost) for each pixel set within the distance, until it returns true; whether it did.
+  // Calls body(y, x, cost) for each pixel set within the distance until one call returns true; returns whether one did.
   template <class Body>
   bool find(const Bits& bits, int64_t y, int64_t x, const Body& body) const {
     for (int64_t row = std::max<int64_t>(y - reach, 0); row <= std::min(y + reach, bits.frame.height - 1); ++row) {
@@ -183,7 +183,7 @@ struct Disc {
     return false;
   }
 
-  static constexpr double kUnit = 1 << 16;  // what a distance of one pixel costs
+  static constexpr double kUnit = 1 << 16;  // the cost of a distance of one pixel
 
   const int64_t reach, side;
   Array<int64_t> halves, costs;
@@ -191,33 +191,35 @@ struct Disc {
 
 // A pixel of the second image in an assignment.
 struct Column {
-  int64_t price;     // never positive, and 0 while it has no partner
-  int64_t distance;  // of the search that saw it last: the cost of the cheapest path so far
+  int64_t price;     // never positive, and 0 while there is no partner
+  int64_t distance;  // cost of the cheapest path so far, in the last search that reached it
   int32_t partner;   // pixel of the first image, or -1
-  int32_t parent;    // the pixel of the first image that the path comes from
-  int32_t search;    // the last that saw it
-  int32_t slot;      // its place in the heap
+  int32_t parent;    // the pixel of the first image from which the path comes
+  int32_t search;    // the last search that reached it
+  int32_t slot;      // its index in the heap
 };
 
-// Pairs of pixels of two images within a distance, each pixel in one pair at most: as many pairs as there can be, and
-// of all such choices one of the smallest sum of distances. The image with fewer pixels is the first.
+// Pairs the pixels of two images within a distance, each pixel in one pair at most: the number of pairs is the largest
+// possible and, among all such pairings, the sum of distances is the smallest. The image with fewer pixels is the
+// first.
 struct Matcher {
-  static constexpr int64_t kPlanes = 2, kNumbers = 4;  // of frame.size words, and of one for each pixel
+  static constexpr int64_t kPlanes = 2, kNumbers = 4;  // arrays of frame.size words, and of one number per pixel
 
-  const Bits& unpaired(bool of_a) const { return of_a == a_first ? open : left; }
+  const Bits& unpaired_a() const { return a_first ? open : left; }
+  const Bits& unpaired_b() const { return a_first ? left : open; }
 
-  // Leaves the pixels of a and b that have no partner in unpaired(true) and unpaired(false).
+  // Writes the pixels of a and of b that have no partner to unpaired_a() and unpaired_b().
   void match(const Bits& a, const Bits& b) {
     a_first = count(a) <= count(b);
     const Bits& first = a_first ? a : b;
     const Bits& second = a_first ? b : a;
     open.copy(first);
     left.copy(second);
-    second.each([&](int64_t y, int64_t x) { columns[index(y, x)] = {0, 0, -1, -1, 0, -1}; });
+    second.for_each([&](int64_t y, int64_t x) { columns[index(y, x)] = {0, 0, -1, -1, 0, -1}; });
 
-    // the nearest, or one of them that is free: what most keep
-    int64_t waiting = 0;
-    first.each([&](int64_t y, int64_t x) {
+    // the nearest pixel, or a free one among equally near ones; most pixels keep this partner
+    int64_t num_waiting = 0;
+    first.for_each([&](int64_t y, int64_t x) {
       const int32_t here = index(y, x);
       int64_t nearest = kNever;
       int32_t choice = -1;
@@ -234,25 +236,25 @@ struct Matcher {
       if (choice >= 0)
         columns[choice].partner = here;
       else if (nearest < kNever)
-        todo[waiting++] = here;
+        waiting[num_waiting++] = here;
     });
-    for (int64_t i = 0; i < waiting; ++i) assign(todo[i], static_cast<int32_t>(i + 1));
+    for (int64_t i = 0; i < num_waiting; ++i) assign(waiting[i], static_cast<int32_t>(i + 1));
 
-    first.each([&](int64_t y, int64_t x) {
+    first.for_each([&](int64_t y, int64_t x) {
       if (partners[index(y, x)] >= 0) open.reset(y, x);
     });
-    second.each([&](int64_t y, int64_t x) {
+    second.for_each([&](int64_t y, int64_t x) {
       if (columns[index(y, x)].partner >= 0) left.reset(y, x);
     });
   }
 
-  // Gives root a partner by the cheapest path, on which others change theirs; where none leads to a free pixel, one of
-  // the pixels on the way goes without, for good: the one whose loss costs least.
+  // Gives root a partner by the cheapest path, along which others change theirs. If no path leads to a free pixel, one
+  // of the pixels on the way stays without a partner for good: the one whose loss costs least.
   void assign(int32_t root, int32_t search) {
     int64_t heaped = 0, settled = 0, spent = 0, end = kNever;
     int32_t here = root, loser = root, goal = -1;
     for (;;) {
-      // spent is what leads to here and back to what its own partner costs
+      // spent is the cost of the path to here, less the cost of its present partner
       if (kNever - spent < end) end = kNever - spent, loser = here;
       disc.find(left, here / frame.width, here % frame.width, [&](int64_t row, int64_t column, int64_t cost) {
         const int32_t there = index(row, column);
@@ -279,7 +281,7 @@ struct Matcher {
       left.reset(next / frame.width, next % frame.width);
       done[settled++] = next;
       here = columns[next].partner;
-      spent = costs_of(here, next) - columns[next].price - columns[next].distance;
+      spent = cost_between(here, next) - columns[next].price - columns[next].distance;
     }
     for (int64_t i = 0; i < settled; ++i) {
       columns[done[i]].price += columns[done[i]].distance - end;
@@ -299,51 +301,52 @@ struct Matcher {
     }
   }
 
-  // Moves a pixel towards the top of the heap from its slot.
+  // Moves a pixel from its slot towards the top of the heap.
   void rise(int32_t pixel) {
     int64_t slot = columns[pixel].slot;
     for (; slot > 0; slot = (slot - 1) / 2) {
       const int32_t above = heap[(slot - 1) / 2];
       if (columns[above].distance <= columns[pixel].distance) break;
-      place(above, slot);
+      put(above, slot);
     }
-    place(pixel, slot);
+    put(pixel, slot);
   }
 
-  // Puts a pixel where the top was, and lets it go down.
+  // Puts a pixel at the top of the heap and moves it down to its slot.
   void sink(int32_t pixel, int64_t heaped) {
     int64_t slot = 0;
     for (int64_t child; (child = 2 * slot + 1) < heaped; slot = child) {
       if (child + 1 < heaped && columns[heap[child + 1]].distance < columns[heap[child]].distance) ++child;
       if (columns[pixel].distance <= columns[heap[child]].distance) break;
-      place(heap[child], slot);
+      put(heap[child], slot);
     }
-    place(pixel, slot);
+    put(pixel, slot);
   }
 
-  void place(int32_t pixel, int64_t slot) {
+  void put(int32_t pixel, int64_t slot) {
     heap[slot] = pixel;
     columns[pixel].slot = static_cast<int32_t>(slot);
   }
 
-  int64_t costs_of(int32_t here, int32_t there) const {
+  int64_t cost_between(int32_t here, int32_t there) const {
     const int64_t y = there / frame.width - here / frame.width, x = there % frame.width - here % frame.width;
     return disc.costs.data[(y + disc.reach) * disc.side + x + disc.reach];
   }
 
   int32_t index(int64_t y, int64_t x) const { return static_cast<int32_t>(y * frame.width + x); }
 
-  static constexpr int64_t kNever = int64_t{1} << 50;  // more than all distances together: going without
+  static constexpr int64_t kNever = int64_t{1} << 50;  // the cost of no partner: more than all distances together
 
   const Frame& frame;
   const Disc& disc;
-  const Bits open, left;  // of the first and second image; in a search, left is what is not settled
+  const Bits open,
+      left;  // pixels without a partner in the first and second image; in a search, left are those not settled
   Column* const columns;
-  int32_t *const partners, *const todo, *const heap, *const done;
+  int32_t *const partners, *const waiting, *const heap, *const done;
   bool a_first;
 };
 
-// Memory for matching, thinning and some images of bits, for each thread.
+// Memory of each thread for matching, for thinning and for some images of bits.
 struct Workspace {
   Workspace(const Frame& frame, int64_t planes, int num_threads)
       : frame(frame),
@@ -367,8 +370,8 @@ struct Workspace {
     const Bits open = plane(thread, planes), left = plane(thread, planes + 1);
     Column* const own = columns.data + thread * pixels;
     int32_t* const own_numbers = numbers.data + thread * Matcher::kNumbers * pixels;
-    int32_t *const todo = own_numbers + pixels, *const heap = todo + pixels, *const done = heap + pixels;
-    return {frame, disc, open, left, own, own_numbers, todo, heap, done, true};
+    int32_t *const waiting = own_numbers + pixels, *const heap = waiting + pixels, *const done = heap + pixels;
+    return {frame, disc, open, left, own, own_numbers, waiting, heap, done, true};
   }
 
   const Frame& frame;
@@ -379,7 +382,8 @@ struct Workspace {
   const Array<int32_t> numbers;
 };
 
-// Smooths with weights 1, 2, .., radius + 1, .., 2, 1 over their sum along both axes, the image mirrored at its border.
+// Smooths by weights 1, 2, .., radius + 1, .., 2, 1 over their sum along both axes; the image is mirrored at its
+// border.
 void smooth(const float* from, int64_t height, int64_t width, int64_t radius, float* to, int num_threads) {
   const int64_t padded = width + 2 * radius;
   Scratch rows(padded * num_threads);
@@ -412,13 +416,13 @@ void smooth(const float* from, int64_t height, int64_t width, int64_t radius, fl
   });
 }
 
-// Half the difference of the neighbours along an axis of length pixels step apart; the whole one at either end.
+// Returns half the difference of the neighbors along an axis of length pixels, step apart; the whole one at either end.
 inline float slope(const float* at, int64_t i, int64_t length, int64_t step) {
   const int64_t before = i > 0 ? step : 0, after = i + 1 < length ? step : 0;
   return (at[after] - at[-before]) * (before && after ? 0.5f : 1.0f);
 }
 
-// The value between pixels, those of the border continued.
+// Returns the value at a point between pixels; beyond the border, that of the nearest point of the image.
 inline float interpolate(const float* image, int64_t height, int64_t width, float y, float x) {
   y = std::min(std::max(y, 0.0f), static_cast<float>(height - 1));
   x = std::min(std::max(x, 0.0f), static_cast<float>(width - 1));
@@ -430,7 +434,7 @@ inline float interpolate(const float* image, int64_t height, int64_t width, floa
   return (1 - dy) * ((1 - dx) * upper[left] + dx * upper[right]) + dy * ((1 - dx) * lower[left] + dx * lower[right]);
 }
 
-constexpr float kMargin = 1.01f;  // a pixel yields to a neighbour this much stronger
+constexpr float kMargin = 1.01f;  // a pixel is suppressed if a neighbor is stronger by this factor
 
 void suppress_image(const float* edges, int64_t height, int64_t width, float* suppressed, int num_threads) {
   const int64_t size = height * width;
@@ -450,8 +454,8 @@ void suppress_image(const float* edges, int64_t height, int64_t width, float* su
       const float value = strength.data[i];
       const float xx = slope(across.data + i, x, width, 1), yy = slope(down.data + i, y, height, width);
       const float xy = slope(across.data + i, y, height, width);
-      // the map bends most across an edge, on its crest and on its slopes: half the angle of (xx - yy, 2 xy) is where
-      // the second derivative is largest, a quarter turn from it where it is smallest
+      // the map bends most across an edge, on its ridge and on its slopes: half the angle of (xx - yy, 2 xy) is the
+      // direction of the largest second derivative, and the direction of the smallest is perpendicular to it
       const float length = std::sqrt((xx - yy) * (xx - yy) + 4 * xy * xy), sign = xx + yy > 0 ? 1.0f : -1.0f;
       const float cosine = length > 0 ? sign * (xx - yy) / length : 1, sine = length > 0 ? sign * 2 * xy / length : 0;
       const float along_x = std::sqrt(std::max(0.0f, 1 + cosine) / 2);
@@ -487,7 +491,7 @@ void thin<TRACE_FAST_ISA>(const uint8_t* mask, int64_t batch, int64_t height, in
     image.fill([&](int64_t i) { return from[i] != 0; });
     Thinner{frame, own + frame.size, passes.data + thread * Thinner::passes(frame)}.thin(image);
     std::fill_n(to, frame.pixels, uint8_t{0});
-    image.each([&](int64_t y, int64_t x) { to[y * width + x] = 1; });
+    image.for_each([&](int64_t y, int64_t x) { to[y * width + x] = 1; });
   });
 }
 
@@ -499,73 +503,74 @@ void match_contours<TRACE_FAST_ISA>(const uint8_t* detected, const uint8_t* trut
   const Frame frame(height, width, std::max<int64_t>(disc.reach, 1));
   const Workspace space(frame, 2, num_threads);
   parallel_for(batch, num_threads, [&](int64_t b, int thread) {
-    const Bits found = space.plane(thread, 0), drawn = space.plane(thread, 1);
-    found.fill([&](int64_t i) { return detected[b * frame.pixels + i] != 0; });
-    drawn.fill([&](int64_t i) { return truth[b * frame.pixels + i] != 0; });
+    const Bits detected_bits = space.plane(thread, 0), truth_bits = space.plane(thread, 1);
+    detected_bits.fill([&](int64_t i) { return detected[b * frame.pixels + i] != 0; });
+    truth_bits.fill([&](int64_t i) { return truth[b * frame.pixels + i] != 0; });
     Matcher matcher = space.matcher(disc, thread);
-    matcher.match(found, drawn);
-    const auto write = [&](const Bits& image, bool of_a, uint8_t* to) {
+    matcher.match(detected_bits, truth_bits);
+    const auto write = [&](const Bits& image, const Bits& unpaired, uint8_t* to) {
       std::fill_n(to, frame.pixels, uint8_t{0});
-      image.each([&](int64_t y, int64_t x) { to[y * width + x] = !matcher.unpaired(of_a).test(y, x); });
+      image.for_each([&](int64_t y, int64_t x) { to[y * width + x] = !unpaired.test(y, x); });
     };
-    write(found, true, matched_detected + b * frame.pixels);
-    write(drawn, false, matched_truth + b * frame.pixels);
+    write(detected_bits, matcher.unpaired_a(), matched_detected + b * frame.pixels);
+    write(truth_bits, matcher.unpaired_b(), matched_truth + b * frame.pixels);
   });
 }
 
 template <>
 void count_matches<TRACE_FAST_ISA>(const float* edges, const uint8_t* truths, const uint8_t* ignored,
                                    const uint8_t* groups, const float* thresholds, int64_t annotators, int64_t height,
-                                   int64_t width, int64_t levels, int64_t num_groups, double distance, bool thins,
-                                   int64_t* counts, int64_t* group_counts, int num_threads) {
+                                   int64_t width, int64_t num_thresholds, int64_t num_groups, double distance,
+                                   bool thinning, int64_t* counts, int64_t* group_counts, int num_threads) {
   const Disc disc(distance);
   const Frame frame(height, width, std::max<int64_t>(disc.reach, 1));
   const auto is_near = [](int64_t, int64_t, int64_t) { return true; };
 
-  // what each annotator drew, what is near any of it, what is ignored
+  // one plane for the contours of each annotator, one for the pixels near any of them, one for the ignored pixels
   const Array<Word> shared((annotators + 2) * frame.size);
-  const auto drawn = [&](int64_t a) { return Bits(frame, shared.data + a * frame.size); };
-  const Bits around = drawn(annotators), skipped = drawn(annotators + 1);
-  int64_t drawn_pixels = 0;
+  const auto plane = [&](int64_t i) { return Bits(frame, shared.data + i * frame.size); };
+  const Bits near_truth = plane(annotators), skipped = plane(annotators + 1);
+  int64_t truth_pixels = 0;
   for (int64_t a = 0; a < annotators; ++a) {
-    drawn(a).fill([&](int64_t i) { return truths[a * frame.pixels + i] != 0; });
-    drawn_pixels += count(drawn(a));
+    plane(a).fill([&](int64_t i) { return truths[a * frame.pixels + i] != 0; });
+    truth_pixels += count(plane(a));
   }
-  around.fill([&](int64_t i) {
+  near_truth.fill([&](int64_t i) {
     for (int64_t a = 0; a < annotators; ++a)
-      if (disc.find(drawn(a), i / width, i % width, is_near)) return true;
+      if (disc.find(plane(a), i / width, i % width, is_near)) return true;
     return false;
   });
   skipped.fill([&](int64_t i) { return ignored[i] != 0; });
 
   const Workspace space(frame, 2, num_threads);
-  parallel_for(levels, num_threads, [&](int64_t level, int thread) {
-    const Bits found = space.plane(thread, 0), matched = space.plane(thread, 1);
-    const float threshold = thresholds[level];
-    found.fill([&](int64_t i) { return edges[i] >= threshold; });
-    if (thins) space.thinner(thread).thin(found);
+  parallel_for(num_thresholds, num_threads, [&](int64_t index, int thread) {
+    const Bits detected = space.plane(thread, 0), matched = space.plane(thread, 1);
+    const float threshold = thresholds[index];
+    detected.fill([&](int64_t i) { return edges[i] >= threshold; });
+    if (thinning) space.thinner(thread).thin(detected);
 
-    int64_t* const row = counts + 6 * level;
-    int64_t* const by_group = group_counts + num_groups * level;
+    int64_t* const row = counts + 6 * index;
+    int64_t* const by_group = group_counts + num_groups * index;
     std::fill_n(row, 6, 0);
     std::fill_n(by_group, num_groups, 0);
     matched.clear();
     Matcher matcher = space.matcher(disc, thread);
     for (int64_t a = 0; a < annotators; ++a) {
-      matcher.match(found, drawn(a));
-      for (int64_t i = 0; i < frame.size; ++i) matched.memory[i] |= found.memory[i] & ~matcher.unpaired(true).memory[i];
-      drawn(a).each([&](int64_t y, int64_t x) {
-        row[5] += disc.find(found, y, x, is_near);
-        if (matcher.unpaired(false).test(y, x)) return;
+      matcher.match(detected, plane(a));
+      for (int64_t i = 0; i < frame.size; ++i)
+        matched.memory[i] |= detected.memory[i] & ~matcher.unpaired_a().memory[i];
+      plane(a).for_each([&](int64_t y, int64_t x) {
+        row[5] += disc.find(detected, y, x, is_near);
+        if (matcher.unpaired_b().test(y, x)) return;
         ++row[0];
         ++by_group[groups[a * frame.pixels + y * width + x]];
       });
     }
-    const auto counted = [&](int64_t i) { return matched.memory[i] | (found.memory[i] & ~skipped.memory[i]); };
-    row[1] = drawn_pixels;
+    const auto counted = [&](int64_t i) { return matched.memory[i] | (detected.memory[i] & ~skipped.memory[i]); };
+    row[1] = truth_pixels;
     row[2] = count(matched);
     row[3] = count(frame, counted);
-    row[4] = count(frame, [&](int64_t i) { return counted(i) & around.memory[i]; });
+    row[4] = count(frame, [&](int64_t i) { return counted(i) & near_truth.memory[i]; });
   });
 }
 

@@ -1,8 +1,9 @@
-// Divergence between rows of attention maps: over time (kl) and over space (abdiv), from one read of each map.
+// Divergence between rows of attention maps: over time (kl) and over space (abdiv), reading each map once.
 //
-// Columns are independent until the last sum, so a work item is a tile of columns of one image. It sweeps the tokens in
-// order and takes each logarithm once: those of the last two grid rows stay in a ring small enough for the cache, where
-// the neighbours two to the right and two below find them. Logarithms are in units of log 2 until the last step.
+// Columns are independent until the last sum, so a work item is a tile of columns of one image. It goes through the
+// tokens in order and computes each logarithm once: those of the last two grid rows stay in a ring small enough for the
+// cache, where the tokens two to the right and two below read them. Logarithms are in units of log 2 until the last
+// step.
 #include "../common.h"
 #include "../trace_fast.h"
 #include "simd.h"
@@ -14,10 +15,10 @@ namespace {
 constexpr int64_t kTile = 512;
 static_assert(kTile % kLanes == 0, "tiles are whole vectors");
 
-// how many floats ahead to ask memory for
+// how many floats ahead to prefetch
 constexpr int64_t kPrefetch = 1024;
 
-// Sum over a tile of p * (log_p - log_q).
+// Returns the sum over a tile of p * (log_p - log_q).
 inline float divergence(const float* p, const float* log_p, const float* log_q, int64_t columns) {
   vec sums = {};
   int64_t j = 0;
@@ -26,8 +27,8 @@ inline float divergence(const float* p, const float* log_p, const float* log_q, 
   return sum(sums);
 }
 
-// One tile of columns of one image: previous, current (tokens, columns of stride); ring (2, width, kTile).
-// Returns the sum over tokens of KL(previous || current); scores (height, width) receives the abdiv of current.
+// Processes a tile of columns of one image: previous, current (tokens, columns of stride); ring (2, width, kTile).
+// Returns the sum over tokens of KL(previous || current), and writes the abdiv of current to scores (height, width).
 template <bool kKl, bool kAbdiv>
 double sweep(const float* previous, const float* current, int64_t height, int64_t width, int64_t stride,
              int64_t columns, float* ring, float* scores) {
@@ -40,8 +41,8 @@ double sweep(const float* previous, const float* current, int64_t height, int64_
       float* const row = ring + y % 2 * width * kTile;
       float* const other_row = ring + (y + 1) % 2 * width * kTile;
       float* const here = row + x * kTile;
-      // the neighbours two back, clamped to the grid; the one above is in `here` until it is overwritten.
-      // in the first row or column no token lies between: whatever `here` holds is read and the sum dropped
+      // the tokens two before, clamped to the grid; the logarithms of the one above are in `here` until overwritten.
+      // in the first row or column there is no token between: any values of `here` are read, and the sum is not used
       const float* const left = x == 0 ? here : x == 1 ? row : here - 2 * kTile;
       const float* const above = y == 1 ? other_row + x * kTile : here;
       const int64_t ahead = kPrefetch / kTile * stride;
@@ -62,7 +63,7 @@ double sweep(const float* previous, const float* current, int64_t height, int64_
         __builtin_prefetch(q + j + ahead);
         add(j, kKl ? load(p + j) : vec{}, load(q + j));
       }
-      // lanes past the map hold 1 in every row, so that all their terms are 1 * (0 - 0)
+      // lanes beyond the map hold 1 in every row, so that all their terms are 1 * (0 - 0)
       if (j < columns) add(j, kKl ? load_first(p + j, columns - j, 1.0f) : vec{}, load_first(q + j, columns - j, 1.0f));
 
       if (kKl) total += sum(step);
@@ -97,7 +98,7 @@ void divergences(const float* previous, const float* current, int64_t batch, int
                                          columns, rings.data + thread * ring, scores.data + item * tokens);
   });
 
-  // the order of these sums is that of the tiles, whichever thread took them
+  // these sums are in the order of the tiles, whichever threads computed them
   for (int64_t image = 0; image < batch; ++image) {
     if (kKl) {
       double total = 0;

@@ -1,8 +1,8 @@
-// Regions and masks: labelling, flood fill, the random walk between edges, and the merging of masks.
+// Regions and masks: labeling, flood fill, the random walk between edges, and the merging of masks.
 //
-// Images of one bit a pixel are rows of 64-bit words with at least one spare bit at the end, which is 0: a step to the
-// left of a row or to its right meets nothing. A run is a stretch of set bits in a row; runs are numbered in raster
-// order, so that the first pixel of a region is that of its first run.
+// Images of one bit per pixel are rows of 64-bit words with at least one spare bit at the end, which is 0, so that a
+// step beyond either end of a row reads 0. A run is a sequence of set bits in a row; runs are numbered in raster order,
+// so that the first pixel of a region is that of its first run.
 #include "../regions.h"
 
 #include <cmath>
@@ -20,13 +20,13 @@
 namespace trace_fast {
 namespace {
 
-// images with fewer pixels are done before another thread has started
+// images with fewer pixels are finished before another thread has started
 constexpr int64_t kWorthThreads = 1 << 19;
 
-// floats in a line of the cache; half of how many stay close to a core
+// floats in a cache line, and in half of a core's second-level cache
 constexpr int64_t kCacheLine = 16, kCached = 1 << 17;
 
-// A list that grows; its values are plain.
+// A list of values of a plain type that grows.
 template <class T>
 struct List {
   ~List() { std::free(data); }
@@ -36,12 +36,12 @@ struct List {
     data[size++] = value;
   }
 
-  void reserve(int64_t wanted) {
-    if (wanted <= capacity) return;
-    void* const moved = std::realloc(data, wanted * sizeof(T));
+  void reserve(int64_t count) {
+    if (count <= capacity) return;
+    void* const moved = std::realloc(data, count * sizeof(T));
     if (moved == nullptr) throw std::bad_alloc();
     data = static_cast<T*>(moved);
-    capacity = wanted;
+    capacity = count;
   }
 
   void swap(List& other) {
@@ -65,10 +65,10 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// A word of count ones, at most 64, lowest bits first.
+// Returns a word whose lowest count bits are set, at most 64.
 inline uint64_t ones(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
-// Bits of up to 64 bytes: set where one is not 0.
+// Returns a bit for each of up to 64 bytes: set if the byte is not 0.
 inline uint64_t nonzero(const uint8_t* from, int64_t count) {
 #if defined(__AVX512BW__)
   const __m512i bytes = _mm512_maskz_loadu_epi8(ones(count), from);
@@ -87,7 +87,7 @@ inline uint64_t nonzero(const uint8_t* from, int64_t count) {
   for (int64_t i = 0; i < smaller<int64_t>(count, 64); i += 8) {
     uint64_t bytes = 0;
     std::memcpy(&bytes, from + i, smaller<int64_t>(count - i, 8));
-    // each byte's high bit tells, and the product gathers them in the top byte
+    // the high bit of each byte is set if the byte is not 0, and the product gathers these bits in the top byte
     constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
     bytes = ((bytes & kLow) + kLow) | bytes;
     bits |= (bytes >> 7 & 0x0101010101010101) * 0x0102040810204080 >> 56 << i;
@@ -96,7 +96,7 @@ inline uint64_t nonzero(const uint8_t* from, int64_t count) {
 #endif
 }
 
-// Bits of up to 64 numbers: set where one is above 0.
+// Returns a bit for each of up to 64 numbers: set if the number is above 0.
 inline uint64_t positive(const int32_t* from, int64_t count) {
   uint64_t bits = 0;
   int64_t i = 0;
@@ -116,7 +116,7 @@ inline uint64_t positive(const int32_t* from, int64_t count) {
   return bits;
 }
 
-// Walks along a row of words: each of them moved by one pixel, with what the one before hands over.
+// Shifts the words of a row by one pixel, from left to right: each word takes over the last pixel of the word before.
 struct Shift {
   uint64_t to_the_right(uint64_t word) {
     const uint64_t moved = word << 1 | before;
@@ -127,7 +127,7 @@ struct Shift {
   uint64_t before = 0;
 };
 
-// Calls body(first row, end) for strips of an image, on several threads if it is large enough.
+// Calls body(first row, end) for strips of an image, on several threads if the image is large enough.
 template <class Body>
 void for_strips(int64_t height, int64_t width, int num_threads, const Body& body) {
   const int64_t strips = height * width < kWorthThreads ? 1 : smaller<int64_t>(4 * num_threads, height);
@@ -135,35 +135,35 @@ void for_strips(int64_t height, int64_t width, int num_threads, const Body& body
                [&](int64_t strip, int) { body(strip * height / strips, (strip + 1) * height / strips); });
 }
 
-// The free pixels of an image, and the regions they form.
+// The pixels off the barrier (free), and the regions that they form.
 struct Regions {
   Regions(const uint8_t* barrier, int64_t height, int64_t width, bool diagonal, int num_threads);
 
   const int64_t height, width, words;
-  const Array<uint64_t> free;  // (height, words)
-  const Array<int32_t> first;  // (height + 1), the first run of each row, and how many there are
-  const Array<int32_t> room;   // with a margin for whole vectors
-  int32_t* const region;       // of each run, from 1
+  const Array<uint64_t> free;   // (height, words)
+  const Array<int32_t> first;   // (height + 1), the first run of each row, and the number of runs
+  const Array<int32_t> memory;  // of region, with a margin for whole vectors
+  int32_t* const region;        // the region of each run, from 1
   int32_t count = 0;
 };
 
-// Unites the runs of a row with those above that they touch.
-// Runs are widened to the corners of their pixels where corners connect; then they touch where they have a bit in
-// common. A stretch of such bits belongs to one pair as far as the next start of a run.
+// Unites the runs of a row with the runs above that they touch.
+// Runs are widened to the corners of their pixels if corners connect; then two runs touch if they have a bit in common.
+// Consecutive common bits belong to one pair of runs up to the next start of a run.
 template <bool kDiagonal>
-void join_rows(const uint64_t* above, const uint64_t* row, int64_t words, int32_t above_first, int32_t first,
-               int32_t* parents) {
+void connect_rows(const uint64_t* above, const uint64_t* row, int64_t words, int32_t above_first, int32_t first,
+                  int32_t* parents) {
   Shift above_shift, row_shift, common_shift;
   for (int64_t w = 0; w < words; ++w) {
     const uint64_t above_before = above_shift.to_the_right(above[w]), row_before = row_shift.to_the_right(row[w]);
     const uint64_t above_starts = above[w] & ~above_before, row_starts = row[w] & ~row_before;
     const uint64_t common = kDiagonal ? (above[w] | above_before) & (row[w] | row_before) : above[w] & row[w];
-    uint64_t meetings = common & (~common_shift.to_the_right(common) | above_starts | row_starts);
-    for (; meetings != 0; meetings &= meetings - 1) {
-      const uint64_t until = meetings ^ (meetings - 1);
+    uint64_t contacts = common & (~common_shift.to_the_right(common) | above_starts | row_starts);
+    for (; contacts != 0; contacts &= contacts - 1) {
+      const uint64_t until = contacts ^ (contacts - 1);
       const int32_t over = above_first + __builtin_popcountll(above_starts & until) - 1;
       const int32_t run = first + __builtin_popcountll(row_starts & until) - 1;
-      // the first that a run meets
+      // the first contact of a run
       if (parents[run] == run)
         parents[run] = find_root(parents, over);
       else
@@ -180,12 +180,12 @@ Regions::Regions(const uint8_t* barrier, int64_t height, int64_t width, bool dia
       words(width / 64 + 1),
       free(height * words),
       first(height + 1),
-      room(height * ((width + 1) / 2) + 16),
-      region(room.data + 1) {
-  expect_writes(room.data, height * ((width + 1) / 2) * sizeof(int32_t));
-  const auto join = [&](int64_t y) {
-    (diagonal ? join_rows<true> : join_rows<false>)(&free[(y - 1) * words], &free[y * words], words, first[y - 1],
-                                                    first[y], region);
+      memory(height * ((width + 1) / 2) + 16),
+      region(memory.data + 1) {
+  expect_writes(memory.data, height * ((width + 1) / 2) * sizeof(int32_t));
+  const auto connect = [&](int64_t y) {
+    (diagonal ? connect_rows<true> : connect_rows<false>)(&free[(y - 1) * words], &free[y * words], words, first[y - 1],
+                                                          first[y], region);
   };
 
   for_strips(height, width, num_threads, [&](int64_t top, int64_t end) {
@@ -209,18 +209,18 @@ Regions::Regions(const uint8_t* barrier, int64_t height, int64_t width, bool dia
     for (int64_t y = top; y < end; ++y) {
       for (int32_t run = first[y]; run < first[y + 1]; ++run) region[run] = run;
       seams[y] = y == top && y > 0;
-      if (y > top) join(y);
+      if (y > top) connect(y);
     }
   });
   for (int64_t y = 0; y < height; ++y)
-    if (seams[y]) join(y);
+    if (seams[y]) connect(y);
 
-  // parents come before their children, and have become regions when it is the turn of these
+  // parents come before their children, so their regions are already numbered
   for (int32_t run = 0; run < first[height]; ++run) region[run] = region[run] == run ? ++count : region[region[run]];
 }
 
 #if defined(__AVX2__)
-// How many bits of a byte are set up to each.
+// For each byte and each of its bits, the number of bits set up to it.
 struct Ranks {
   constexpr Ranks() : of() {
     for (int byte = 0; byte < 256; ++byte)
@@ -231,29 +231,29 @@ struct Ranks {
 constexpr Ranks kRanks;
 #endif
 
-// Writes the value of its run to each pixel of a row, 0 to the others.
-// values are those of the row's runs, readable from one before the first to seven after the last.
+// Writes to each pixel of a row the value of its run, or 0 if it is in none.
+// values are those of the runs of the row; they can be read from one before the first to seven after the last.
 void write_row(const uint64_t* free, int64_t width, const int32_t* values, int32_t* row) {
   Shift shift;
   const int32_t* value = values - 1;
   for (int64_t x = 0; x < width; x += 64) {
     uint64_t bits = *free++, starts = bits & ~shift.to_the_right(bits);
     int64_t i = x;
-    // a word within one run, or within none
+    // the whole word is in one run, or in none
     if (starts == 0 && (bits == 0 || bits == ~uint64_t{0}) && x + 64 <= width) {
       const int32_t label = bits == 0 ? 0 : *value;
       for (; i < x + 64; ++i) row[i] = label;
       continue;
     }
 #if defined(__AVX2__)
-    // of the eight values from the present run on, each pixel takes the one as far along as runs have started
+    // each pixel takes one of the eight values from the present run on: its index is the number of runs started so far
     for (; i + 8 <= smaller(x + 64, width); i += 8, bits >>= 8, starts >>= 8) {
       const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value));
       const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.of[starts & 255]));
-      const __m256i taken = _mm256_permutevar8x32_epi32(next, _mm256_cvtepu8_epi32(ranks));
+      const __m256i run_values = _mm256_permutevar8x32_epi32(next, _mm256_cvtepu8_epi32(ranks));
       const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
       const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
-      const __m256i written = _mm256_and_si256(taken, _mm256_cmpeq_epi32(set, lanes));
+      const __m256i written = _mm256_and_si256(run_values, _mm256_cmpeq_epi32(set, lanes));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), written);
       value += __builtin_popcountll(starts & 255);
     }
@@ -265,41 +265,41 @@ void write_row(const uint64_t* free, int64_t width, const int32_t* values, int32
   }
 }
 
-// An image that labels grow over.
+// An image over which labels grow.
 struct Ground {
   Ground(int32_t* labels, int64_t height, int64_t width)
-      : labels(labels), height(height), width(width), pitch(width + 1), room((height + 2) * pitch + 1) {
-    expect_writes(room.data, (height + 2) * pitch + 1);
+      : labels(labels), height(height), width(width), pitch(width + 1), memory((height + 2) * pitch + 1) {
+    expect_writes(memory.data, (height + 2) * pitch + 1);
     std::memset(row(-1) - 1, 0, pitch + 1);
     for (int64_t y = 0; y < height; ++y) row(y)[width] = 0;
     std::memset(row(height), 0, pitch);
   }
 
-  // A byte a pixel, 1 where a label can grow, with zeros all round the image. Bits would take less memory and more
-  // time: neighbours in one word wait for each other.
-  uint8_t* row(int64_t y) const { return &room[1 + (y + 1) * pitch]; }
+  // Returns a row of bytes, one per pixel: 1 where a label can grow, with zeros all around the image. Bits would take
+  // less memory but more time: updates of neighbors in one word depend on each other.
+  uint8_t* row(int64_t y) const { return &memory[1 + (y + 1) * pitch]; }
 
   int32_t* const labels;
   const int64_t height, width, pitch;
-  const Array<uint8_t> room;
+  const Array<uint8_t> memory;
 };
 
-// the steps to the neighbours of a pixel, those along the axes first
+// the steps to the neighbors of a pixel, those along the axes first
 constexpr int kDirections[8][2] = {{-1, 0}, {0, -1}, {0, 1}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};
 
-// how many pixels ahead of the present one a front asks for memory: they lie all over the image
+// how many pixels ahead of the present one to prefetch: the pixels of a front are spread over the image
 constexpr int64_t kAhead = 32;
 
-// A row, times 2^32, and a pixel of the image in it.
-using Place = int64_t;
+// A row, times 2^32, plus the index in the image of a pixel in this row.
+using Position = int64_t;
 
-// A pixel beside ground that its label can grow on.
+// A labeled pixel next to pixels over which its label can grow.
 struct Seed {
   int32_t label;
-  Place place;
+  Position position;
 };
 
-// Sorts by label, least significant byte first; pixels of one label keep their order.
+// Sorts by label, least significant byte first; pixels of the same label stay in order.
 void sort(List<Seed>& seeds, List<Seed>& spare) {
   for (int shift = 0; shift < 32; shift += 8) {
     int64_t ends[257] = {};
@@ -318,54 +318,54 @@ void sort(List<Seed>& seeds, List<Seed>& spare) {
   }
 }
 
-// Pixels as far from the seeds as each other, by label.
+// Pixels at the same distance from the seeds, grouped by label.
 struct Front {
-  struct Stretch {
+  struct Group {
     int32_t label;
     int64_t end;
   };
 
-  List<Place> places;
-  List<Stretch> stretches;
+  List<Position> positions;
+  List<Group> groups;
 };
 
-// Labels the pixels of a front, and takes those one step on out of the open ones.
+// Labels the pixels of a front, and moves the open pixels one step further on to the next front.
 template <int kSteps>
 void advance(const Ground& ground, const Front& front, Front& next) {
   const int64_t width = ground.width, pitch = ground.pitch;
-  next.places.reserve(kSteps * front.places.size + 1);
-  next.stretches.size = 0;
-  const auto pixel = [&](Place place) { return place & 0xffffffff; };
-  const auto byte = [&, open = ground.row(0)](Place place) { return open + pixel(place) + (place >> 32); };
-  Place* const places = next.places.data;
-  int64_t taken = 0;
-  for (int64_t stretch = 0, i = 0; stretch < front.stretches.size; ++stretch) {
-    const auto [label, end] = front.stretches.data[stretch];
+  next.positions.reserve(kSteps * front.positions.size + 1);
+  next.groups.size = 0;
+  const auto pixel = [&](Position position) { return position & 0xffffffff; };
+  const auto byte = [&, open = ground.row(0)](Position position) { return open + pixel(position) + (position >> 32); };
+  Position* const positions = next.positions.data;
+  int64_t size = 0;
+  for (int64_t group = 0, i = 0; group < front.groups.size; ++group) {
+    const auto [label, end] = front.groups.data[group];
     for (; i < end; ++i) {
-      const Place soon = front.places.data[smaller(i + kAhead, front.places.size - 1)];
+      const Position soon = front.positions.data[smaller(i + kAhead, front.positions.size - 1)];
       __builtin_prefetch(ground.labels + pixel(soon), 1);
       __builtin_prefetch(byte(soon) - pitch, 1);
       __builtin_prefetch(byte(soon) + pitch, 1);
 
-      const Place place = front.places.data[i];
-      ground.labels[pixel(place)] = label;
+      const Position position = front.positions.data[i];
+      ground.labels[pixel(position)] = label;
       for (int step = 0; step < kSteps; ++step) {
         const int64_t dy = kDirections[step][0], dx = kDirections[step][1];
-        uint8_t* const open = byte(place) + dy * pitch + dx;
-        // no branch on what is open, which nobody could predict
-        places[taken] = place + dy * ((int64_t{1} << 32) + width) + dx;
-        taken += *open;
+        uint8_t* const open = byte(position) + dy * pitch + dx;
+        // there is no branch on open pixels, which could not be predicted
+        positions[size] = position + dy * ((int64_t{1} << 32) + width) + dx;
+        size += *open;
         *open = 0;
       }
     }
-    next.stretches.push({label, taken});
+    next.groups.push({label, size});
   }
-  next.places.size = taken;
+  next.positions.size = size;
 }
 
-// Grows the labels above 0 over the open pixels, which hold 0.
-// Breadth first, from pixels in the order of their labels: then those of every later distance are in this order too,
-// and the first label to reach a pixel is the lowest.
+// Grows the labels above 0 over the open pixels, whose labels are 0.
+// The search is breadth first and starts from pixels in the order of their labels: then the pixels at every distance
+// are in this order too, and the first label to reach a pixel is the lowest.
 void grow(const Ground& ground, bool diagonal) {
   List<Seed> seeds, spare;
   for (int64_t y = 0; y < ground.height; ++y)
@@ -385,18 +385,18 @@ void grow(const Ground& ground, bool diagonal) {
 
   Front front, next;
   for (int64_t i = 0; i < seeds.size; ++i) {
-    const auto [label, place] = seeds.data[i];
-    front.places.push(place);
-    if (i + 1 == seeds.size || seeds.data[i + 1].label != label) front.stretches.push({label, i + 1});
+    const auto [label, position] = seeds.data[i];
+    front.positions.push(position);
+    if (i + 1 == seeds.size || seeds.data[i + 1].label != label) front.groups.push({label, i + 1});
   }
-  while (front.places.size > 0) {
+  while (front.positions.size > 0) {
     (diagonal ? advance<8> : advance<4>)(ground, front, next);
-    front.places.swap(next.places);
-    front.stretches.swap(next.stretches);
+    front.positions.swap(next.positions);
+    front.groups.swap(next.groups);
   }
 }
 
-// Labels the seeds of a row that are off the barrier, and opens the rest of what is.
+// Labels the seeds of a row that are off the barrier, and opens the other pixels off the barrier.
 void start_row(const int32_t* seeds, const uint8_t* barrier, int64_t width, int32_t* labels, uint8_t* open) {
   for (int64_t x = 0; x < width; ++x) {
     const bool free = barrier[x] == 0, seed = seeds[x] > 0;
@@ -405,12 +405,12 @@ void start_row(const int32_t* seeds, const uint8_t* barrier, int64_t width, int3
   }
 }
 
-// Opens the barrier of a row, and nothing else.
+// Opens the barrier pixels of a row, and no others.
 void open_barrier(const uint8_t* barrier, int64_t width, uint8_t* open) {
   for (int64_t x = 0; x < width; ++x) open[x] = barrier[x] != 0;
 }
 
-// The labels of one image, as flood_fill writes them.
+// Writes the labels of one image; see flood_fill.
 void fill(const int32_t* seeds, const uint8_t* barrier, int64_t height, int64_t width, bool diagonal,
           bool claim_barrier, int32_t* labels, int num_threads) {
   const Ground ground(labels, height, width);
@@ -424,23 +424,24 @@ void fill(const int32_t* seeds, const uint8_t* barrier, int64_t height, int64_t 
   grow(ground, diagonal);
 }
 
-// masks that walk together share what they read of the affinities; with two rows each they fit sixteen registers
+// masks that are processed together read the affinities once; with two rows each they fit sixteen registers
 constexpr int kTogether = 6;
 
-// Floats that are 0 at first.
+// Floats that are initialized to 0.
 struct Zeros : Scratch {
   explicit Zeros(int64_t size) : Scratch(size) { std::memset(data, 0, size * sizeof(float)); }
 };
 
-// What the masks of one image walk on: for each pixel, the affinities of the steps ahead, to neighbours that follow it
-// in raster order. Those of the steps back are the same, as seen from the other end.
+// The walk on one image: for each pixel, the affinities of the steps ahead, to the neighbors that follow it in raster
+// order. The affinity of a step back is that of the step ahead from its other end.
 //
-// Rows of pixels are pitch apart: whole vectors, and as many zeros as a step can leave a row by, so that every step has
-// one length. A row of affinities is such a row of pixels for each step ahead, so that what a pixel needs is close
-// together. Where a step leaves the image its affinity is 0, and what is read there, a number, does not count.
+// Rows of pixels are pitch apart: whole vectors, and as many zeros as a step can exceed a row by, so that a step moves
+// by the same distance everywhere. A row of affinities has one such row of pixels for each step ahead, so that the
+// affinities of a pixel are close together. Where a step leaves the image its affinity is 0, and the number that is
+// read there has no effect.
 struct Walk {
-  // A pixel that two others read, one below the other. As seen from the upper one: where it is, and where the
-  // affinities of both are.
+  // A pixel that is read by two others, one below the other: offsets, from the upper one, of this pixel and of the
+  // affinities of both.
   struct Source {
     int64_t pixel, upper, lower;
   };
@@ -457,7 +458,7 @@ struct Walk {
         if (is_step(dy, dx)) body(dy, dx);
   }
 
-  // Calls body(place in a mask of this layout, place in the image) for each pixel.
+  // Calls body(index in a mask of this layout, index in the image) for each pixel.
   template <class Body>
   void for_pixels(const Body& body) const {
     for (int64_t y = 0; y < height; ++y)
@@ -471,22 +472,22 @@ struct Walk {
   }
 
   const int64_t height, width, radius, reach, pairs, pitch, stride;  // pairs of rows; stride of rows of affinities
-  const int64_t shift, origin, size;  // of a mask: what a step moves it by, its upper place, its floats
-  const Zeros room;
+  const int64_t shift, origin, size;  // of a mask: its shift in each step, its upper position, its floats
+  const Zeros memory;
   float* const affinities;  // of the first row
   const Zeros degree;       // sums of affinities; 1 between rows
   const Array<Source> sources;
-  int64_t both = 0, upper = 0, lower = 0;  // how many sources both rows read, then the upper one alone, the lower one
+  int64_t both = 0, upper = 0, lower = 0;  // numbers of sources that both rows read, the upper one alone, the lower one
 };
 
-// One step of kMasks masks, each of walk.size floats. Rows are read in one place and written in the other, walk.shift
-// above or below, in the order in which none is overwritten that is still to be read.
+// Takes one step of kMasks masks, each of walk.size floats. Rows are read at one position and written at the other,
+// walk.shift above or below, in an order in which no row is overwritten that is still to be read.
 template <int kMasks>
 void step(const Walk& walk, float* masks, bool up) {
   const int64_t pitch = walk.pitch, size = walk.size;
   const float* const from = masks + walk.origin + (up ? walk.shift : 0);
   float* const to = masks + walk.origin + (up ? 0 : walk.shift);
-  // how many floats ahead to ask memory for at each vector
+  // how many floats ahead to prefetch at each vector
   const int64_t part = walk.pairs * walk.stride > kCached ? 2 * walk.stride * kLanes / walk.width : 0;
   for (int64_t pair = 0; pair < walk.pairs; ++pair) {
     const int64_t y = 2 * (up ? pair : walk.pairs - 1 - pair);
@@ -533,7 +534,7 @@ void step(const Walk& walk, float* masks, bool up) {
 using Step = void (*)(const Walk&, float*, bool);
 constexpr Step kStep[kTogether] = {step<1>, step<2>, step<3>, step<4>, step<5>, step<6>};
 
-// What an edge lets through.
+// Returns 1 - edge, the edge clamped to [0, 1].
 inline float passing(float edge) { return 1 - (edge < 0 ? 0 : edge > 1 ? 1 : edge); }
 
 Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, double beta)
@@ -547,18 +548,18 @@ Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, do
       shift((reach + 2) * pitch),
       origin(reach * (pitch + 1)),
       size(origin + shift + (2 * pairs + reach) * pitch),
-      room((reach + 2 * pairs) * stride + reach),
-      affinities(room.data + reach * (stride + 1)),
+      memory((reach + 2 * pairs) * stride + reach),
+      affinities(memory.data + reach * (stride + 1)),
       degree(2 * pairs * pitch),
       sources(4 * radius * radius) {
-  // the power of what the strongest edge of a path lets through is the lowest of all powers
+  // the affinity (1 - the strongest edge of a path)^beta is the lowest power on the path
   const Zeros padded((height + reach) * (pitch + 1));
   float* const powers = padded.data + reach;
   for_pixels([&](int64_t at, int64_t pixel) {
     powers[at] = static_cast<float>(std::pow(static_cast<double>(passing(edges[pixel])), beta));
   });
-  const Array<int64_t> places(radius * (2 * reach + 1));  // of the steps ahead in a row of affinities
-  int64_t place = 0;
+  const Array<int64_t> offsets(radius * (2 * reach + 1));  // of the steps ahead in a row of affinities
+  int64_t offset = 0;
   for_ahead([&](int64_t dy, int64_t dx) {
     for (int64_t row = 0; row < height; ++row)
       for (int64_t i = 0; i < width; i += kLanes) {
@@ -570,32 +571,32 @@ Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, do
               const vec other = load(from + y * pitch + x);
               lowest = other < lowest ? other : lowest;
             }
-        store(affinities + row * stride + place + i, lowest);
+        store(affinities + row * stride + offset + i, lowest);
       }
-    places[dy * (2 * reach + 1) + dx + reach] = place;
-    place += pitch;
+    offsets[dy * (2 * reach + 1) + dx + reach] = offset;
+    offset += pitch;
   });
 
   const auto affinity = [&](int64_t dy, int64_t dx) {
     const bool ahead = dy > 0 || (dy == 0 && dx > 0);
-    const int64_t place = places[(ahead ? dy : -dy) * (2 * reach + 1) + (ahead ? dx : -dx) + reach];
-    return ahead ? place : place + dy * stride + dx;
+    const int64_t offset = offsets[(ahead ? dy : -dy) * (2 * reach + 1) + (ahead ? dx : -dx) + reach];
+    return ahead ? offset : offset + dy * stride + dx;
   };
-  int64_t found = 0;
+  int64_t num_sources = 0;
   const auto add_sources = [&](bool of_upper, bool of_lower) {
-    const int64_t before = found;
+    const int64_t before = num_sources;
     for (int64_t dy = -reach; dy <= reach + 1; ++dy)
       for (int64_t dx = -reach; dx <= reach; ++dx)
         if (is_step(dy, dx) == of_upper && is_step(dy - 1, dx) == of_lower && (of_upper || of_lower))
-          sources[found++] = {dy * pitch + dx, of_upper ? affinity(dy, dx) : 0,
-                              of_lower ? stride + affinity(dy - 1, dx) : 0};
-    return found - before;
+          sources[num_sources++] = {dy * pitch + dx, of_upper ? affinity(dy, dx) : 0,
+                                    of_lower ? stride + affinity(dy - 1, dx) : 0};
+    return num_sources - before;
   };
   both = add_sources(true, true);
   upper = add_sources(true, false);
   lower = add_sources(false, true);
 
-  // a step of ones, undivided, sums the affinities in the order in which it weights with them
+  // a step of ones, not divided, sums the affinities in the order in which every step adds up its terms
   const Zeros ones(size);
   for (int64_t i = 0; i < 2 * pairs * pitch; ++i) degree.data[i] = 1;
   for_pixels([&](int64_t at, int64_t) { ones.data[origin + shift + at] = 1; });
@@ -603,11 +604,11 @@ Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, do
   for_pixels([&](int64_t at, int64_t) { degree.data[at] = ones.data[origin + at]; });
 }
 
-// The walk of the masks of one image.
+// Writes the masks of one image after the walk; see random_walk.
 void walk_image(const float* masks, const float* edges, int64_t count, int64_t height, int64_t width, int64_t radius,
                 double beta, int64_t steps, float* walked, int num_threads) {
   const Walk walk(edges, height, width, radius, beta);
-  // groups of masks, as equal as can be, enough for all threads
+  // groups of masks of nearly equal size, enough for all threads
   const int64_t groups = smaller(count, round_up((count + kTogether - 1) / kTogether, num_threads));
   const int64_t most = (count + groups - 1) / groups;
   const Zeros lines(num_threads * most * walk.size);
@@ -628,7 +629,7 @@ void walk_image(const float* masks, const float* edges, int64_t count, int64_t h
   });
 }
 
-// Masks of one bit a pixel, and what is quick to know of each. They need no spare bits.
+// Masks of one bit per pixel, without spare bits, and the extent of each.
 struct Masks {
   struct Extent {
     int64_t pixels, top, end, left, right;  // rows [top, end), words [left, right)
@@ -653,12 +654,13 @@ struct Masks {
 
   uint64_t* row(int64_t mask, int64_t y) const { return &bits[(mask * height + y) * words]; }
 
+  // Returns whether the IoU of two masks is above iou.
   bool overlap(int64_t mask, int64_t other, double iou) const {
     const Extent &one = extents[mask], &two = extents[other];
     const int64_t top = larger(one.top, two.top), end = smaller(one.end, two.end);
     const int64_t left = larger(one.left, two.left), right = smaller(one.right, two.right);
     if (top >= end || left >= right) return false;
-    // they share no more than the smaller one has, and no more than there is in both extents
+    // they share at most the pixels of the smaller one, and at most those in both extents
     const int64_t most = smaller(smaller(one.pixels, two.pixels), 64 * (end - top) * (right - left));
     if (!trace_fast::overlap(most, one.pixels, two.pixels, iou)) return false;
     int64_t shared = 0;
@@ -669,7 +671,7 @@ struct Masks {
     return trace_fast::overlap(shared, one.pixels, two.pixels, iou);
   }
 
-  // Adds the pixels of another mask.
+  // Adds the pixels of another mask to a mask.
   void add(int64_t mask, int64_t other) {
     Extent& extent = extents[mask];
     const Extent& more = extents[other];
@@ -734,31 +736,30 @@ void merge_masks<TRACE_FAST_ISA>(const uint8_t* masks, int64_t count, int64_t he
                                  int64_t* groups, int num_threads) {
   Masks unions(masks, count, height, width, num_threads);
   const int64_t words = count / 64 + 1;
-  const Array<uint64_t> joined(count * words);  // the later unions that each overlaps
+  const Array<uint64_t> overlaps(count * words);  // the later unions that each union overlaps
   const Array<int32_t> parents(count), roots(count);
-  const Array<uint8_t> grown(count);  // in the last round: two others overlap no more than they did
+  const Array<uint8_t> grown(count);  // in the last round: the overlap of two others is unchanged
   for (int64_t mask = 0; mask < count; ++mask) {
     parents[mask] = roots[mask] = static_cast<int32_t>(mask);
     grown[mask] = 1;
   }
 
-  const auto root_of = [&](int64_t mask) { return find_root(parents.data, static_cast<int32_t>(mask)); };
   for (bool merging = count > 0; merging;) {
     parallel_for(count, num_threads, [&](int64_t mask, int) {
-      for (int64_t w = 0; w < words; ++w) joined[mask * words + w] = 0;
+      for (int64_t w = 0; w < words; ++w) overlaps[mask * words + w] = 0;
       if (roots[mask] != mask) return;
       for (int64_t other = mask + 1; other < count; ++other)
         if (roots[other] == other && (grown[mask] || grown[other]) && unions.overlap(mask, other, iou))
-          joined[mask * words + other / 64] |= uint64_t{1} << other % 64;
+          overlaps[mask * words + other / 64] |= uint64_t{1} << other % 64;
     });
     for (int64_t mask = 0; mask < count; ++mask)
       for (int64_t w = 0; w < words; ++w)
-        for (uint64_t bits = joined[mask * words + w]; bits != 0; bits &= bits - 1)
+        for (uint64_t bits = overlaps[mask * words + w]; bits != 0; bits &= bits - 1)
           unite(parents.data, static_cast<int32_t>(mask), static_cast<int32_t>(64 * w + __builtin_ctzll(bits)));
 
-    for (int64_t mask = 0; mask < count; ++mask) parents[mask] = root_of(mask);
+    for (int64_t mask = 0; mask < count; ++mask) parents[mask] = find_root(parents.data, static_cast<int32_t>(mask));
 
-    // each union takes those that came to it in this round
+    // each union takes over the unions that were linked to it in this round
     parallel_for(count, num_threads, [&](int64_t mask, int) {
       grown[mask] = 0;
       if (parents[mask] != mask) return;
@@ -775,8 +776,8 @@ void merge_masks<TRACE_FAST_ISA>(const uint8_t* masks, int64_t count, int64_t he
     }
   }
 
-  int64_t found = 0;
-  for (int64_t mask = 0; mask < count; ++mask) groups[mask] = roots[mask] == mask ? found++ : groups[roots[mask]];
+  int64_t num_groups = 0;
+  for (int64_t mask = 0; mask < count; ++mask) groups[mask] = roots[mask] == mask ? num_groups++ : groups[roots[mask]];
 }
 
 template <>

@@ -1,7 +1,7 @@
-// One vector of floats for the unit this file is compiled for, and the few functions the kernels need of it.
+// A vector of floats of the instruction set for which this file is compiled, and the functions that the kernels use.
 //
-// GCC and Clang vector extensions: a kernel is written once and compiled for SSE2 or NEON, AVX2 and AVX-512.
-// TRACE_FAST_ISA names the unit. Everything here has internal linkage; see common.h.
+// They are written in vector extensions of GCC and Clang: a kernel is written once and compiled for SSE2 or NEON, AVX2
+// and AVX-512. TRACE_FAST_ISA names the instruction set. Everything here has internal linkage; see common.h.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ inline vec load(const float* from) {
 
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof value); }
 
-// Leaves a value that is used twice in its register: GCC may load it for each use, as an operand in memory.
+// Keeps a value that is used twice in its register: GCC may otherwise load it for each use, as an operand in memory.
 inline void keep(vec& value) {
 #if defined(__x86_64__)
   asm("" : "+x"(value));
@@ -50,14 +50,14 @@ inline void keep(vec& value) {
 #endif
 }
 
-// The first count lanes from memory, the others set to fill.
+// Loads the first count lanes from memory and sets the others to fill.
 inline vec load_first(const float* from, int64_t count, float fill) {
   vec value = splat(fill);
   std::memcpy(&value, from, count * sizeof(float));
   return value;
 }
 
-// The larger of each pair; a NaN in b is kept.
+// Returns the larger number of each pair; a NaN in b is returned.
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 
 inline float sum(vec value) {
@@ -72,7 +72,7 @@ inline float max(vec value) {
   return top;
 }
 
-// log2 of max(x, kTiny) for finite x, to about one unit in the last place; NaN gives NaN.
+// Returns log2 of max(x, kTiny) for finite x, to about one unit in the last place; NaN gives NaN.
 inline vec log2(vec x) {
   x = max(splat(kTiny), x);
   // x = 2^exponent * mantissa with the mantissa in [2/3, 4/3), where log2 keeps its relative precision around 1
@@ -89,13 +89,13 @@ inline vec log2(vec x) {
   p = p * f + 0.4808908839f;
   p = p * f - 0.7213456052f;
   p = p * f + 1.442695081f;
-  // the bit pattern of a NaN would pass for a number: x * 0 hands the NaN on
+  // the bit pattern of a NaN would be taken for a number: x * 0 propagates the NaN
   return p * f + (__builtin_convertvector(exponent >> 23, vec) + x * 0.0f);
 }
 
-// 2^x for x <= 0, to about one unit in the last place; below 2^-126 it is 0, NaN gives NaN.
+// Returns 2^x for x <= 0, to about one unit in the last place; results below 2^-126 are 0, NaN gives NaN.
 inline vec exp2(vec x) {
-  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+  // after 1.5 * 2^23 is added, the low bits hold the nearest integer
   const vec shifted = x + 0x1.8p23f;
   const vec f = x - (shifted - 0x1.8p23f);
   const vec scale = (vec)(((uvec)shifted << 23) + 0x3f800000u);

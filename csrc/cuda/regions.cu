@@ -1,4 +1,4 @@
-// Regions and masks on a GPU; what a thread does for a pixel is in ../regions.h, which the CPU runs in tests, too.
+// Regions and masks on a GPU. The work of a thread for one pixel is in ../regions.h, which tests run on the CPU too.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -15,14 +15,14 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// pixels of several masks that share what a thread reads of the affinities
+// masks for which a thread computes a pixel at once, reading the affinities once
 constexpr int kTogether = 4;
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes a device the current one while it lives.
+// Makes a device the current one until the end of the scope.
 struct DeviceGuard {
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before));
@@ -35,10 +35,10 @@ struct DeviceGuard {
   int before = 0;
 };
 
-cudaStream_t stream_of(const Queue& queue) { return static_cast<cudaStream_t>(queue.stream); }
+cudaStream_t get_stream(const Queue& queue) { return static_cast<cudaStream_t>(queue.stream); }
 
-// Blocks for so many items of one thread each; kernels loop where there are more.
-unsigned blocks_for(int64_t items) {
+// Returns the number of blocks for items of one thread each; kernels loop over the items that exceed it.
+unsigned count_blocks(int64_t items) {
   return static_cast<unsigned>(std::min<int64_t>((items + kThreads - 1) / kThreads, int64_t{1} << 20));
 }
 
@@ -58,25 +58,26 @@ __global__ void flatten(int32_t* roots, int64_t pixels) {
   for (int64_t i = first_item(); i < pixels; i += item_stride()) roots[i] = find_root(roots, static_cast<int32_t>(i));
 }
 
-// What decides between labels at a pixel: the lower distance, then the lower label.
+// The order of labels at a pixel: the lower distance comes first, then the lower label.
 constexpr unsigned long long kFar = ~0ull;
 __device__ unsigned long long make_key(int64_t distance, int32_t label) {
   return static_cast<unsigned long long>(distance) << 32 | static_cast<uint32_t>(label);
 }
 
-// Grows the labels above 0 over the ground, the pixels whose barrier is as given, one distance at a time: all blocks
-// meet after each. Fronts hold the pixels at two successive distances, sizes how many at three.
-// Without `kept`, labels on the ground alone count, as seeds do.
-__global__ void grow(const int32_t* from, const uint8_t* barrier, bool ground, bool kept, int32_t height, int32_t width,
-                     int steps, unsigned long long* keys, int32_t* fronts, int32_t* sizes, int32_t* labels) {
+// Grows the labels above 0 over the ground, the pixels whose barrier has the value `ground`, one distance at a time,
+// after each of which all blocks synchronize. fronts holds the pixels at two successive distances, sizes their numbers
+// at three. Labels that are not on the ground grow only if `everywhere`; seeds on the barrier do not.
+__global__ void grow(const int32_t* from, const uint8_t* barrier, bool ground, bool everywhere, int32_t height,
+                     int32_t width, int steps, unsigned long long* keys, int32_t* fronts, int32_t* sizes,
+                     int32_t* labels) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int64_t pixels = static_cast<int64_t>(height) * width;
   if (first_item() < 3) sizes[first_item()] = 0;
   grid.sync();
   for (int64_t i = first_item(); i < pixels; i += item_stride()) {
-    const bool labelled = from[i] > 0 && (kept || (barrier[i] != 0) == ground);
-    keys[i] = labelled ? make_key(0, from[i]) : kFar;
-    if (labelled) fronts[atomicAdd(sizes, 1)] = static_cast<int32_t>(i);
+    const bool labeled = from[i] > 0 && (everywhere || (barrier[i] != 0) == ground);
+    keys[i] = labeled ? make_key(0, from[i]) : kFar;
+    if (labeled) fronts[atomicAdd(sizes, 1)] = static_cast<int32_t>(i);
   }
   grid.sync();
   for (int64_t distance = 0;; ++distance) {
@@ -90,7 +91,7 @@ __global__ void grow(const int32_t* from, const uint8_t* barrier, bool ground, b
       for (int step = 0; step < steps; ++step) {
         const int32_t there = next_pixel(front[i], step, height, width);
         if (there < 0 || (barrier[there] != 0) != ground) continue;
-        // the first to come adds the pixel to the front, the lowest label stays
+        // the first thread to reach the pixel adds it to the front; the lowest label stays
         if (atomicMin(keys + there, make_key(distance + 1, label)) == kFar)
           next[atomicAdd(sizes + (distance + 1) % 3, 1)] = there;
       }
@@ -119,7 +120,7 @@ __global__ void walk(const float* affinities, const int32_t* ahead, int64_t reac
     walk_pixel<kMasks>(affinities, ahead, reach, masks + first, walked + first, i / width, i % width, height, width);
 }
 
-// A word is the votes of a warp.
+// Packs masks into bits: each word is the vote of a warp.
 __global__ void pack(const uint8_t* masks, int64_t count, int64_t pixels, int64_t words, uint32_t* bits) {
   const int64_t lane = threadIdx.x % 32;
   for (int64_t word = first_item() / 32; word < count * words; word += item_stride() / 32) {
@@ -129,7 +130,7 @@ __global__ void pack(const uint8_t* masks, int64_t count, int64_t pixels, int64_
   }
 }
 
-// A warp for each pair of masks.
+// Counts the pixels that two masks share: one warp per pair of masks.
 __global__ void count_shared(const uint32_t* bits, int64_t count, int64_t words, int32_t* shared) {
   const int64_t lane = threadIdx.x % 32;
   for (int64_t pair = first_item() / 32; pair < count * count; pair += item_stride() / 32) {
@@ -158,11 +159,11 @@ void label_roots(const uint8_t* barrier, int64_t batch, int64_t height, int64_t 
   const int64_t pixels = height * width;
   for (int64_t image = 0; image < batch; ++image) {
     int32_t* const own = roots + image * pixels;
-    const unsigned blocks = blocks_for(pixels);
-    start_roots<<<blocks, kThreads, 0, stream_of(queue)>>>(own, pixels);
-    unite_pixels<<<blocks, kThreads, 0, stream_of(queue)>>>(barrier + image * pixels, pixels,
-                                                            static_cast<int32_t>(width), diagonal, own);
-    flatten<<<blocks, kThreads, 0, stream_of(queue)>>>(own, pixels);
+    const unsigned blocks = count_blocks(pixels);
+    start_roots<<<blocks, kThreads, 0, get_stream(queue)>>>(own, pixels);
+    unite_pixels<<<blocks, kThreads, 0, get_stream(queue)>>>(barrier + image * pixels, pixels,
+                                                             static_cast<int32_t>(width), diagonal, own);
+    flatten<<<blocks, kThreads, 0, get_stream(queue)>>>(own, pixels);
   }
   check(cudaGetLastError());
 }
@@ -175,18 +176,18 @@ void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, queue.device));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, grow, kThreads, 0));
   const int64_t pixels = height * width;
-  const unsigned blocks = std::min(blocks_for(pixels), static_cast<unsigned>(processors * resident));
+  const unsigned blocks = std::min(count_blocks(pixels), static_cast<unsigned>(processors * resident));
   for (int64_t image = 0; image < batch; ++image)
     for (int phase = 0; phase <= claim_barrier; ++phase) {
       int32_t* to = labels + image * pixels;
       const int32_t* from = phase == 0 ? seeds + image * pixels : to;
       const uint8_t* walls = barrier + image * pixels;
-      bool ground = phase == 1, kept = phase == 1;
+      bool ground = phase == 1, everywhere = phase == 1;
       int32_t rows = static_cast<int32_t>(height), columns = static_cast<int32_t>(width);
       int steps = diagonal ? 8 : 4;
-      void* arguments[] = {&from, &walls, &ground, &kept, &rows, &columns, &steps, &keys, &fronts, &sizes, &to};
+      void* arguments[] = {&from, &walls, &ground, &everywhere, &rows, &columns, &steps, &keys, &fronts, &sizes, &to};
       check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grow), dim3(blocks), dim3(kThreads), arguments, 0,
-                                        stream_of(queue)));
+                                        get_stream(queue)));
     }
 }
 
@@ -195,17 +196,17 @@ void random_walk(float* masks, float* others, const float* powers, const int32_t
   const DeviceGuard guard(queue.device);
   const int64_t pixels = height * width;
   if (reach > 0)
-    connect<<<blocks_for(reach * pixels), kThreads, 0, stream_of(queue)>>>(powers, ahead, reach, height, width,
-                                                                           affinities);
+    connect<<<count_blocks(reach * pixels), kThreads, 0, get_stream(queue)>>>(powers, ahead, reach, height, width,
+                                                                              affinities);
   const int64_t whole = count / kTogether, rest = count - whole * kTogether, first = whole * kTogether * pixels;
   for (int64_t step = 0; step < steps; ++step) {
     const float* const from = step % 2 == 0 ? masks : others;
     float* const to = step % 2 == 0 ? others : masks;
     if (whole > 0)
-      walk<kTogether><<<dim3(blocks_for(pixels), static_cast<unsigned>(whole)), kThreads, 0, stream_of(queue)>>>(
+      walk<kTogether><<<dim3(count_blocks(pixels), static_cast<unsigned>(whole)), kThreads, 0, get_stream(queue)>>>(
           affinities, ahead, reach, from, to, height, width);
     if (rest > 0)
-      walk<1><<<dim3(blocks_for(pixels), static_cast<unsigned>(rest)), kThreads, 0, stream_of(queue)>>>(
+      walk<1><<<dim3(count_blocks(pixels), static_cast<unsigned>(rest)), kThreads, 0, get_stream(queue)>>>(
           affinities, ahead, reach, from + first, to + first, height, width);
   }
   check(cudaGetLastError());
@@ -215,15 +216,15 @@ void shared_pixels(const uint8_t* masks, int64_t count, int64_t pixels, uint32_t
   if (count == 0) return;
   const DeviceGuard guard(queue.device);
   const int64_t row = (pixels + 31) / 32;
-  pack<<<blocks_for(32 * count * row), kThreads, 0, stream_of(queue)>>>(masks, count, pixels, row, words);
-  count_shared<<<blocks_for(32 * count * count), kThreads, 0, stream_of(queue)>>>(words, count, row, shared);
+  pack<<<count_blocks(32 * count * row), kThreads, 0, get_stream(queue)>>>(masks, count, pixels, row, words);
+  count_shared<<<count_blocks(32 * count * count), kThreads, 0, get_stream(queue)>>>(words, count, row, shared);
   check(cudaGetLastError());
 }
 
 void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int64_t pixels, uint8_t* merged,
                  Queue queue) {
   const DeviceGuard guard(queue.device);
-  unite_bytes<<<blocks_for(pixels), kThreads, 0, stream_of(queue)>>>(masks, groups, count, pixels, merged);
+  unite_bytes<<<count_blocks(pixels), kThreads, 0, get_stream(queue)>>>(masks, groups, count, pixels, merged);
   check(cudaGetLastError());
 }
 

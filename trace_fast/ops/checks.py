@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "device", "grid", "image", "integer", "memory", "number", "one_of", "same_device", "tensor"]
+__all__ = ["choice", "contiguous", "device", "grid", "image", "integer", "memory", "number", "same_device", "tensor"]
 
 # bytes of memory of this machine
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -101,7 +101,7 @@ def number(op: str, name: str, value: float, least: float | None = None, most: f
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def one_of(op: str, name: str, value: Any, *accepted: Any) -> None:
+def choice(op: str, name: str, value: Any, *accepted: Any) -> None:
     """Require one of a few values."""
     if value not in accepted:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(str, accepted))}, got {value}")

@@ -26,7 +26,7 @@ def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tenso
     op = "label_regions"
     checks.tensor(op, "barrier", barrier, "B H W", {}, torch.bool)
     checks.image(op, "barrier", barrier)
-    checks.one_of(op, "connectivity", connectivity, 4, 8)
+    checks.choice(op, "connectivity", connectivity, 4, 8)
     _, height, width = barrier.shape
     # the labels, and the words and the runs of one image, of which a row has at most half as many as pixels
     runs = height * (width + 1) // 2
@@ -54,8 +54,8 @@ def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barr
     checks.tensor(op, "barrier", barrier, "B H W", sizes, torch.bool)
     checks.same_device(op, seeds=seeds, barrier=barrier)
     checks.image(op, "seeds", seeds)
-    checks.one_of(op, "connectivity", connectivity, 4, 8)
-    checks.one_of(op, "claim_barrier", claim_barrier, False, True)
+    checks.choice(op, "connectivity", connectivity, 4, 8)
+    checks.choice(op, "claim_barrier", claim_barrier, False, True)
     # the labels, and a byte for each pixel of one image
     checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
     backend = dispatch.choose(op, seeds.device.type)

@@ -90,7 +90,7 @@ def check_options(op: str, config: Any) -> None:
         if value is None and optional:
             continue
         if choices is not None:
-            checks.one_of(op, field.name, value, *choices)
+            checks.choice(op, field.name, value, *choices)
         elif value_type is int:
             checks.integer(op, field.name, value, least)
         if value_type in (int, float):
