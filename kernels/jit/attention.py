@@ -1,4 +1,4 @@
-"""Attention on the GPU: the head mean accumulated in place, and linear read-outs that never form the map.
+"""Attention on the GPU: the head mean accumulated in place, and linear readouts that never form the map.
 
 Logits are in units of log 2, so that an exponential is one instruction. A head of d channels is multiplied as two
 parts, its largest power of two and the rest (72 = 64 + 16), instead of being padded to the next power (128). Sums are
@@ -32,7 +32,7 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN: tl.constexpr):
-    """The head of the second program axis: its index, its image, and where its queries and keys begin."""
+    """Return the head of the second program axis: its index, its image, and the starts of its queries and keys."""
     map_ = tl.cast(tl.program_id(1), tl.int64)
     image, head = map_ // heads, map_ % heads
     query += (image * query_image + head * query_head) * ALIGN
@@ -43,9 +43,9 @@ def locate_head(query, key, heads, query_image, query_head, key_image, key_head,
 @triton.jit
 def load_rows(pointer, stride, first, tokens, START: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
               ROWS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Rows first .. first + ROWS of features, channels START .. START + WIDTH: (ROWS, WIDTH), zero outside.
+    """Load rows first .. first + ROWS of features, channels START .. START + WIDTH: (ROWS, WIDTH), zero outside.
 
-    Strides are in units of ALIGN elements: the compiler sees that every row starts at such a multiple.
+    Strides are in units of ALIGN elements, so that the compiler knows that every row starts at such a multiple.
     """
     row = tl.arange(0, ROWS)
     channel = START + tl.arange(0, WIDTH)
@@ -62,7 +62,7 @@ def load_rows(pointer, stride, first, tokens, START: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def load_head(pointer, stride, first, tokens, WIDE: tl.constexpr, TAIL: tl.constexpr, CHANNELS: tl.constexpr,
               ROWS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Both parts of a head's rows, (ROWS, WIDE) and (ROWS, TAIL); without a tail the first stands for it, unread."""
+    """Load both parts of the rows of a head, (ROWS, WIDE) and (ROWS, TAIL); without a tail, the first part twice."""
     wide = load_rows(pointer, stride, first, tokens, 0, WIDE, CHANNELS, ROWS, EVEN, ALIGN)
     tail = wide
     if TAIL > 0:
@@ -73,7 +73,7 @@ def load_head(pointer, stride, first, tokens, WIDE: tl.constexpr, TAIL: tl.const
 @triton.jit
 def store_rows(pointer, first, tokens, values, START: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
                ROWS: tl.constexpr):  # fmt: skip
-    """Write (ROWS, WIDTH) at row `first` and channel START of a contiguous (tokens, CHANNELS), what fits of it."""
+    """Write (ROWS, WIDTH) at row `first` and channel START of a contiguous (tokens, CHANNELS), within its bounds."""
     row = first + tl.arange(0, ROWS)
     channel = START + tl.arange(0, WIDTH)
     inside = (row < tokens)[:, None] & (channel < CHANNELS)[None, :]
@@ -82,7 +82,7 @@ def store_rows(pointer, first, tokens, values, START: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def multiply(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows of a times rows of b, over both parts of the head: (A, B) float32."""
+    """Multiply the rows of a by the rows of b, over both parts of the head: (A, B) float32."""
     product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if TAIL > 0:
         product = tl.dot(a_tail, tl.trans(b_tail), product, input_precision=PRECISION)
@@ -91,13 +91,13 @@ def multiply(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def exp2_polynomial(x):
-    """2^x for x <= 0 in multiply-adds, to two units in the last place; about 2^-127 and below it is 0, NaN stays.
+    """Return 2^x for x <= 0, by multiply-adds, to two units in the last place; 0 from about 2^-127 down, NaN for NaN.
 
-    A multiprocessor's special-function unit gives 16 exponentials a clock, its multiply-add units 128 operations. The
-    kernels wait for the former, so that a share of the exponentials is faster on the latter.
+    The special-function unit of a multiprocessor computes 16 exponentials per clock, its multiply-add units 128
+    operations. The former limits the kernels, so a part of the exponentials is faster on the latter.
     """
-    x = tl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)  # whose power below has exponent 0 and is 0
-    shifted = x + 12582912.0  # 1.5 * 2^23 leaves the nearest integer in the low bits
+    x = tl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)  # the power of -127 has exponent bits 0 and is 0
+    shifted = x + 12582912.0  # after 1.5 * 2^23 is added, the low bits hold the nearest integer
     f = x - (shifted - 12582912.0)
     power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
     # minimax for (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 9e-8
@@ -111,9 +111,9 @@ def exp2_polynomial(x):
 
 @triton.jit
 def exponentials(x, POLYNOMIAL: tl.constexpr):
-    """2^x, (M, N): the last N / POLYNOMIAL columns by polynomials, none where it is 0.
+    """Return 2^x, (M, N): the last N / POLYNOMIAL columns by polynomials, or none if POLYNOMIAL is 0.
 
-    Columns are halved until only that share is left; both halves are held by the same threads, so that nothing moves.
+    Columns are halved until that part is left; the same threads hold both halves, so that no data moves between them.
     """
     ROWS: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
@@ -132,7 +132,7 @@ def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, que
                           key_head, key_row, scale, CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
                           EVEN: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                           POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Maximum of each row of logits, and the sum of the exponentials above it; one block of rows of one head."""
+    """Compute the maximum of each row of logits and the sum of exp2(logit - maximum), for a block of rows of a head."""
     first = tl.program_id(0) * ROWS
     map_, _, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
@@ -160,7 +160,7 @@ def add_probabilities_kernel(total, query, key, top, mass, heads, tokens, query_
                                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
                                 POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add weight * sum over heads of the probabilities to one tile of the map; the sum stays in registers."""
-    # GROUP tiles of rows take turns, so that programs that run at once share their keys in the cache
+    # programs go through GROUP tiles of rows for each tile of columns: those that run at once share keys in the cache
     down, across = tl.cdiv(tokens, ROWS), tl.cdiv(tokens, COLUMNS)
     tile, group = tl.program_id(0), tl.program_id(0) // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
@@ -198,23 +198,23 @@ def add_probabilities_kernel(total, query, key, top, mass, heads, tokens, query_
 @triton.jit
 def accumulate_resized_kernel(total, attention, down_mass, across_mass, height, width, target_height, target_width,
                               step_down, step_across, weight, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Add weight * U attention diag(1/c) U^T to one tile of the finer map, straight from the coarse one."""
+    """Add weight * U attention diag(1/c) U^T to one tile of the finer map, read directly from the coarse map."""
     tokens, fine = height * width, target_height * target_width
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     image = tl.cast(tl.program_id(2), tl.int64)
     attention += image * tokens * tokens
     spread = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for key_tap in tl.static_range(4):
-        y, y_share = bilinear_tap(column // target_width, step_down, height, key_tap // 2)
-        x, x_share = bilinear_tap(column % target_width, step_across, width, key_tap % 2)
+    for key_corner in tl.static_range(4):
+        y, y_share = find_neighbor(column // target_width, step_down, height, key_corner // 2)
+        x, x_share = find_neighbor(column % target_width, step_across, width, key_corner % 2)
         inside = column < fine
         share = y_share * x_share
         share /= tl.load(down_mass + y, inside, 1.0) * tl.load(across_mass + x, inside, 1.0)
         mixed = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for query_tap in tl.static_range(4):
-            v, v_share = bilinear_tap(row // target_width, step_down, height, query_tap // 2)
-            u, u_share = bilinear_tap(row % target_width, step_across, width, query_tap % 2)
+        for query_corner in tl.static_range(4):
+            v, v_share = find_neighbor(row // target_width, step_down, height, query_corner // 2)
+            u, u_share = find_neighbor(row % target_width, step_across, width, query_corner % 2)
             begin = tl.cast(v * width + u, tl.int64) * tokens
             pointers = attention + begin[:, None] + (y * width + x)[None, :]
             mixed += (v_share * u_share)[:, None] * tl.load(pointers, (row < fine)[:, None] & inside[None, :], 0.0)
@@ -226,8 +226,8 @@ def accumulate_resized_kernel(total, attention, down_mass, across_mass, height, 
 
 
 @triton.jit
-def bilinear_tap(position, step, size, SECOND: tl.constexpr):
-    """One of the two coarse points that a fine point lies between, and its share (align_corners=False)."""
+def find_neighbor(position, step, size, SECOND: tl.constexpr):
+    """Return one of the two coarse points around a fine point, and its weight (bilinear, align_corners=False)."""
     source = tl.maximum((position + 0.5) * step - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int32), size - 1)
     if SECOND:
@@ -242,7 +242,7 @@ def readout_kernel(query, key, values, parts, lse, heads, tokens, columns, query
                    TAIL: tl.constexpr, VALUES: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, POLYNOMIAL: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """One block of rows of one head, in one pass over the keys: probabilities times values, and log-sum-exps."""
+    """Compute probabilities times values, and log-sum-exps, of a block of rows of a head, in one pass over the keys."""
     first = tl.program_id(0) * ROWS
     map_, _, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
@@ -268,7 +268,7 @@ def readout_kernel(query, key, values, parts, lse, heads, tokens, columns, query
 
 @triton.jit
 def load_values(values, first, tokens, columns, VALUES: tl.constexpr, ROWS: tl.constexpr):
-    """Rows first .. first + ROWS of a contiguous (tokens, columns): (ROWS, VALUES), zero outside."""
+    """Load rows first .. first + ROWS of a contiguous (tokens, columns): (ROWS, VALUES), zero outside."""
     row, column = first + tl.arange(0, ROWS), tl.arange(0, VALUES)
     inside = (row < tokens)[:, None] & (column < columns)[None, :]
     return tl.load(values + row[:, None] * columns + column[None, :], inside, 0.0)
@@ -276,7 +276,7 @@ def load_values(values, first, tokens, columns, VALUES: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def store_values(values, first, tokens, columns, result, VALUES: tl.constexpr, ROWS: tl.constexpr):
-    """Write (ROWS, VALUES) at row `first` of a contiguous (tokens, columns), what fits of it."""
+    """Write (ROWS, VALUES) at row `first` of a contiguous (tokens, columns), within its bounds."""
     row, column = first + tl.arange(0, ROWS), tl.arange(0, VALUES)
     inside = (row < tokens)[:, None] & (column < columns)[None, :]
     tl.store(values + row[:, None] * columns + column[None, :], result, inside)
@@ -288,7 +288,7 @@ def readout_keys_kernel(grad, delta, query, key, values, lse, grad_key, grad_val
                         CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, VALUES: tl.constexpr,
                         EVEN: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                         PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of one block of keys and its values, of one head; the map is computed transposed, COLUMNS by ROWS."""
+    """Compute the gradients of a block of keys and of values, of one head; the map is transposed, COLUMNS by ROWS."""
     start = tl.program_id(0) * COLUMNS
     map_, image, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     k, k_tail = load_head(key, key_row, start, tokens, WIDE, TAIL, CHANNELS, COLUMNS, EVEN, ALIGN)
@@ -300,7 +300,7 @@ def readout_keys_kernel(grad, delta, query, key, values, lse, grad_key, grad_val
         q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
         above = load_values(grad + image * tokens * columns, first, tokens, columns, VALUES, ROWS)
         row = first + tl.arange(0, ROWS)
-        # rows past the last have no probabilities
+        # rows beyond the last have no probabilities
         mass = tl.load(lse + map_ * tokens + row, row < tokens, float("inf"))
         slope = tl.load(delta + map_ * tokens + row, row < tokens, 0.0)
         logits = multiply(k, k_tail, q, q_tail, TAIL, PRECISION)
@@ -323,7 +323,7 @@ def readout_queries_kernel(grad, delta, query, key, values, lse, grad_query, hea
                            CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, VALUES: tl.constexpr,
                            EVEN: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                            PRECISION: tl.constexpr):  # fmt: skip
-    """Gradient of one block of queries of one head."""
+    """Compute the gradient of a block of queries of one head."""
     first = tl.program_id(0) * ROWS
     map_, image, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
     q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
@@ -337,7 +337,7 @@ def readout_queries_kernel(grad, delta, query, key, values, lse, grad_query, hea
         k, k_tail = load_head(key, key_row, start, tokens, WIDE, TAIL, CHANNELS, COLUMNS, EVEN, ALIGN)
         value = load_values(values, start, tokens, columns, VALUES, COLUMNS)
         logits = multiply(q, q_tail, k, k_tail, TAIL, PRECISION)
-        if not EVEN:  # a key past the last has zeros for channels, which a huge probability would turn into NaN
+        if not EVEN:  # a key beyond the last has zero channels, which a huge probability would turn into NaN
             logits = tl.where((start + tl.arange(0, COLUMNS) < tokens)[None, :], logits, float("-inf"))
         p = tl.exp2(logits * scale - mass[:, None])
         p *= tl.dot(above, tl.trans(value), input_precision=PRECISION) - slope[:, None]
@@ -350,8 +350,8 @@ def readout_queries_kernel(grad, delta, query, key, values, lse, grad_query, hea
         store_rows(grad_query, first, tokens, tail_sums * natural, WIDE, TAIL, CHANNELS, ROWS)
 
 
-# tiles by the size of an element, kernel, and channels of a head (both parts) up to which they fit; large tiles first,
-# see `pick`. What each takes of a multiprocessor is in benchmarks/results/kernels.json
+# tiles by element size, kernel, and the number of channels of a head (both parts) up to which they fit; large tiles
+# first, see `pick`. The resources of each are in benchmarks/results/kernels.json
 CONFIGS: dict[int, dict[str, dict[int, tuple[Config, ...]]]] = {
     2: {
         "row_statistics": {
@@ -394,12 +394,12 @@ GROUP = 8
 
 
 def candidates(kernel: str, element_size: int, channels: int) -> tuple[Config, ...]:
-    """The configurations of a kernel for heads of so many channels."""
-    return next(found for limit, found in CONFIGS[element_size][kernel].items() if channels <= limit)
+    """Return the configurations of a kernel for heads of this number of channels."""
+    return next(configs for limit, configs in CONFIGS[element_size][kernel].items() if channels <= limit)
 
 
 class Features:
-    """Query and key as the kernels take them: one dtype, channels side by side, a positive scale in units of log 2."""
+    """Query and key as the kernels need them: one dtype, contiguous channels, a positive scale in units of log 2."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float):
         if query.dtype != key.dtype:
@@ -409,7 +409,7 @@ class Features:
         self.query, self.key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         self.batch, self.heads, self.tokens, self.channels = query.shape
         self.scale = scale * LOG2E
-        # the largest power of two in the channels, and what remains of them; a product takes 16 at least
+        # the largest power of two in the channels, and the rest; a product needs at least 16
         self.wide = max(16, 1 << self.channels.bit_length() - 1)
         rest = self.channels - self.wide
         self.tail = max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
@@ -418,24 +418,24 @@ class Features:
         self.strides = [stride // self.align for stride in strides]  # of image, head and row, for query and key
 
     def pick(self, kernel: str, grid: Callable[[Config], tuple[int, ...]]) -> Config:
-        """The configuration of a kernel for heads of this size and a grid that fills the device."""
+        """Return the configuration of a kernel for heads of this size whose grid fills the device."""
         configs = candidates(kernel, self.query.element_size(), self.wide + self.tail)
         return pick(configs, lambda config: math.prod(grid(config)), self.query.device)
 
     def row_grid(self, config: Config) -> tuple[int, int]:
-        """A program for every block of rows of every head."""
+        """Return the grid of one program per block of rows of each head."""
         return triton.cdiv(self.tokens, config.rows), self.batch * self.heads
 
     def column_grid(self, config: Config) -> tuple[int, int]:
-        """A program for every block of columns of every head."""
+        """Return the grid of one program per block of columns of each head."""
         return triton.cdiv(self.tokens, config.columns), self.batch * self.heads
 
     def tile_grid(self, config: Config) -> tuple[int, int]:
-        """A program for every tile of every map."""
+        """Return the grid of one program per tile of each map."""
         return triton.cdiv(self.tokens, config.rows) * triton.cdiv(self.tokens, config.columns), self.batch
 
     def constants(self, config: Config) -> dict[str, object]:
-        """Compile-time arguments that the kernels of the family share."""
+        """Return the compile-time arguments that the kernels of the family share."""
         return {
             "CHANNELS": self.channels,
             "WIDE": self.wide,
@@ -452,7 +452,7 @@ class Features:
 
 
 def row_statistics(features: Features, config: Config | None = None) -> Tensor:
-    """Maximum of every row of logits in units of log 2, and the sum of 2^(logit - maximum): (2, B, H, N) float32."""
+    """Return the maximum of each row of logits in units of log 2, and the sum of 2^(logit - maximum): (2, B, H, N)."""
     x = features
     config = config or x.pick("row_statistics", x.row_grid)
     statistics = x.query.new_empty((2, x.batch, x.heads, x.tokens), dtype=torch.float32)
@@ -476,7 +476,7 @@ def add_probabilities(
 
 
 def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float) -> None:
-    """Two passes over the keys: the statistics of the rows, then the probabilities."""
+    """Add the map in two passes over the keys: the statistics of the rows, then the probabilities."""
     with on_device(total):
         features = Features(query, key, scale)
         add_probabilities(total, features, row_statistics(features), weight)
@@ -500,7 +500,7 @@ def accumulate_resized(
 
 
 def readout(query: Tensor, key: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Probabilities times values (N, C) for every head, (B, H, N, C), and log2 of the row sums of exp(logits)."""
+    """Return probabilities times values (N, C) for each head, (B, H, N, C), and log2 of the row sums of exp(logits)."""
     x = Features(query, key, scale)
     config = x.pick("readout", x.row_grid)
     columns = values.shape[1]
@@ -517,11 +517,11 @@ def readout(query: Tensor, key: Tensor, values: Tensor, scale: float) -> tuple[T
 def readout_backward(
     grad: Tensor, query: Tensor, key: Tensor, values: Tensor, parts: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and, head by head, values, from grad (B, N, C) of every head's product `parts`."""
+    """Return the gradients of query, key and, by head, values, from grad (B, N, C) of each head's product `parts`."""
     x = Features(query, key, scale)
     columns = values.shape[1]
     grad = grad.to(x.query.dtype).contiguous()
-    # what every row of dP is centred on, from the very numbers that dP is made of
+    # the mean that is subtracted from each row of dP, computed from the same rounded numbers as dP
     delta = (grad.float()[:, None] * parts).sum(-1)  # (B, H, N)
     inputs = grad, delta, x.query, x.key, values.to(x.query.dtype).contiguous(), lse
     sizes = x.heads, x.tokens, columns, *x.strides, x.scale

@@ -1,9 +1,9 @@
-"""Divergence of attention maps on the GPU, over time and over space, from one read of each map in device memory.
+"""Divergence of attention maps on the GPU, over time and over space, reading each map in device memory once.
 
-A program owns a block of the grid's columns and a tile of the keys and walks down the grid: the row of tokens below is
-read, its logarithms and those of the two rows before stay in registers, and the neighbours to the right and left were
-read a step ago and are still in the nearest cache. Tiles of keys leave partial sums, which a second kernel adds in a
-fixed order: the same bits in every run.
+A program processes a block of grid columns and a tile of keys, one grid row after the other: it reads the row of tokens
+below, whose logarithms and those of the two rows before stay in registers; the neighbors to the right and left were
+read one row before and are still in the nearest cache. Tiles of keys write partial sums, which a second kernel adds in
+a fixed order: every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ON_DEVICE = tl.constexpr(not INTERPRETED)
 
 @triton.jit
 def log2(x):
-    """Logarithm of max(x, TINY) by one instruction, to two units in the last place; NaN gives NaN.
+    """Return log2 of max(x, TINY) by one instruction, to two units in the last place; NaN gives NaN.
 
-    Triton's own costs 25 instructions on a device and would be what the kernel waits for, instead of memory; numpy,
-    which interprets the kernels, knows no assembly.
+    Triton's log2 takes 25 instructions on a device, and would limit the kernel instead of memory. The interpreter,
+    which runs in numpy, cannot execute assembly.
     """
     x = tl.maximum(x, TINY, propagate_nan=tl.PropagateNan.ALL)
     if ON_DEVICE:
@@ -40,7 +40,7 @@ def log2(x):
 
 @triton.jit
 def load_tokens(attention, token, column, tokens, rows):
-    """Rows of a map at a tile of keys, float32: (WIDTH, COLUMNS). Outside every value is 1, its logarithm 0."""
+    """Load rows of a map at a tile of keys, float32: (WIDTH, COLUMNS). Values outside are 1, their logarithms 0."""
     inside = (rows & (token < tokens))[:, None] & (column < tokens)[None, :]
     pointers = attention + tl.cast(token, tl.int64)[:, None] * tokens + column[None, :]
     return tl.load(pointers, inside, 1.0).to(tl.float32)
@@ -49,7 +49,7 @@ def load_tokens(attention, token, column, tokens, rows):
 @triton.jit
 def divergence_kernel(previous, current, step_sums, score_sums, height, width, tokens, segment, STEP: tl.constexpr,
                       ABDIV: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Sums over a tile of keys: of the step's divergence, over all tokens met, and of the scores, token by token.
+    """Sum over a tile of keys the divergence of the step, over all tokens of the program, and the score of each token.
 
     Program (strip of WIDTH grid columns, tile of COLUMNS keys, image and segment of grid rows).
     """
@@ -90,7 +90,7 @@ def divergence_kernel(previous, current, step_sums, score_sums, height, width, t
 @triton.jit
 def finish_kernel(step_sums, score_sums, kl, scores, tokens, steps, tiles, STEP: tl.constexpr, ABDIV: tl.constexpr,
                   STEPS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """Add the partial sums of one image in their order, in nats: TOKENS scores, and the mean step."""
+    """Add the partial sums of one image in order; write TOKENS scores and the mean divergence of the step, in nats."""
     image = tl.cast(tl.program_id(1), tl.int64)
     if ABDIV:
         token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -109,17 +109,20 @@ def finish_kernel(step_sums, score_sums, kl, scores, tokens, steps, tiles, STEP:
 
 # tiles of WIDTH tokens by COLUMNS keys, large tiles first
 CONFIGS = (Config(8, 256, 4, 1), Config(8, 128, 4, 1), Config(4, 128, 2, 1))
-SEGMENT = 16  # grid rows that one program walks down; it reads two more
+SEGMENT = 16  # grid rows of one program; it reads two more
 WAVES = 4  # programs that a multiprocessor needs to hide the latency of memory
-FINISH = Config(128, 256, 4, 1)  # scores and steps that the second kernel adds up at once
+FINISH = Config(128, 256, 4, 1)  # numbers of scores and of steps that the second kernel adds at once
 
 
 def measure_divergence(
     previous: Tensor | None, current: Tensor, size: tuple[int, int] | None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """KL(previous || current) (B,) and ABDiv of current (B, *size); void without a previous map or without a size."""
+    """Return KL(previous || current) (B,) and ABDiv of current (B, *size).
+
+    The first is not computed if previous is None, the second if size is None.
+    """
     batch, tokens, _ = current.shape
-    # a step does not ask where its tokens lie
+    # the divergence of a step does not depend on the grid
     height, width = size or (triton.cdiv(tokens, 64), min(tokens, 64))
     segments = triton.cdiv(height, SEGMENT)
 

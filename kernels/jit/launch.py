@@ -1,4 +1,4 @@
-"""What every launcher shares: tile configurations, how one is picked, and the device a kernel runs on."""
+"""Shared by the launchers: tile configurations, the choice of one, and the device on which a kernel runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 __all__ = ["INTERPRETED", "Config", "alignment", "on_device", "pick"]
 
-# TRITON_INTERPRET=1 runs the kernels in numpy, on tensors of the CPU
+# TRITON_INTERPRET=1 runs the kernels in numpy, on tensors on the CPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-MULTIPROCESSORS = 132  # of an H100 or H200: what a grid must fill where there is no device to ask
+MULTIPROCESSORS = 132  # of an H100 or H200, assumed where there is no device
 
 
 if INTERPRETED:
@@ -24,23 +24,23 @@ if INTERPRETED:
 
 
 class Config(NamedTuple):
-    """Tile of one program, in rows and columns of the map, and how it is compiled."""
+    """Tile of one program, in rows and columns of the map, and its compile options."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    polynomial: int = 0  # one exponential in so many is a polynomial; 0 for none
+    polynomial: int = 0  # one exponential in this many is a polynomial; 0 for none
 
 
 def pick(configs: Sequence[Config], programs: Callable[[Config], int], device: torch.device) -> Config:
-    """The first configuration (they are ordered from large tiles to small) whose grid fills the device, or the last."""
+    """Return the first configuration (large tiles come first) whose grid fills the device, or the last."""
     needed = _multiprocessors(device)
     return next((config for config in configs if programs(config) >= needed), configs[-1])
 
 
 def alignment(*tensors: Tensor) -> int:
-    """Elements that every row of the tensors starts at a multiple of: as many as 16 bytes hold, or 1."""
+    """Return the number of elements in 16 bytes if every row of the tensors starts at a multiple of it, else 1."""
     elements = 16 // tensors[0].element_size()
     aligned = all(x.data_ptr() % 16 == 0 and all(stride % elements == 0 for stride in x.stride()[:-1]) for x in tensors)
     return elements if aligned else 1
