@@ -1,4 +1,4 @@
-"""The attention ops that write maps, on every path, against the reference in float64."""
+"""The attention ops that write maps, on every implementation, against the reference in float64."""
 
 import itertools
 import math
@@ -28,20 +28,20 @@ def assert_map_no_worse(device, query, key, scale=None):
 
 
 def logit_rounding(query, key, scale=None):
-    """What the rounding of logits may do to a probability, in units of eps.
+    """Return the largest error of a probability that the rounding of logits causes, in units of eps.
 
-    A logit of size L is off by L eps / 2 once it is a float32, and where two keys share a row the difference of their
-    logits moves both probabilities by a quarter of itself. Plain torch rounds like that too, but in a small map its
-    largest error hangs on the luck of a single row.
+    A logit of size L has an error of L eps / 2 as a float32, and if two keys share a row, an error in the difference of
+    their logits changes both probabilities by a quarter of it. Plain torch rounds in the same way, but in a small map
+    its largest error depends on the rounding of a single row.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
     return float((query.double() @ key.double().mT).abs().max()) * scale / 4
 
 
-def shifted_view(x, offset, fill):
-    """The numbers of x, at an offset into a buffer of `fill`; both."""
-    buffer = torch.full((x.numel() + 64,), fill, dtype=x.dtype, device=x.device)
-    return buffer[offset : offset + x.numel()].view_as(x).copy_(x), buffer
+def shifted_view(tensor, offset, fill):
+    """Return a copy of a tensor at an offset into a buffer of `fill`, and the buffer."""
+    buffer = torch.full((tensor.numel() + 64,), fill, dtype=tensor.dtype, device=tensor.device)
+    return buffer[offset : offset + tensor.numel()].view_as(tensor).copy_(tensor), buffer
 
 
 def assert_untouched(buffer, offset, size):
@@ -62,7 +62,7 @@ def test_no_worse_than_eager(batch, heads, grid, device, tiles):
 
 @pytest.fixture(scope="module")
 def large_grid():
-    """Features of 64 x 96 tokens, their map in float64, and by plain torch."""
+    """Return features of 64 x 96 tokens, their map in float64, and their map by plain torch."""
     query, key = random_features(1, 1, 64 * 96, 16)
     return query, key, reference.attention_map(query.double(), key.double()), reference.attention_map(query, key)
 
@@ -102,11 +102,11 @@ def test_by_hand(device):
 def test_tokens_that_no_tile_divides(tile, device, tiles):
     tiles(*tile)
     assert_map_no_worse(device, *random_features(2, 3, 51, 24))
-    # and one that every tile divides, whose loads and stores are not masked
+    # and a number that every tile divides, so that loads and stores are not masked
     assert_map_no_worse(device, *random_features(2, 3, 64, 24))
 
 
-def test_more_rows_of_tiles_than_take_turns(device, tiles):
+def test_more_rows_of_tiles_than_in_a_group(device, tiles):
     # 12 rows of tiles: a group of 8 and one of 4, which is not full
     tiles(16, 16)
     assert_map_no_worse(device, *random_features(1, 1, 16 * 11 + 5, 8))
@@ -131,14 +131,14 @@ def test_bfloat16_total_is_rounded_once(heads, device):
     ops.accumulate_attention(total, query.to(device), key.to(device), 0.3)
     assert total.dtype == torch.bfloat16
     reference.accumulate_attention(exact, query.double(), key.double(), 0.3)
-    # half a unit in the last place, plus the float32 error of the sum that is rounded
+    # half a unit in the last place, plus the error of the float32 sum before it is rounded
     error = 0.3 * EPS * max(1.0, 2 * logit_rounding(query, key))
     assert_close(total.double().cpu(), exact, rtol=2.0**-8, atol=error)
 
 
 def test_scale_and_default_scale(device):
     query, key = random_features(1, 2, 6, 16)
-    assert torch.equal(
+    assert_close(
         ops.attention_map(query.to(device), key.to(device)),
         ops.attention_map(query.to(device), key.to(device), scale=0.25),
     )
@@ -153,7 +153,7 @@ def test_negative_scale_and_zero(dtype, device):
 
 
 def test_shift_of_all_logits_changes_nothing(device):
-    # 5 tokens fill no vector: were the padding counted, a logit of 0 would outweigh -10,000
+    # 5 tokens do not fill a vector: if the padding counted, its logit of 0 would outweigh -10,000
     query, key = torch.full((2, 1, 1, 5, 1), 100.0, device=device)
     expected = torch.full((1, 5, 5), 0.2, device=device)
     assert_close(ops.attention_map(-query, key), expected, rtol=0, atol=1e-7)
@@ -163,14 +163,14 @@ def test_shift_of_all_logits_changes_nothing(device):
 def test_a_certain_row(device):
     query = torch.tensor([[[[1e4], [0.0]]]], device=device)
     key = torch.tensor([[[[1.0], [0.0]]]], device=device)
-    # the reciprocal of a row's sum may be rounded before it multiplies; nothing else is certain only nearly
+    # the reciprocal of the sum of a row may be rounded before it is multiplied; all other operations are exact
     expected = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]], device=device)
     assert_close(ops.attention_map(query, key), expected, rtol=EPS, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum; a device's drops NaN as well
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum; that of a device ignores NaN too
 @pytest.mark.parametrize("polynomial", [0, 2, 4])
-def test_nan_is_handed_on(polynomial, device, tiles):
+def test_nan_is_propagated(polynomial, device, tiles):
     tiles(16, 32, polynomial)
     for poisoned in range(2):
         features = random_features(2, 3, 51, 8)
@@ -199,21 +199,21 @@ def test_exponentials_far_below_the_maximum(polynomial, device, tiles):
     out = ops.attention_map(query, exponents.view(1, 1, 32, 1).to(device), scale=math.log(2)).cpu()
     exact = 2 ** exponents.double() / (2 ** exponents.double()).sum()
     above = exponents > -126
-    # roundings of the exponential, of the row's sum and of the quotient, and of a logit of this size
+    # rounding of the exponential, of the sum of the row and of the quotient, and of a logit of this size
     allowed = (8 + exponents.abs() / 2) * EPS * exact
     assert ((out[0] - exact).abs() <= allowed)[:, above].all()
     assert (out[0, :, ~above] <= 2.0**-126).all()
     if polynomial and os.environ["TRACE_FAST_BACKEND"] == "triton":
         # the last columns of each tile of 16
-        chosen = ~above & (torch.arange(32) % 16 >= 16 - 16 // polynomial)
-        assert chosen.any()
-        assert (out[0, :, chosen] == 0).all()
+        by_polynomials = ~above & (torch.arange(32) % 16 >= 16 - 16 // polynomial)
+        assert by_polynomials.any()
+        assert (out[0, :, by_polynomials] == 0).all()
 
 
 def test_strided_features_give_the_same_bits(device):
     query, key = (x.to(device) for x in random_features(2, 3, 51, 8))
     expected = ops.attention_map(query, key)
-    # as projections leave them: (B, N, H * d) seen as (B, H, N, d)
+    # the layout of projections: (B, N, H * d) viewed as (B, H, N, d)
     spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
     assert not spread[0].is_contiguous()
     assert torch.equal(ops.attention_map(*spread), expected)
@@ -222,7 +222,7 @@ def test_strided_features_give_the_same_bits(device):
     assert torch.equal(ops.attention_map(packed[0], packed[1]), expected)
 
 
-def test_features_whose_channels_are_apart_give_the_same_bits(device):
+def test_features_with_strided_channels_give_the_same_bits(device):
     query, key = (x.to(device) for x in random_features(2, 3, 51, 8))
     spread = [x.mT.contiguous().mT for x in (query, key)]
     assert spread[0].stride(-1) != 1
@@ -261,7 +261,7 @@ def test_views_of_several_tiles(offset, device, tiles):
     assert_untouched(buffer, offset, total.numel())
 
 
-def test_inputs_are_left_as_they_are(device):
+def test_inputs_are_not_changed(device):
     query, key = (x.to(device) for x in random_features(2, 3, 51, 8))
     before = query.clone(), key.clone()
     ops.attention_map(query, key, scale=-0.3)
@@ -336,12 +336,12 @@ def test_bfloat16_total_of_resized_maps_is_rounded_once(size, target, device, ti
     ops.accumulate_resized(total, attention.to(device), size, target, 0.3)
     assert total.dtype == torch.bfloat16
     reference.accumulate_resized(exact, attention.double(), size, target, 0.3)
-    # half a unit in the last place, plus the float32 error of the sum that is rounded
+    # half a unit in the last place, plus the error of the float32 sum before it is rounded
     assert_close(total.double().cpu(), exact, rtol=2.0**-8, atol=8 * EPS)
 
 
 def test_resized_by_hand(device):
-    # every fine point at a third of the way takes two thirds of one coarse point and a third of the other
+    # the middle one of three fine points is the mean of both coarse points, the others are equal to one of them
     attention = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]], device=device)
     across = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
     expected = across @ attention[0].cpu() @ (across / across.sum(0)).mT
@@ -372,7 +372,7 @@ def test_resized_views_at_any_offset(offset, dtype, device, tiles):
     assert_untouched(buffer, offset, total.numel())
 
 
-def test_nan_is_handed_on_by_resizing(device, tiles):
+def test_nan_is_propagated_by_resizing(device, tiles):
     tiles(64, 64, interpreted_only=True)
     attention = random_maps(2, 21)[0]
     attention[1, 4, 5] = math.nan
@@ -428,14 +428,14 @@ def test_empty_batch(device):
 )
 def test_errors(change, error, match, device):
     arguments = {"total": torch.zeros(1, 6, 6), "query": torch.ones(1, 2, 6, 4), "key": torch.ones(1, 2, 6, 4)}
-    arguments = {name: move(x, device) for name, x in {**arguments, "weight": 1.0, **change}.items()}
+    arguments = {name: move(value, device) for name, value in {**arguments, "weight": 1.0, **change}.items()}
     with pytest.raises(error, match=match.replace("{device}", str(device))):
         ops.accumulate_attention(**arguments)
 
 
-def move(x, device):
-    """To the device, unless x is on none or none at all."""
-    return x.to(device) if isinstance(x, torch.Tensor) and x.device.type != "meta" else x
+def move(value, device):
+    """Return a tensor on the device, and return a meta tensor and what is not a tensor as they are."""
+    return value.to(device) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def move(x, device):
 def test_resize_errors(change, error, match, device):
     arguments = {"total": torch.zeros(1, 24, 24), "attention": torch.full((1, 6, 6), 1 / 6)}
     arguments |= {"size": (2, 3), "target": (4, 6), "weight": 1.0}
-    arguments = {name: move(x, device) for name, x in {**arguments, **change}.items()}
+    arguments = {name: move(value, device) for name, value in {**arguments, **change}.items()}
     with pytest.raises(error, match=match.replace("{device}", str(device))):
         ops.accumulate_resized(**arguments)
 

@@ -24,12 +24,12 @@ class Recorder(TorchDispatchMode):
 
 
 def strided(tensor):
-    """The same values with other strides."""
+    """Return the same values with other strides."""
     return tensor.mT.contiguous().mT
 
 
 def inputs(device):
-    """Arguments beside those of the examples: strides, half precision, and options."""
+    """Return arguments other than those of the examples: strides, half precision and options."""
     previous, current = (maps.to(device) for maps in random_maps(2, 6))
     query, key = (features.to(device) for features in random_features(2, 3, 6, 4))
     total, fine = torch.zeros(2, 6, 6, device=device), torch.zeros(2, 24, 24, device=device)

@@ -1,4 +1,4 @@
-"""Ridges, thinning and matching of contours, on each instruction set, against the reference and against libraries."""
+"""Ridges, thinning and matching of contours, on each instruction set, against the reference and libraries."""
 
 import numpy as np
 import pytest
@@ -26,12 +26,12 @@ SHAPES = [
 ]
 
 
-def draw(*shape, density=0.5, seed=0):
+def random_mask(*shape, density=0.5, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
 def blobs(height, width, seed=0):
-    """A map like those of detectors: smooth, with ridges of several widths."""
+    """Return an edge map like those of detectors: smooth, with ridges of several widths."""
     noise = torch.rand(1, 1, height // 6 + 2, width // 6 + 2, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic")[0, 0]
     return (1 - 6 * (smooth - 0.5).abs()).clamp(0, 1)
@@ -41,7 +41,7 @@ def blobs(height, width, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.8, 1.0])
 def test_thin_equals_libraries(shape, density):
-    masks = draw(3, *shape, density=density)
+    masks = random_mask(3, *shape, density=density)
     thinned = ops.thin(masks)
     assert torch.equal(thinned, reference.thin(masks))
     for mask, ours in zip(masks.numpy(), thinned.numpy(), strict=True):
@@ -54,12 +54,12 @@ def test_thin_takes_many_passes_on_thick_shapes():
     mask[0, 5:140, 8:160] = True
     mask[1] = torch.from_numpy(morphology.disk(60)[:, :120]).bool().new_zeros(150, 170)
     mask[1, 10:131, 20:141] = torch.from_numpy(morphology.disk(60)).bool()
-    for given, ours in zip(mask.numpy(), ops.thin(mask).numpy(), strict=True):
-        np.testing.assert_array_equal(ours, morphology.thin(given))
+    for thick, ours in zip(mask.numpy(), ops.thin(mask).numpy(), strict=True):
+        np.testing.assert_array_equal(ours, morphology.thin(thick))
 
 
 def test_thin_of_views_and_empty_batch(threads):
-    wide = draw(4, 20, 70)
+    wide = random_mask(4, 20, 70)
     view = wide[::2, 3:17, 1:67:2]
     assert torch.equal(ops.thin(view), reference.thin(view))
     assert ops.thin(wide[:0]).shape == (0, 20, 70)
@@ -73,7 +73,7 @@ def test_suppress_nonmaxima_keeps_what_the_reference_keeps(shape, threads):
         edges[1] = blobs(*shape)
     wide, narrow = reference.suppress_nonmaxima(edges.double()), reference.suppress_nonmaxima(edges)
     ours = ops.suppress_nonmaxima(edges)
-    # rounding may decide between neighbours that are equally strong, and nowhere else
+    # rounding may decide between neighbors of equal strength, but nowhere else
     differs = (ours > 0) != (wide > 0)
     assert differs.float().mean() <= 0.005
     agree = ~differs & ((narrow > 0) == (wide > 0))
@@ -83,20 +83,21 @@ def test_suppress_nonmaxima_keeps_what_the_reference_keeps(shape, threads):
 def test_suppress_nonmaxima_thins_a_ridge_in_every_direction():
     rows, columns = torch.meshgrid(torch.arange(61.0), torch.arange(61.0), indexing="ij")
     for angle in torch.arange(0, 180, 15).deg2rad():
-        offset = (rows - 30) * angle.sin() + (columns - 30) * angle.cos()  # distance from a line through the centre
+        offset = (rows - 30) * angle.sin() + (columns - 30) * angle.cos()  # distance from a line through the center
         ridge = torch.exp(-(offset**2) / 18)
-        kept = ops.suppress_nonmaxima(ridge[None])[0] > 0.05
+        thinned = ops.suppress_nonmaxima(ridge[None])[0] > 0.05
         inner = (slice(8, -8),) * 2
-        assert offset[inner][kept[inner]].abs().max() <= 1
-        assert kept[inner].sum() >= 45
+        assert offset[inner][thinned[inner]].abs().max() <= 1
+        assert thinned[inner].sum() >= 45
 
 
 def test_suppress_nonmaxima_keeps_a_flat_map():
-    assert (ops.suppress_nonmaxima(torch.full((1, 6, 9), 0.5)) == 0.5).all()
+    flat = torch.full((1, 6, 9), 0.5)
+    torch.testing.assert_close(ops.suppress_nonmaxima(flat), flat)
 
 
 def cardinality(a, b, distance):
-    """The most pairs, by a library, from masks as arrays."""
+    """Return the largest number of pairs, by a library, from masks as arrays."""
     p, q = np.argwhere(a), np.argwhere(b)
     if not len(p) or not len(q):
         return 0
@@ -105,14 +106,14 @@ def cardinality(a, b, distance):
 
 
 def total_length(a, b, distance):
-    """The smallest sum of distances of so many pairs, by a library that solves the dense problem."""
+    """Return the smallest sum of distances of this number of pairs, by a library that solves the dense problem."""
     from scipy.optimize import linear_sum_assignment
 
     p, q = np.argwhere(a), np.argwhere(b)
     lengths = np.sqrt(((p[:, None] - q) ** 2).sum(-1))
     cost = np.where(lengths <= distance, lengths, 1e6)
-    chosen = cost[linear_sum_assignment(cost)]
-    return chosen[chosen < 1e6].sum()
+    lengths = cost[linear_sum_assignment(cost)]
+    return lengths[lengths < 1e6].sum()
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -120,7 +121,10 @@ def total_length(a, b, distance):
 @pytest.mark.parametrize("densities", [(0.05, 0.05), (0.3, 0.1), (0.1, 0.4), (0.6, 0.6), (0.0, 0.5), (0.5, 0.0)])
 def test_match_contours_finds_as_many_pairs_as_there_are(distance, densities):
     for seed, shape in enumerate([(1, 1), (3, 7), (12, 17), (20, 66), (1, 90), (25, 24)]):
-        a, b = draw(1, *shape, density=densities[0], seed=seed), draw(1, *shape, density=densities[1], seed=seed + 99)
+        a, b = (
+            random_mask(1, *shape, density=densities[0], seed=seed),
+            random_mask(1, *shape, density=densities[1], seed=seed + 99),
+        )
         of_a, of_b = ops.match_contours(a, b, distance)
         assert not (of_a & ~a).any() and not (of_b & ~b).any()
         assert of_a.sum() == of_b.sum() == cardinality(a[0].numpy(), b[0].numpy(), distance)
@@ -131,13 +135,13 @@ def test_match_contours_finds_as_many_pairs_as_there_are(distance, densities):
 
 
 def test_match_contours_beyond_a_word():
-    a, b = draw(1, 3, 400, density=0.02, seed=3), draw(1, 3, 400, density=0.02, seed=4)
+    a, b = random_mask(1, 3, 400, density=0.02, seed=3), random_mask(1, 3, 400, density=0.02, seed=4)
     for distance in (63, 64, 70, 130, 1000):
         assert ops.match_contours(a, b, distance)[0].sum() == cardinality(a[0].numpy(), b[0].numpy(), distance)
 
 
 def test_match_contours_of_a_crowded_line():
-    """Paths must lead along the whole line to make room at its end."""
+    """Check augmenting paths along a whole line of pixels."""
     a, b = torch.zeros(2, 1, 3, 200, dtype=torch.bool)
     a[0, 1, 50:150] = True
     b[0, 1, 51:151] = True
@@ -153,7 +157,7 @@ def test_count_matches_equals_the_reference(threads):
     truths = ops.thin(torch.stack([blobs(24, 40, seed) > 0.7 for seed in (0, 0, 5)]))
     thresholds = [0.125, 0.5, 0.51, 0.9, 2.0]
     options = {
-        "ignored": draw(24, 40, density=0.2),
+        "ignored": random_mask(24, 40, density=0.2),
         "groups": torch.randint(3, truths.shape, generator=torch.Generator().manual_seed(0)).byte(),
         "num_groups": 4,
     }
@@ -176,19 +180,19 @@ def test_count_matches_of_one_annotator_counts_pairs():
     counts, _ = ops.count_matches(edges, truth, thresholds, 3.0)
     assert torch.equal(counts[:, 0], counts[:, 2])
     for threshold, row in zip(thresholds, counts.tolist(), strict=True):
-        found = morphology.thin((edges >= threshold).numpy())
-        assert row[0] == cardinality(found, truth[0].numpy(), 3.0)
-        assert row[3] == found.sum()
+        detected = morphology.thin((edges >= threshold).numpy())
+        assert row[0] == cardinality(detected, truth[0].numpy(), 3.0)
+        assert row[3] == detected.sum()
 
 
-def test_ignored_detections_are_no_mistakes():
+def test_ignored_detections_are_not_counted():
     edges, truth = torch.zeros(2, 20, 30)
     edges[5, 2:20] = edges[12, 2:20] = truth[5, 2:20] = 1
     ignored = torch.zeros(20, 30, dtype=torch.bool)
     ignored[10:15] = True
-    counts = [ops.count_matches(edges, truth[None] > 0, [0.5], 1.0, ignored=given)[0] for given in (None, ignored)]
+    counts = [ops.count_matches(edges, truth[None] > 0, [0.5], 1.0, ignored=where)[0] for where in (None, ignored)]
     assert [row.tolist() for row in counts] == [[[18, 18, 18, 36, 18, 18]], [[18, 18, 18, 18, 18, 18]]]
-    # but where they match, they count
+    # but they are counted if they have a partner
     ignored[:] = True
     assert ops.count_matches(edges, truth[None] > 0, [0.5], 1.0, ignored=ignored)[0].tolist() == [[18] * 6]
 
@@ -201,29 +205,29 @@ def test_ignored_detections_are_no_mistakes():
         (lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4).double()), TypeError, "edges must be float32, got float64"),
         (lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4, device="meta")), ValueError, "edges must be on the cpu"),
         (
-            lambda: ops.match_contours(draw(1, 3, 4), draw(1, 3, 5), 1),
+            lambda: ops.match_contours(random_mask(1, 3, 4), random_mask(1, 3, 5), 1),
             ValueError,
             r"match_contours: truth must be \(B, H, W\)",
         ),
         (
-            lambda: ops.match_contours(draw(1, 3, 4), draw(1, 3, 4), -1.0),
+            lambda: ops.match_contours(random_mask(1, 3, 4), random_mask(1, 3, 4), -1.0),
             ValueError,
             r"distance must be finite and >= 0, got -1\.0",
         ),
         (
-            lambda: ops.match_contours(draw(1, 3, 4), draw(1, 3, 4), "2"),
+            lambda: ops.match_contours(random_mask(1, 3, 4), random_mask(1, 3, 4), "2"),
             TypeError,
             "distance must be a number, got str",
         ),
         (
             lambda: ops.count_matches(
-                torch.ones(3, 4), draw(1, 3, 4), [0.5], 1, groups=torch.full((1, 3, 4), 9).byte()
+                torch.ones(3, 4), random_mask(1, 3, 4), [0.5], 1, groups=torch.full((1, 3, 4), 9).byte()
             ),
             ValueError,
             "groups must be below num_groups = 1, got 9",
         ),
         (
-            lambda: ops.count_matches(torch.ones(3, 4), draw(1, 4, 3), [0.5], 1),
+            lambda: ops.count_matches(torch.ones(3, 4), random_mask(1, 4, 3), [0.5], 1),
             ValueError,
             r"truths must be \(A, H, W\) with H = 3, W = 4, got \(1, 4, 3\)",
         ),
@@ -235,7 +239,7 @@ def test_errors(call, error, message):
 
 
 def test_forced_backends(monkeypatch):
-    mask = draw(1, 9, 9)
+    mask = random_mask(1, 9, 9)
     expected = ops.thin(mask)
     monkeypatch.setenv("TRACE_FAST_BACKEND", "reference")
     monkeypatch.setattr("trace_fast._C.cpu.thin", None)

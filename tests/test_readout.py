@@ -1,4 +1,4 @@
-"""The read-out without a map and its gradient, on every path, against the reference in float64."""
+"""The readout and its gradients, on every implementation, against the reference in float64."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ NAMES = ("query", "key", "values")
 
 
 def random_inputs(batch, heads, tokens, channels, columns, peak=3.0):
-    """Features whose logits are `peak` times standard normal, values, and the gradient of the read-out."""
+    """Return features whose logits are `peak` times standard normal, values, and a gradient of the readout."""
     query, key = random_features(batch, heads, tokens, channels)
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(tokens, columns, generator=generator)
@@ -32,17 +32,17 @@ def random_inputs(batch, heads, tokens, channels, columns, peak=3.0):
 
 
 def differentiate(module, query, key, values, grad, scale=None):
-    """The read-out, from `ops` or from `reference`, and the gradients of its inputs."""
+    """Return the readout, from `ops` or from `reference`, and the gradients of its inputs."""
     inputs = [x.detach().requires_grad_() for x in (query, key, values)]
     out = module.readout(*inputs, scale)
     return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
 
 
 def summed_sizes(query, key, values, grad, scale=None):
-    """Size of the numbers that the read-out and each of the gradients sum up, largest sum without signs.
+    """Return the largest sum of absolute values among the sums of the readout, and among those of each gradient.
 
-    They cancel, and a sum is as exact as its numbers are: the gradient of a logit is p (dp - mean of dp), the means of
-    dp over a row cancel, and so do the rows that the gradient of a key sums.
+    The terms of these sums cancel, so that their errors are relative to the terms and not to the sum: the gradient of a
+    logit is p (dp - mean of dp), where the means of dp over a row cancel, as do the rows in the gradient of a key.
     """
     query, key, values, grad = (x.double() for x in (query, key, values, grad))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -54,12 +54,12 @@ def summed_sizes(query, key, values, grad, scale=None):
 
 
 def expectation(query, key, values, grad, scale=None):
-    """The read-out and its gradients in float64 and by plain torch, and the size of what they are summed from."""
+    """Return the readout and its gradients in float64 and by plain torch, and the sizes of the terms of their sums."""
     inputs = query, key, values, grad
     exact = differentiate(reference, *(x.double() for x in inputs), scale)
     eager = differentiate(reference, *inputs, scale)
-    # a logit of size L is off by L eps / 2 once it is a float32: the share that two keys of a row are off by, against
-    # each other. The way back is told the logarithm of the row's sum, off by as much again
+    # a logit of size L has an error of L eps / 2 as a float32, and so have the shares of two keys in a row. The
+    # backward pass reads the logarithm of the sum of the row, which has the same error again
     logit = EPS * largest_logit(query, key, scale)
     shares = logit / 2, logit, logit, logit
     sizes = [
@@ -92,7 +92,7 @@ def test_no_worse_than_eager(batch, heads, grid, device, tiles):
 
 @pytest.fixture(scope="module")
 def large_grid():
-    """Inputs of 64 x 96 tokens and what is expected of them."""
+    """Return inputs of 64 x 96 tokens and their expectation."""
     inputs = random_inputs(1, 1, 64 * 96, 16, 9)
     return inputs, expectation(*inputs)
 
@@ -127,7 +127,7 @@ def test_values_of_another_dtype(dtype, device):
 def test_tokens_that_no_tile_divides(tile, device, tiles):
     tiles(*tile)
     assert_readout_no_worse(device, *random_inputs(1, 2, 51, 24, 9))
-    # and one that every tile divides, whose loads are not masked
+    # and a number that every tile divides, so that loads are not masked
     assert_readout_no_worse(device, *random_inputs(1, 2, 64, 24, 9))
 
 
@@ -155,7 +155,7 @@ def test_by_hand(device):
     assert_close(out, torch.tensor([[[5.0, 6.0], [4.0, 8.0]]], device=device))
     out[0, 0, 0].backward()
     assert_close(values.grad, torch.tensor([[5 / 8, 0], [3 / 8, 0]], device=device))
-    # d/d logits of half of 8 p: 4 p (1 - p) = 3/4 for the first key, and as much less for the second
+    # d/d logits of half of 8 p: 4 p (1 - p) = 3/4 for the first key, and -3/4 for the second
     assert_close(query.grad[0, :, :, 0], torch.tensor([[3 / 4, 0], [1 * (5 - 7), 0]], device=device))
     slope = math.log(3) * 3 / 4
     assert_close(key.grad[0, :, :, 0], torch.tensor([[slope, -slope], [0, 0]], device=device))
@@ -215,9 +215,9 @@ def test_nothing_else_is_written(tokens, channels, columns, dtype, device, tiles
         assert torch.equal(x, value)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum; a device's drops NaN as well
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum; that of a device ignores NaN too
 @pytest.mark.parametrize("poisoned", NAMES)
-def test_nan_is_handed_on(poisoned, device):
+def test_nan_is_propagated(poisoned, device):
     inputs = dict(zip(NAMES, random_inputs(2, 3, 51, 8, 9), strict=False))
     x = inputs[poisoned]
     x[(1, 2, 20, 4)[-x.ndim :]] = math.nan
@@ -258,7 +258,7 @@ def test_is_the_map_times_the_values():
 
 
 def test_convolution_over_the_map_is_nine_shifted_columns():
-    # the paper's decoder: a 3 x 3 convolution that reads what token i attends to as N channels at the place of i
+    # the paper's decoder: a 3 x 3 convolution for which the attention of token i is N channels at the position of i
     height, width = 3, 7
     query, key, values, _ = (x.double() for x in random_inputs(2, 2, 21, 8, 9))
     attention = reference.attention_map(query, key)

@@ -1,6 +1,7 @@
-"""The ops on regions and masks, on every path, against other libraries, plain loops and the reference in float64."""
+"""The ops on regions and masks against libraries, plain loops and the reference in float64."""
 
 import ctypes
+import functools
 import heapq
 import math
 import shutil
@@ -35,7 +36,7 @@ CONNECTIVITY = pytest.mark.parametrize("connectivity", [4, 8])
 
 
 def spiral(height, width):
-    """A wall that winds inwards and leaves one long corridor."""
+    """Return a wall that winds inwards and leaves one long corridor."""
     barrier = np.zeros((height, width), bool)
     top, left, bottom, right = 1, -1, height - 2, width - 2
     while top <= bottom and left < right:
@@ -50,7 +51,7 @@ def spiral(height, width):
 
 
 def make_barrier(kind, height, width, seed):
-    """One barrier (H, W) bool of a kind."""
+    """Return a barrier (H, W) bool of a kind."""
     rng = np.random.default_rng(seed)
     rows, columns = np.indices((height, width))
     if kind == "noise":
@@ -59,7 +60,7 @@ def make_barrier(kind, height, width, seed):
         field = scipy.ndimage.gaussian_filter(rng.standard_normal((height, width)), 2)
         levels = np.floor(field * 8)
         return scipy.ndimage.maximum_filter(levels, 2) != scipy.ndimage.minimum_filter(levels, 2)
-    if kind == "comb":  # teeth that meet at one end alone
+    if kind == "comb":  # teeth that are connected at one end
         barrier = columns % 2 == 1
         barrier[rng.choice([0, -1])] = False
         return barrier
@@ -80,20 +81,20 @@ seeds_ = st.integers(0, 2**32 - 1)
 
 
 def make_batch(height, width, seed, batch=3):
-    """Barriers of several kinds, (batch, H, W) bool."""
-    kinds = np.random.default_rng(seed).choice(KINDS, batch)
-    return torch.tensor(np.stack([make_barrier(kind, height, width, seed + i) for i, kind in enumerate(kinds)]))
+    """Return barriers of several kinds, (batch, H, W) bool."""
+    chosen = np.random.default_rng(seed).choice(KINDS, batch)
+    return torch.tensor(np.stack([make_barrier(kind, height, width, seed + i) for i, kind in enumerate(chosen)]))
 
 
 def make_seeds(barrier, seed):
-    """Scattered labels, some alike, some below 1, some on the barrier."""
+    """Return scattered labels, some of them equal, below 1 or on the barrier."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(-3, rng.choice([3, 6, 300, 2**31 - 1]), barrier.shape)
     return torch.tensor(labels * (rng.random(barrier.shape) < rng.choice([0.005, 0.05, 0.5])), dtype=torch.int32)
 
 
 def grow(labels, ground, steps):
-    """Dijkstra's search from all labelled pixels over the ground; the distance comes before the label."""
+    """Grow labels over the ground by Dijkstra's search from all labeled pixels, ordered by distance, then by label."""
     height, width = labels.shape
     reached = {}
     queue = [(0, int(labels[y, x]), int(y), int(x)) for y, x in zip(*np.nonzero(labels), strict=True)]
@@ -108,8 +109,8 @@ def grow(labels, ground, steps):
             if 0 <= below < height and 0 <= beside < width and ground[below, beside] and not labels[below, beside]:
                 heapq.heappush(queue, (distance + 1, label, below, beside))
     result = np.zeros_like(labels)
-    for place, label in reached.items():
-        result[place] = label
+    for pixel, label in reached.items():
+        result[pixel] = label
     return result
 
 
@@ -124,9 +125,9 @@ def assert_labels(barrier, connectivity, device):
     assert labels.dtype == counts.dtype == torch.int32
     assert labels.device == counts.device == device
     square = np.ones((3, 3)) if connectivity == 8 else None
-    for image, found, count in zip(barrier.numpy(), labels.cpu().numpy(), counts.tolist(), strict=True):
+    for image, result, count in zip(barrier.numpy(), labels.cpu().numpy(), counts.tolist(), strict=True):
         expected, regions = scipy.ndimage.label(~image, square)
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(result, expected)
         assert count == regions
 
 
@@ -154,7 +155,7 @@ def test_regions_are_those_of_cc3d(device, connectivity, height, width, seed):
     cc3d = pytest.importorskip("cc3d")
     barrier = make_batch(height, width, seed, batch=1)
     labels = ops.label_regions(barrier.to(device), connectivity)[0].cpu().numpy()
-    # as numbers: of a bool image of one row cc3d 4.1.1 labels pixels that are off, too
+    # as numbers: in a bool image of one row cc3d 4.1.1 also labels pixels that are not set
     others = cc3d.connected_components((~barrier[0].numpy()).astype(np.uint8), connectivity=connectivity)
     pairs = np.unique(np.stack([labels[0].ravel(), others.ravel()]), axis=1)
     # one to one, and 0 to 0
@@ -183,8 +184,8 @@ def test_flood_is_a_search(device, connectivity, claim_barrier, height, width, s
     seeds = make_seeds(barrier, seed)
     filled = ops.flood_fill(seeds.to(device), barrier.to(device), connectivity, claim_barrier).cpu()
     assert filled.dtype == torch.int32
-    for labels, image, found in zip(seeds.numpy(), barrier.numpy(), filled.numpy(), strict=True):
-        np.testing.assert_array_equal(found, fill_by_search(labels, image, connectivity, claim_barrier))
+    for labels, image, result in zip(seeds.numpy(), barrier.numpy(), filled.numpy(), strict=True):
+        np.testing.assert_array_equal(result, fill_by_search(labels, image, connectivity, claim_barrier))
     assert torch.equal(reference.flood_fill(seeds, barrier, connectivity, claim_barrier), filled)
 
 
@@ -194,13 +195,13 @@ def test_flood_by_hand(device):
         arrays = [torch.tensor([list(row)], device=device) for row in (seeds, barrier)]
         return ops.flood_fill(arrays[0].int()[None], arrays[1].bool()[None], **options)[0, 0].tolist()
 
-    # the pixel in the middle is as near to both, and the lower label takes it, wherever it comes from
+    # the pixel in the middle is equally near to both, and takes the lower label, whichever side this comes from
     assert fill([2, 0, 0, 0, 1], [0, 0, 0, 0, 0]) == [2, 2, 1, 1, 1]
     assert fill([1, 0, 0, 0, 2], [0, 0, 0, 0, 0]) == [1, 1, 1, 2, 2]
-    # a seed on the barrier is none, and what no seed reaches stays 0
+    # a value on the barrier is not a seed, and pixels that no seed reaches stay 0
     assert fill([5, 0, 6, 0, 0], [0, 0, 1, 0, 0]) == [5, 5, 0, 0, 0]
     assert fill([5, 0, 0, 0, 9], [0, 1, 1, 1, 0], claim_barrier=True) == [5, 5, 5, 9, 9]
-    # labels grow over the barrier, but not on beyond it
+    # labels grow over the barrier, but not beyond it
     assert fill([5, 0, 0, 0, 0], [0, 0, 1, 0, 0], claim_barrier=True) == [5, 5, 5, 0, 0]
 
 
@@ -224,7 +225,7 @@ def test_path_is_a_line_of_pixels(step):
     assert {(y, -x) for y, x in reference.path_pixels(dy, -dx)} == set(pixels)
     for y, x in pixels:
         assert abs(dy * x - dx * y) / math.hypot(dy, dx) < 1
-    # no wall that is connected at its corners has a way through: rows of the path overlap
+    # the path does not pass through a wall that is connected at corners: its rows overlap
     assert len(pixels) >= max(dy, abs(dx)) + 1
     columns = {y: [x for z, x in pixels if z == y] for y in range(dy + 1)}
     for y in range(dy):
@@ -233,7 +234,7 @@ def test_path_is_a_line_of_pixels(step):
 
 
 def dense_walk(masks, edges, radius, beta, steps):
-    """The walk as a power of the matrix of transitions, in float64; steps are a power of two."""
+    """Return the walk as a power of the matrix of transitions, in float64; steps are a power of two."""
     height, width = edges.shape
     affinity = np.eye(height * width)
     for i in range(height * width):
@@ -254,7 +255,7 @@ def dense_walk(masks, edges, radius, beta, steps):
 
 
 def make_edges(height, width, seed=0):
-    """Thin strong edges on a faint background, float32."""
+    """Return thin strong edges on a faint background, float32."""
     rng = np.random.default_rng(seed)
     edges = 0.2 * rng.random((height, width)) ** 2
     edges[make_barrier("blobs", height, width, seed)] = 0.95
@@ -293,15 +294,13 @@ def test_walk_is_a_power_of_a_matrix(count, grid, radius, beta, steps, device):
 
 @pytest.fixture(scope="module")
 def walks():
-    """Masks, edges, their walk in float64 and by plain torch, by number of masks and grid."""
-    kept = {}
+    """Return a cached function from a number of masks and a grid to masks, edges and their walk, exact and eager."""
 
-    def walk(count, grid, steps=6):
-        if (count, grid) not in kept:
-            masks, edges = make_values(count, *grid), make_edges(*grid)
-            exact = reference.random_walk(masks.double(), edges.double(), steps=steps)
-            kept[count, grid] = masks, edges, exact, reference.random_walk(masks, edges, steps=steps)
-        return kept[count, grid]
+    @functools.cache
+    def walk(count, grid):
+        masks, edges = make_values(count, *grid), make_edges(*grid)
+        exact = reference.random_walk(masks.double(), edges.double(), steps=6)
+        return masks, edges, exact, reference.random_walk(masks, edges, steps=6)
 
     return walk
 
@@ -326,7 +325,7 @@ def test_constant_masks_stay_where_there_are_no_edges(grid, device):
 
 
 @native
-def test_walls_hold_the_walk_back(device):
+def test_walls_stop_the_walk(device):
     edges = torch.zeros(8, 12, device=device)
     for y in range(8):
         edges[y, 2 + y] = 1  # touching at corners
@@ -339,15 +338,15 @@ def test_walls_hold_the_walk_back(device):
 
 
 @native
-def test_edges_are_clamped_and_steps_may_be_none(device):
+def test_edges_are_clamped_and_steps_may_be_zero(device):
     masks, edges = make_values(2, 3, 4).to(device), make_edges(3, 4).to(device)
     edges[0, 0], edges[1, 1] = -0.5, 1.5
     assert torch.equal(ops.random_walk(masks, edges), ops.random_walk(masks, edges.clamp(0, 1)))
-    assert torch.equal(ops.random_walk(masks, edges, steps=0), masks * (1 - edges.clamp(0, 1)))
+    torch.testing.assert_close(ops.random_walk(masks, edges, steps=0), masks * (1 - edges.clamp(0, 1)))
 
 
 @native
-def test_images_walk_each_on_its_own_edges(device):
+def test_every_image_has_its_edges(device):
     masks = make_values(3, 4, 6, 5).to(device)
     edges = torch.stack([make_edges(6, 5, seed) for seed in range(3)]).to(device)
     walked = ops.random_walk(masks, edges, steps=8)
@@ -360,7 +359,7 @@ def test_images_walk_each_on_its_own_edges(device):
 
 
 def make_masks(count, height, width, seed):
-    """Overlapping rectangles, some alike, some empty."""
+    """Return overlapping rectangles, some of them equal or empty."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((count, height, width), bool)
     for index in range(count):
@@ -373,7 +372,7 @@ def make_masks(count, height, width, seed):
 
 
 def merge_by_loop(masks, iou):
-    """Sets of masks, united round by round."""
+    """Return the sets of masks that are united, computed round by round."""
     groups = [{index} for index in range(len(masks))]
     while True:
         unions = [masks[sorted(group)].any(0) for group in groups]
@@ -433,7 +432,7 @@ def test_masks_merge_in_any_order(device):
 
 @native
 def test_rounds_go_on_while_unions_overlap(device):
-    # the first two make a union that the third overlaps by half and more, though neither of them does
+    # the union of the first two overlaps the third by more than half, though neither of them does
     masks = torch.zeros(4, 1, 12, dtype=torch.bool, device=device)
     masks[0, 0, 0:4] = masks[1, 0, 1:5] = masks[2, 0, 0:8] = masks[3, 0, 9:] = True
     merged, groups, scores = ops.merge_masks(masks, 0.55, torch.tensor([0.1, 0.4, 0.3, 0.2], device=device))
@@ -450,7 +449,7 @@ def test_empty_masks_never_merge(device):
 
 
 def results(barrier, seeds, masks, edges):
-    """Every result of the family that does not depend on values but the given ones."""
+    """Return the results of all ops of the family."""
     return [
         *ops.label_regions(barrier),
         *ops.label_regions(barrier, 8),
@@ -470,11 +469,11 @@ def arguments(batch=3, height=19, width=70):
 def test_strided_inputs_give_the_same(device):
     contiguous = [x.to(device) for x in arguments()]
     expected = results(*contiguous)
-    turned = [x.mT.contiguous().mT for x in contiguous]
+    transposed = [x.mT.contiguous().mT for x in contiguous]
     spread = [torch.stack((x, x.new_zeros(()).expand_as(x)), 0)[0] for x in contiguous]
     spread[0] = torch.stack((contiguous[0], ~contiguous[0]), 1)[:, 0]
-    assert not any(x.is_contiguous() for x in (*turned, spread[0]))
-    for inputs in (turned, spread):
+    assert not any(x.is_contiguous() for x in (*transposed, spread[0]))
+    for inputs in (transposed, spread):
         for result, value in zip(results(*inputs), expected, strict=True):
             assert torch.equal(result, value)
 
@@ -499,14 +498,14 @@ def test_nothing_else_is_written(width, device, guards):
 
 
 def test_native_results_do_not_depend_on_threads(instruction_set, threads):
-    # enough pixels for several strips, regions that cross them, and masks that groups of threads share
+    # enough pixels for several strips, regions that cross them, and masks for several threads
     barrier = make_batch(700, 801, 3, batch=2)
     seeds, masks, edges = make_seeds(barrier, 4), make_values(7, 33, 20), make_edges(33, 20)
     rectangles = make_masks(33, 20, 70, 5)
-    found = [results(barrier, seeds, masks[:count], edges) for count in (5, 7)]
+    first = [results(barrier, seeds, masks[:count], edges) for count in (5, 7)]
     merged = ops.merge_masks(rectangles, 0.3)[1]
     torch.set_num_threads(1)
-    for count, before in zip((5, 7), found, strict=True):
+    for count, before in zip((5, 7), first, strict=True):
         for result, value in zip(results(barrier, seeds, masks[:count], edges), before, strict=True):
             assert torch.equal(result, value)
     assert torch.equal(ops.merge_masks(rectangles, 0.3)[1], merged)
@@ -621,7 +620,7 @@ def test_errors(call, error, match, device):
 
 
 def huge(dtype, *shape):
-    """A tensor of any shape that takes no memory."""
+    """Return a tensor of any shape that takes no memory."""
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
@@ -670,7 +669,7 @@ def test_there_is_no_gradient(device):
 
 @pytest.fixture(scope="module")
 def bodies(tmp_path_factory):
-    """What the GPU kernels do for a pixel, compiled for the CPU."""
+    """Return the bodies of the GPU kernels, compiled for the CPU."""
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     library = tmp_path_factory.mktemp("bodies") / "bodies.so"
