@@ -35,10 +35,9 @@ def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int],
             raise TypeError(f"{op}: {name} must be a {accepted} tensor, got {type(value).__name__}")
         raise TypeError(f"{op}: {name} must be {accepted}, got {str(value.dtype).removeprefix('torch.')}")
     letters, bound = shape.split(), sizes.copy()
-    fits = value.ndim == len(letters) and all(
-        bound.setdefault(letter, size) == size and (size > 0 or letter in "BM")
-        for letter, size in zip(letters, value.shape, strict=True)
-    )
+    fits = value.ndim == len(letters)
+    for letter, size in zip(letters, value.shape, strict=False):
+        fits = fits and bound.setdefault(letter, size) == size and (size > 0 or letter in "BM")
     if not fits:
         fixed = ", ".join(f"{letter} = {sizes[letter]}" for letter in dict.fromkeys(letters) if letter in sizes)
         where = f" with {fixed}" if fixed else ""
