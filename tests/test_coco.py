@@ -38,7 +38,7 @@ def rle(counts):
 
 
 def annotated(*segmentations, **more):
-    """An annotation file of one image."""
+    """Return an annotation file of one image."""
     return {
         "images": [{"id": 3, "file_name": "x.jpg", "height": HEIGHT, "width": WIDTH}],
         "categories": [{"id": 1, "name": "fg"}],
@@ -54,7 +54,7 @@ def results(*segmentations, **more):
 
 
 def change(data, path, value):
-    """A copy of `data` with the value at a path such as ("images", 0, "id") replaced; `...` removes it."""
+    """Return a copy of `data` with the value at a path such as ("images", 0, "id") replaced; `...` removes it."""
     data = copy.deepcopy(data)
     parent = data
     for key in path[:-1]:

@@ -33,7 +33,7 @@ SCORES = np.array([0.9, 0.1, 0.5])
 EXAMPLES = settings(max_examples=30, deadline=None)
 
 
-def masks_of(shape):
+def random_masks(shape):
     return hnp.arrays(bool, shape)
 
 
@@ -58,7 +58,7 @@ class TestCocoResults:
     # pycocotools' decode
     @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
     @EXAMPLES
-    @given(masks=masks_of(st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 9))))
+    @given(masks=random_masks(st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 9))))
     def test_pycocotools_reads_it(self, masks, tmp_path_factory):
         path = tmp_path_factory.mktemp("results") / "results.json"
         scores = np.linspace(1, 0.1, len(masks))
@@ -398,7 +398,7 @@ class TestSegments:
         ]
 
     @EXAMPLES
-    @given(masks=masks_of(st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 7))), data=st.data())
+    @given(masks=random_masks(st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 7))), data=st.data())
     def test_segments_are_the_visible_masks(self, masks, data):
         categories = st.lists(st.integers(1, 99), min_size=len(masks), max_size=len(masks))
         classes = np.array(data.draw(categories), dtype=np.int64)

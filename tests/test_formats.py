@@ -210,12 +210,12 @@ def same(one, other):
 
 
 @st.composite
-def stacks(draw, least=0):
+def stacks(sample, least=0):
     """Masks of random pixels, empty and full ones, ones with a hole, of any shape from 1 x 1."""
-    shape = draw(st.tuples(st.integers(least, 4), st.integers(1, 7), st.integers(1, 9)))
-    masks = draw(hnp.arrays(bool, shape))
+    shape = sample(st.tuples(st.integers(least, 4), st.integers(1, 7), st.integers(1, 9)))
+    masks = sample(hnp.arrays(bool, shape))
     for mask in masks:
-        form = draw(st.sampled_from(["random", "empty", "full", "hole"]))
+        form = sample(st.sampled_from(["random", "empty", "full", "hole"]))
         if form != "random":
             mask[:] = form != "empty"
         if form == "hole":
@@ -584,7 +584,7 @@ class TestErrors:
 
 class TestRegistry:
     def test_a_format_is_one_entry(self, monkeypatch):
-        """A mask by its box, which no other format accepts."""
+        """Return a mask by its box, which no other format accepts."""
 
         def read(box, size):
             masks = torch.zeros(1, *size, dtype=torch.bool)

@@ -294,7 +294,7 @@ def test_classes_are_propagated_as_if_alone():
         torch.testing.assert_close(alone.scores, out.scores[out.classes == label])
 
 
-def results_of(edges, masks, *, threshold=0.4, min_area=None, k=3, **options):
+def run_all(edges, masks, *, threshold=0.4, min_area=None, k=3, **options):
     """Results of all functions for some edges, as one list of tensors."""
     stack, strengths = trace_fast.instances(edges, threshold=threshold, min_area=min_area)
     seeds = trace_fast.seeds(edges, k, threshold=threshold, min_area=min_area)
@@ -336,7 +336,7 @@ def test_memory_layouts_of_edges(noisy, layout, tmp_path):
         "mapped": lambda: np.load(tmp_path / "edges.npy", mmap_mode="r"),
     }[layout]()
     before = other.copy()
-    assert_same(results_of(other, masks), results_of(edges, masks))
+    assert_same(run_all(other, masks), run_all(edges, masks))
     assert np.array_equal(other, before)
 
 
@@ -344,7 +344,7 @@ def test_numbers_of_numpy(noisy):
     plain = {"threshold": 0.25, "iou": 0.5, "cover": 0.75, "min_area": 7, "k": 2}
     for real, whole in ((np.float32, np.int64), (np.float64, np.uint8), (np.float16, np.int32)):
         others = {name: whole(value) if isinstance(value, int) else real(value) for name, value in plain.items()}
-        assert_same(results_of(*noisy, **others), results_of(*noisy, **plain))
+        assert_same(run_all(*noisy, **others), run_all(*noisy, **plain))
     edges, _ = noisy
     assert len(trace_fast.instances(edges, threshold=np.quantile(edges, 0.95))[0]) > 0
 
@@ -354,14 +354,14 @@ def test_numbers_of_numpy(noisy):
 def test_bool_is_no_number(noisy, name, boolean):
     required = "an int" if name in ("min_area", "k") else "a number"
     with pytest.raises(TypeError, match=rf"^\w+: {name} must be {required}, got bool"):
-        results_of(*noisy, **{name: boolean})
+        run_all(*noisy, **{name: boolean})
 
 
 def test_defaults_of_torch_do_not_matter(noisy, request):
     edges, masks = noisy
-    before = results_of(edges, masks)
+    before = run_all(edges, masks)
     request.getfixturevalue("odd_defaults")
-    assert_same(results_of(edges, masks), before)
+    assert_same(run_all(edges, masks), before)
     for nothing in ([], masks[:0], np.zeros(edges.shape, np.int32)):
         assert len(trace_fast.propagate(nothing, edges, threshold=0.5)) == len(nothing)
 

@@ -395,11 +395,11 @@ class TestPlotCurve:
 def test_defaults_of_torch_do_not_matter(photo, edges, tmp_path, request):
     masks = np.random.default_rng(3).random((3, HEIGHT, WIDTH)) < 0.5
 
-    def draw():
+    def make_picture():
         write_png(tmp_path / "x.png", edges)
         pictures = overlay(photo, edges), draw_masks(photo, masks), panel([photo, edges], ["", ""])
         return [(tmp_path / "x.png").read_bytes(), *(picture.tobytes() for picture in pictures)]
 
-    before = draw()
+    before = make_picture()
     request.getfixturevalue("odd_defaults")
-    assert draw() == before
+    assert make_picture() == before

@@ -206,11 +206,11 @@ def panel(images: Sequence[Any], titles: Sequence[str], height: int | None = Non
     ]
     top = 2 * text if any(titles) else 0
     sheet = Image.new("RGB", (sum(columns) + gap * (len(columns) - 1), top + height), "white")
-    draw = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     left = 0
     for picture, title, column in zip(pictures, titles, columns, strict=True):
         sheet.paste(picture, (left + (column - picture.width) // 2, top))
-        draw.text((left + column // 2, top // 2), title, fill="black", font=font, anchor="mm")
+        canvas.text((left + column // 2, top // 2), title, fill="black", font=font, anchor="mm")
         left += column + gap
     return sheet
 

@@ -358,7 +358,7 @@ def parse_instances(op: str, content: Any, name: str, *, as_results: bool = Fals
         images = {number: ImageInstances(number, *size, []) for number, size in sizes.items()}
     categories = _read_category_names(content, problems)
     ids: set[int] = set()
-    for place, entry in _list_entries(content, "results" if is_list else "annotations", problems):
+    for location, entry in _list_entries(content, "results" if is_list else "annotations", problems):
         try:
             if is_list:
                 number, (height, width) = read_integer(entry, "image_id"), read_rle_size(entry.get("segmentation"))
@@ -373,7 +373,7 @@ def parse_instances(op: str, content: Any, name: str, *, as_results: bool = Fals
                 notes["instances of a category without a name"] += nameless
                 image.instances.append(instance)
         except ValueError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{location}: {problem}")
     _raise_problems(op, name, problems)
     return Instances(images, categories, _format_notes(notes))
 
@@ -384,7 +384,7 @@ def _parse_panoptic(op: str, content: Mapping[str, Any], name: str, png_folder: 
     sizes = _read_image_sizes(content, problems)
     categories, isthing = _read_panoptic_categories(content, problems)
     images: dict[int, ImageSegments] = {}
-    for place, entry in _list_entries(content, "annotations", problems):
+    for location, entry in _list_entries(content, "annotations", problems):
         try:
             number = read_integer(entry, "image_id")
             if number not in sizes:
@@ -394,11 +394,11 @@ def _parse_panoptic(op: str, content: Mapping[str, Any], name: str, png_folder: 
             if not isinstance(file_name, str):
                 raise ValueError(f"file_name must be that of a PNG, got {reprlib.repr(file_name)}")
         except ValueError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{location}: {problem}")
             continue
-        segments = _read_segments(entry, place, categories, problems)
+        segments = _read_segments(entry, location, categories, problems)
         images[number] = ImageSegments(number, *sizes[number], segments, png_folder / file_name)
-        problems += [f"{place}: {problem}" for problem in _find_png_problems(images[number])]
+        problems += [f"{location}: {problem}" for problem in _find_png_problems(images[number])]
     notes = Counter({"images without an annotation, which are left out": len(sizes) - len(images)})
     _raise_problems(op, name, problems)
     return Panoptic(images, categories, isthing, _format_notes(notes))
@@ -445,21 +445,21 @@ def _read_panoptic_categories(
 ) -> tuple[dict[int, str], dict[int, bool]]:
     """Read the name of each category by its id, and whether it is a thing."""
     categories, isthing = {}, {}
-    for category, (place, entry) in _index_by_id(content, "categories", problems).items():
+    for category, (location, entry) in _index_by_id(content, "categories", problems).items():
         categories[category] = str(entry.get("name", category))
         try:
             isthing[category] = _read_flag(entry, "isthing")
         except ValueError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{location}: {problem}")
     return categories, isthing
 
 
 def _read_segments(
-    annotation: Mapping[str, Any], place: str, categories: Container[int], problems: list[str]
+    annotation: Mapping[str, Any], location: str, categories: Container[int], problems: list[str]
 ) -> list[dict[str, Any]]:
     """Read segments_info of an annotation."""
     segments = []
-    for segment, (where, entry) in _index_by_id(annotation, "segments_info", problems, place, least=1).items():
+    for segment, (where, entry) in _index_by_id(annotation, "segments_info", problems, location, least=1).items():
         category, iscrowd = 0, False
         try:
             category = read_integer(entry, "category_id")
@@ -475,18 +475,18 @@ def _read_segments(
 def _list_entries(
     content: Mapping[str, Any], key: str, problems: list[str], parent: str = ""
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """List the objects under a key, each with its place such as "images[3]" for messages."""
-    place = f"{parent}.{key}" if parent else key
+    """List the objects under a key, each with its location such as "images[3]" for messages."""
+    location = f"{parent}.{key}" if parent else key
     entries = content.get(key)
     if not isinstance(entries, list):
-        problems.append(f"{place} must be a list, got {reprlib.repr(entries)}")
+        problems.append(f"{location} must be a list, got {reprlib.repr(entries)}")
         return []
     objects = []
     for index, entry in enumerate(entries):
         if isinstance(entry, Mapping):
-            objects.append((f"{place}[{index}]", entry))
+            objects.append((f"{location}[{index}]", entry))
         else:
-            problems.append(f"{place}[{index}] must be an object, got {reprlib.repr(entry)}")
+            problems.append(f"{location}[{index}] must be an object, got {reprlib.repr(entry)}")
     return objects
 
 
@@ -495,11 +495,11 @@ def _index_by_id(
 ) -> dict[int, tuple[str, Mapping[str, Any]]]:
     """Return the objects under a key, with their places, by their ids."""
     objects: dict[int, tuple[str, Mapping[str, Any]]] = {}
-    for place, entry in _list_entries(content, key, problems, parent):
+    for location, entry in _list_entries(content, key, problems, parent):
         try:
-            objects[_require_unique(read_integer(entry, "id", least), objects)] = place, entry
+            objects[_require_unique(read_integer(entry, "id", least), objects)] = location, entry
         except ValueError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{location}: {problem}")
     return objects
 
 
@@ -512,12 +512,12 @@ def _read_category_names(content: Mapping[str, Any], problems: list[str]) -> dic
 def _read_image_sizes(content: Mapping[str, Any], problems: list[str]) -> dict[int, tuple[int, int, str]]:
     """Read (height, width, file_name) of the listed images by id; 0 x 0 where the size is a problem."""
     sizes = {}
-    for number, (place, entry) in _index_by_id(content, "images", problems).items():
+    for number, (location, entry) in _index_by_id(content, "images", problems).items():
         height = width = 0
         try:
             height, width = read_integer(entry, "height", 1), read_integer(entry, "width", 1)
         except ValueError as problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(f"{location}: {problem}")
         sizes[number] = height, width, str(entry.get("file_name", ""))
     return sizes
 
@@ -561,9 +561,10 @@ def _find_png_problems(image: ImageSegments) -> list[str]:
         return [f"{image.png.name} must be {image.height} x {image.width} like its image, got {ids.shape}"]
     in_png, in_json = set(np.unique(ids).tolist()) - {0}, {segment["id"] for segment in image.segments}
     problems = []
-    for missing, place in ((in_png - in_json, "JSON"), (in_json - in_png, "PNG")):
+    for missing, location in ((in_png - in_json, "JSON"), (in_json - in_png, "PNG")):
         if missing:
-            problems.append(f"segments must be in PNG and JSON, got {reprlib.repr(sorted(missing))} not in the {place}")
+            ids = reprlib.repr(sorted(missing))
+            problems.append(f"segments must be in PNG and JSON, got {ids} not in the {location}")
     return problems
 
 

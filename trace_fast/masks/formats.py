@@ -477,7 +477,7 @@ def _read_category(record: Mapping[str, Any], index: int) -> int:
 
 
 def _read_binary(values: np.ndarray | Tensor, name: str) -> Tensor:
-    """Read 0 and 1 of any dtype as a bool tensor in memory of its own, on the device of the values."""
+    """Read 0 and 1 of any dtype as a bool tensor in separate memory, on the device of the values."""
     dtype = dtype_name(values)
     if dtype not in BINARY_DTYPES:
         raise TypeError(f"open_masks: {name} must be bool, or integers or floats that are 0 or 1, got {values.dtype}")
