@@ -114,7 +114,8 @@ def test_torchs_default_dtype_changes_nothing(photograph, stage, dtype, apart):
     torch.set_default_dtype(dtype)
     try:
         edges = trace_fast.edges(photograph, stage=stage)
-        kl = trace_fast.Tracer.from_pretrained(device="cpu")(photograph, timestep="iep", noising="gaussian").kl
+        tracer = trace_fast.Tracer.from_pretrained(device="cpu", size=(64, 96))
+        kl = tracer(photograph, timestep="iep", noising="gaussian").kl
     finally:
         torch.set_default_dtype(torch.float32)
         api._load_once.cache_clear()

@@ -163,7 +163,7 @@ def test_masks_are_completed_as_the_mode_says(call, data, baseline, tmp_path):
 
 
 def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
-    words = ["evaluate", "--data", data, "--table", "components", "--baseline", baseline, "-o", "out", "--limit", "2"]
+    words = ["evaluate", "--data", data, "--table", "components", "--baseline", baseline, "-o", "out", "--limit", "1"]
     result = call(*words, "--method", "mini")
     assert result.exit_code == 0, result.output
     assert list(read(tmp_path / "out")) == ["merged", "merged + mini@0", "merged + mini@iep", "merged + mini"]
