@@ -4,7 +4,6 @@ TRACE_FAST_TEST_ULP=1 changes the last bit of torch's results (see rounding.py),
 the instruction set of the native core where a test does not choose one, and OMP_NUM_THREADS is the number of threads.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import rounding
 import torch
-from op_examples import kernel_modules
+from op_examples import TRITON, kernel_modules
 
 from trace_fast import _C
 
@@ -30,8 +29,6 @@ if seed := os.environ.get("TRACE_FAST_TEST_ULP"):
 if name := os.environ.get("TRACE_FAST_TEST_INSTRUCTION_SET"):
     _C.set_instruction_set(name)
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
-TRITON = pytest.param("triton", marks=[needs_triton, pytest.mark.slow])  # slow where it is interpreted
 IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), TRITON]
 
 

@@ -19,8 +19,10 @@ TRITON_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "triton"]
 NATIVE_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "native"]
 CPU_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "unavailable"]
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
+TRITON = pytest.param("triton", marks=[needs_triton, pytest.mark.slow])  # slow where it is interpreted
 # for what does not depend on the instruction set, such as shapes
-EACH_BACKEND = pytest.mark.parametrize("device", ["native-baseline", "triton"], indirect=True)
+EACH_BACKEND = pytest.mark.parametrize("device", ["native-baseline", TRITON], indirect=True)
 
 
 def example(op: str, device: torch.device | str = "cpu") -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -67,6 +67,7 @@ def large_grid():
     return query, key, reference.attention_map(query.double(), key.double()), reference.attention_map(query, key)
 
 
+@pytest.mark.slow
 def test_no_worse_than_eager_on_a_large_grid(device, tiles, large_grid):
     tiles(512, 2048, interpreted_only=True)
     query, key, exact, eager = large_grid

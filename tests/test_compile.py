@@ -87,6 +87,7 @@ def test_compiled_without_a_graph_break(op, device, request):
     torch.testing.assert_close(results, (getattr(ops, op)(*copies, **options), copies), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_regions_compiled_by_inductor():
     def stage(masks, edges):
         barrier = (edges > 0.5)[None]
@@ -99,6 +100,7 @@ def test_regions_compiled_by_inductor():
     torch.testing.assert_close(compiled(masks, masks[0]), stage(masks, masks[0]), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @EACH_BACKEND
 def test_attention_compiled_by_inductor(device):
     def stage(before, query, key):

@@ -52,6 +52,7 @@ def large_grid():
     return maps, exact, reference.step_kl_abdiv(*maps, 64, 96)
 
 
+@pytest.mark.slow
 def test_no_worse_than_eager_on_a_large_grid(device, tiles, large_grid):
     tiles(32, 2048, interpreted_only=True)
     maps, exact, eager = large_grid

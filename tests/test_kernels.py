@@ -91,6 +91,7 @@ def tabulated():
     return {row["kernel"] for row in TABLE["kernels"]}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_both_architectures(compiled):
     for architecture in ARCHITECTURES:
         names = {row["kernel"] for row in compiled["rows"] if row["sm"] == architecture}
@@ -98,10 +99,12 @@ def test_every_kernel_compiles_for_both_architectures(compiled):
         assert names | set(compiled["examples"][str(architecture)]) == kernel_names()
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_single_token_and_for_sizes_that_no_tile_divides(compiled):
     assert set(compiled["others"]) == tabulated()
 
 
+@pytest.mark.slow
 def test_products_are_those_of_tensor_cores(compiled):
     for row in compiled["rows"]:
         if "channels" in row:
@@ -111,6 +114,7 @@ def test_products_are_those_of_tensor_cores(compiled):
     assert wide and all("wgmma.mma_async" in row["ptx"] for row in wide)
 
 
+@pytest.mark.slow
 def test_exponentials_and_logarithms_are_instructions(compiled):
     for row in compiled["rows"]:
         # the file and function of an inlined call are only named
@@ -121,6 +125,7 @@ def test_exponentials_and_logarithms_are_instructions(compiled):
             assert "lg2.approx.ftz.f32" in row["ptx"]
 
 
+@pytest.mark.slow
 def test_features_are_read_16_bytes_at_a_time(compiled):
     rows = [row for row in compiled["rows"] if row["kernel"] == "row_statistics"]
     assert {row["channels"] for row in rows} >= set(HEAD_SIZES)
@@ -132,6 +137,7 @@ def test_features_are_read_16_bytes_at_a_time(compiled):
         assert loads and set(loads) == {"ld.global.v4.b32"}, (row["channels"], row["sm"])
 
 
+@pytest.mark.slow
 def test_maps_are_read_and_written_16_bytes_at_a_time(compiled):
     for row in compiled["rows"]:
         if row["kernel"] == "divergence":
@@ -140,6 +146,7 @@ def test_maps_are_read_and_written_16_bytes_at_a_time(compiled):
             assert set(re.findall(r"st\.global\S*", row["ptx"])) == {"st.global.v4.b32"}
 
 
+@pytest.mark.slow
 def test_table_is_what_is_compiled(compiled):
     if TABLE["triton"] != triton.__version__:
         pytest.skip(f"the table is of Triton {TABLE['triton']}, installed is {triton.__version__}")

@@ -97,6 +97,7 @@ def large_grid():
     return inputs, expectation(*inputs)
 
 
+@pytest.mark.slow
 def test_no_worse_than_eager_on_a_large_grid(device, tiles, large_grid):
     tiles(1024, 1024, interpreted_only=True)
     inputs, expected = large_grid
@@ -352,7 +353,7 @@ def test_opcheck(sample, device):
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_without_a_graph_break(backend, device):
     *inputs, grad = (x.to(device) for x in random_inputs(2, 3, 6, 4, 9))
 

@@ -721,6 +721,7 @@ def test_gpu_walk_on_the_cpu(bodies, grid, radius):
     assert_no_worse(walked, exact, reference.random_walk(masks, edges, radius, steps=1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_gpu_kernels_compile(architecture, tmp_path):
