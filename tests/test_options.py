@@ -1,5 +1,6 @@
 """Options of a training run: check, docstring, command-line option and identity follow from one declaration."""
 
+import doctest
 import inspect
 import json
 from dataclasses import dataclass, fields
@@ -9,8 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from trace_fast import DistillConfig, PretrainConfig, cli
+from trace_fast import DistillConfig, PretrainConfig, cli, decoder
 from trace_fast.cli.options import take_options
+from trace_fast.training import distillation, labels, mini, options, state
 from trace_fast.training.options import check_options, document_options, option, to_json
 
 
@@ -173,3 +175,12 @@ class TestConfigurations:
         text = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200).stdout
         options = {f"--{field.name.replace('_', '-')}" for field in fields(config)} - {"--photos"}
         assert {option for option in options if option not in text} == set()
+
+
+@pytest.mark.parametrize("module", [decoder, distillation, labels, mini, options, state], ids=lambda m: m.__name__)
+def test_examples_run_as_they_are_written(module):
+    output = []
+    for test in doctest.DocTestFinder().find(module):
+        # these two train for hours
+        if test.examples and test.name.rpartition(".")[2] not in ("distill", "pretrain"):
+            assert doctest.DocTestRunner().run(test, out=output.append).failed == 0, "".join(output)
