@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import start, start_two
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import PIPELINES, SIZE, dinov2, embedded, pipeline
@@ -42,7 +41,6 @@ from trace_fast.training.state import Process
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
 
 FAMILIES = tuple(name for name in PIPELINES if name != "pixart-1024")
-ROOT = Path(__file__).resolve().parents[1]
 SINGLE = Process(0, 1, torch.device("cpu"))
 
 
@@ -599,12 +597,6 @@ def deadly(path, op):
 shards.write_atomically = state.write_atomically = deadly
 distillation.distill(distillation.{config!r})
 """
-
-
-def start(code, **environment):
-    """Start Python in a process with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 # those of the paper, and those of the embedded student
@@ -1207,11 +1199,7 @@ def test_two_processes_learn_what_one_does(config, tmp_path):
     one = replace(config, output=tmp_path / "one")
     two = replace(config, output=tmp_path / "two", images=images, skip_bad=True)
     code = f"from pathlib import PosixPath; from trace_fast.training.distillation import *; distill({two!r})"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    # as torchrun and accelerate launch start them
-    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [start(code, RANK=rank, LOCAL_RANK=rank, **job) for rank in "01"]
+    processes = start_two(code)
     distill(one)
     listed = []
     for process in processes:
