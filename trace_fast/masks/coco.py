@@ -563,8 +563,8 @@ def _find_png_problems(image: ImageSegments) -> list[str]:
     problems = []
     for missing, location in ((in_png - in_json, "JSON"), (in_json - in_png, "PNG")):
         if missing:
-            ids = reprlib.repr(sorted(missing))
-            problems.append(f"segments must be in PNG and JSON, got {ids} not in the {location}")
+            missing_ids = reprlib.repr(sorted(missing))
+            problems.append(f"segments must be in PNG and JSON, got {missing_ids} not in the {location}")
     return problems
 
 
