@@ -33,7 +33,7 @@ def inputs():
 
 @functools.cache
 def count_plainly():
-    """Matched and detected pixels (photographs, T, 2), by libraries; computed once."""
+    """Return matched and detected pixels (photographs, T, 2), by libraries; computed once."""
     rows = []
     for ridges, contours, distance in inputs():
         truth = cKDTree(np.argwhere(contours[0].numpy()))

@@ -369,7 +369,7 @@ def write_map(path, ids):
 
 @pytest.fixture
 def panoptic(tmp_path):
-    """A panoptic file of two images, the second all void, and its folder."""
+    """Write a panoptic file of two images, the second all void, and its folder."""
     first = np.array([[0, 5, 5], [300, 300, 16_000_000]])
     write_map(tmp_path / "a.png", first)
     write_map(tmp_path / "b.png", np.zeros((1, 1), dtype=int))
@@ -478,7 +478,7 @@ class TestReadAnnotations:
 
     @pytest.fixture
     def parsed(self, monkeypatch):
-        """The JSON texts that were parsed."""
+        """Collect the JSON texts that are parsed."""
         texts = []
         monkeypatch.setattr(coco, "json", SimpleNamespace(loads=lambda text: texts.append(text) or json.loads(text)))
         return texts

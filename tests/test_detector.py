@@ -53,7 +53,7 @@ def offline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory):
-    """A folder for each of `KINDS`: the base, with the student in `student`."""
+    """Write a folder for each of `KINDS`: the base, with the student in `student`."""
     folder = tmp_path_factory.mktemp("students")
     for kind, (base, decoder, options) in KINDS.items():
         if base == "mini":
@@ -80,7 +80,7 @@ def detector(folder):
 
 @pytest.fixture
 def copied(students, tmp_path):
-    """A student to damage."""
+    """Copy a student, to damage it."""
     return shutil.copytree(students / "conv" / "student", tmp_path / "student")
 
 

@@ -32,7 +32,7 @@ class SpiedKernel:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What has run: "triton", "native" or "native on cuda" for each launch of a kernel."""
+    """Record "triton", "native" or "native on cuda" for each launch of a kernel."""
     pytest.importorskip("triton")
     launches = []
 

@@ -614,7 +614,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
 def uninterrupted(request, base, tmp_path_factory):
-    """Configuration of a run that was not interrupted."""
+    """Return the configuration of a run that was not interrupted."""
     config = replace(base, output=tmp_path_factory.mktemp("uninterrupted"), **request.param)
     distill(config)
     return config
@@ -696,7 +696,7 @@ class TestInitFrom:
 
     @pytest.fixture
     def second(self, config, uninterrupted):
-        """Configuration of a run that starts from the student of another."""
+        """Return the configuration of a run that starts from the student of another."""
         return replace(
             uninterrupted,
             output=config.output,
@@ -795,7 +795,7 @@ def test_at_rate_zero_the_network_stays_as_it_is(config, model):
 class TestShards:
     @pytest.fixture
     def images(self, photos, tmp_path):
-        """A copy of the photos, to be changed."""
+        """Copy the photos, to change them."""
         return shutil.copytree(photos, tmp_path / "images")
 
     @pytest.fixture

@@ -63,7 +63,7 @@ def family(request):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A network of sixteen channels waits for a second thread longer than it works."""
+    """Use one thread: a network of sixteen channels would wait for a second longer than it works."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

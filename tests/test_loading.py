@@ -49,7 +49,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(family, tmp_path_factory):
-    """A pipeline and the folder that it was saved to; both are shared and must not be changed."""
+    """Save a pipeline; return both it and its folder, which are shared and must not be changed."""
     folder = tmp_path_factory.mktemp("saved")
     pipe = pipeline(family, folder)
     pipe.set_progress_bar_config(disable=True)
@@ -59,7 +59,7 @@ def saved(family, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of the folder of a pipeline, which may be changed."""
+    """Copy the folder of a pipeline, to change it."""
     return shutil.copytree(saved[1], tmp_path / "model")
 
 

@@ -47,11 +47,11 @@ def test_names_of_code(code, words):
 @pytest.mark.parametrize(
     ("docstring", "decorator", "words"),
     [
-        ("The masks of a photo.", "", ["The"]),
-        ("What is drawn.", "", ["What"]),
+        ("Every mask of a photo.", "", ["Every"]),
+        ("Whether a mask is drawn.", "", ["Whether"]),
         ("Return the masks of a photo.", "", []),
-        ("The number of masks.", "@property", []),
-        ("The folder.", "@pytest.fixture(scope='module')", []),
+        ("One more than the masks.", "@property", []),
+        ("One folder.", "@pytest.fixture(scope='module')", []),
     ],
 )
 def test_openings_of_docstrings(docstring, decorator, words):

@@ -238,7 +238,7 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
 
 
 def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tensor]:
-    """Number the connected regions that a barrier separates.
+    """Label the connected regions that a barrier separates.
 
     Two pixels off the barrier belong to one region if a path of steps off the barrier connects them. A step of
     connectivity 8 may pass between two barrier pixels that touch at a corner.

@@ -114,31 +114,41 @@ def choose(op: str, device: str) -> str:
     else:
         backend = "reference"
     if backend == "native":
-        if device != "cpu" and not (device == "cuda" and on_cuda == "native"):
-            raise RuntimeError(f"{op}: there is no native kernel on {device}; unset TRACE_FAST_BACKEND")
-        if _build_error is not None:
-            raise RuntimeError(
-                f"{op}: the native core is not built ({_build_error}); "
-                "run `pip install .` again or set TRACE_FAST_BACKEND=reference"
-            )
-        if device == "cuda" and not _CUDA:
-            raise RuntimeError(
-                f"{op}: the native core is built without CUDA; "
-                "build it with TRACE_FAST_CUDA=1 or set TRACE_FAST_BACKEND=reference"
-            )
+        _check_native(op, device)
     elif backend == "triton":
-        if on_cuda != "triton":
-            raise RuntimeError(f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND")
-        if not _has_triton():
-            raise RuntimeError(
-                f"{op}: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
-            )
-        if device != "cuda" and not (device == "cpu" and _interprets()):
-            raise RuntimeError(
-                f"{op}: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, "
-                "or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted on the cpu"
-            )
+        _check_triton(op, device)
     return backend
+
+
+def _check_native(op: str, device: str) -> None:
+    """Raise RuntimeError if the native core cannot compute `op` on a type of device."""
+    if device != "cpu" and not (device == "cuda" and CUDA_BACKENDS[op] == "native"):
+        raise RuntimeError(f"{op}: there is no native kernel on {device}; unset TRACE_FAST_BACKEND")
+    if _build_error is not None:
+        raise RuntimeError(
+            f"{op}: the native core is not built ({_build_error}); "
+            "run `pip install .` again or set TRACE_FAST_BACKEND=reference"
+        )
+    if device == "cuda" and not _CUDA:
+        raise RuntimeError(
+            f"{op}: the native core is built without CUDA; "
+            "build it with TRACE_FAST_CUDA=1 or set TRACE_FAST_BACKEND=reference"
+        )
+
+
+def _check_triton(op: str, device: str) -> None:
+    """Raise RuntimeError if Triton cannot compute `op` on a type of device."""
+    if CUDA_BACKENDS[op] != "triton":
+        raise RuntimeError(f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND")
+    if not _has_triton():
+        raise RuntimeError(
+            f"{op}: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
+        )
+    if device != "cuda" and not (device == "cpu" and _interprets()):
+        raise RuntimeError(
+            f"{op}: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, "
+            "or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted on the cpu"
+        )
 
 
 def _has_triton() -> bool:
