@@ -106,6 +106,7 @@ def test_bad_images(image, error, message):
         trace_fast.edges(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 0), (torch.bfloat16, 2e-3)], ids=str)
 def test_torchs_default_dtype_changes_nothing(photograph, stage, dtype, apart):
@@ -133,6 +134,7 @@ def test_torchs_default_device_changes_nothing(photograph, expected):
     np.testing.assert_array_equal(edges, expected)
 
 
+@pytest.mark.slow
 def test_modules_are_there_when_asked_for():
     # in a new process, since here the tests have imported them
     code = (
@@ -194,6 +196,7 @@ class TestLoad:
         with pytest.raises(ValueError, match=r"size must be positive multiples of 4 pixels, got \(63, 64\)"):
             model.resized((63, 64))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("offload", ["model", "sequential"])
     @pytest.mark.parametrize("stage", [1, 2])
     def test_an_offloaded_model_gives_the_same_edges(self, photograph, stage, offload):

@@ -236,6 +236,7 @@ def test_features_shared_by_heads_and_images(device):
     assert torch.equal(ops.attention_map(query, shared), ops.attention_map(query, shared.contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [5, 8])
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 7, 8, 15])

@@ -29,7 +29,11 @@ def make(family, size=SIZE):
     return pipe, wrap_pipeline(pipe, empty_prompt, size)
 
 
-@pytest.fixture(params=FAMILIES)
+# two UNets differ in little, and so on: `make test-fast` takes a network of each kind of attention
+QUICK = ("sd15", "pixart", "sd3.5-medium", "flux.2")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES])
 def family(request):
     return request.param
 
@@ -143,6 +147,7 @@ def test_edges_of_a_pipeline(family):
 NETWORKS = ("unet", "transformer", "vae")
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_offloaded_runs_where_it_is_brought():
     from accelerate import cpu_offload_with_hook
 
@@ -158,6 +163,7 @@ def test_a_pipeline_that_is_offloaded_runs_where_it_is_brought():
     assert Tracer(backbone).device == torch.device("meta")
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_offloaded_in_groups_runs_where_it_is_brought():
     pipe, backbone = make("sd15")
     if not hasattr(pipe.unet, "enable_group_offload"):
@@ -202,6 +208,7 @@ def test_hooks_are_gone_after_an_error():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "flux.1-dev", "flux.1-schnell"])
 def test_fused_projections_are_read_too(family):
     _, backbone = make(family)
@@ -267,6 +274,7 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
 
 
 # one of each class of network: compiling another configuration of it traces the same code
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "pixart", "sd3.5-medium", "flux.1-dev", "flux.2", "qwen-image", "z-image"])
 def test_compiled_with_capture_on(family):
     _, backbone = make(family)
@@ -287,6 +295,7 @@ def test_compiled_with_capture_on(family):
     assert_alike(blocks, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "wrapped", "ran"),
     [
@@ -362,6 +371,7 @@ class TestNoising:
         outputs = schedule.invert(schedule.noise(latent, noise, here), noise - latent, here, there)
         torch.testing.assert_close(outputs, schedule.noise(latent, noise, there), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["sd15", "sd3.5-medium"])  # a network of each schedule
     def test_inversion_forward_and_back_returns_the_latent(self, family):
         # the network's slope changes from level to level, so the way back differs a little: small steps, small error

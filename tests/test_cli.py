@@ -275,6 +275,7 @@ class TestRefusals:
         assert error == "trace-fast: --curve needs matplotlib: pip install matplotlib\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files_only(model, tmp_path):
     for index in range(300):
         make_photo(tmp_path / "in" / f"{index:03}.png", seed=index)
@@ -348,6 +349,7 @@ def test_help_names_every_command(call):
     assert "--timestep" in call("edges", "--help").stdout
 
 
+@pytest.mark.slow
 def test_help_loads_nothing_heavy():
     code = (
         "import sys; from trace_fast.cli import app; sys.argv = ['trace-fast', '--help'];"

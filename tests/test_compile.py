@@ -51,6 +51,7 @@ def inputs(device):
     }
 
 
+@pytest.mark.slow
 @EACH_BACKEND
 @pytest.mark.parametrize("case", [*TRITON_OPS, *NATIVE_OPS, *inputs("cpu")])
 def test_opcheck(case, device, request):

@@ -151,6 +151,7 @@ def test_match_contours_of_a_crowded_line():
     assert [x.sum().item() for x in ops.match_contours(a, b, 1)] == [100, 100]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("instruction_set")
 def test_count_matches_equals_the_reference(threads):
     edges = torch.round(blobs(24, 40) * 8) / 8

@@ -400,6 +400,7 @@ class TestOnePass:
         assert not any(x.requires_grad for x in detector.decoder.parameters())
 
 
+@pytest.mark.slow
 def test_threads_take_turns_whatever_their_sizes(detector):
     images = [photograph(seed=seed) for seed in range(4)]
     sizes = [None, 64, None, 48]
@@ -416,6 +417,7 @@ def test_threads_take_turns_whatever_their_sizes(detector):
     assert is_quiet(detector.backbone.network)
 
 
+@pytest.mark.slow
 def test_the_embedded_student_compiles():
     image = photograph(96, 128)
     detector = Detector.from_pretrained("mini", device="cpu")
@@ -423,6 +425,7 @@ def test_the_embedded_student_compiles():
     assert_close(detector.compile().edges(image), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_it_gives_the_same(students):
     detector = Detector.from_pretrained(students / "conv", device="cpu")
     images = photograph(batch=2)
@@ -638,6 +641,7 @@ class TestStages:
             one, two = model(photograph()), other(photograph())
             assert torch.equal(one, two) if kind is Detector else torch.equal(one.edges, two.edges)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("stage", [1, 2])
     def test_half_precision(self, stage, dtype):

@@ -654,7 +654,6 @@ class TestAfterAKill:
         assert after["000000.safetensors"] == before["000000.safetensors"] and len(after) == 3
         self.assert_same(config, uninterrupted)
 
-    @pytest.mark.child_process
     def test_in_the_training_it_continues_from_the_last_state(self, config, uninterrupted, monkeypatch):
         config = replace(config, save_minutes=0)  # after every step
         self.run_killed(config, "state.safetensors", 3)

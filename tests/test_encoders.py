@@ -547,6 +547,7 @@ class TestLoading:
             torch.testing.assert_close(backbone.std.flatten(), torch.tensor(std))
             (folder / name).unlink()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("offload", ["model", "sequential"])
     def test_offloaded_it_gives_the_same(self, saved, offload):
         _, folder = saved

@@ -106,6 +106,7 @@ def count_files(folder):
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_every_file(self, call, data, tmp_path):
         specs = ("sobel", "edges of Canny=canny", "HED=maps:data/maps")
         arguments = ("--data", "data", "-o", "some/out", *(word for spec in specs for word in ("--method", spec)))

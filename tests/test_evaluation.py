@@ -138,6 +138,7 @@ class TestKnownAnswer:
         assert scores.threshold == pytest.approx(threshold, abs=1e-6)
         assert bsds(tables, THRESHOLDS) == pytest.approx((ods, threshold, ois, ap), abs=2e-6)  # and so does the loop
 
+    @pytest.mark.slow
     def test_twenty_images(self, tmp_path):
         thresholds = THRESHOLDS[::3]
         photos = open_dataset(DATA).photos[::10]

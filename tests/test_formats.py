@@ -674,6 +674,7 @@ def test_defaults_of_torch_do_not_matter():
             same(restore(mask_set, [[0]]), one)
 
 
+@pytest.mark.slow
 def test_plain_masks_import_no_other_library():
     code = (
         "import sys, numpy as np\n"

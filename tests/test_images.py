@@ -612,6 +612,7 @@ class TestResize:
                 resize(torch.zeros(1, 3, 20, 31), size)
 
 
+@pytest.mark.slow
 def test_import_leaves_pillow_alone():
     code = "import sys, trace_fast.io.images as _; sys.exit('PIL' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0

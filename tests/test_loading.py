@@ -91,6 +91,7 @@ def assert_same_edges(output, expected):
 
 
 class TestFolders:
+    @pytest.mark.slow
     def test_a_folder_gives_the_edges_of_its_pipeline(self, saved, images):
         pipe, folder = saved
         expected = Tracer.from_pipeline(pipe, size=SIZE)(images, timesteps=(0, 99, 499), return_abdiv=True)
@@ -111,6 +112,7 @@ class TestFolders:
         expected = Tracer.from_pipeline(pipe, size=SIZE)(images, timesteps=(0, 99, 499))
         assert_same_edges(load(folder)(images, timesteps=(0, 99, 499)), expected)
 
+    @pytest.mark.slow
     def test_weights_have_the_dtype_that_is_asked_for(self, saved, images):
         tracer = load(saved[1], dtype=torch.bfloat16)
         assert {weight.dtype for weight in tracer.backbone.network.parameters()} == {torch.bfloat16}
@@ -133,6 +135,7 @@ class TestEmptyPrompt:
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart"], indirect=True)
     def test_it_is_embedded_again_for_other_text_encoders_and_dtypes(self, saved, folder, family):
         pipe = copy.deepcopy(saved[0])
@@ -181,6 +184,7 @@ class TestEmptyPrompt:
 
 
 class TestOffload:
+    @pytest.mark.slow
     @pytest.mark.parametrize("offload", ["model", "sequential"])
     def test_offloaded_parts_give_the_same_edges(self, saved, images, offload):
         images = images.expand(2, -1, -1, -1)
@@ -197,6 +201,7 @@ class TestOffload:
         else:  # no weight stays; the autoencoder's decoder never runs
             assert {weight.device.type for part in (network, vae) for weight in part.parameters()} == {"meta"}
 
+    @pytest.mark.slow
     def test_a_pipeline_that_is_offloaded_layer_by_layer(self, saved, images):
         from accelerate import cpu_offload
 

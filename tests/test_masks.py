@@ -92,6 +92,7 @@ def engine(request):
 
 
 class TestAgainstPycocotools:
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(25))
     def test_random_cases(self, seed, engine):
         truth, results = random_case(seed)

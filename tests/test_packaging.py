@@ -75,17 +75,20 @@ def test_make_help_lists_every_target():
     assert [line.split()[0] for line in listed.splitlines()] == phony.split()
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_files_of_a_build(sdist):
     needed = ["pyproject.toml", "setup.py", "LICENSE", "README.md", "kernels/jit/__init__.py"]
     needed += [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert [name for name in needed if not (sdist / name).is_file()] == []
 
 
+@pytest.mark.slow
 def test_sdist_holds_no_tests(sdist):
     # setuptools takes test_*.py by itself, without the modules that they share
     assert not (sdist / "tests").exists()
 
 
+@pytest.mark.slow
 def test_wheel_installs_one_package(wheel):
     assert {name.split("/")[0] for name in wheel} == {"trace_fast", "trace_fast-0.1.0.dist-info"}
     native = next(name for name in wheel if name.startswith("trace_fast/_C.") and name.endswith((".so", ".pyd")))
@@ -123,11 +126,13 @@ print(*set(sys.modules) - old)
     return [{name.split(".")[0] for name in line.split()} for line in lines]
 
 
+@pytest.mark.slow
 def test_import_is_lean(modules):
     assert "trace_fast" in modules[0]
     assert sorted(modules[0] & set(HEAVY)) == []
 
 
+@pytest.mark.slow
 def test_a_student_of_the_embedded_network_runs_on_torch_alone(modules):
     assert sorted(modules[1] & set(HEAVY) - {"triton"}) == []  # torch itself imports it with the first registered op
 
@@ -166,6 +171,7 @@ def test_kernels_use_whole_registers():
         assert any("vpsrad" in line and register in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", ["torch's", "its"])
 def test_threads_of_the_core_are_torchs_where_torch_is_loaded(threads):
     # the core alone, which finds an OpenMP runtime in the process or starts threads itself

@@ -93,6 +93,7 @@ def pictures(sample):
 
 
 class TestAgainstPixelSets:
+    @pytest.mark.slow
     @many
     @given(st.lists(pictures(), min_size=1, max_size=3))
     def test_random_cases(self, images):
@@ -110,6 +111,7 @@ class TestAgainstPixelSets:
 
 class TestAgainstTorchmetrics:
     # it knows no crowd, and treats void as we do only where there is none
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(30))
     def test_without_crowd_and_void(self, seed):
         detection = pytest.importorskip("torchmetrics.detection", reason="needs torchmetrics")

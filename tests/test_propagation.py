@@ -248,6 +248,7 @@ def test_seeds_are_inside_and_farthest_from_edges():
     assert len(trace_fast.seeds(np.ones((5, 6), np.float32), 4, threshold=0.5).points) == 0
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_the_result(threads):
     generator = torch.Generator().manual_seed(1)
     edges, masks = torch.rand(60, 70, generator=generator), torch.rand(5, 60, 70, generator=generator) < 0.6

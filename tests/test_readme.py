@@ -16,6 +16,7 @@ SHELL = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
 COMMANDS = re.findall(r"^trace-fast .*$", "".join(SHELL), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{index}" for index in range(len(BLOCKS))])
 def test_python_block_runs(block, tmp_path, monkeypatch):
     import diffusers
@@ -31,6 +32,7 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
     exec(compile(block, str(README), "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, tmp_path):
     from skimage import data, io

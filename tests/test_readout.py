@@ -345,6 +345,7 @@ def samples(device):
     ]
 
 
+@pytest.mark.slow
 @EACH_BACKEND
 @pytest.mark.parametrize("sample", range(5))
 def test_opcheck(sample, device):

@@ -162,6 +162,7 @@ def test_masks_are_completed_as_the_mode_says(call, data, baseline, tmp_path):
     assert flooded != walked
 
 
+@pytest.mark.slow
 def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
     words = ["evaluate", "--data", data, "--table", "components", "--baseline", baseline, "-o", "out", "--limit", "1"]
     result = call(*words, "--method", "mini")

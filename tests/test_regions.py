@@ -131,6 +131,7 @@ def assert_labels(barrier, connectivity, device):
         assert count == regions
 
 
+@pytest.mark.slow
 @native
 @CONNECTIVITY
 @settings(EXAMPLES, max_examples=150)
@@ -174,6 +175,7 @@ def test_reference_of_labels(connectivity, height, width, seed):
         assert torch.equal(result, expected)
 
 
+@pytest.mark.slow
 @native
 @CONNECTIVITY
 @pytest.mark.parametrize("claim_barrier", [False, True], ids="claim{}".format)

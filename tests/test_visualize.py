@@ -381,6 +381,7 @@ class TestPlotCurve:
         with pytest.raises(RuntimeError, match=r"needs matplotlib: pip install matplotlib$"):
             plot_curve(make_output(kl[:1], [499]))
 
+    @pytest.mark.slow
     def test_libraries_are_imported_late_and_pyplot_never(self):
         code = (
             "import sys, torch, trace_fast.io.visualize as a; from types import SimpleNamespace as N;"
