@@ -186,7 +186,7 @@ maps = np.random.default_rng(0).random((2, 3, 96, 96), dtype=np.float32)
 maps /= maps.sum(-1, keepdims=True)
 results = [np.full(3, np.nan, np.float32) for _ in range(3)]
 for threads, kl in zip((1, 2, 5), results):
-    core.step_kl(maps[0].ctypes.data, maps[1].ctypes.data, 3, 96, kl.ctypes.data, threads)
+    core.cpu.step_kl(maps[0].ctypes.data, maps[1].ctypes.data, 3, 96, kl.ctypes.data, threads)
 exact = (maps[0].astype(float) * np.log(maps[0].astype(float) / maps[1])).sum(-1).mean(-1)
 np.testing.assert_allclose(results[0], exact, rtol=1e-5)
 assert all((kl == results[0]).all() for kl in results)
