@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import rounding
 import torch
-from op_examples import TRITON, kernel_modules
+from op_examples import INSTRUCTION_SETS, NATIVE, TRITON, kernel_modules
 
 from trace_fast import _C
 
@@ -28,8 +28,6 @@ if seed := os.environ.get("TRACE_FAST_TEST_ULP"):
     rounding.install(int(seed))
 if name := os.environ.get("TRACE_FAST_TEST_INSTRUCTION_SET"):
     _C.set_instruction_set(name)
-
-IMPLEMENTATIONS = [*(f"native-{name}" for name in _C.instruction_sets()), TRITON]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,7 +56,7 @@ def odd_defaults() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(params=_C.instruction_sets())
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the native core on each instruction set of this machine."""
     before = _C.instruction_set()
@@ -67,7 +65,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_instruction_set(before)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=[*NATIVE, TRITON])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Force each implementation in turn, native by instruction set; return the device of its tensors.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from trace_fast import ops, reference
+from trace_fast import _C, ops, reference
 from trace_fast.ops.dispatch import CUDA_BACKENDS
 
 # by what runs them on a GPU
@@ -20,6 +20,15 @@ NATIVE_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "native"]
 CPU_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "unavailable"]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")
+# the instruction sets of this machine, slowest first; all but the fastest are slow tests
+INSTRUCTION_SETS = [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in _C.instruction_sets()[:-1]),
+    _C.instruction_sets()[-1],
+]
+NATIVE = [
+    *(pytest.param(f"native-{name}", marks=pytest.mark.slow) for name in _C.instruction_sets()[:-1]),
+    f"native-{_C.instruction_sets()[-1]}",
+]
 TRITON = pytest.param("triton", marks=[needs_triton, pytest.mark.slow])  # slow where it is interpreted
 # for what does not depend on the instruction set, such as shapes
 EACH_BACKEND = pytest.mark.parametrize("device", ["native-baseline", TRITON], indirect=True)

@@ -74,6 +74,7 @@ def test_ops_for_scoring_are_not_registered(op):
     assert recorder.calls == []
 
 
+@pytest.mark.slow
 @EACH_BACKEND
 @pytest.mark.parametrize("op", [*TRITON_OPS, *NATIVE_OPS])
 def test_compiled_without_a_graph_break(op, device, request):

@@ -345,6 +345,7 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
     assert not torch.equal(before[0][1], blocks[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dinov3", "qwen2.5-vl", "qwen2.5-vl-language"])
 def test_compiled_with_capture_on(family):
     _, backbone = make(family)
@@ -356,6 +357,7 @@ def test_compiled_with_capture_on(family):
     torch.testing.assert_close(compiled.scan(photos())[1], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", all_but("qwen2.5-vl", "qwen2.5-vl-language"))  # whose tower counts on the host
 def test_compiled_without_a_break(family):
     _, backbone = make(family)

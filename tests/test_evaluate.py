@@ -213,6 +213,7 @@ class TestReport:
 
 
 class TestResumption:
+    @pytest.mark.slow
     @pytest.mark.usefixtures("no_pictures")
     def test_after_a_kill(self, call, tmp_path, counted, monkeypatch):
         for index in range(12):

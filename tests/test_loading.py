@@ -125,6 +125,7 @@ class TestFolders:
 
 
 class TestEmptyPrompt:
+    @pytest.mark.slow
     def test_it_is_embedded_once(self, folder, tmp_path, monkeypatch):
         first = load(folder).backbone.empty_prompt
         assert [path.suffix for path in (tmp_path / "cache/empty_prompts").iterdir()] == [".safetensors"]

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from op_examples import EACH_BACKEND
+from op_examples import EACH_BACKEND, INSTRUCTION_SETS
 from torch.testing import assert_close
 
 from trace_fast import _C, ops, reference
@@ -236,7 +236,7 @@ def test_bits_are_the_same_in_every_run(device):
             assert torch.equal(result, value)
 
 
-@pytest.mark.parametrize("instructions", _C.instruction_sets())
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 def test_bits_do_not_depend_on_threads(instructions, monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
     inputs, before = random_inputs(2, 3, 131, 40, 9), torch.get_num_threads()
@@ -353,6 +353,7 @@ def test_opcheck(sample, device):
     torch.library.opcheck(op.default, arguments)
 
 
+@pytest.mark.slow
 @EACH_BACKEND
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_without_a_graph_break(backend, device):

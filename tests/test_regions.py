@@ -14,6 +14,7 @@ import scipy.ndimage
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_examples import NATIVE
 
 from trace_fast import _C, ops, reference
 from trace_fast.ops import checks
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 native = pytest.mark.parametrize(
     "device",
-    [*(f"native-{name}" for name in _C.instruction_sets()), pytest.param("native-cuda", marks=pytest.mark.gpu)],
+    [*NATIVE, pytest.param("native-cuda", marks=pytest.mark.gpu)],
     indirect=True,
 )
 # the device is the same in all examples of a test

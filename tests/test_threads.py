@@ -16,6 +16,8 @@ from trace_fast.backbones import load_backbone, wrap_pipeline
 from trace_fast.backbones.capture import network_lock
 from trace_fast.decoder import make_decoder
 
+pytestmark = pytest.mark.slow
+
 THREADS = 8
 ROUNDS = 5
 SCAN = {"timesteps": (0, 499), "noising": "gaussian"}
