@@ -40,6 +40,7 @@ def test_edges_are_on_the_outline_of_a_plain_object(photograph, stage):
     assert edges[outline].mean() > 2 * edges[~outline].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "pil", "rgba", "chw", "bchw", "float", "uint16"])
 def test_every_kind_of_the_same_picture_gives_the_same_edges(photograph, expected, tmp_path, kind):
     chw = torch.from_numpy(photograph).permute(2, 0, 1)
@@ -63,6 +64,7 @@ def test_every_kind_of_the_same_picture_gives_the_same_edges(photograph, expecte
     np.testing.assert_allclose(edges, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_list_of_mixed_sizes_keeps_order_and_sizes(photograph, expected):
     tensor = torch.rand(3, 20, 30)
     edges = trace_fast.edges([photograph[:, ::-1].copy(), tensor, photograph])
@@ -226,6 +228,7 @@ class TestLoad:
         edges = trace_fast.edges(photograph, device="cpu", **options)
         np.testing.assert_allclose(edges, expected[0, 0].numpy(), rtol=0, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stage", [1, 2])
     def test_a_model_in_memory_is_used_as_it_is(self, photograph, stage):
         model = trace_fast.load("mini", stage=stage, device="cpu")

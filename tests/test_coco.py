@@ -540,6 +540,7 @@ class TestPhotographs:
         for number, masks in maps.items():
             np.testing.assert_array_equal(truth.images[number].masks(), masks)
 
+    @pytest.mark.slow
     def test_panoptic(self, tmp_path):
         data = {"images": [], "annotations": [], "categories": [{"id": 1, "isthing": 1}]}
         maps = {}

@@ -103,6 +103,7 @@ def whole_pass(detector, images, photograph=None):
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     def test_what_is_saved_is_read_bit_for_bit(self, detector, tmp_path):
         detector.save_pretrained(tmp_path / "new" / "folder")
         again = Detector.from_pretrained(tmp_path / "new" / "folder", device="cpu")
@@ -727,6 +728,7 @@ class TestCommandLine:
         assert result.exit_code == 2 and result.stderr.startswith("trace-fast: load: model must be ")
         assert result.stderr.count("\n") == 1
 
+    @pytest.mark.slow
     def test_evaluate_scores_the_student_where_there_is_one(self, students, tmp_path):
         pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
         from trace_fast.evaluation import Photo, open_method

@@ -411,6 +411,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match="trace: " + message.format(type(model).__name__)):
                 tracer.scan(photos(), **options)
 
+    @pytest.mark.slow
     def test_level_zero_is_what_there_is(self, family):
         _, backbone = make(family)
         tracer = Tracer(backbone)

@@ -157,6 +157,7 @@ class TestReport:
                 assert picture.format == "PNG" and min(picture.size) > 300
                 assert len(picture.convert("RGB").getcolors(10**7)) > 50
 
+    @pytest.mark.slow
     def test_a_second_run_computes_nothing_and_writes_the_same(self, call, data, tmp_path, counted, monkeypatch):
         arguments = ("--data", data, "-o", "out", "--method", "sobel")
         assert call(*arguments).exit_code == 0
@@ -298,6 +299,7 @@ class TestResumption:
         assert call(*arguments).exit_code == 0
         assert len(counted) == 2
 
+    @pytest.mark.slow
     def test_with_a_student_that_was_changed_in_part(self, call, tmp_path, counted):
         make_photo(tmp_path / "data", "a", height=20, width=31)
         model = embedded(tmp_path / "model")

@@ -116,6 +116,7 @@ class TestConvention:
         everywhere = find_contours(np.array([[4, 4, 9], [7, 9, 9]]))  # no zero at all
         assert everywhere.lines[0].tolist() == [[False, True, False], [True, False, False]]
 
+    @pytest.mark.slow
     @few
     @given(
         st.data(),

@@ -225,6 +225,7 @@ def stacks(sample, least=0):
 
 @pytest.mark.parametrize("name", FORMATS)
 class TestIdentity:
+    @pytest.mark.slow
     @EXAMPLES
     @given(masks=stacks())
     def test_masks_are_written_as_they_were_read(self, name, masks):

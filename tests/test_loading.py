@@ -100,6 +100,7 @@ class TestFolders:
         assert_same_edges(output, expected)
         assert_close(output.abdiv, expected.abdiv, rtol=0, atol=1e-6)
 
+    @pytest.mark.slow
     def test_old_repositories_of_pixart_name_another_class(self, tmp_path, images):
         pipe, folder = pipeline("pixart", tmp_path), tmp_path / "model"
         pipe.save_pretrained(folder)
@@ -119,6 +120,7 @@ class TestFolders:
         edges = tracer(images, timesteps=(0, 499)).edges
         assert edges.dtype == torch.float32 and edges.isfinite().all()
 
+    @pytest.mark.slow
     def test_edges_takes_a_folder(self, tmp_path):
         pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
         assert trace_fast.edges(torch.rand(3, 20, 28), model=tmp_path / "model").shape == (1, 1, 20, 28)
@@ -153,6 +155,7 @@ class TestEmptyPrompt:
         assert_close(after, wrap_pipeline(pipe, size=SIZE).empty_prompt, rtol=1e-3, atol=1e-4)
         assert any(not torch.allclose(after[name].float(), before[name].float(), atol=1e-2) for name in before)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
     def test_text_encoders_that_are_not_needed_may_be_missing(self, folder):
         for part in (*folder.glob("text_encoder*"), *folder.glob("tokenizer*")):
@@ -160,6 +163,7 @@ class TestEmptyPrompt:
         embeddings = load(folder).backbone.empty_prompt["encoder_hidden_states"]
         assert embeddings.shape == (1, 77, 8) and not embeddings.any()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["pixart"], indirect=True)
     def test_a_tokenizer_of_sentencepiece_is_enough(self, folder):
         # the repositories of PixArt have no other
@@ -216,6 +220,7 @@ class TestOffload:
         assert tracer.device == torch.device("cpu")
         assert_same_edges(tracer(images, timesteps=(0, 499)), expected)
 
+    @pytest.mark.slow
     def test_an_autoencoder_in_half_precision_runs_in_single(self, tmp_path, images):
         pipe = pipeline("sdxl", tmp_path)
         pipe.vae.register_to_config(force_upcast=True)
@@ -254,6 +259,7 @@ class TestMemory:
         with pytest.raises(RuntimeError, match=r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB"):
             load(tmp_path / "model")
 
+    @pytest.mark.slow
     def test_a_folder_is_measured_by_the_variant_that_is_loaded(self, tmp_path, monkeypatch):
         pipe, folder = pipeline("sd15", tmp_path), tmp_path / "model"
         pipe.save_pretrained(folder)

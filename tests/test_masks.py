@@ -291,6 +291,7 @@ class TestBootstrap:
         expected = original(repeat(truth), repeat(results))
         np.testing.assert_allclose(np.nan_to_num(computed, nan=-1), expected, rtol=0, atol=1e-12)
 
+    @pytest.mark.slow
     def test_intervals(self, engine):
         truth, results = random_case(5, images=12)
         plain = mask_ap(truth, results, engine=engine)
@@ -309,6 +310,7 @@ class TestBootstrap:
         assert scores.intervals["ap"] == pytest.approx((51 / 101, 51 / 101))
         assert all(map(math.isnan, scores.intervals["ap_large"]))
 
+    @pytest.mark.slow
     def test_width_equals_that_of_the_mean_over_images(self):
         # one instance an image, found or not, all with one score: recall is the share of images where it is found
         hits = np.arange(100) < 36

@@ -114,6 +114,7 @@ def test_the_loss_falls_and_the_weights_can_be_traced(config):
     assert Tracer.from_pretrained(folder, device="cpu")(np.zeros((20, 30, 3), np.uint8)).edges.shape == (1, 1, 20, 30)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
     uninterrupted = pretrain(config)
 
@@ -149,6 +150,7 @@ def test_workers_change_nothing(config, tmp_path):
     assert all(expected[name].equal(value) for name, value in read_weights(helped).items())
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_its_minutes_and_can_be_resumed(config, tmp_path, monkeypatch):
     pretrain(config)
     clock = itertools.count()
@@ -163,6 +165,7 @@ def test_a_run_stops_after_its_minutes_and_can_be_resumed(config, tmp_path, monk
     assert all(expected[name].equal(value) for name, value in read_weights(short).items())
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights(config, tmp_path):
     first = pretrain(config)
     config = replace(config, output=tmp_path / "second", init_from=first, rate=0.0)

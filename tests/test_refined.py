@@ -239,6 +239,7 @@ def test_refusals(call, data, words, message):
     assert message in result.output
 
 
+@pytest.mark.slow
 def test_segment_draws_what_edges_enclose(call, data, tmp_path):
     result = call("segment", data / "images", "-o", "out", "--overlay", "--threshold", "0.3")
     assert result.exit_code == 0, result.output
@@ -248,6 +249,7 @@ def test_segment_draws_what_edges_enclose(call, data, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 8
 
 
+@pytest.mark.slow
 def test_segment_keeps_the_masks_of_a_file(call, data, tmp_path):
     words = ["segment", data / "images" / "001.png", "-o", "out", "--masks", data / "inst" / "001.png"]
     assert call(*words, "--threshold", "1").exit_code == 0

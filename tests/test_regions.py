@@ -500,6 +500,7 @@ def test_nothing_else_is_written(width, device, guards):
         assert torch.equal(result, value)
 
 
+@pytest.mark.slow
 def test_native_results_do_not_depend_on_threads(instruction_set, threads):
     # enough pixels for several strips, regions that cross them, and masks for several threads
     barrier = make_batch(700, 801, 3, batch=2)

@@ -104,11 +104,13 @@ def pipe_calls(pipe, empty_prompt):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sd3.5-medium", "flux.2", "qwen-image", "z-image"])
 def test_two_tracers_of_a_network_and_plain_calls(family):
     assert_as_alone(pipe_calls(*make_pipe(family)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_network_that_is_compiled(wrapped):
     pipe, empty_prompt = make_pipe("flux.1-dev")
@@ -120,6 +122,7 @@ def test_a_network_that_is_compiled(wrapped):
     assert_as_alone(pipe_calls(pipe, empty_prompt))
 
 
+@pytest.mark.slow
 def test_a_search_and_a_student_of_one_network():
     backbone = load_backbone("mini", device=torch.device("cpu"), size=(32, 48))
     torch.manual_seed(0)
@@ -131,6 +134,7 @@ def test_a_search_and_a_student_of_one_network():
     assert_as_alone(calls)
 
 
+@pytest.mark.slow
 def test_the_models_that_edges_keeps():
     calls = [
         (f"stage {stage} of image {index}", lambda x=image, n=stage: trace_fast.edges(x, stage=n, size=(32, 48)))
@@ -140,6 +144,7 @@ def test_the_models_that_edges_keeps():
     assert_as_alone(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 def test_a_whole_pipeline_that_makes_images_meanwhile(half, tmp_path):
     pipe = pipeline("sd15", tmp_path)
@@ -161,6 +166,7 @@ def test_a_whole_pipeline_that_makes_images_meanwhile(half, tmp_path):
     assert_as_alone([*tracer_calls(*tracers), *((f"pipeline {number}", make_image) for number in range(4))])
 
 
+@pytest.mark.slow
 def test_parts_whose_weights_come_and_go():
     from accelerate import cpu_offload
 
