@@ -421,11 +421,10 @@ class TestNoising:
             wrap_pipeline(pipe, backbone.empty_prompt, SIZE)
 
 
-@pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if type(FAMILIES[name].parts()[0]["vae"]).__name__ == "AutoencoderKL"]
-)
 def test_encoding_is_the_mode_shifted_and_scaled(family):
     pipe, backbone = make(family)
+    if type(pipe.vae).__name__ != "AutoencoderKL":
+        pytest.skip("its autoencoder encodes in another way")
     images = torch.rand(1, 3, *SIZE)
     with torch.no_grad():
         mode = pipe.vae.encode(images * 2 - 1).latent_dist.mode()

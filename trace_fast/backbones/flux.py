@@ -44,6 +44,8 @@ class FluxBackbone(LatentBackbone):
 
     def attention_inputs(self, module: Any, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """Return query and key (B, H, T, d): of the image in double blocks, of text and image in single blocks."""
+        if type(module).__name__ == "Attention":  # of earlier releases of diffusers: heads stand before tokens
+            query, key = query.transpose(1, 2), key.transpose(1, 2)
         count = query.shape[1]
         rotary = tuple(part[-count:] for part in rotary)  # of text and image
         query, key = (apply_rotary(x, rotary).transpose(1, 2) for x in (query, key))
