@@ -55,6 +55,8 @@ def test_a_network_receives_from_a_backbone_what_its_pipeline_gives(family, tmp_
     sample = FAMILIES[family].sample(expected, backbone.grids(SIZE)[0])
     level = pipe.scheduler.timesteps[:1]
     ours = received(network, lambda: backbone.predict(sample, level))
+    for name in [name for name in expected if name.endswith("_mask") and name not in ours]:
+        assert expected.pop(name).bool().all()  # it masks nothing: of Qwen-Image in diffusers 0.35
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         one, other = torch.broadcast_tensors(ours[name], value)

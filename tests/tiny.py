@@ -572,7 +572,8 @@ def qwen(patch_size=4, sections=(1, 0, 1), **text):
         "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [1, 3],
     }
-    text["rope_parameters"] = {"rope_type": "default", "mrope_section": list(sections), "rope_theta": 10_000.0}
+    rope = {"rope_type": "default", "mrope_section": list(sections), "rope_theta": 10_000.0}
+    text["rope_parameters" if int(transformers.__version__.split(".")[0]) >= 5 else "rope_scaling"] = rope
     marks = {"vision_end_token_id": 3, "vision_start_token_id": 4, "image_token_id": 5, "video_token_id": 6}
     config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **marks)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -88,9 +89,15 @@ class QwenImageBackbone(LatentBackbone):
     def call(self, sample: Tensor, timestep: Tensor, empty_prompt: dict[str, Tensor]) -> Tensor:
         """Return the predicted velocity; the network's own timesteps go from 0 to 1."""
         height, width = (side // PATCH for side in sample.shape[-2:])
+        text = empty_prompt["encoder_hidden_states"]
+        lengths = {}
+        # diffusers 0.35 needs the lengths of prompts; later releases take them from the embeddings
+        if "max_txt_seq_len" not in inspect.signature(self.network.pos_embed.forward).parameters:
+            lengths["txt_seq_lens"] = [text.shape[1]] * len(sample)
         packed = self.network(
             hidden_states=functional.pixel_unshuffle(sample, PATCH).flatten(2).mT,  # (B, N, 4 C)
-            encoder_hidden_states=empty_prompt["encoder_hidden_states"],
+            encoder_hidden_states=text,
+            **lengths,
             encoder_hidden_states_mask=None,
             timestep=timestep.to(sample.dtype) / 1000,
             img_shapes=[[(1, height, width)]] * len(sample),
