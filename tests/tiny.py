@@ -329,6 +329,8 @@ def z_image():
         axes_dims=[4, 4, 8],
         axes_lens=[128, 24, 32],
     )
+    for parameter in transformer.parameters():  # diffusers leaves the tokens of padding uninitialized
+        parameter.data.nan_to_num_(0.5)
     vae = autoencoder(4, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return {"transformer": transformer, "vae": vae, "scheduler": scheduler}, {"cap_feats": torch.randn(1, TEXT, 8)}
