@@ -1,4 +1,4 @@
-"""What a network receives beside the latent, from its own pipeline and a backbone, at a size that is not square."""
+"""Arguments of a network beside the latent, from its own pipeline and from a backbone; the grid is not square."""
 
 import inspect
 

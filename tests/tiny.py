@@ -353,7 +353,7 @@ def last(count):
 
 @dataclass(frozen=True)
 class Family:
-    """What tests know of a family.
+    """Facts about a family that tests use.
 
     Attributes:
         parts: makes the parts by name, and what stands for the empty prompt.

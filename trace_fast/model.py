@@ -1,4 +1,4 @@
-"""What `Tracer` and `Detector` have in common: a backbone, where and at which size it runs, and `edges`."""
+"""The interface that `Tracer` and `Detector` share: a backbone, its device and size, and `edges`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tracer needs to know of a network: the base class of every family."""
+"""The interface of a network that can be traced: the base class of every family."""
 
 from __future__ import annotations
 

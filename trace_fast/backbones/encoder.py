@@ -1,4 +1,4 @@
-"""What the encoders share: no timesteps, and attention modules as transformers writes them."""
+"""The base class of encoders: no timesteps, and attention modules as transformers writes them."""
 
 from __future__ import annotations
 

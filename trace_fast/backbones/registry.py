@@ -1,4 +1,4 @@
-"""What is known by name: network classes and the families that read them, and models of the hub.
+"""Tables of known names: network classes with the families that read them, and models of the hub.
 
 A new family is one line in a table of families, a new model of the hub is one line in `MODELS`.
 """

@@ -14,7 +14,7 @@ __all__ = ["RectifiedFlow", "Schedule", "VariancePreserving"]
 
 
 class Schedule(Protocol):
-    """What the timesteps of a network mean: integers from 0 (image) to 999 (noise)."""
+    """The meaning of a network's timesteps, integers from 0 (image) to 999 (noise)."""
 
     def noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Return the latent (B, C, h, w) mixed with unit noise, independently at timesteps (B,)."""

@@ -1,4 +1,4 @@
-"""What several commands share: options, refusals, the list of images, the folder of results."""
+"""Pieces that several commands share: options, refusals, the list of images, the folder of results."""
 
 from __future__ import annotations
 
