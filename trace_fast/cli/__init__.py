@@ -1,4 +1,4 @@
-"""The command line: `trace-fast edges`, `segment`, `evaluate`, `demo`, `distill`, `pretrain`, `models`, `backends`.
+"""The command line: `trace-fast edges`, `segment`, `evaluate`, `distill`, `pretrain`, `scenes`, `models` and so on.
 
 Each command is a file that parses, calls the library and prints. Heavy modules are imported inside the commands, so
 that help costs no more than `import trace_fast.cli`.
@@ -16,6 +16,7 @@ from trace_fast.cli.edges import run_edges
 from trace_fast.cli.evaluate import run_evaluate
 from trace_fast.cli.models import run_models
 from trace_fast.cli.pretrain import run_pretrain
+from trace_fast.cli.scenes import run_scenes
 from trace_fast.cli.segment import run_segment
 
 __all__ = ["app", "main"]
@@ -34,6 +35,7 @@ app.command("evaluate")(run_evaluate)
 app.command("demo")(run_demo)
 app.command("distill")(run_distill)
 app.command("pretrain")(run_pretrain)
+app.command("scenes")(run_scenes)
 app.command("models")(run_models)
 app.command("backends")(run_backends)
 

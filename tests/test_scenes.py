@@ -1,0 +1,160 @@
+"""Drawn scenes: valid instance maps, equal for equal seeds, and a folder that evaluation reads."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+from typer.testing import CliRunner
+
+from trace_fast import cli
+from trace_fast.evaluation.data import open_dataset
+from trace_fast.training import scenes
+from trace_fast.training.scenes import IGNORED, ScenesConfig, draw_scene, list_scenes, read_scene, write_scenes
+from trace_fast.training.scenes.scene import LEAST_AREA
+
+SIZE = (72, 104)
+
+
+def make_scene(number, size=SIZE, photos=None):
+    return draw_scene(np.random.default_rng([4, number]), size, photos)
+
+
+def read_folder(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def many():
+    return [make_scene(number) for number in range(40)]
+
+
+class TestScene:
+    def test_arrays(self, many):
+        for scene in many:
+            assert scene.image.shape == (*SIZE, 3) and scene.image.dtype == np.uint8
+            assert scene.instances.shape == SIZE and scene.instances.dtype == np.uint16
+
+    def test_instances_are_numbered_and_visible(self, many):
+        for scene in many:
+            numbers = np.unique(scene.instances[scene.instances != IGNORED])
+            objects = numbers[numbers > 0]
+            assert objects.tolist() == list(range(1, len(objects) + 1))
+            for number in objects:
+                labels, _ = ndimage.label(scene.instances == number)
+                assert np.bincount(labels.ravel())[1:].min() >= LEAST_AREA // 2
+
+    def test_counts_vary(self, many):
+        counts = [len(np.unique(scene.instances[scene.instances != IGNORED])) for scene in many]
+        assert min(counts) <= 2 and max(counts) > 8
+
+    def test_ignored_bands_leave_objects_alone(self, many):
+        assert any((scene.instances == IGNORED).any() for scene in many)
+        for scene in many:
+            objects = (scene.instances > 0) & (scene.instances != IGNORED)
+            assert not (ndimage.binary_dilation(objects) & (scene.instances == IGNORED)).any()
+
+    def test_image_changes_at_edges(self, many):
+        at_edges, elsewhere = [], []
+        for scene in many:
+            gray = scene.image.mean(-1)
+            steps = np.abs(np.diff(gray, axis=1))
+            objects = np.where(scene.instances == IGNORED, 0, scene.instances)
+            edges = objects[:, 1:] != objects[:, :-1]
+            at_edges.append(steps[edges])
+            elsewhere.append(steps[~edges])
+        assert np.concatenate(at_edges).mean() > 1.5 * np.concatenate(elsewhere).mean()
+
+    def test_seeds(self):
+        assert make_scene(3).jpeg == make_scene(3).jpeg
+        assert make_scene(3).jpeg != make_scene(5).jpeg
+
+    def test_photos_give_the_colors(self):
+        red = np.zeros((3, 128, 128, 3), np.uint8)
+        red[..., 0] = np.random.default_rng(0).integers(60, 255, (3, 128, 128))
+        pixels = np.stack([make_scene(number, photos=red).image.mean((0, 1)) for number in range(12)])
+        assert (pixels[:, 0] > pixels[:, 1]).mean() > 0.8
+
+    def test_small_sides_are_refused(self):
+        with pytest.raises(ValueError, match="draw_scene: width must be at least 32, got 31"):
+            make_scene(0, (64, 31))
+
+
+class TestFolder:
+    def test_a_resumed_run_gives_the_same_files(self, tmp_path):
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        write_scenes(ScenesConfig(output=whole, count=5, size=48))
+        write_scenes(ScenesConfig(output=parts, count=3, size=48))
+        (parts / "images" / "000001.jpg").unlink()
+        write_scenes(ScenesConfig(output=parts, count=5, size=48))
+        assert read_folder(whole) == read_folder(parts)
+        assert len(list_scenes(whole)) == 5
+
+    @pytest.mark.slow
+    def test_workers_change_nothing(self, tmp_path):
+        for workers in (0, 2):
+            write_scenes(ScenesConfig(output=tmp_path / f"{workers}", count=20, size=40, workers=workers))
+        assert read_folder(tmp_path / "0") == read_folder(tmp_path / "2")
+
+    def test_other_options_are_refused(self, tmp_path):
+        write_scenes(ScenesConfig(output=tmp_path, count=1, size=40))
+        with pytest.raises(ValueError, match="output must be empty or hold scenes of the same options, got seed 0"):
+            write_scenes(ScenesConfig(output=tmp_path, count=1, size=40, seed=1))
+
+    def test_a_version_is_part_of_the_options(self, tmp_path, monkeypatch):
+        write_scenes(ScenesConfig(output=tmp_path, count=1, size=40))
+        monkeypatch.setattr(scenes.dataset, "VERSION", 999)
+        with pytest.raises(ValueError, match="instead of 999"):
+            write_scenes(ScenesConfig(output=tmp_path, count=1, size=40))
+
+    def test_other_files_are_refused(self, tmp_path):
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "000000.jpg").touch()
+        with pytest.raises(ValueError, match="output must be empty or hold scenes, got files without"):
+            write_scenes(ScenesConfig(output=tmp_path, count=1, size=40))
+
+    def test_photos(self, tmp_path):
+        (tmp_path / "photos").mkdir()
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+        config = ScenesConfig(photos=tmp_path / "photos", output=tmp_path / "out", count=2, size=40, most_photos=2)
+        write_scenes(config)
+        assert json.loads((tmp_path / "out" / "scenes.json").read_text())["photos"]
+        with pytest.raises(ValueError, match="got photos"):
+            write_scenes(ScenesConfig(output=tmp_path / "out", count=2, size=40, most_photos=2))
+
+    def test_read(self, tmp_path):
+        write_scenes(ScenesConfig(output=tmp_path, count=2, size=48, seed=4))
+        pixels, instances = read_scene(list_scenes(tmp_path)[1])
+        scene = draw_scene(np.random.default_rng([4, 1]), (48, 48))
+        np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), scene.image)
+        np.testing.assert_array_equal(instances.numpy(), scene.instances)
+
+    def test_an_empty_folder_has_no_scenes(self, tmp_path):
+        with pytest.raises(ValueError, match="scenes must be a folder that `trace-fast scenes` wrote"):
+            list_scenes(tmp_path)
+
+    def test_evaluation_reads_it(self, tmp_path):
+        write_scenes(ScenesConfig(output=tmp_path, count=6, size=64))
+        dataset = open_dataset(tmp_path)
+        assert len(dataset.photos) == 6 and not dataset.problems
+        assert sum(photo.contours().lines.sum() for photo in dataset.photos) > 0
+
+
+class TestCommand:
+    def test_draws(self, tmp_path):
+        result = CliRunner().invoke(cli.app, ["scenes", "-o", str(tmp_path / "out"), "--count", "2", "--size", "40"])
+        assert result.exit_code == 0, result.output
+        assert len(list_scenes(tmp_path / "out")) == 2
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [(["--size", "8"], "32"), (["--count", "0"], "1"), (["missing"], "photos must be a folder")],
+        ids=["size", "count", "photos"],
+    )
+    def test_errors(self, tmp_path, options, message):
+        result = CliRunner().invoke(cli.app, ["scenes", "-o", str(tmp_path / "out"), *options])
+        assert result.exit_code == 2
+        assert message in result.output
