@@ -108,8 +108,8 @@ def draw_scene(random: np.random.Generator, size: tuple[int, int], photos: np.nd
     for name, side in zip(("height", "width"), size, strict=True):
         checks.integer("draw_scene", name, side, 32)
     painter = _Painter(random, size, make_colors(random, photos))
-    placements = painter.plan()
     painter.paint_background()
+    placements = painter.plan()
     for placement in placements:
         painter.paint_object(placement)
     jpeg = encode(random, expose(random, painter.canvas))
@@ -140,13 +140,13 @@ class _Painter:
     def plan(self) -> list[Placement]:
         """Choose kinds and places of all objects, from far to near."""
         random, side = self.random, min(self.size)
-        layout = random.choice(["bare", "few", "many", "group", "close"], p=[0.13, 0.33, 0.16, 0.27, 0.11])
+        layout = random.choice(["bare", "few", "many", "group", "close"], p=[0.12, 0.37, 0.14, 0.26, 0.11])
         placements: list[Placement] = []
         if layout == "bare":
             if random.random() < 0.4:
                 placements = self._scatter(1, 0.03, 0.15)
         elif layout == "few":
-            placements = self._scatter(int(random.integers(1, 7)), 0.08, 0.7)
+            placements = self._scatter(int(random.integers(1, 7)), 0.1, 0.9)
         elif layout == "many":
             placements = self._scatter(int(random.integers(7, 22)), 0.03, 0.35)
         elif layout == "group":
@@ -169,9 +169,12 @@ class _Painter:
         for number in range(own if count else 0):
             self._add_kind(float(sizes[number]) * min(self.size) * 1.5)
         depths = np.sort(random.random(count))
+        central = random.random() < 0.4  # photos are taken of something
         placements = []
         for number, (half, depth) in enumerate(zip(sizes, depths, strict=True)):
             x, y = random.uniform(-0.02, 1.02) * width, random.uniform(-0.02, 1.02) * height
+            if central:
+                x, y = random.normal(0.5, 0.2) * width, random.normal(0.5, 0.15) * height
             if self.horizon is not None:  # it stands on the ground
                 y = (self.horizon + (1.05 - self.horizon) * depth) * height - half * height * random.uniform(0.2, 1)
                 half = half * (0.5 + depth)
@@ -216,6 +219,8 @@ class _Painter:
         name, parts = make_outline(random)
         side = int(np.clip(radius * 2.2, 16, max(self.size)))
         textures = [make_texture(random, self.colors, (side, side))]
+        if random.random() < 0.7 and np.abs(textures[0].mean((0, 1)) - self.canvas.mean((0, 1))).max() < 0.12:
+            textures = [make_texture(random, self.colors, (side, side))]  # hardly visible: draw again
         materials = max(part.material for part in parts) + 1
         while len(textures) < max(materials, 2):
             if random.random() < 0.3:
@@ -236,7 +241,7 @@ class _Painter:
         self.canvas[:] = make_texture(random, self.colors, self.size)
         regions = [] if self.horizon is None else [self._make_ground(self.horizon)]
         for _ in range(int(random.choice([0, 0, 1, 2]))):
-            if random.random() < 0.4:
+            if random.random() < 0.65:
                 regions.append(self._make_ground(random.uniform(0.05, 0.95), wall=random.random() < 0.6))
             else:
                 _, parts = make_outline(random, "blob" if random.random() < 0.6 else "polygon")

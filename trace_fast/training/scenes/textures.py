@@ -33,8 +33,12 @@ def make_texture(random: np.random.Generator, colors: Colors, size: Size, name: 
         shares = np.cumsum([TEXTURES[key][1] for key in names])
         name = names[int(np.searchsorted(shares, random.random() * shares[-1]))]
     picture = TEXTURES[name][0](random, colors, size)
-    if random.random() < 0.4:
-        picture = picture + (make_noise(random, size, 12, 0.75) - 0.5)[..., None] * random.uniform(0, 0.3)
+    if random.random() < 0.55:  # most surfaces differ less from their mean
+        mean = picture.mean((0, 1))
+        picture = mean + (picture - mean) * np.float32(random.uniform(0.15, 0.8))
+    if random.random() < 0.35:
+        grain = make_noise(random, size, random.uniform(5, 60), random.uniform(0.5, 0.8))
+        picture = picture + (grain - 0.5)[..., None] * random.uniform(0, 0.2)
     if random.random() < 0.15:
         picture = picture + random.normal(0, 0.15, 3).astype(np.float32)
     if random.random() < 0.3:
@@ -127,7 +131,7 @@ def make_gravel(random: np.random.Generator, colors: Colors, size: Size) -> np.n
     palette = colors.pick(random, int(random.integers(2, 7)))
 
     def add(canvas: ImageDraw.ImageDraw, side: int) -> None:
-        count = int(min(250, side * side / (radius * radius * 4) * random.uniform(0.4, 1.4)))
+        count = int(min(700, side * side / (radius * radius * 4) * random.uniform(0.4, 1.4)))
         places = random.random((count, 2)) * side
         radii = radius * np.exp(random.normal(0, 0.35, count))
         angles = random.uniform(0, 2 * np.pi, count)
@@ -159,7 +163,7 @@ def make_strokes(random: np.random.Generator, colors: Colors, size: Size) -> np.
     length, width = random.uniform(6, 50), int(random.integers(1, 4))
 
     def add(canvas: ImageDraw.ImageDraw, side: int) -> None:
-        count = int(random.integers(80, 350))
+        count = int(random.integers(80, 350) * (side / 80))
         starts = random.random((count, 2)) * side * 2
         angles = angle + random.normal(0, disorder, count)
         ends = starts + np.stack([np.cos(angles), np.sin(angles)], 1) * length * 2
@@ -308,7 +312,7 @@ def _tile(
     random: np.random.Generator, size: Size, color: np.ndarray, add: Callable[[ImageDraw.ImageDraw, int], None]
 ) -> np.ndarray:
     """Draw marks on a square at twice the resolution, and repeat it, mirrored, over the size."""
-    side = int(min(80, max(size)))
+    side = int(min(176, max(size)))
     canvas = Image.new("RGB", (2 * side, 2 * side), tuple(int(value * 255) for value in np.clip(color, 0, 1)))
     add(ImageDraw.Draw(canvas), side)
     pixels = np.asarray(canvas.reduce(2), np.float32) * np.float32(1 / 255)
@@ -320,7 +324,7 @@ def _tile(
 
 # share: of all textures, relative
 TEXTURES: dict[str, tuple[Texture, float]] = {
-    "plain": (make_plain, 20),
+    "plain": (make_plain, 32),
     "fractal": (make_fractal, 11),
     "random phase": (make_random_phase, 14),
     "enlarged": (make_enlarged, 7),
@@ -335,5 +339,5 @@ TEXTURES: dict[str, tuple[Texture, float]] = {
     "foliage": (make_foliage, 8),
     "fabric": (make_fabric, 5),
     "writing": (make_writing, 3),
-    "patches": (make_patches, 5),
+    "patches": (make_patches, 3.5),
 }
