@@ -146,9 +146,9 @@ class _Painter:
             if random.random() < 0.4:
                 placements = self._scatter(1, 0.03, 0.15)
         elif layout == "few":
-            placements = self._scatter(int(random.integers(1, 7)), 0.1, 0.9)
+            placements = self._scatter(int(random.integers(1, 7)), 0.15, 1.3)
         elif layout == "many":
-            placements = self._scatter(int(random.integers(7, 22)), 0.03, 0.35)
+            placements = self._scatter(int(random.integers(7, 22)), 0.04, 0.5)
         elif layout == "group":
             placements = self._gather() + self._scatter(int(random.integers(0, 4)), 0.04, 0.5)
         else:
@@ -186,7 +186,7 @@ class _Painter:
         """Place things of one kind so that they touch: in a heap, a row, or a grid."""
         random, (height, width), side = self.random, self.size, min(self.size)
         count = int(np.exp(random.uniform(np.log(3), np.log(31))))
-        radius = side * min(random.uniform(0.5, 1.3) * 0.32 / np.sqrt(count), 0.25)
+        radius = side * min(random.uniform(0.4, 1.5) * 0.42 / np.sqrt(count), 0.35)
         self._add_kind(radius)
         if random.random() < 0.2:
             self._add_kind(radius)
