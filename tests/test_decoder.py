@@ -18,6 +18,8 @@ from trace_fast.decoder import (
     ConvDecoder,
     PixelDecoder,
     ReplicatePadConv,
+    UNetDecoder,
+    cut_windows,
     dct_basis,
     fold_kernel_columns,
     make_decoder,
@@ -248,6 +250,66 @@ class TestPixelDecoder:
         assert_close(logits, logits[..., 24:25, 40:41].expand_as(logits))
 
 
+class TestUNetDecoder:
+    @pytest.fixture
+    def decoder(self):
+        torch.manual_seed(0)
+        decoder = UNetDecoder((3, 5), columns=6, channels=4)
+        torch.nn.init.normal_(decoder.tokens[2].weight, std=0.1)  # zero in a new decoder
+        return decoder
+
+    @pytest.mark.parametrize(
+        ("photo", "size", "expected"),
+        [
+            ((480, 640), (128, 128), (192, 256)),
+            ((640, 427), (128, 128), (256, 176)),
+            ((30, 3000), (128, 96), (16, 256)),
+            ((8, 8), (64, 96), (192, 192)),
+        ],
+    )
+    def test_it_sees_the_photo_at_its_own_shape(self, decoder, photo, size, expected):
+        assert decoder.photo_size(photo, size) == expected
+
+    @pytest.mark.parametrize("size", [(16, 16), (48, 80), (34, 50), (176, 32)])
+    def test_logits_have_the_size_of_the_photo(self, decoder, size):
+        assert decoder(torch.randn(2, 15, 6), torch.rand(2, 3, *size)).shape == (2, 1, *size)
+
+    def test_it_depends_on_both_the_map_and_the_photo(self, decoder):
+        readout, photo = torch.randn(1, 15, 6), torch.rand(1, 3, 48, 80)
+        logits = decoder(readout, photo)
+        assert (logits - decoder(readout + 1, photo)).abs().max() > 1e-5
+        assert (logits - decoder(readout, photo.flip(2))).abs().max() > 1e-3
+
+    def test_a_new_one_does_not_depend_on_attention(self):
+        decoder, photo = UNetDecoder((3, 5), columns=6, channels=4), torch.rand(1, 3, 48, 80)
+        assert_close(decoder(torch.randn(1, 15, 6), photo), decoder(None, photo))
+
+    def test_attention_is_that_of_the_window(self, decoder):
+        readout, photo = torch.randn(1, 15, 6), torch.rand(1, 3, 48, 80)
+        whole, part = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 0.5]])
+        logits = decoder(readout, photo)
+        assert_close(decoder(readout, photo, whole), logits, rtol=1e-4, atol=1e-4)
+        assert (decoder(readout, photo, part) - logits).abs().max() > 1e-3
+
+    def test_few_pixels_are_edges_at_first(self, decoder):
+        probability = decoder(None, torch.rand(2, 3, 64, 96)).sigmoid()
+        assert 0.01 < probability.mean() < 0.3
+
+
+class TestCutWindows:
+    def test_the_whole_is_interpolated(self):
+        features, like = torch.randn(2, 3, 4, 6), torch.empty(2, 1, 11, 15)
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
+        assert_close(cut_windows(features, like, whole), cut_windows(features, like, None), rtol=1e-4, atol=1e-5)
+
+    def test_a_part_is_a_part_of_the_whole(self):
+        features = torch.randn(1, 2, 4, 6)
+        whole = cut_windows(features, torch.empty(1, 1, 32, 48), None)
+        windows = torch.tensor([[0.25, 0.5, 0.75, 1.0]])
+        part = cut_windows(features, torch.empty(1, 1, 16, 24), windows)
+        assert_close(part, whole[..., 8:24, 24:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_convolution_repeats_border_pixels(kernel):
     convolution = ReplicatePadConv(3, 4, kernel).double()
@@ -265,17 +327,21 @@ def test_resampled_values_by_hand():
 
 class TestMakeDecoder:
     def test_its_options_make_it_again(self):
-        for decoder in (ConvDecoder((4, 6)), PixelDecoder((4, 6), columns=8, channels=4, detail=1)):
+        for decoder in (
+            ConvDecoder((4, 6)),
+            PixelDecoder((4, 6), columns=8, channels=4, detail=1),
+            UNetDecoder((4, 6), columns=8, channels=4, detail=1),
+        ):
             again = make_decoder(grid=(4, 6), **decoder.options())
             again.load_state_dict(decoder.state_dict())
             assert type(again) is type(decoder)
-            assert again.options() == decoder.options() and again.detail == decoder.detail
+            assert again.options() == decoder.options()
 
     def test_the_papers_decoder_has_nine_parameters_per_token_and_one(self):
         assert sum(x.numel() for x in make_decoder("conv", (64, 64)).parameters()) == 36_865
 
     def test_an_unknown_name(self):
-        with pytest.raises(ValueError, match="decoder must be one of conv, pixels, got 'cnn'"):
+        with pytest.raises(ValueError, match="decoder must be one of conv, pixels, unet, got 'cnn'"):
             make_decoder("cnn", (4, 6))
 
     def test_an_unknown_option(self):

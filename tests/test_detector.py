@@ -230,7 +230,7 @@ class TestCall:
         detector(images)
         assert passes == [8, 2]
         passes.clear()
-        height, width = (side * max(1, detector.decoder.detail) for side in detector.backbone.settings.size)
+        height, width = detector.decoder.photo_size((40, 56), detector.size) or detector.size
         for pixels, expected in ((4 * height * width, [4, 4, 2]), (1, [1] * 10)):  # large pictures share less
             monkeypatch.setattr("trace_fast.detector.PIXELS", pixels)
             detector(images)
@@ -266,9 +266,9 @@ class TestCall:
             detector(None)
 
     def test_edges_are_the_decoders_logits_stretched(self, detector):
-        size, detail = detector.backbone.settings.size, detector.decoder.detail
-        images = photograph(*size)
-        small = torch.nn.functional.interpolate(images, scale_factor=detail, mode="bilinear") if detail else None
+        size = detector.size
+        images, photo_size = photograph(*size), detector.decoder.photo_size(size, size)
+        small = torch.nn.functional.interpolate(images, photo_size, mode="bilinear") if photo_size else None
         with torch.no_grad():
             logits = detector._forward(images, small)
         options = {"mode": "bilinear", "align_corners": False, "antialias": logits.shape[-1] > size[1]}
@@ -349,11 +349,11 @@ class TestOnePass:
             assert "blocks.0.mlp.0" not in silent
 
     def test_it_gives_what_a_whole_pass_gives(self, detector):
-        size, detail = detector.backbone.settings.size, detector.decoder.detail
-        images, details = photograph(*size, batch=2), photograph(size[0] * detail, size[1] * detail, batch=2)
+        size, photo_size = detector.size, detector.decoder.photo_size(detector.size, detector.size)
+        images, photos = photograph(*size, batch=2), photograph(*photo_size, batch=2) if photo_size else None
         with torch.no_grad():
-            logits = detector._forward(images, details if detail else None)
-        assert torch.equal(logits, whole_pass(detector, images, details if detail else None))
+            logits = detector._forward(images, photos)
+        assert torch.equal(logits, whole_pass(detector, images, photos))
 
     def test_the_network_receives_the_students_timestep(self, students, tmp_path):
         student(tmp_path / "other", students / "conv", (32, 48), timestep=300)
@@ -504,7 +504,7 @@ class TestDamage:
             ({"base": {}}, "'model'"),
             ({"timestep": "low"}, ""),
             ({"size": 3}, ""),
-            ({"decoder": {"name": "cnn"}}, "decoder must be one of conv, pixels, got 'cnn'"),
+            ({"decoder": {"name": "cnn"}}, "decoder must be one of conv, pixels, unet, got 'cnn'"),
             ({"decoder": {"name": "conv", "columns": 3}}, "decoder conv does not have these options"),
             ({"decoder": {"name": "pixels"}}, ".*state_dict"),
             ({"decoder": {}}, ".*name"),

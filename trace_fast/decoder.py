@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ __all__ = [
     "ConvDecoder",
     "Decoder",
     "PixelDecoder",
+    "UNetDecoder",
     "dct_basis",
     "fold_kernel_columns",
     "make_decoder",
@@ -147,13 +148,11 @@ class Decoder(nn.Module):
 
     Attributes:
         name: its key in `DECODERS`.
-        detail: side of the image that the decoder sees, as a multiple of the processing size; 0 if it sees none.
         grid: (h, w) of the map in tokens. It is fixed, since there are values for every key.
         values: (N, C) float, multiplied with the map.
     """
 
     name: str
-    detail: int
     grid: Grid
     values: nn.Parameter
 
@@ -161,12 +160,28 @@ class Decoder(nn.Module):
         """Return the arguments of `make_decoder` without the grid."""
         raise NotImplementedError
 
-    def forward(self, readout: Tensor, image: Tensor | None) -> Tensor:
-        """Return edge logits (B, 1, h', w').
+    def photo_size(self, photo: Grid, size: Grid) -> Grid | None:
+        """Return the (height, width) in pixels at which the decoder sees a photo, or None if it does not see it.
 
         Args:
-            readout: (B, N, C) float, the mean attention map times `values`; see `AttentionReadout`.
-            image: (B, 3, H, W) float in [0, 1] where `detail` is not 0, else None.
+            photo: (height, width) of the photo in pixels.
+            size: (height, width) in pixels that the network works at.
+        """
+        raise NotImplementedError
+
+    def standardized(self) -> list[nn.Conv2d]:
+        """Return the convolutions whose kernels are standardized in training: see `trace_fast.training`."""
+        return []
+
+    def forward(self, readout: Tensor | None, photo: Tensor | None, windows: Tensor | None = None) -> Tensor:
+        """Return edge logits (B, 1, h', w'): at the size of the photo if the decoder sees it, else on the grid.
+
+        Args:
+            readout: (B, N, C) float, the mean attention map times `values`; see `AttentionReadout`. None leaves
+                attention out.
+            photo: (B, 3, H, W) float in [0, 1], or None; see `photo_size`.
+            windows: (B, 4) float, top, left, bottom and right of what `photo` shows, as shares of the whole photo;
+                None where it is whole.
         """
         raise NotImplementedError
 
@@ -179,7 +194,6 @@ class ConvDecoder(Decoder):
     """
 
     name = "conv"
-    detail = 0
 
     def __init__(self, grid: Grid):
         super().__init__()
@@ -191,8 +205,12 @@ class ConvDecoder(Decoder):
         """Return the arguments of `make_decoder` without the grid."""
         return {"name": self.name}
 
-    def forward(self, readout: Tensor, image: Tensor | None) -> Tensor:
-        """Return edge logits (B, 1, h, w) from (B, N, 9); the image is not used."""
+    def photo_size(self, photo: Grid, size: Grid) -> None:
+        """Return None: the photo is not seen."""
+
+    def forward(self, readout: Tensor | None, photo: Tensor | None, windows: Tensor | None = None) -> Tensor:
+        """Return edge logits (B, 1, h, w) from (B, N, 9)."""
+        assert readout is not None  # attention is all that there is
         return fold_kernel_columns(readout, self.grid) + self.bias
 
 
@@ -214,11 +232,7 @@ class PixelDecoder(Decoder):
 
     def __init__(self, grid: Grid, columns: int = 16, channels: int = 16, detail: int = 2):
         super().__init__()
-        for name, value in {"columns": columns, "channels": channels, "detail": detail}.items():
-            checks.integer("decoder pixels", name, value, 1)
-        most = min(64, math.prod(grid) - 1)  # limits of ops.readout and of dct_basis
-        if columns > most:
-            raise ValueError(f"decoder pixels: columns must be from 1 to {most}, got {columns}")
+        check_columns(self.name, grid, columns, channels=channels, detail=detail)
         self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
         self.values = nn.Parameter(dct_basis(grid, columns))
         few = max(1, channels // 2)
@@ -243,14 +257,92 @@ class PixelDecoder(Decoder):
         """Return the arguments of `make_decoder` without the grid."""
         return {"name": self.name, "columns": self.columns, "channels": self.channels, "detail": self.detail}
 
-    def forward(self, readout: Tensor, image: Tensor | None) -> Tensor:
+    def photo_size(self, photo: Grid, size: Grid) -> Grid:
+        """Return `detail` times the size that the network works at, whatever the photo's own shape is."""
+        return size[0] * self.detail, size[1] * self.detail
+
+    def forward(self, readout: Tensor | None, photo: Tensor | None, windows: Tensor | None = None) -> Tensor:
         """Return edge logits (B, 1, detail * H, detail * W) from (B, N, columns) and (B, 3, detail * H, detail * W)."""
-        assert image is not None  # detail is not 0
-        fine = self.fine(image * 2 - 1)
+        assert photo is not None
+        fine = self.fine(photo * 2 - 1)
         coarse = self.coarse(functional.gelu(fine))
-        tokens = resize_like(self.tokens(readout.mT.unflatten(2, self.grid)), coarse)
+        if readout is None:
+            tokens = torch.zeros_like(coarse)
+        else:
+            tokens = cut_windows(self.tokens(readout.mT.unflatten(2, self.grid)), coarse, windows)
         fused = resize_like(self.fuse(torch.cat([tokens, coarse], 1)), fine)
         return self.refine(torch.cat([fused, fine], 1))
+
+
+class UNetDecoder(Decoder):
+    """A U-shaped network over the photo at its own aspect ratio, which attention joins at the stride of the tokens.
+
+    It sees far: every output depends on several hundred pixels of the photo. Padding is with zeros, in training as in
+    use, so that the network knows where the image ends.
+
+    Args:
+        grid: (h, w) of the map in tokens. It is fixed, since there are values for every key.
+        columns: features per token that are read from the map, at most 64 and fewer than tokens.
+        channels: of the convolutions at half resolution; coarser levels have more.
+        detail: the photo's longer side, as the decoder sees it, as a multiple of that of the processing size.
+    """
+
+    name = "unet"
+    MULTIPLE: ClassVar = 16  # sides of the photo, as the decoder sees it, are multiples of it
+    WIDTHS: ClassVar = (1, 1.5, 3, 5, 5)  # channels of the levels at strides 2 to 32, as multiples of `channels`
+    JOIN: ClassVar = 2  # the level that attention joins, of stride 8
+
+    def __init__(self, grid: Grid, columns: int = 16, channels: int = 24, detail: int = 2):
+        super().__init__()
+        check_columns(self.name, grid, columns, channels=channels, detail=detail)
+        self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
+        self.values = nn.Parameter(dct_basis(grid, columns))
+        widths = [round(channels * width) for width in self.WIDTHS]
+        inputs = [3, *widths[:-1]]
+        self.down = nn.ModuleList(
+            nn.Sequential(conv(few, many, stride=2), nn.ReLU(), conv(many, many), nn.ReLU())
+            for few, many in zip(inputs, widths, strict=True)
+        )
+        self.tokens = nn.Sequential(
+            conv(columns, widths[self.JOIN]), nn.ReLU(), conv(widths[self.JOIN], widths[self.JOIN])
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(conv(few + many, few), nn.ReLU()) for few, many in itertools.pairwise(widths)
+        )
+        # four logits of each place at half resolution are the four pixels there
+        self.head = conv(widths[0], 4)
+        for convolution in self.standardized():  # keeps the variance from layer to layer, for ReLU and centered kernels
+            nn.init.normal_(convolution.weight, std=math.sqrt(2 / (1 - 1 / math.pi) / convolution.weight[0].numel()))
+        # attention that joins later does not disturb what was learned from photos alone
+        for parameter in self.tokens[2].parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(self.head.get_parameter("bias"), -2.5)  # few pixels are edges
+
+    def standardized(self) -> list[nn.Conv2d]:
+        """Return the convolutions of both branches of the U."""
+        return [module for part in (self.down, self.up) for module in part.modules() if isinstance(module, nn.Conv2d)]
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of `make_decoder` without the grid."""
+        return {"name": self.name, "columns": self.columns, "channels": self.channels, "detail": self.detail}
+
+    def photo_size(self, photo: Grid, size: Grid) -> Grid:
+        """Return the photo's own shape, its longer side that of `size` times `detail`, in multiples of 16 pixels."""
+        scale = self.detail * max(size) / max(photo) / self.MULTIPLE
+        return max(1, round(photo[0] * scale)) * self.MULTIPLE, max(1, round(photo[1] * scale)) * self.MULTIPLE
+
+    def forward(self, readout: Tensor | None, photo: Tensor | None, windows: Tensor | None = None) -> Tensor:
+        """Return edge logits (B, 1, H, W) from (B, N, columns) and (B, 3, H, W), H and W even."""
+        assert photo is not None
+        features, levels = photo * 2 - 1, []
+        for index, level in enumerate(self.down):
+            features = level(features)
+            if index == self.JOIN and readout is not None:
+                features = features + cut_windows(self.tokens(readout.mT.unflatten(2, self.grid)), features, windows)
+            levels.append(features)
+        for level, merge in zip(levels[-2::-1], self.up[::-1], strict=True):
+            features = merge(torch.cat([level, resize_like(features, level)], 1))
+        return functional.pixel_shuffle(self.head(features), 2)
 
 
 class ReplicatePadConv(nn.Conv2d):
@@ -276,9 +368,51 @@ class ReplicatePadConv(nn.Conv2d):
         return super().forward(features)
 
 
+def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3 x 3 convolution that keeps the size, or divides it by the stride."""
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+
+
+def check_columns(name: str, grid: Grid, columns: int, **others: int) -> None:
+    """Check the number of columns of a decoder, and that other options are integers of at least 1."""
+    for option, value in {"columns": columns, **others}.items():
+        checks.integer(f"decoder {name}", option, value, 1)
+    most = min(64, math.prod(grid) - 1)  # limits of ops.readout and of dct_basis
+    if columns > most:
+        raise ValueError(f"decoder {name}: columns must be from 1 to {most}, got {columns}")
+
+
 def resize_like(features: Tensor, like: Tensor) -> Tensor:
     """Interpolate features (B, C, h, w) to the height and width of others."""
     return functional.interpolate(features, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def cut_windows(features: Tensor, like: Tensor, windows: Tensor | None) -> Tensor:
+    """Interpolate windows of features at the height and width of others.
+
+    Args:
+        features: (B, C, h, w) float.
+        like: (B, C', H, W) float, whose height and width the result has.
+        windows: (B, 4) float32, top, left, bottom and right, as shares of the features' height and width; None is all.
+
+    Returns:
+        (B, C, H, W) of the dtype of `features`. Differentiable.
+
+    Example:
+        >>> windows = torch.tensor([[0.0, 0.5, 0.5, 1.0]])
+        >>> cut_windows(torch.rand(1, 3, 4, 6), torch.rand(1, 1, 8, 12), windows).shape
+        torch.Size([1, 3, 8, 12])
+    """
+    if windows is None:
+        return resize_like(features, like)
+    top, left, bottom, right = windows.unbind(1)
+    zero = torch.zeros_like(top)
+    # from [-1, 1] across the window to [-1, 1] across the features
+    across = torch.stack([right - left, zero, left + right - 1], 1)
+    down = torch.stack([zero, bottom - top, top + bottom - 1], 1)
+    size = [len(features), features.shape[1], *like.shape[-2:]]
+    places = functional.affine_grid(torch.stack([across, down], 1), size, align_corners=False).to(features.dtype)
+    return functional.grid_sample(features, places, padding_mode="border", align_corners=False)
 
 
 def dct_basis(grid: Grid, count: int) -> Tensor:
@@ -301,7 +435,7 @@ def dct_basis(grid: Grid, count: int) -> Tensor:
     return torch.stack(basis, -1).flatten(0, 1)
 
 
-DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecoder}
+DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecoder, "unet": UNetDecoder}
 
 
 def resample_values(values: Tensor, grid: Grid, target: Grid) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +59,7 @@ class Detector(EdgeModel):
         super().__init__(backbone, name)
         self._timestep = timestep
         self.decoder = decoder.to(get_device(backbone.network)).eval().requires_grad_(False)
+        use_channels_last(self.decoder)
         self.config, self.adapter = dict(config or {}), dict(adapter or {})
         self._forward: Callable[[Tensor, Tensor | None], Tensor] = StudentPass(backbone, self.decoder, timestep)
 
@@ -106,10 +109,8 @@ class Detector(EdgeModel):
                 merge_adapter(backbone.network, adapter, config.get("scale", 1.0))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{refusal}{error}") from error
-            if hasattr(backbone, "vae"):  # its convolutions are faster so
-                convolutions: list[Any] = [x for x in backbone.vae.modules() if isinstance(x, nn.Conv2d)]
-                for convolution in convolutions:  # those of films keep their format
-                    convolution.to(memory_format=torch.channels_last)
+            if hasattr(backbone, "vae"):
+                use_channels_last(backbone.vae)
 
         backbone = load_backbone(
             base,
@@ -189,11 +190,10 @@ class Detector(EdgeModel):
         if any(hasattr(module, "_hf_hook") for module in self._modules()):
             raise RuntimeError("compile: the model must not be offloaded; load it again without `offload`")
         student = CompilablePass(self.backbone, self.decoder, self.timestep)
-        size, detail = self.size, self.decoder.detail
-        empty = torch.zeros(1, 3, *size, dtype=torch.float32, device=self.device)
-        photo = resize(empty, (size[0] * detail, size[1] * detail)) if detail else None
+        empty = torch.zeros(1, 3, *self.size, dtype=torch.float32, device=self.device)
+        photo_size = self.decoder.photo_size(self.size, self.size)
         with torch.no_grad():  # once uncompiled: what the first pass sets up would cause a second compilation
-            student(empty, photo)
+            student(empty, resize(empty, photo_size) if photo_size else None)
         self._forward = torch.compile(student, mode=mode)
         return self
 
@@ -207,9 +207,9 @@ class Detector(EdgeModel):
         """Return the edge probability of one image, of a batch, or of a list; called as ControlNet's annotators are.
 
         Args:
-            image: as in `trace_fast.edges`. Images of a list share passes, whatever their sizes, as far as memory
-                allows: eight of a network at 512 pixels and the paper's decoder, one at a time where a decoder sees
-                2048 pixels. A batch is one pass.
+            image: as in `trace_fast.edges`. Images of a list share passes as far as memory allows: eight of a network
+                at 512 pixels and the paper's decoder, whatever their sizes; with a decoder that sees the image at its
+                own aspect ratio, eight that follow one another and have one. A batch is one pass.
             detect_resolution: side in pixels of the square that the image is resized to, a multiple of what the network
                 allows; None is what the student was trained with. For another one the decoder's values, which belong to
                 the grid they were trained on, are interpolated.
@@ -228,17 +228,8 @@ class Detector(EdgeModel):
             return convert_edges(self.edges(read_image(image)), image, output_type)
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        outputs = []
-        height, width = (side * max(1, self.decoder.detail) for side in self.size)
-        batch = max(1, min(BATCH, PIXELS // (height * width)))
-        for start in range(0, len(image), batch):
-            items, pixels = image[start : start + batch], []
-            for index, item in enumerate(items, start):
-                with error_context(index):
-                    pixels.append(read_image(item))
-            edges = self._edges_of_list(pixels)
-            outputs += [convert_edges(one, item, output_type) for one, item in zip(edges, items, strict=True)]
-        return outputs
+        edges = itertools.chain.from_iterable(map(self._edges_of_list, self._group(image)))
+        return [convert_edges(one, item, output_type) for one, item in zip(edges, image, strict=True)]
 
     def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
         """Return the edge probability of a batch of images.
@@ -254,18 +245,32 @@ class Detector(EdgeModel):
         """
         return self._edges_of_list([pixels])[0]
 
+    def _group(self, images: Sequence[Any]) -> Iterator[list[Tensor]]:
+        """Read images, and yield those that follow one another and can share a pass."""
+        group: list[Tensor] = []
+        for index, image in enumerate(images):
+            with error_context(index):
+                pixels = read_image(image)
+            if group:
+                photo_size = self._photo_size(pixels)
+                most = max(1, min(BATCH, PIXELS // math.prod(photo_size or self.size)))
+                if len(group) == most or photo_size != self._photo_size(group[0]):
+                    yield group
+                    group = []
+            group.append(pixels)
+        yield group
+
     @torch.no_grad()
     def _edges_of_list(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return the edges of images of several sizes, each (B, 3, H, W), from one pass."""
-        size, detail = self.size, self.decoder.detail
+        """Return the edges of images, each (B, 3, H, W), from one pass; the decoder must see all at one size."""
         on_device = [pixels.to(self.device) for pixels in images]
 
         def resize_all(target: tuple[int, int]) -> Tensor:
             return torch.cat([resize(pixels, target) for pixels in on_device])
 
-        photos = resize_all((size[0] * detail, size[1] * detail)) if detail else None
+        photo_size = self._photo_size(images[0])
         with network_lock(self.backbone.network):
-            logits = self._forward(resize_all(size), photos).float()
+            logits = self._forward(resize_all(self.size), resize_all(photo_size) if photo_size else None).float()
         edges = []
         for part, pixels in zip(logits.split([len(pixels) for pixels in images]), images, strict=True):
             # logits, not probabilities, so that edges stay sharp where they are enlarged
@@ -293,6 +298,10 @@ class Detector(EdgeModel):
         detector.config = {**self.config, "size": list(size)} if self.config else {}
         detector._forward = StudentPass(detector.backbone, decoder, self.timestep)
         return detector
+
+    def _photo_size(self, pixels: Tensor) -> tuple[int, int] | None:
+        """Return the size at which the decoder sees an image (B, 3, H, W), or None if it does not see it."""
+        return self.decoder.photo_size((pixels.shape[-2], pixels.shape[-1]), self.size)
 
     def _modules(self) -> list[nn.Module]:
         compiled = [self._forward] if isinstance(self._forward, nn.Module) else []
@@ -362,6 +371,13 @@ class CompilablePass(StudentPass):
         self.backbone.predict(self.backbone.encode(images), self.timesteps.expand(len(images)))
         self.readout = None
         return self.decoder(readout.result(), photo)
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Store the kernels of all two-dimensional convolutions with channels last, in place: they run faster so."""
+    convolutions: list[Any] = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    for convolution in convolutions:
+        convolution.to(memory_format=torch.channels_last)
 
 
 def merge_adapter(network: nn.Module, adapter: dict[str, Tensor], scale: float) -> None:
