@@ -29,11 +29,15 @@ from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 from trace_fast.decoder import AttentionReadout
 from trace_fast.io import files, visualize
-from trace_fast.training import data
+from trace_fast.io.images import resize
+from trace_fast.training import batches, data
+from trace_fast.training.batches import Augmentation, Batch
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
-from trace_fast.training.distillation import Distillation, DistillConfig, dice, distill
-from trace_fast.training.labels import LABELS, make_labels, pseudo_labels
+from trace_fast.training.distillation import Distillation, DistillConfig, distill
+from trace_fast.training.labels import LABELS, label_scene, make_labels
 from trace_fast.training.lora import inject
+from trace_fast.training.losses import dice
+from trace_fast.training.scenes import list_scenes, read_scene
 from trace_fast.training.shards import Shards
 from trace_fast.training.state import Process
 
@@ -139,8 +143,15 @@ def list_in_order(config):
 def read_divergences(config):
     """Return the divergence of each photo of a run, by name."""
     photos = list_in_order(config)
-    divergences = config.open_shards(photos).read(range(len(photos)))
-    return {photo.name: abdiv.tolist() for photo, abdiv in zip(photos, divergences, strict=True)}
+    shards = config.open_shards(photos)
+    return {photo.name: shards.read(index)[0].tolist() for index, photo in enumerate(photos)}
+
+
+def assert_same(batch, other):
+    """Compare two batches, which must be the same bit for bit."""
+    for name, value in vars(batch).items():
+        assert (value is None) == (getattr(other, name) is None)
+        assert value is None or torch.equal(value, getattr(other, name))
 
 
 def make_run(config):
@@ -152,43 +163,10 @@ def make_run(config):
 def search(run):
     """Search the photos of a run, and return it."""
     tracer = Tracer.from_pretrained(run.config.model, device="cpu")
-    run.shards.write(run.config.make_search(tracer), run.photos, run.config.shard)
-    run.shards = run.config.open_shards(run.photos)
+    batches = run.batches
+    batches.shards.write(run.config.make_search(tracer), batches.photos, run.config.shard)
+    batches.shards = run.config.open_shards(batches.photos)
     return run
-
-
-class TestDice:
-    def test_by_hand(self):
-        edges = torch.tensor([[[[0.5, 1.0, 0.25]]]])
-        label = torch.tensor([[[[1.0, 1.0, 0.0]]]])
-        # products 1.5, squares 0.25 + 1 + 0.0625 and 2
-        assert_close(dice(edges, label, torch.ones(1, 1, 1, 3)), torch.tensor(1 - 4 / 4.3125))
-
-    def test_pixels_without_a_label_are_ignored(self):
-        edges = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        label, valid = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4)
-        label[:, :, 0], valid[:, :, :2] = 1, 1
-        expected = dice(edges[:, :, :2], label[:, :, :2], valid[:, :, :2])
-        assert_close(dice(edges, label, valid), expected)
-        dice(edges, label, valid).backward()
-        assert not edges.grad[:, :, 2].any() and edges.grad[:, :, :2].all()
-
-    def test_it_is_the_mean_over_images(self):
-        edges, label = torch.rand(2, 3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
-        valid = torch.ones(3, 1, 4, 5)
-        losses = [dice(edges[i : i + 1], label[i : i + 1], valid[:1]) for i in range(3)]
-        assert_close(dice(edges, label, valid), torch.stack(losses).mean())
-
-    def test_the_label_itself_is_the_minimum(self):
-        label = torch.rand(1, 1, 4, 5, generator=torch.Generator().manual_seed(0))
-        edges = label.clone().requires_grad_()
-        loss = dice(edges, label, torch.ones_like(label))
-        loss.backward()
-        assert loss.abs() < 1e-6 and edges.grad.abs().max() < 1e-6
-
-    def test_without_any_label_the_loss_is_zero(self):
-        edges, label = torch.rand(2, 1, 1, 4, 5)
-        assert dice(edges, label, torch.zeros(1, 1, 4, 5)).abs() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -339,16 +317,15 @@ def test_the_loss_falls(config, decoder, options):
 def test_a_student_learns_the_edges_of_its_teacher(config):
     student = distill(replace(config, decoder_rate=3e-2, epochs=50, labels="soft"))
     detector = Detector.from_pretrained(student, device="cpu")
-    run = make_run(config)
-    images, _, abdiv = run.load(range(6, 10))  # those it was trained on
-    label, _ = pseudo_labels(abdiv, "soft", scale=run.scale)
+    batches = make_run(config).batches
+    batch = Batch.concatenate([batches.load_photo(index) for index in range(6, 10)])  # those it was trained on
     with torch.no_grad():
-        edges = detector._forward(images, None)[:, 0].sigmoid()
-    assert torch.corrcoef(torch.stack([edges.flatten(), label.flatten()]))[0, 1] > 0.6
+        edges = detector._forward(batch.images, None).sigmoid()
+    assert torch.corrcoef(torch.stack([edges.flatten(), batch.labels.flatten()]))[0, 1] > 0.6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", list(itertools.combinations(LABELS, 2)), ids=" and ".join)
+@pytest.mark.parametrize("pair", list(itertools.combinations(LABELS[:-1], 2)), ids=" and ".join)
 def test_other_labels_give_another_student(config, pair):
     one, other = (replace(config, output=config.output / kind, labels_dir=config.output, labels=kind) for kind in pair)
     distill(one), distill(other)
@@ -356,22 +333,19 @@ def test_other_labels_give_another_student(config, pair):
     assert difference.abs().max() > 1e-4
 
 
-def test_labels_are_sharpened_by_the_images_that_the_decoder_sees(config, monkeypatch):
+def test_labels_are_sharpened_by_the_photo_that_the_decoder_sees(config, monkeypatch):
     config = replace(config, labels="sharpened", decoder="pixels", decoder_options={"channels": 4, "columns": 8})
     calls = []
-    original = Distillation.make_labels
 
-    def record(run, abdiv, size, images):
-        calls.append((abdiv.clone(), images.clone()))
-        return original(run, abdiv, size, images)
+    def record(abdiv, size, photo, *more):
+        calls.append((size, photo))
+        return make_labels(abdiv, size, photo, *more)
 
-    monkeypatch.setattr(Distillation, "make_labels", record)
-    distill(config)
-    run = make_run(config)
-    assert len(calls) > run.steps  # and once for the preview
-    for (abdiv, images), (_, details, expected) in zip(calls, run.batches(), strict=False):
-        assert torch.equal(abdiv, expected) and torch.equal(images, details)
-        assert details.shape[-2:] == (64, 96)  # twice the network's
+    monkeypatch.setattr(batches, "make_labels", record)
+    photo = search(make_run(config)).batches.load_photo(7)
+    [(size, shown)] = calls
+    assert size == (64, 96) and torch.equal(shown, photo.photos)  # twice the network's
+    assert photo.labels.shape == (1, 1, 64, 96)
 
 
 def test_without_reconstruction_the_output_of_the_last_attention_learns_nothing(config):
@@ -440,46 +414,55 @@ class TestOrder:
     def test_an_epoch_has_every_photo_once_but_those_of_the_preview(self, run):
         orders = set()
         for first in range(0, 20, 2):  # an epoch has two steps
-            indices = run.get_indices(first) + run.get_indices(first + 1)
+            indices = [index for step in (first, first + 1) for index in run.batches.get_indices(step)[0]]
             assert sorted(indices) == [6, 7, 8, 9]
             orders.add(tuple(indices))
         assert len(orders) > 1
 
     def test_two_processes_share_the_batches_of_one(self, run):
-        batches = list(search(run).batches())
-        shares = []
-        for index in range(2):
-            run.process = replace(SINGLE, index=index, count=2)
-            shares.append(list(run.batches()))
-        for batch, *parts in zip(batches, *shares, strict=True):
-            for tensor, *parts_of_tensor in zip(batch, *parts, strict=True):
-                assert torch.equal(tensor, torch.cat(parts_of_tensor))
+        batches = search(run).batches
+        whole = list(batches.iterate(0, slice(None)))
+        shares = [list(batches.iterate(0, slice(index, None, 2))) for index in range(2)]
+        assert len(whole) == batches.steps
+        for batch, *parts in zip(whole, *shares, strict=True):
+            assert_same(batch, Batch.concatenate(parts))
 
-    def test_images_are_mirrored_with_their_divergences(self, run):
-        run.steps, count = 10, 0
-        for step, batch in enumerate(search(run).batches()):
-            for *augmented, index in zip(*batch, run.get_indices(step), strict=True):
-                plain = [maps[0] for maps in run.load([index])]
-                mirrored = not torch.equal(augmented[0], plain[0])
+    def test_a_run_from_the_middle_has_the_same_batches(self, run):
+        batches = search(run).batches
+        for batch, other in zip(
+            list(batches.iterate(0, slice(None)))[3:], batches.iterate(3, slice(None)), strict=True
+        ):
+            assert_same(batch, other)
+
+    def test_images_are_mirrored_with_their_labels(self, run):
+        batches, count = search(run).batches, 0
+        for step in range(10):
+            batch = batches.load(step)
+            for row, index in enumerate(batches.get_indices(step)[0]):
+                plain = batches.load_photo(index)
+                mirrored = not torch.equal(batch.images[row], plain.images[0])
                 count += mirrored
-                for one, other in zip(augmented, plain, strict=True):
+                for name in ("images", "photos", "labels", "weights"):
+                    one, other = getattr(batch, name)[row], getattr(plain, name)[0]
                     assert torch.equal(one, other.flip(-1) if mirrored else other)
         assert 4 <= count <= 16
 
     def test_channels_are_shuffled_and_nothing_else(self, run):
-        search(run)
-        run.config, run.steps = replace(run.config, channel_shuffle=1.0), 10
+        batches = search(run).batches
+        batches.config = replace(run.config, channel_shuffle=1.0)
         shuffled = 0
-        for step, batch in enumerate(run.batches()):
-            for *augmented, abdiv, index in zip(*batch, run.get_indices(step), strict=True):
-                *plain, expected = (maps[0] for maps in run.load([index]))
-                if not torch.equal(abdiv, expected):
-                    plain = [image.flip(-1) for image in plain]
+        for step in range(10):
+            batch = batches.load(step)
+            for row, index in enumerate(batches.get_indices(step)[0]):
+                plain = batches.load_photo(index)
+                pairs = [(batch.images[row], plain.images[0]), (batch.photos[row], plain.photos[0])]
+                if not torch.equal(batch.labels[row], plain.labels[0]):
+                    pairs = [(one, other.flip(-1)) for one, other in pairs]
                 # the same order in the image of the network and in that of the decoder
                 orders = [
                     order
                     for order in itertools.permutations(range(3))
-                    if all(torch.equal(one, other[list(order)]) for one, other in zip(augmented, plain, strict=True))
+                    if all(torch.equal(one, other[list(order)]) for one, other in pairs)
                 ]
                 assert len(orders) == 1
                 shuffled += orders[0] != (0, 1, 2)
@@ -494,14 +477,16 @@ class TestOrder:
             return original(columns, *more, **options)
 
         monkeypatch.setattr(visualize, "panel", record)
-        images, details, abdiv = search(run).load(range(6))
+        batches = search(run).batches
         run.write_preview()
-        label, valid = run.make_labels(abdiv, details.shape[-2:], details)
-        target = torch.where(valid > 0, label, 0.5)[:, 0, ::2, ::2]  # pixels without a label are gray
-        assert len(rows) == 6 and target.unique().tolist() == [0, 0.5, 1]
-        for (photo, _, labels, edges), image, expected in zip(rows, images, target, strict=True):
-            assert torch.equal(photo, image) and torch.equal(labels, expected)
-            assert edges.shape == expected.shape and edges.isfinite().all()
+        assert len(rows) == 6
+        for index, (photo, _, labels, edges) in enumerate(rows):
+            whole = batches.load_photo(index)
+            # pixels without a label are gray
+            target = torch.where(whole.weights > 0, whole.labels, 0.5)[0, 0, ::2, ::2]
+            assert target.unique().tolist() == [0, 0.5, 1]
+            assert torch.equal(photo, whole.images[0]) and torch.equal(labels, target)
+            assert edges.shape == target.shape and edges.isfinite().all()
 
 
 class TestStep:
@@ -530,12 +515,12 @@ class TestStep:
         return [(x, 1e-2) for x in run.adapters.values()] + [(x, 3e-3) for x in run.decoder.parameters()]
 
     def test_it_is_adamw_at_a_rate_that_rises_and_falls(self, run):
-        batch = next(run.batches())
+        batch = run.batches.load(0)
         moments = {x: (0.0, 0.0) for x, _ in self.list_trained(run)}
         # rises over four steps, falls over the last half of eight
         for count, (run.step, share) in enumerate({0: 0.25, 2: 0.75, 4: 1.0, 6: 0.5, 7: 0.25}.items(), 1):
             before = [x.detach().clone() for x, _ in self.list_trained(run)]
-            run.train_step(*batch)
+            run.train_step(batch)
             for (x, peak), old in zip(self.list_trained(run), before, strict=True):
                 mean, square = moments[x]
                 mean, square = 0.9 * mean + 0.1 * x.grad, 0.999 * square + 0.001 * x.grad**2
@@ -553,16 +538,17 @@ class TestStep:
         monkeypatch.setattr(run, "schedule", SimpleNamespace(noise=record, denoise=schedule.denoise))
         monkeypatch.setattr(run.optimizer, "step", lambda: None)
         trained = [x for x, _ in self.list_trained(run)]
-        for images, details, abdiv in itertools.islice(run.batches(), 3):
-            run.train_step(images, details, abdiv)
+        for step in range(3):
+            batch = run.batches.load(step)
+            run.train_step(batch)
             latent, _, timestep = calls[-1]
-            assert torch.equal(latent, run.backbone.encode(images)) and timestep.tolist() == [300, 300]
+            assert torch.equal(latent, run.backbone.encode(batch.images)) and timestep.tolist() == [300, 300]
             noisy = schedule.noise(*calls[-1])
             readout = AttentionReadout(run.decoder.values, run.backbone.read_grids())
             with run.backbone.capture(readout.on_attention):
                 denoised = schedule.denoise(noisy, run.backbone.predict(noisy, timestep), timestep)
-            edges = run.decoder(readout.result(), details).sigmoid()
-            edge_loss = dice(edges, *make_labels(abdiv, edges.shape[-2:], details, "sharpened", 0.16, scale=0.4))
+            edges = run.decoder(readout.result(), batch.photos).sigmoid()
+            edge_loss = dice(edges, batch.labels, batch.weights)
             reconstruction = (denoised - latent).square().mean()
             assert_close(run.recent[-1], [edge_loss.item(), reconstruction.item()])
             expected = torch.autograd.grad(edge_loss + 100 * reconstruction, trained)
@@ -740,6 +726,13 @@ class TestInitFrom:
         run = make_run(replace(second, init_from=old))
         assert all(torch.equal(x, weights[name]) for name, x in run.decoder.state_dict().items())
 
+    def test_a_student_without_adapters_gets_new_ones(self, config, model):
+        first = distill(replace(config, rate=0))
+        second = replace(config, output=config.output.with_name("second"), init_from=first)
+        run, student = make_run(second), Detector.from_pretrained(first, device="cpu")
+        assert run.adapters and not any(x.any() for name, x in run.adapters.items() if ".lora_B" in name)
+        assert torch.equal(run.decoder.values, student.decoder.values)
+
     def test_another_student_is_another_run(self, second):
         distill(second)
         other = shutil.copytree(second.init_from, second.output.with_name("other") / "student")
@@ -847,10 +840,11 @@ class TestShards:
         tracer = Tracer.from_pretrained(config.model, device="cpu")
         indices = [7, 2, 2, 5]
         divergences = [
-            tracer(run.photos[index].read(), timestep=299, noising="gaussian", seed=3, return_abdiv=True).abdiv
+            tracer(run.batches.photos[index].read(), timestep=299, noising="gaussian", seed=3, return_abdiv=True).abdiv
             for index in indices
         ]
-        assert_close(run.shards.read(indices), torch.cat(divergences), rtol=1e-3, atol=1e-5)  # stored as float16
+        stored = torch.cat([run.batches.shards.read(index)[0] for index in indices])
+        assert_close(stored, torch.cat(divergences), rtol=1e-3, atol=1e-5)  # as float16
 
     def test_those_of_another_version_are_refused(self, config):
         distill(config)
@@ -1051,7 +1045,7 @@ class TestErrors:
     def test_too_few_photos_remain(self, config, damaged):
         for index in range(4):
             (damaged / f"{index}.png").unlink()
-        with pytest.raises(ValueError, match="distill: images must be more than 6 photos, got 6"):
+        with pytest.raises(ValueError, match="distill: images must be at least 7 photos, got 6"):
             distill(replace(config, images=damaged, skip_bad=True))
 
     def test_photos_of_too_many_pixels(self, call, monkeypatch):
@@ -1084,7 +1078,7 @@ class TestErrors:
             shutil.copy(photos / f"{index}.png", tmp_path / "few")
         result = call(images=tmp_path / "few")
         assert result.exit_code == 2
-        assert result.stderr == "trace-fast: distill: images must be more than 6 photos, got 6\n"
+        assert result.stderr == "trace-fast: distill: images must be at least 7 photos, got 6\n"
 
     def test_a_missing_folder_of_photos(self, call):
         result = call(images="nowhere")
@@ -1233,3 +1227,185 @@ class TestPhotos:
         (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
         with pytest.raises(ValueError, match=r"photos must be readable, got a damaged tar file .*bad\.tar"):
             list_photos(tmp_path)
+
+
+class TestScenes:
+    """Scenes beside photos, windows, steps without attention, and a student that helps to label."""
+
+    @pytest.fixture
+    def scenes(self, tmp_path):
+        """Five scenes of a square each, of 64 x 96 pixels, whose edges are known."""
+        folder = tmp_path / "scenes"
+        random = np.random.default_rng(0)
+        for name in ("images", "inst"):
+            (folder / name).mkdir(parents=True)
+        for index in range(5):
+            instances = np.zeros((64, 96), np.uint16)
+            top, left = random.integers(4, 30, 2)
+            instances[top : top + 24, left : left + 40] = 1
+            image = np.where(instances[..., None] > 0, random.integers(0, 256, 3), random.integers(0, 256, 3))
+            Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{index:06d}.jpg", quality=95)
+            Image.fromarray(instances).save(folder / "inst" / f"{index:06d}.png")
+        return folder
+
+    @pytest.fixture
+    def config(self, config, scenes):
+        options = {"channels": 4, "columns": 8}
+        return replace(
+            config, decoder="unet", decoder_options=options, scenes=scenes, window=32, loss="cross-entropy", batch=4
+        )
+
+    def make_batches(self, config, searched=False):
+        """Return the batches of a run, whose photos are searched if they were not."""
+        tracer = Tracer.from_pretrained(config.model, device="cpu", size=config.size)
+        run = Distillation(config, tracer, list_in_order(config), SINGLE, list_scenes(config.scenes))
+        return (run if searched else search(run)).batches
+
+    def test_a_step_has_its_share_of_scenes(self, config):
+        batches = self.make_batches(config)
+        assert batches.steps == 4  # two epochs of four photos, two of them in a step
+        orders = [batches.get_indices(step) for step in range(5)]
+        assert {(len(photos), len(scenes)) for photos, scenes in orders} == {(2, 2)}
+        assert sorted(index for _, scenes in orders[:2] for index in scenes) != [0, 0, 1, 1]
+        assert sorted(index for _, scenes in orders for index in scenes) == sorted([*range(5)] * 2)
+
+    def test_labels_of_scenes_are_exact(self, config):
+        batches = self.make_batches(replace(config, window=None))
+        batch = batches.load_scene(2)
+        _, instances = read_scene(batches.scenes[2])
+        expected, weights = label_scene(instances, (64, 96))
+        assert torch.equal(batch.labels, expected) and torch.equal(batch.weights, weights)
+        assert batch.windows is None and batch.photos.shape == (1, 3, 64, 96)
+
+    def test_a_window_is_cut_from_photo_and_labels_alike(self, config):
+        batches = self.make_batches(config)
+        places = set()
+        for step in range(8):
+            batch = batches.load(step)
+            assert batch.photos.shape == (4, 3, 32, 32) and batch.labels.shape == batch.weights.shape == (4, 1, 32, 32)
+            assert batch.images.shape[-2:] == (32, 48)  # the network sees the whole image
+            photos, scenes = batches.get_indices(step)
+            for row, index in enumerate((*photos, *scenes)):
+                whole = batches.load_photo(index) if row < len(photos) else batches.load_scene(index)
+                height, width = whole.photos.shape[-2:]
+                top, left, bottom, right = (
+                    (batch.windows[row] * torch.tensor([height, width] * 2)).round().int().tolist()
+                )
+                assert (bottom - top, right - left) == (32, 32)
+                places.add((top, left))
+                for name in ("photos", "labels", "weights"):
+                    maps = getattr(whole, name)
+                    cuts = [x[0, :, top:bottom, left:right] for x in (maps, maps.flip(-1))]
+                    assert any(torch.equal(getattr(batch, name)[row], cut) for cut in cuts)
+        assert len(places) > 8
+
+    def test_a_narrow_photo_is_enlarged_until_the_window_fits(self, config, monkeypatch):
+        batches = self.make_batches(replace(config, window=80))
+        assert batches.load(0).photos.shape == (4, 3, 80, 80)
+
+    def test_jitter_changes_both_views_alike(self, config):
+        batches = self.make_batches(replace(config, window=None, jitter=0.8, images=config.images))
+        augmentation = Augmentation(gain=0.5, offset=0.2)
+        plain, changed = batches.load_scene(0), batches.load_scene(0, augmentation)
+        for name in ("images", "photos"):
+            assert_close(getattr(changed, name), (getattr(plain, name) - 0.5) * 0.5 + 0.7)
+        samples = [Augmentation.sample(np.random.default_rng(seed), 0, 0.8) for seed in range(50)]
+        assert (
+            0.2 <= min(sample.gain for sample in samples) < 0.5 and 1.5 < max(sample.gain for sample in samples) <= 1.8
+        )
+        assert -0.4 <= min(sample.offset for sample in samples) < -0.2
+
+    def test_a_student_learns_from_scenes_alone(self, config):
+        config = replace(config, scenes_share=1, rate=0, blank_attention=1, epochs=120, decoder_rate=1e-2)
+        student = distill(config)
+        losses = [loss for _, loss, _ in read_progress(config)["losses"]]
+        assert losses[-1] < 0.7 * losses[0]
+        assert len(list_shards(config)) == 2  # of the preview alone
+        detector = Detector.from_pretrained(student, device="cpu")
+        image, instances = read_scene(list_scenes(config.scenes)[0])
+        edges, (label, _) = detector.edges(image[None] / 255), label_scene(instances, (64, 96))
+        assert edges[label > 0].mean() > 3 * edges[label == 0].mean()
+
+    def test_in_a_step_without_attention_the_network_does_not_run(self, config, monkeypatch):
+        run = make_run(replace(config, scenes_share=1, blank_attention=1))
+        run.batches = self.make_batches(replace(config, scenes_share=1))
+        monkeypatch.setattr(run.backbone, "predict", lambda *_: pytest.fail("the network ran"))
+        before = {name: x.detach().clone() for name, x in run.decoder.named_parameters()}
+        run.train_step(run.batches.load(0))
+        changed = {name for name, x in run.decoder.named_parameters() if not torch.equal(x, before[name])}
+        assert "head.weight" in changed and "values" not in changed and run.recent[0][1] == 0
+
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, config, monkeypatch):
+        config = replace(config, blank_attention=0.5, jitter=0.3, channel_shuffle=0.5, epochs=6, save_minutes=0)
+        other = replace(config, output=config.output.with_name("other"))
+        distill(config)
+
+        def stop(run, batch, train=Distillation.train_step):
+            if run.step == 5:
+                raise KeyboardInterrupt
+            train(run, batch)
+
+        monkeypatch.setattr(Distillation, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            distill(other)
+        monkeypatch.undo()
+        distill(other)
+        first, second = read_weights(config), read_weights(other)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_a_student_helps_to_label(self, config, monkeypatch):
+        first = distill(config)
+        successor = replace(
+            config, output=config.output.with_name("second"), labels="combined", labels_student=first, init_from=first
+        )
+        student = distill(successor)
+        batches = self.make_batches(replace(successor, window=None), searched=True)
+        detector = Detector.from_pretrained(first, device="cpu")
+        photo = batches.photos[8].read()
+        abdiv, stored = batches.shards.read(8)
+        size = detector.decoder.photo_size(photo.shape[-2:], detector.size)
+        copies = resize(photo, size)
+        edges = (detector.edges(copies) + detector.edges(copies.flip(-1)).flip(-1)) / 2
+        assert_close(stored, edges, rtol=0, atol=0.003)  # stored in 255 steps
+        probability = 1 - torch.exp(-abdiv[:, None] / batches.scale)
+        soft = torch.nn.functional.interpolate(probability, size, mode="bilinear")
+        label = batches.load_photo(8).labels
+        assert_close(label, (soft * stored).sqrt(), rtol=0, atol=1e-5)
+        assert "combined labels" in (student / "README.md").read_text()
+
+    def test_another_student_has_other_labels(self, config):
+        first = distill(config)
+        second = distill(replace(config, output=config.output.with_name("second"), seed=1))
+        options = {"labels": "combined", "labels_dir": config.output.with_name("labels")}
+        distill(replace(config, output=config.output.with_name("third"), labels_student=first, **options))
+        with pytest.raises(
+            ValueError, match="labels_dir must be empty or hold labels of the same teacher, got student"
+        ):
+            distill(replace(config, output=config.output.with_name("fourth"), labels_student=second, **options))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"labels": "combined"}, "labels_student must name a student for combined labels"),
+            (
+                {"labels_student": Path("x")},
+                "labels_student must name a student for combined labels, and for them alone",
+            ),
+            ({"scenes": None, "scenes_share": 1.0, "decoder": "unet"}, None),
+            ({"decoder": "conv", "decoder_options": {}}, "decoder must be one that sees the photo where window or"),
+            ({"window": 16}, "window must be at least 32, got 16"),
+            ({"scenes_share": 1.1}, "scenes_share must be from 0 to 1, got 1.1"),
+            ({"loss": "mse"}, "loss must be dice or cross-entropy, got mse"),
+        ],
+        ids=str,
+    )
+    def test_options_that_do_not_fit(self, config, change, message):
+        if message is None:
+            replace(config, **change)
+            return
+        with pytest.raises(ValueError, match=f"distill: {message}"):
+            replace(config, **change)
+
+    def test_a_folder_without_scenes(self, config, tmp_path):
+        with pytest.raises(ValueError, match=r"scenes must be a folder that .* wrote, got no scenes"):
+            distill(replace(config, scenes=tmp_path / "nothing"))

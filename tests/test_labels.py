@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from trace_fast.io.images import resize
-from trace_fast.training.labels import gradient_ridges, make_labels, pseudo_labels
+from trace_fast.training.labels import STUFF_WEIGHT, gradient_ridges, label_scene, make_labels, pseudo_labels
+from trace_fast.training.scenes import IGNORED
 
 
 class TestPseudoLabels:
@@ -112,6 +113,41 @@ class TestMakeLabels:
         label, valid = self.make(abdiv, (6, 10), images, "binarized")
         assert_close(torch.logit(label.double()) / 12, sharpened.double() - 0.42, rtol=0, atol=1e-4)
         assert valid.all()
+
+    def test_combined_labels_are_the_geometric_mean_with_a_students_edges(self):
+        abdiv, student = torch.tensor([[[0.0, 0.1, 0.2]]]), torch.tensor([[[[0.9, 0.4, 0.0]]]])
+        label, valid = make_labels(abdiv, (1, 3), torch.rand(1, 3, 8, 24), "combined", 0.16, 0.1, student)
+        soft = 1 - torch.exp(-abdiv / 0.1)
+        assert_close(label, (soft * student).sqrt())
+        assert valid.all()
+
+
+class TestLabelScene:
+    @pytest.fixture
+    def instances(self):
+        """Two instances that touch, at the left, and a border of two regions behind them, at the right."""
+        instances = torch.zeros(6, 12, dtype=torch.int32)
+        instances[1:4, :3], instances[1:4, 3:6] = 1, 2
+        instances[:, 9:11] = IGNORED
+        return instances
+
+    def test_edges_are_where_instances_change(self, instances):
+        label, _ = label_scene(instances, (6, 12))
+        expected = torch.zeros(6, 12)
+        expected[0, :6] = expected[3, :6] = 1  # above and along the lower side
+        expected[1:4, 2] = expected[1:4, 5] = 1
+        assert torch.equal(label[0, 0], expected)
+
+    def test_pixels_beside_an_edge_have_no_label_and_stuff_counts_little(self, instances):
+        label, weight = label_scene(instances, (6, 12))
+        assert (weight[label > 0] == 1).all()
+        assert weight[0, 0, 2].tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 1, STUFF_WEIGHT, STUFF_WEIGHT, 1]
+
+    def test_at_another_size(self, instances):
+        small, _ = label_scene(instances, (3, 6))
+        assert torch.equal(small, torch.nn.functional.max_pool2d(label_scene(instances, (6, 12))[0], 2))
+        large, _ = label_scene(instances, (12, 24))
+        assert large[0, 0, 5].nonzero().flatten().tolist() == [5, 11]  # lines stay one pixel wide
 
 
 class TestGradientRidges:

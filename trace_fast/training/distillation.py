@@ -7,6 +7,7 @@ one pass. No annotation is used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -15,7 +16,6 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,23 @@ from trace_fast.backbones.base import NOISINGS, STEPS, Backbone, check_timestep,
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, FORMAT, AttentionReadout, make_decoder, resample_values, upgrade_student
-from trace_fast.detector import StudentPass, save_student
+from trace_fast.detector import Detector, StudentPass, save_student, use_channels_last
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.tracer import TraceOutput, Tracer
+from trace_fast.training.batches import PREVIEW, Batch, Batches
 from trace_fast.training.data import PhotoFile, list_photos, refuse_damaged, shuffle_photos
-from trace_fast.training.labels import LABELS, make_labels
+from trace_fast.training.labels import LABELS
 from trace_fast.training.lora import inject
+from trace_fast.training.losses import LOSSES, compute_loss
 from trace_fast.training.options import check_options, document_options, option, to_json
+from trace_fast.training.scenes import SceneFile, list_scenes
 from trace_fast.training.shards import Shards
+from trace_fast.training.standardization import fold_kernels, standardize_kernels
 from trace_fast.training.state import Process, State, list_differences, read_progress, trapezoid
 
-__all__ = ["DistillConfig", "dice", "distill"]
+__all__ = ["DistillConfig", "distill"]
 
-PREVIEW = 6  # photos of the preview, which are not trained on
 FLOW_TIMESTEP = 20  # of the student's pass for rectified flow
 STATE = "state.safetensors"
 PROGRESS = ("step", "seconds", "recent", "losses")
@@ -70,6 +73,19 @@ class DistillConfig:
 
     images: Path = option(
         help="The folder of image files to learn from, or of tar files of them. No annotations are needed.", fixed=False
+    )
+    scenes: Path | None = option(
+        None,
+        help="The folder of drawn scenes to learn from beside the photos; see `trace-fast scenes`. The edges of scenes "
+        "are known exactly.",
+        fixed=False,
+    )
+    scenes_share: float = option(
+        0.5,
+        help="The share of the images in a step that are scenes, where there are scenes. With 1, photos serve for the "
+        "preview alone.",
+        least=0,
+        most=1,
     )
     output: Path = option(
         help="The folder for the state of the run and the student. A run in that folder is resumed.", fixed=False
@@ -106,8 +122,8 @@ class DistillConfig:
     )
     init_from: Path | None = option(
         None,
-        help="The folder of a student to start from. It must be of the same model, rank and decoder. If its size is "
-        "another one, the values of its decoder are interpolated.",
+        help="The folder of a student to start from. It must be of the same model, decoder and rank, or have no "
+        "adapters. If its size is another one, the values of its decoder are interpolated.",
         fixed=False,
     )
     labels: str = option(
@@ -115,8 +131,15 @@ class DistillConfig:
         help="The kind of the labels. Those of the paper are ternary: tokens that are neither clearly edge nor clearly "
         "interior have no label. In binary labels, they are interior. Soft labels are the probability "
         "1 - exp(-ABDiv / s). Sharpened labels are soft labels times the ridges of the image's gradient. Binarized "
-        "labels are sharpened labels pushed towards 0 and 1.",
+        "labels are sharpened labels pushed towards 0 and 1. Combined labels are the geometric mean of soft labels and "
+        "of the edges of the student that `labels_student` names.",
         choices=LABELS,
+    )
+    labels_student: Path | None = option(
+        None,
+        help="The folder of a student whose edges, averaged over mirrored copies of a photo, help to label it, so that "
+        "it teaches its successor. Only combined labels use it.",
+        fixed=False,
     )
     interior: float = option(
         0.16,
@@ -127,7 +150,7 @@ class DistillConfig:
     decoder: str = option(
         "conv",
         help="The decoder of the student. That of the paper is conv, one convolution over the attention map; pixels is "
-        "a small network that sees the image, too.",
+        "a small network that sees the image, too, and unet a larger one.",
         choices=tuple(DECODERS),
     )
     decoder_options: dict[str, int] = option(
@@ -140,11 +163,35 @@ class DistillConfig:
         least=0,
         most=STEPS - 1,
     )
+    window: int | None = option(
+        None,
+        help="The height and width in pixels of a random window of the photo, as the decoder sees it, that a step "
+        "trains on. The network sees the whole photo. The default is the whole photo; a decoder that sees photos at "
+        "their own aspect ratio then needs photos of one shape.",
+        least=32,
+    )
+    loss: str = option("dice", help="The loss of the edges.", choices=LOSSES)
+    edge_weight: float = option(
+        1.0, help="The number of times that a pixel of an edge counts in the cross-entropy.", least=0.01, most=1000
+    )
+    blank_attention: float = option(
+        0.0,
+        help="The share of steps in which the decoder sees the photo alone. The network does not run in such a step, "
+        "which saves most of its time.",
+        least=0,
+        most=1,
+    )
     reconstruction: float = option(1.0, help="The weight of the reconstruction loss. 0 turns it off.", least=0)
     channel_shuffle: float = option(
         0.0,
         help="The share of images whose red, green and blue channels are shuffled, so that the student does not rely "
         "on colors that are common in few images.",
+        least=0,
+        most=1,
+    )
+    jitter: float = option(
+        0.0,
+        help="The largest change of an image's contrast, as a share of it; brightness changes by half as much.",
         least=0,
         most=1,
     )
@@ -196,9 +243,19 @@ class DistillConfig:
         check_options("distill", self)
         if self.teacher_timestep is not None:
             check_timestep(self.teacher_timestep)
+        if (self.labels == "combined") != (self.labels_student is not None):
+            raise ValueError(
+                f"distill: labels_student must name a student for combined labels, and for them alone, got "
+                f"{self.labels_student} with {self.labels} labels"
+            )
         # these errors would otherwise appear after the search, which may take hours
         with torch.random.fork_rng(devices=[]):
             decoder = make_decoder(self.decoder, (64, 64), **self.decoder_options)
+        if decoder.photo_size((64, 64), (64, 64)) is None and (self.window is not None or self.blank_attention):
+            raise ValueError(
+                f"distill: decoder must be one that sees the photo where window or blank_attention is used, got "
+                f"{self.decoder}"
+            )
         if self.init_from is not None:
             self.check_init_from(decoder.options())
 
@@ -213,12 +270,17 @@ class DistillConfig:
             raise ValueError(
                 f"distill: init_from must be the folder of a student, got '{self.init_from}': {error}"
             ) from error
-        ranks = [self.rank] if self.rate else []
+        # adapters that the student does not have start without an effect
+        ranks = [self.rank] if self.rate and ranks else []
         if difference := list_differences(stored, {**decoder, "rank": ranks}):
             raise ValueError(
                 f"distill: init_from must be a student with decoder {self.decoder} and adapters of rank {ranks}, got "
                 f"{difference}"
             )
+
+    def count_scenes(self) -> int:
+        """Return the number of scenes in a step."""
+        return 0 if self.scenes is None else round(self.scenes_share * self.batch)
 
     def describe_teacher(self) -> str:
         """Return what divergences depend on beside their photo, as JSON."""
@@ -230,15 +292,14 @@ class DistillConfig:
             "noising": self.teacher_noising,
             "seed": self.seed,
             "dtype": "float32" if self.dtype == "float32" else None,
+            "student": hash_student(self.labels_student),
         }
         return json.dumps(description)
 
     def describe_run(self) -> str:
         """Return what a resumed run must share with the run before, as JSON; of a student to start from, its bytes."""
-        if self.init_from is None:
-            return to_json(self, {})
-        files = [(self.init_from / name).read_bytes() for name in (DECODER, ADAPTER)]
-        return to_json(self, {"init_from": hashlib.sha256(b"".join(files)).hexdigest()})
+        students = {name: hash_student(getattr(self, name)) for name in ("init_from", "labels_student")}
+        return to_json(self, {name: digest for name, digest in students.items() if digest})
 
     def make_search(self, tracer: Tracer) -> Callable[[Tensor], TraceOutput]:
         """Return the teacher's search of one image."""
@@ -251,26 +312,11 @@ class DistillConfig:
         return Shards(self.labels_dir or self.output / "labels", self.describe_teacher(), photos)
 
 
-def dice(prediction: Tensor, label: Tensor, valid: Tensor) -> Tensor:
-    """Return the Dice loss, 1 - (2 sum(p l) + 1) / (sum(p^2) + sum(l^2) + 1), averaged over images.
-
-    With squares, as in V-Net, the best prediction of a soft label is the label itself, not 0 or 1.
-
-    Args:
-        prediction: (B, 1, h, w) float, p in [0, 1].
-        label: (B, 1, h, w) float, l in [0, 1].
-        valid: (B, 1, h, w) float, 1 for the pixels that are summed, 0 for others.
-
-    Returns:
-        () float, from 0 (equal) to 1. Differentiable.
-
-    Example:
-        >>> dice(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
-        tensor(0.)
-    """
-    prediction, label = (maps.flatten(1) * valid.flatten(1) for maps in (prediction, label))
-    overlap, total = (prediction * label).sum(1), (prediction**2).sum(1) + (label**2).sum(1)
-    return (1 - (2 * overlap + 1) / (total + 1)).mean()
+def hash_student(folder: Path | None) -> str | None:
+    """Return a hash of the weights in the folder of a student, or None for None."""
+    if folder is None:
+        return None
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in (DECODER, ADAPTER))).hexdigest()
 
 
 class Distillation:
@@ -281,24 +327,35 @@ class Distillation:
         tracer: the base, which is changed in place.
         photos: all of them, in order; the first `PREVIEW` are not trained on.
         process: this process.
+        scenes: drawn scenes; may be empty.
     """
 
-    def __init__(self, config: DistillConfig, tracer: Tracer, photos: Sequence[PhotoFile], process: Process):
-        self.config, self.process, self.photos = config, process, photos
+    def __init__(
+        self,
+        config: DistillConfig,
+        tracer: Tracer,
+        photos: Sequence[PhotoFile],
+        process: Process,
+        scenes: Sequence[SceneFile] = (),
+    ):
+        self.config, self.process = config, process
         self.backbone, self.device = tracer.backbone, tracer.device
         assert self.backbone.schedule is not None  # of an encoder, refused before
         self.schedule = self.backbone.schedule
-        self.scale = tracer.backbone.settings.edge_scale
         self.half = config.dtype == "bfloat16" or (config.dtype is None and self.device.type == "cuda")
-        self.shards = config.open_shards(photos)
         default = FLOW_TIMESTEP if isinstance(self.schedule, RectifiedFlow) else 0
         self.timestep = default if config.timestep is None else config.timestep
         torch.manual_seed(config.seed)
         decoder = make_decoder(config.decoder, self.backbone.finest_grid(), **config.decoder_options)
         self.decoder = decoder.to(self.device)
+        use_channels_last(self.decoder)
+        settings = self.backbone.settings
+        shards = config.open_shards(photos)
+        self.batches = Batches(config, photos, scenes, shards, decoder, settings.size, settings.edge_scale)
         self.adapters = inject(self.backbone, config.rank) if config.rate else {}
         if config.init_from is not None:
             self.initialize_from(config.init_from)
+        standardize_kernels(self.decoder)
         groups = [
             {"params": list(self.adapters.values()), "peak": config.rate},
             {"params": list(self.decoder.parameters()), "peak": config.decoder_rate},
@@ -310,11 +367,11 @@ class Distillation:
             network.enable_gradient_checkpointing()
             network.train()
         self.step, self.seconds = 0, 0.0
-        # Dice loss and reconstruction loss of every step since the last entry of `losses`
+        # loss of the edges and reconstruction loss of every step since the last entry of `losses`
         self.recent: list[list[float]] = []
-        # step, mean Dice loss and mean reconstruction loss since the entry before
+        # step, and the means of both losses since the entry before
         self.losses: list[list[float]] = []
-        self.steps = max(1, round(config.epochs * (len(photos) - PREVIEW) / config.batch))
+        self.steps = self.batches.steps
         trained = self.adapters | {f"decoder.{name}": value for name, value in self.decoder.named_parameters()}
         self.state = State(config.output / STATE, trained, self.optimizer, config.describe_run(), "distill")
 
@@ -332,95 +389,33 @@ class Distillation:
             shapes, expected = (
                 {name: tensor.shape for name, tensor in group.items()} for group in (adapter, self.adapters)
             )
-            if shapes != expected:
+            if shapes and shapes != expected:
                 raise ValueError("its adapters belong to other layers")
         except (KeyError, ValueError, RuntimeError, OSError) as error:
             raise ValueError(
                 f"distill: init_from must be a student of the same model, got '{folder}': {error}"
             ) from error
-        for name, parameter in self.adapters.items():
-            parameter.copy_(adapter[name])
+        for name, value in adapter.items():
+            self.adapters[name].copy_(value)
 
-    def get_indices(self, step: int) -> list[int]:
-        """Return the photos of a step by their index in the list: permutations of those to train on, in turn."""
-        count, batch = len(self.photos) - PREVIEW, self.config.batch
-        indices = []
-        for number in range(step * batch, (step + 1) * batch):
-            epoch, index = divmod(number, count)
-            indices.append(PREVIEW + int(self._permute(epoch)[index]))
-        return indices
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (one object a run)
-    def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.photos) - PREVIEW)
-
-    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return images at the processing size, at the size that the decoder sees if it sees them, and divergences."""
-        size, detail = self.backbone.settings.size, self.decoder.detail
-        images, details = [], []
-        for index in indices:
-            pixels = self.photos[index].read()
-            images.append(resize(pixels, size))
-            if detail:
-                details.append(resize(pixels, (size[0] * detail, size[1] * detail)))
-        return torch.cat(images), torch.cat(details) if details else None, self.shards.read(indices)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """Yield this process's share of all remaining batches, loaded ahead; half of the images are mirrored."""
-        share = self.process.share
-
-        def prepare(step: int) -> tuple[Tensor, Tensor | None, Tensor]:
-            indices, random = self.get_indices(step), np.random.default_rng([self.config.seed, step, 1])
-            mirrored = torch.from_numpy(random.random(len(indices)) < 0.5)[share]
-            shuffle = self.config.channel_shuffle
-            orders = [random.permutation(3) if random.random() < shuffle else range(3) for _ in indices]
-            channels = torch.tensor(np.array(orders))[share, :, None, None]
-            images, details, abdiv = self.load(indices[share])
-
-            def augment(maps: Tensor) -> Tensor:
-                maps = torch.where(mirrored.view(-1, *[1] * (maps.ndim - 1)), maps.flip(-1), maps)
-                return maps.gather(1, channels.expand_as(maps)) if maps.ndim == 4 else maps
-
-            return augment(images), None if details is None else augment(details), augment(abdiv)
-
-        with ThreadPoolExecutor(2) as pool:
-            pending = [pool.submit(prepare, step) for step in range(self.step, min(self.step + 3, self.steps))]
-            for step in range(self.step, self.steps):
-                yield pending.pop(0).result()
-                if step + 3 < self.steps:
-                    pending.append(pool.submit(prepare, step + 3))
-
-    def train_step(self, images: Tensor, details: Tensor | None, abdiv: Tensor) -> None:
-        """Train one step on this process's share of a batch; the arguments are those of `load`."""
-        config, backbone, schedule = self.config, self.backbone, self.schedule
-        images, abdiv = images.to(self.device), abdiv.to(self.device)
-        details = None if details is None else details.to(self.device)
+    def train_step(self, batch: Batch) -> None:
+        """Train one step on this process's share of a batch."""
+        config, batch = self.config, batch.to(self.device)
         factor = trapezoid(self.step, self.step / self.steps, config.warmup, config.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            latent = backbone.encode(images)
-        timestep = constant((self.timestep,), images.device).expand(len(images))
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng([config.seed, self.step, 2]).integers(2**62))
-        )
-        # drawn for the whole batch, so that it is the same for any number of processes
-        noise = torch.randn(config.batch, *latent.shape[1:], generator=generator)[self.process.share].to(latent)
-        noisy = schedule.noise(latent, noise, timestep)
-        readout = AttentionReadout(self.decoder.values, backbone.read_grids())
+        weight = len(batch.images) / config.batch
+        random = np.random.default_rng([config.seed, self.step, 2])
+        seed, blank = int(random.integers(2**62)), random.random() < config.blank_attention
         # the hooks stay for the backward pass, which runs the network again under checkpointing
-        with backbone.capture(readout.on_attention):
-            with warnings.catch_warnings(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
-                prediction = backbone.predict(noisy, timestep)
-                edges = self.decoder(readout.result(), details).float().sigmoid()
-            label, valid = self.make_labels(abdiv, edges.shape[-2:], images if details is None else details)
-            edge_loss = dice(edges, label, valid)
-            denoised = schedule.denoise(noisy, prediction.float(), timestep)
-            reconstruction_loss = functional.mse_loss(denoised, latent)
+        readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
+        with contextlib.nullcontext() if blank else self.backbone.capture(readout.on_attention):
+            reconstruction_loss = torch.zeros((), device=self.device) if blank else self.reconstruct(batch.images, seed)
+            with self.autocast():
+                logits = self.decoder(None if blank else readout.result(), batch.photos, batch.windows).float()
+            edge_loss = compute_loss(config.loss, logits, batch.labels, batch.weights, config.edge_weight)
             loss = edge_loss + config.reconstruction * reconstruction_loss
-            weight = len(images) / config.batch
             (loss * weight).backward()
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.process.sum_gradients(trained)
@@ -430,26 +425,43 @@ class Distillation:
         losses = self.process.sum(torch.stack([edge_loss.detach(), reconstruction_loss.detach()]) * weight)
         self.recent.append(losses.tolist())
 
-    def make_labels(self, abdiv: Tensor, size: Sequence[int], images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels, and where they are valid, of this run's kind."""
-        return make_labels(abdiv, size, images, self.config.labels, self.config.interior, self.scale)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute in bfloat16 where this run does."""
+        with warnings.catch_warnings(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
+            yield
+
+    def reconstruct(self, images: Tensor, seed: int) -> Tensor:
+        """Run the network on images at the student's timestep, and return the reconstruction loss of their latents."""
+        with torch.no_grad():
+            latent = self.backbone.encode(images)
+        timestep = constant((self.timestep,), images.device).expand(len(images))
+        # drawn for the whole batch, so that it is the same for any number of processes
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.config.batch, *latent.shape[1:], generator=generator)[self.process.share].to(latent)
+        noisy = self.schedule.noise(latent, noise, timestep)
+        with self.autocast():
+            prediction = self.backbone.predict(noisy, timestep)
+        return functional.mse_loss(self.schedule.denoise(noisy, prediction.float(), timestep), latent)
 
     @torch.no_grad()
     def write_preview(self) -> None:
         """Write preview.png: photos that are not trained on, their divergences and labels, and the student's edges."""
-        images, details, abdiv = self.load(range(PREVIEW))
-        student = StudentPass(self.backbone, self.decoder, self.timestep)
-        logits = student(images.to(self.device), None if details is None else details.to(self.device))
+        student, batches = StudentPass(self.backbone, self.decoder, self.timestep), self.batches
         size, rows = self.backbone.settings.size, []
-        label, valid = self.make_labels(abdiv, logits.shape[-2:], images if details is None else details)
-        label, valid = (functional.interpolate(maps, size) for maps in (label, valid))
-        edges = resize(logits.float().sigmoid(), size).clamp(0, 1).cpu()
-        soft = 1 - torch.exp(-resize(abdiv[:, None], size).clamp(min=0) / self.scale)
-        for index, image in enumerate(images):
-            # pixels without a label are gray
-            target = torch.where(valid[index, 0] > 0, label[index, 0], torch.tensor(0.5))
+        for index in range(PREVIEW):
+            whole = batches.load_photo(index)
+            photos = None if whole.photos is None else whole.photos.to(self.device)
+            logits = student(whole.images.to(self.device), photos)
+            abdiv, _ = batches.shards.read(index)
+            soft = 1 - torch.exp(-resize(abdiv[:, None], size).clamp(min=0) / batches.scale)
+            label, weight = (functional.interpolate(maps, size) for maps in (whole.labels, whole.weights))
+            target = torch.where(weight > 0, label, 0.5)  # pixels without a label are gray
+            edges = resize(logits.float().sigmoid(), size).clamp(0, 1).cpu()
             titles = ["photo", "ABDiv", "labels", "student"] if index == 0 else [""] * 4
-            rows.append(visualize.panel([image, soft[index, 0], target, edges[index, 0]], titles, height=192))
+            pictures = [whole.images[0], *(maps[0, 0] for maps in (soft, target, edges))]
+            rows.append(visualize.panel(pictures, titles, height=192))
         from PIL import Image
 
         sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
@@ -477,7 +489,7 @@ class Distillation:
         }
         adapter = {name: value.detach() for name, value in self.adapters.items()}
         empty_prompt = getattr(self.backbone, "empty_prompt", None)
-        save_student(folder, description, self.decoder, adapter, empty_prompt, self.write_card())
+        save_student(folder, description, fold_kernels(self.decoder), adapter, empty_prompt, self.write_card())
         return folder
 
     def write_card(self) -> str:
@@ -486,6 +498,7 @@ class Distillation:
         teacher_size = "x".join(map(str, config.teacher_size or self.backbone.settings.size))
         decoder_count = sum(value.numel() for value in self.decoder.parameters())
         adapter_count = sum(value.numel() for value in self.adapters.values())
+        photo_count, scenes = len(self.batches.photos) - PREVIEW, self.batches.scenes
         losses = f"{self.losses[-1][1]:.4f} and {self.losses[-1][2]:.4f}" if self.losses else "not logged"
         return "\n".join(
             [
@@ -499,12 +512,13 @@ class Distillation:
                 f"- Teacher: ABDiv at {teacher_size} pixels, timestep "
                 f"{'as the model prefers' if config.teacher_timestep is None else config.teacher_timestep}; "
                 f"{config.labels} labels",
-                f"- Data: {len(self.photos) - PREVIEW:,} photos of {config.images.name!r}, license {config.license}",
+                f"- Data: {photo_count:,} photos of {config.images.name!r}, license {config.license}",
+                *([f"- Scenes: {len(scenes):,}, {config.scenes_share:.0%} of the images of a step"] if scenes else []),
                 *([f"- Initial weights: the student in {config.init_from.name!r}"] if config.init_from else []),
                 f"- Training: {self.step:,} steps of {config.batch}, AdamW, rates {config.rate:g} (adapters) and "
                 f"{config.decoder_rate:g} (decoder), reconstruction weight {config.reconstruction:g}, "
                 f"seed {config.seed}",
-                f"- Dice and reconstruction loss of the last steps that were logged: {losses}",
+                f"- {config.loss} and reconstruction loss of the last steps that were logged: {losses}",
                 f"- Machine: {platform.processor() or platform.machine()}, {self.device}, "
                 f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
                 "",
@@ -519,15 +533,15 @@ class Distillation:
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         hidden = None if self.process.index == 0 else True
         with tqdm(total=self.steps, initial=self.step, unit="step", desc="distill", disable=hidden) as bar:
-            for batch in self.batches():
-                self.train_step(*batch)
+            for batch in self.batches.iterate(self.step, self.process.share):
+                self.train_step(batch)
                 self.seconds = time.monotonic() - started
                 bar.update()
                 if len(self.recent) == 50:
                     means = np.mean(self.recent, 0).tolist()
                     self.losses.append([self.step, *means])
                     self.recent = []
-                    bar.set_postfix(dice=f"{means[0]:.3f}", reconstruction=f"{means[1]:.4f}")
+                    bar.set_postfix(edges=f"{means[0]:.3f}", reconstruction=f"{means[1]:.4f}")
                 if time.monotonic() - saved > 60 * config.save_minutes:
                     self.save()
                     saved = time.monotonic()
@@ -543,10 +557,12 @@ def check_student(config: DistillConfig, backbone: Backbone) -> None:
         raise ValueError(f"distill: checkpointing must be off for a network not of diffusers, got {config.model!r}")
 
 
-def check_count(photos: Sequence[PhotoFile]) -> None:
-    """Refuse too few photos."""
-    if len(photos) <= PREVIEW:
-        raise ValueError(f"distill: images must be more than {PREVIEW} photos, got {len(photos)}")
+def take_photos(config: DistillConfig, photos: Sequence[PhotoFile]) -> Sequence[PhotoFile]:
+    """Return those of the photos that the run uses; ValueError if they are too few."""
+    needed = PREVIEW + (config.count_scenes() < config.batch)
+    if len(photos) < needed:
+        raise ValueError(f"distill: images must be at least {needed} photos, got {len(photos)}")
+    return photos if needed > PREVIEW else photos[:PREVIEW]
 
 
 def distill(config: DistillConfig) -> Path:
@@ -570,8 +586,7 @@ def distill(config: DistillConfig) -> Path:
         >>> folder = distill(DistillConfig(images=Path("photos"), output=Path("run"), size=(96, 128)))
         >>> edges = trace_fast.edges("photo.jpg", model=folder)
     """
-    photos = shuffle_photos(list_photos(config.images), config.seed)[: config.limit]
-    check_count(photos)
+    photos = take_photos(config, shuffle_photos(list_photos(config.images), config.seed)[: config.limit])
     process = Process.connect(config.device, "distill")
     if config.batch < process.count:
         raise ValueError(f"distill: batch must be at least the {process.count} processes, got {config.batch}")
@@ -585,6 +600,7 @@ def distill(config: DistillConfig) -> Path:
             raise ValueError(f"distill: model must be a diffusion model, got the encoder {config.model!r}")
         return tracer
 
+    scenes = list_scenes(config.scenes) if config.scenes is not None else []
     config.output.mkdir(parents=True, exist_ok=True)
     shards = config.open_shards(photos)
     missing = shards.list_missing()
@@ -594,8 +610,23 @@ def distill(config: DistillConfig) -> Path:
         check_student(config, teacher.backbone)
         damaged = refuse_damaged(missing, config.skip_bad, process)
         photos, missing = ([photo for photo in group if photo not in damaged] for group in (photos, missing))
-        check_count(photos)
-        shards.write(config.make_search(teacher), missing, config.shard, process.share)
-        del teacher  # frees memory for the student
+        take_photos(config, photos)
+        student = None if config.labels_student is None else load_helper(config, process.device)
+        shards.write(config.make_search(teacher), missing, config.shard, process.share, student)
+        del teacher, student  # frees memory for the student
         process.wait()
-    return Distillation(config, load_tracer(config.size), photos, process).run()
+    return Distillation(config, load_tracer(config.size), photos, process, scenes).run()
+
+
+def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the edges of the student that helps the teacher, at the size at which its decoder sees the photo."""
+    detector = Detector.from_pretrained(str(config.labels_student), device=device)
+
+    def average(photo: Tensor) -> Tensor:
+        """Return edges (1, 1, h, w), averaged over the photo and its mirrored copy."""
+        size = detector.decoder.photo_size((photo.shape[-2], photo.shape[-1]), detector.size) or detector.size
+        copies = resize(photo, size)
+        edges = detector.edges(torch.cat([copies, copies.flip(-1)]))
+        return (edges[:1] + edges[1:].flip(-1)) / 2
+
+    return average

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast.io.images import resize
+from trace_fast.training.scenes import IGNORED
 
-__all__ = ["LABELS", "gradient_ridges", "make_labels", "pseudo_labels"]
+__all__ = ["LABELS", "gradient_ridges", "label_scene", "make_labels", "pseudo_labels"]
 
-LABELS = ("ternary", "binary", "soft", "sharpened", "binarized")
+LABELS = ("ternary", "binary", "soft", "sharpened", "binarized", "combined")
 # a sharpened probability of MIDDLE becomes 0.5 in binarized labels, with a slope of STEEPNESS / 4
 MIDDLE, STEEPNESS = 0.42, 12.0
+# of pixels near the border of two regions of a scene that are no instances: annotators differ about such borders
+STUFF_WEIGHT = 0.25
 
 
 def pseudo_labels(
@@ -58,17 +61,25 @@ def pseudo_labels(
 
 
 def make_labels(
-    abdiv: Tensor, size: Sequence[int], images: Tensor, kind: str, interior: float, scale: float
+    abdiv: Tensor,
+    size: Sequence[int],
+    images: Tensor,
+    kind: str,
+    interior: float,
+    scale: float,
+    student: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return pseudo labels at the size of a decoder's output; thresholds are computed on the tokens.
 
     Args:
         abdiv: (B, h, w) float, in nats.
         size: (height, width) of the labels.
-        images: (B, 3, H, W) float32 in [0, 1], whose gradient ridges sharpen the labels of the last two kinds.
+        images: (B, 3, H, W) float32 in [0, 1], whose gradient ridges sharpen "sharpened" and "binarized" labels.
         kind: one of `LABELS`.
         interior: see `pseudo_labels`.
         scale: see `pseudo_labels`.
+        student: (B, 1, h', w') float32 in [0, 1], the edges of a student. "combined" labels are the geometric mean of
+            these and of soft labels.
 
     Returns:
         label: (B, 1, *size) float32 in [0, 1], 1 is edge.
@@ -87,7 +98,10 @@ def make_labels(
 
     if kind not in ("ternary", "binary"):
         label = enlarge(label[:, None])
-        if kind != "soft":
+        if kind == "combined":
+            assert student is not None
+            label = (label * resize(student, size).clamp(0, 1)).sqrt()
+        elif kind != "soft":
             label = label * gradient_ridges(resize(images, size)).sqrt()
         if kind == "binarized":
             label = torch.sigmoid(STEEPNESS * (label - MIDDLE))
@@ -97,6 +111,43 @@ def make_labels(
     shares = enlarge(torch.stack([label * valid, (1 - label) * valid], 1))
     edge, inside = shares[:, :1] > 0.5, shares[:, 1:] > 0.5
     return edge.float(), (edge | inside).float()
+
+
+def label_scene(instances: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return exact labels of a drawn scene: pixels where one instance ends and another, or none, begins.
+
+    A pixel is edge if the pixel to its right or below belongs to another instance. Its neighbors that are not edge have
+    no label. The borders of what is no instance, such as ground and sky, count little.
+
+    Args:
+        instances: (H, W) integers, 0 for none, k for an instance, `scenes.IGNORED` near the border of two
+            regions that are no instances.
+        size: (height, width) of the labels.
+
+    Returns:
+        label: (1, 1, *size) float32, 0 or 1.
+        weight: (1, 1, *size) float32 in [0, 1].
+
+    Example:
+        >>> instances = torch.zeros(4, 6, dtype=torch.int32)
+        >>> instances[:, :3] = 1
+        >>> label, weight = label_scene(instances, (4, 6))
+        >>> label[0, 0, 1].tolist(), weight[0, 0, 1].tolist()
+        ([0.0, 0.0, 1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    """
+    maps = instances[None, None].float()
+    if instances.shape != size:
+        maps = functional.interpolate(maps, [max(pair) for pair in zip(instances.shape, size, strict=True)])
+    stuff = (maps == IGNORED).float()
+    maps = torch.where(stuff > 0, 0, maps)
+    edge = torch.zeros_like(maps)
+    edge[..., :-1] += maps[..., :-1] != maps[..., 1:]
+    edge[..., :-1, :] += maps[..., :-1, :] != maps[..., 1:, :]
+    edge = functional.adaptive_max_pool2d(edge.clamp(max=1), size)
+    stuff = functional.adaptive_max_pool2d(stuff, size)
+    near = functional.max_pool2d(edge, 3, 1, 1) * (1 - edge)
+    weight = torch.where(stuff * (1 - edge) > 0, STUFF_WEIGHT, 1 - near)
+    return edge, weight
 
 
 def gradient_ridges(images: Tensor, radius: int = 3) -> Tensor:

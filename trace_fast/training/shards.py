@@ -81,14 +81,16 @@ class Shards:
         photos: Sequence[PhotoFile],
         length: int,
         share: slice = slice(None),
+        student: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Search photos that are missing, and write their divergences.
+        """Search photos that are missing, and write their divergences, and the edges of a student.
 
         Args:
             search: returns the divergence of an image (1, 3, H, W) in [0, 1].
             photos: those that are missing.
             length: photos in a file, at most.
             share: the files that this process writes, of those for all `photos`.
+            student: returns edges (1, 1, h, w) in [0, 1] of an image; None writes none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         taken = {path for path, _ in self.rows.values()}
@@ -98,25 +100,33 @@ class Shards:
         files = [(next(free), photos[start : start + length]) for start in starts][share]
         with tqdm(total=sum(len(part) for _, part in files), desc="searching", unit="image", disable=None) as bar:
             for path, part in files:
-                divergences, timesteps = [], []
-                for photo in part:
-                    output = search(photo.read())
+                divergences, timesteps, edges = [], [], {}
+                for row, photo in enumerate(part):
+                    pixels = photo.read()
+                    output = search(pixels)
                     assert output.abdiv is not None
                     divergences.append(output.abdiv.half().cpu())
                     timesteps.append(output.timestep.cpu())
+                    if student is not None:  # of any size, so that rows cannot be stacked
+                        edges[f"student.{row}"] = (student(pixels) * 255).round().byte().cpu()
                     bar.update()
-                tensors = {"abdiv": torch.cat(divergences), "timestep": torch.cat(timesteps)}
+                tensors = {"abdiv": torch.cat(divergences), "timestep": torch.cat(timesteps), **edges}
                 keys = json.dumps([photo.key for photo in part])
                 with write_atomically(path, "distill") as file:
                     file.write(save(tensors, {"teacher": self.teacher, "photographs": keys}))
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Return the divergences (B, h, w) float32, in nats, of photos by their index in the list."""
-        divergences = []
-        for index in indices:
-            path, row = self.rows[self.photos[index].key]
-            divergences.append(self._open(path).get_slice("abdiv")[row : row + 1])
-        return torch.cat(divergences).float()
+    def read(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Return the teacher's results for a photo by its index in the list.
+
+        Returns:
+            abdiv: (1, h, w) float32, in nats.
+            student: (1, 1, h', w') float32 in [0, 1], the edges of the student that helps the teacher, or None.
+        """
+        path, row = self.rows[self.photos[index].key]
+        file = self._open(path)
+        name = f"student.{row}"
+        student = file.get_tensor(name).float() / 255 if name in file.keys() else None  # noqa: SIM118 (no mapping)
+        return file.get_slice("abdiv")[row : row + 1].float(), student
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
     def _open(self, path: Path) -> Any:

@@ -101,11 +101,10 @@ class Process:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients of parameters over all processes, in place; a missing gradient counts as zeros."""
-        if self.count > 1:
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                self.sum(parameter.grad)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.sum(parameter.grad)
 
 
 def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> str:
