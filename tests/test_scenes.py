@@ -9,10 +9,15 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from trace_fast import cli
-from trace_fast.evaluation.data import open_dataset
+from trace_fast.evaluation.data import CROWD, open_dataset
 from trace_fast.training import scenes
 from trace_fast.training.scenes import IGNORED, ScenesConfig, draw_scene, list_scenes, read_scene, write_scenes
+from trace_fast.training.scenes.camera import EFFECTS
+from trace_fast.training.scenes.fields import make_colors
+from trace_fast.training.scenes.outlines import OUTLINES, make_outline, rasterize
 from trace_fast.training.scenes.scene import LEAST_AREA
+from trace_fast.training.scenes.shading import Light, Surface, inflate, shade
+from trace_fast.training.scenes.textures import TEXTURES, make_texture
 
 SIZE = (72, 104)
 
@@ -31,6 +36,9 @@ def many():
 
 
 class TestScene:
+    def test_ignored_value_is_that_of_evaluation(self):
+        assert IGNORED == CROWD
+
     def test_arrays(self, many):
         for scene in many:
             assert scene.image.shape == (*SIZE, 3) and scene.image.dtype == np.uint8
@@ -158,3 +166,49 @@ class TestCommand:
         result = CliRunner().invoke(cli.app, ["scenes", "-o", str(tmp_path / "out"), *options])
         assert result.exit_code == 2
         assert message in result.output
+
+
+class TestParts:
+    @pytest.mark.parametrize("name", TEXTURES)
+    def test_textures(self, name):
+        for number in range(4):
+            random = np.random.default_rng(number)
+            colors = make_colors(random, None)
+            picture = make_texture(random, colors, (37, 53), name)
+            assert picture.shape == (37, 53, 3) and picture.dtype == np.float32
+            assert 0 <= picture.min() <= picture.max() <= 1
+
+    @pytest.mark.parametrize("name", OUTLINES)
+    def test_outlines(self, name):
+        for number in range(8):
+            _, parts = make_outline(np.random.default_rng(number), name)
+            solid = [part for part in parts if part.role == "solid"]
+            assert solid and all(np.isfinite(part.points).all() for part in parts)
+            assert np.abs(solid[0].points).max() < 3
+
+    def test_coverage_of_a_square(self):
+        square = np.array([(2, 3), (6, 3), (6, 7), (2, 7)])
+        coverage = rasterize(square, (9, 11))
+        assert coverage[3:7, 2:6].min() > 0.8
+        assert abs(coverage.sum() - 16) < 2.5
+
+    def test_inflated_surfaces_are_high_in_the_middle(self):
+        disk = (np.hypot(*np.mgrid[-30:31, -30:31]) < 25).astype(np.float32)
+        heights = inflate(disk)
+        assert heights.shape == disk.shape
+        assert heights[30, 30] > 18 > heights[30, 8] > heights[30, 1]
+
+    def test_light_from_the_left_brightens_the_left(self):
+        disk = (np.hypot(*np.mgrid[-30:31, -30:31]) < 25).astype(np.float32)
+        light = Light(np.array([-0.8, 0, 0.6], np.float32), 0.3, 0.1)
+        surface = Surface(bulge=1, bumps=0, gloss=0, sharpness=1, opacity=1, distortion=0)
+        picture = np.full((61, 61, 3), 0.5, np.float32)
+        lit, _ = shade(np.random.default_rng(0), picture, inflate(disk), surface, light)
+        assert lit[30, 15].mean() > lit[30, 45].mean() + 0.1
+
+    @pytest.mark.parametrize("name", EFFECTS)
+    def test_effects(self, name):
+        picture = np.random.default_rng(0).random((33, 47, 3), np.float32)
+        changed = EFFECTS[name][0](np.random.default_rng(1), picture)
+        assert changed.shape == picture.shape and np.isfinite(changed).all()
+        assert np.abs(changed - picture).max() > 1e-3
