@@ -61,10 +61,11 @@ void step_kl_abdiv(const float* previous, const float* current, int64_t batch, i
                    float* abdiv, int num_threads);
 
 // Writes edges, smoothed over 3 x 3 pixels, where they are as strong as one pixel away on both sides of the ridge, and
-// 0 elsewhere. edges, suppressed (batch, height, width).
+// 0 elsewhere. edges, suppressed (batch, height, width). like_bsds: whether normals are approximate and edges fade at
+// the border, as in the benchmark of BSDS500.
 template <Isa isa>
-void suppress_nonmaxima(const float* edges, int64_t batch, int64_t height, int64_t width, float* suppressed,
-                        int num_threads);
+void suppress_nonmaxima(const float* edges, int64_t batch, int64_t height, int64_t width, bool like_bsds,
+                        float* suppressed, int num_threads);
 
 // Writes the mask thinned to lines one pixel wide (Guo and Hall). mask, thinned (batch, height, width).
 template <Isa isa>

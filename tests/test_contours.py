@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage import morphology
 
 from trace_fast import ops, reference
+from trace_fast.ops.contours import SUPPRESSIONS
 from trace_fast.testing import assert_no_worse
 
 SHAPES = [
@@ -67,12 +69,13 @@ def test_thin_of_views_and_empty_batch(threads):
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_suppress_nonmaxima_keeps_what_the_reference_keeps(shape, threads):
+@pytest.mark.parametrize("method", SUPPRESSIONS)
+def test_suppress_nonmaxima_keeps_what_the_reference_keeps(method, shape, threads):
     edges = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
     if min(shape) >= 16:
         edges[1] = blobs(*shape)
-    wide, narrow = reference.suppress_nonmaxima(edges.double()), reference.suppress_nonmaxima(edges)
-    ours = ops.suppress_nonmaxima(edges)
+    wide, narrow = (reference.suppress_nonmaxima(maps, method) for maps in (edges.double(), edges))
+    ours = ops.suppress_nonmaxima(edges, method)
     # rounding may decide between neighbors of equal strength, but nowhere else
     differs = (ours > 0) != (wide > 0)
     assert differs.float().mean() <= 0.005
@@ -80,20 +83,83 @@ def test_suppress_nonmaxima_keeps_what_the_reference_keeps(shape, threads):
     assert_no_worse(ours * agree, exact=wide * agree, eager=narrow * agree)
 
 
-def test_suppress_nonmaxima_thins_a_ridge_in_every_direction():
+def suppress_plainly(edges):
+    """Suppress as the benchmark of BSDS500 does, (H, W) float64, by libraries."""
+    weights = [1, 2, 3, 4, 5, 4, 3, 2, 1]
+    for axis in (0, 1):
+        edges = ndimage.correlate1d(edges, np.array([1, 2, 1]) / 4, axis, mode="reflect")
+    blurred = ndimage.correlate(edges, np.outer(weights, weights) / 625, mode="reflect")
+    down, across = np.gradient(blurred)
+    (xy, xx), yy = np.gradient(across), np.gradient(down, axis=0)
+    angle = np.arctan(yy * np.where(xy > 0, -1, 1) / (xx + 1e-5)) % np.pi
+    at = np.indices(edges.shape)
+    ridges = edges.copy()
+    for side in (-1, 1):
+        beside = ndimage.map_coordinates(
+            edges, at + side * np.stack([np.sin(angle), np.cos(angle)]), order=1, mode="nearest"
+        )
+        ridges[edges * 1.01 < beside] = 0
+    for distance in range(5):
+        for lines in (ridges, ridges.T):
+            for line in (lines[distance], lines[-1 - distance]):
+                line *= distance / 5
+    return ridges
+
+
+@pytest.mark.parametrize("shape", [(31, 17), (10, 60), (64, 96)])
+def test_suppress_nonmaxima_agrees_with_a_plain_implementation(shape):
+    for seed in range(3):
+        edges = blobs(*shape, seed)[None].double()
+        plain = suppress_plainly(edges[0].numpy())
+        assert 0.02 < np.count_nonzero(plain) / plain.size < 0.8
+        for ridges in (reference.suppress_nonmaxima(edges), ops.suppress_nonmaxima(edges.float())):
+            differs = (ridges[0].numpy() > 0) != (plain > 0)
+            assert differs.mean() <= 0.005
+            np.testing.assert_allclose(ridges[0].numpy()[~differs], plain[~differs], atol=1e-6)
+
+
+@pytest.mark.parametrize("suppress", [ops.suppress_nonmaxima, reference.suppress_nonmaxima])
+def test_suppress_nonmaxima_by_hand(suppress):
+    # one row or column has no other direction, and is too narrow to fade
+    line = torch.tensor([0, 0.2, 0.6, 1, 0.99, 0.61, 0.1])
+    smoothed = torch.tensor([0.05, 0.25, 0.6, 0.8975, 0.8975, 0.5775, 0.2275])
+    ridge = torch.tensor([0, 0, 0, 0.8975, 0.8975, 0, 0])
+    assert torch.equal(smoothed * (smoothed > 0.8), ridge)
+    for method in SUPPRESSIONS:
+        torch.testing.assert_close(suppress(line[None, None], method), ridge[None, None])
+        torch.testing.assert_close(suppress(line[None, :, None], method), ridge[None, :, None])
+        torch.testing.assert_close(suppress(torch.tensor([[[0.3]]]), method), torch.tensor([[[0.3]]]))
+    # a pixel that is less than 1 % weaker than its neighbor stays
+    line = torch.tensor([0, 0.2, 0.6, 1, 0.98, 0.6, 0.1])
+    ridge = torch.tensor([0, 0, 0, 0.895, 0.89, 0, 0])
+    torch.testing.assert_close(suppress(line[None, None]), ridge[None, None])
+    line[4] = 0.9
+    assert suppress(line[None, None]).nonzero().tolist() == [[0, 0, 3]]
+    # a flat map has no ridge, and fades over half of its 6 rows, and over as many columns
+    rows, columns = torch.tensor([0, 1, 2, 2, 1, 0]) / 3, torch.tensor([0, 1, 2, 3, 3, 3, 2, 1, 0]) / 3
+    flat = torch.full((1, 6, 9), 0.5)
+    torch.testing.assert_close(suppress(flat)[0], 0.5 * rows[:, None] * columns)
+    torch.testing.assert_close(suppress(flat, "hessian"), flat)
+
+
+@pytest.mark.parametrize("method", SUPPRESSIONS)
+def test_suppress_nonmaxima_thins_a_ridge_in_every_direction(method):
     rows, columns = torch.meshgrid(torch.arange(61.0), torch.arange(61.0), indexing="ij")
     for angle in torch.arange(0, 180, 15).deg2rad():
         offset = (rows - 30) * angle.sin() + (columns - 30) * angle.cos()  # distance from a line through the center
         ridge = torch.exp(-(offset**2) / 18)
-        thinned = ops.suppress_nonmaxima(ridge[None])[0] > 0.05
+        thinned = ops.suppress_nonmaxima(ridge[None], method)[0] > 0.05
         inner = (slice(8, -8),) * 2
         assert offset[inner][thinned[inner]].abs().max() <= 1
         assert thinned[inner].sum() >= 45
 
 
-def test_suppress_nonmaxima_keeps_a_flat_map():
-    flat = torch.full((1, 6, 9), 0.5)
-    torch.testing.assert_close(ops.suppress_nonmaxima(flat), flat)
+@pytest.mark.parametrize("method", SUPPRESSIONS)
+def test_suppress_nonmaxima_of_views_and_empty_batch(method, threads):
+    wide = torch.rand(4, 20, 70, generator=torch.Generator().manual_seed(2))
+    view = wide[::2, 3:17, 1:67:2]
+    torch.testing.assert_close(ops.suppress_nonmaxima(view, method), ops.suppress_nonmaxima(view.clone(), method))
+    assert ops.suppress_nonmaxima(wide[:0], method).shape == (0, 20, 70)
 
 
 def cardinality(a, b, distance):
@@ -205,6 +271,11 @@ def test_ignored_detections_are_not_counted():
         (lambda: ops.thin(torch.ones(1, 3, 4)), TypeError, "thin: mask must be bool, got float32"),
         (lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4).double()), TypeError, "edges must be float32, got float64"),
         (lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4, device="meta")), ValueError, "edges must be on the cpu"),
+        (
+            lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4), "sobel"),
+            ValueError,
+            "suppress_nonmaxima: method must be bsds or hessian, got sobel",
+        ),
         (
             lambda: ops.match_contours(random_mask(1, 3, 4), random_mask(1, 3, 5), 1),
             ValueError,

@@ -179,10 +179,27 @@ class TestReport:
             (16, ("--method", lines, "--distance", 0.02)),
             (16, ("--method", lines)),
             (24, ("--method", maps)),
-            (32, ("--method", maps, "--ignore", 2)),
+            (32, ("--method", maps, "--suppression", "hessian")),
+            (32, ("--method", lines, "--suppression", "hessian")),  # lines are scored as they are
+            (32, ("--method", maps, "--suppression", "bsds")),
+            (40, ("--method", maps, "--ignore", 2)),
         ):
             assert call("--data", data, "-o", "out", *more).exit_code == 0
             assert len(counted) == number
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_suppression_reaches_scores_and_report(self, call, data, tmp_path):
+        photos, method = open_dataset(data).photos, open_method(f"m=maps:{data / 'maps'}")
+        ods = set()
+        for suppression in ("bsds", "hessian"):
+            counts = [count_edges(method.edges(photo), photo.contours(), suppression=suppression) for photo in photos]
+            arguments = ("--data", data, "-o", "out", "--method", "m=maps:data/maps", "--suppression", suppression)
+            assert call(*arguments).exit_code == 0
+            report = json.loads((tmp_path / "out" / "report.json").read_text())
+            assert report["suppression"] == suppression
+            assert report["methods"]["m"]["ods"] == pytest.approx(score_edges(counts).ods, abs=1e-9)
+            ods.add(round(report["methods"]["m"]["ods"], 6))
+        assert len(ods) == 2
 
     @pytest.mark.usefixtures("no_pictures")
     def test_limit_and_images_without_truth(self, call, data, tmp_path):
@@ -512,6 +529,7 @@ class TestCall:
                 {"methods": ["mini", "sobel"], "table": "components", "baseline": "x.json"},
                 "methods must be one MODEL without a timestep .*, got mini, sobel",
             ),
+            ({"methods": "sobel", "suppression": "none"}, "suppression must be bsds or hessian, got none"),
             ({"methods": "sobel", "limit": 0}, "limit must be at least 1 or None, got 0"),
             ({"methods": "sobel", "threshold": 0}, r"threshold must be above 0 and at most 1, got \[0\]"),
             ({"methods": "sobel", "threshold": [0.5, 1.5]}, r"threshold must be above 0 and at most 1, got \[0.5, 1.5"),

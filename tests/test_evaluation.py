@@ -278,7 +278,9 @@ def make_contours(*drawn, ignored=None):
 
 def score_pairs(pairs, distance=0.02):
     """Return the scores of pairs of maps and contours."""
-    counts = [count_edges(np.float32(edges), contours, distance=distance, suppress=False) for edges, contours in pairs]
+    counts = [
+        count_edges(np.float32(edges), contours, distance=distance, suppression=None) for edges, contours in pairs
+    ]
     return score_edges(counts, resamples=5)
 
 
@@ -353,11 +355,11 @@ class TestProperties:
         ignored[35:] = True
         strength[34:], drawn[33:] = 0, False
         distance = 3 / np.hypot(50, 60)
-        before = count_edges(strength, make_contours(drawn, ignored=ignored), distance=distance, suppress=False)
+        before = count_edges(strength, make_contours(drawn, ignored=ignored), distance=distance, suppression=None)
         strength[38:] = noise[38:]  # too far for a partner
-        after = count_edges(strength, make_contours(drawn, ignored=ignored), distance=distance, suppress=False)
+        after = count_edges(strength, make_contours(drawn, ignored=ignored), distance=distance, suppression=None)
         np.testing.assert_array_equal(after.matches, before.matches)
-        without = count_edges(strength, make_contours(drawn), distance=distance, suppress=False)
+        without = count_edges(strength, make_contours(drawn), distance=distance, suppression=None)
         np.testing.assert_array_equal(without.matches[:, [0, 1, 2, 4, 5]], before.matches[:, [0, 1, 2, 4, 5]])
         assert (without.matches[:, 3] >= before.matches[:, 3]).all()
 
@@ -375,14 +377,17 @@ class TestProperties:
         assert {sum(pixels for _, pixels in values.values()) for values in by.values()} == {contours.lines.sum()}
         assert all(recall > 0.8 for values in by.values() for recall, pixels in values.values() if pixels)
 
-    def test_ridges_are_found_unless_maps_are_lines(self):
+    @pytest.mark.parametrize("suppression", ["bsds", "hessian"])
+    def test_ridges_are_found_unless_maps_are_lines(self, suppression):
         drawn = np.zeros((40, 60), bool)
         drawn[20, 5:55] = True
         wide = ndimage.gaussian_filter(np.float32(drawn), 2) * 4
         lined, ridges = (
-            count_edges(wide, make_contours(drawn), suppress=suppress).matches for suppress in (False, True)
+            count_edges(wide, make_contours(drawn), suppression=method).matches for method in (None, suppression)
         )
-        assert np.count_nonzero(ops.suppress_nonmaxima(torch.from_numpy(wide)[None])) < np.count_nonzero(wide)
+        assert np.count_nonzero(ops.suppress_nonmaxima(torch.from_numpy(wide)[None], suppression)) < np.count_nonzero(
+            wide
+        )
         assert ridges[:50, 0].min() > lined[:50, 0].max() * 0.9
         assert score_edges([Counts(ridges, np.zeros((99, 0)), np.zeros(0))]).ods > 0.95
 
@@ -431,7 +436,7 @@ class TestClDice:
         assume(truth.any() and detected.any())
         distance = pixels / np.hypot(30, 44)
         counts = count_edges(
-            np.float32(detected), make_contours(truth), distance=distance, thresholds=[0.5], suppress=False
+            np.float32(detected), make_contours(truth), distance=distance, thresholds=[0.5], suppression=None
         )
         tolerance = distance * float(np.hypot(30, 44))
         assert line_overlap(counts.matches)[0] == pytest.approx(cldice(detected, truth, tolerance))

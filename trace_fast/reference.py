@@ -377,16 +377,20 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
     return merged, groups, None if scores is None else highest(scores, groups, len(merged))
 
 
-def suppress_nonmaxima(edges: Tensor) -> Tensor:
+def suppress_nonmaxima(edges: Tensor, method: str = "bsds") -> Tensor:
     """Keep an edge map where it is strongest across the edge, and set it to 0 elsewhere.
 
-    The map is smoothed by (1 2 1) / 4 along both axes. The normal of an edge is the direction in which the map,
-    smoothed by a triangle of radius 4, has the second derivative of the largest absolute value. A pixel stays unless
-    the smoothed map, interpolated one pixel away along the normal on either side, is more than 1 % stronger. Benchmarks
-    of edges threshold such ridges.
+    The map is smoothed by (1 2 1) / 4 along both axes. A pixel stays unless the smoothed map, interpolated one pixel
+    away along the normal of the edge on either side, is more than 1 % stronger. Normals follow from the second
+    derivatives xx, xy, yy of a map smoothed by a triangle of radius 4. Benchmarks of edges threshold such ridges.
 
     Args:
         edges: (B, H, W) float.
+        method: "bsds", with which scores on BSDS500 are published (the toolbox of Dollar and Zitnick, ICCV 2013): the
+            derivatives are those of the smoothed map, normals have the angle atan(-sign(xy) yy / (xx + 0.00001)), and
+            the outermost 5 pixels, at most half the image, fade linearly to 0 at the border. "hessian": the derivatives
+            are those of the map itself, normals are the direction of the second derivative of the largest absolute
+            value, and the border is as strong as the rest.
 
     Returns:
         (B, H, W) in the dtype of edges: the smoothed map, 0 where a neighbor is stronger.
@@ -396,12 +400,16 @@ def suppress_nonmaxima(edges: Tensor) -> Tensor:
         torch.Size([1, 6, 9])
     """
     height, width = edges.shape[1:]
-    strength, blurred = _smooth(edges, 1), _smooth(edges, 4)
+    strength = _smooth(edges, 1)
+    blurred = _smooth(strength if method == "bsds" else edges, 4)
     across, down = _slope(blurred, 2), _slope(blurred, 1)
     xx, xy, yy = _slope(across, 2), _slope(across, 1), _slope(down, 1)
-    # the eigenvector whose eigenvalue is the largest, or the smallest where the map bends down
-    sign = torch.where(xx + yy > 0, 1, -1)
-    angle = torch.atan2(2 * sign * xy, sign * (xx - yy)) / 2
+    if method == "bsds":
+        angle = torch.atan2(torch.where(xy > 0, -yy, yy), xx + 1e-5)
+    else:
+        # the eigenvector whose eigenvalue is the largest, or the smallest where the map bends down
+        sign = torch.where(xx + yy > 0, 1, -1)
+        angle = torch.atan2(2 * sign * xy, sign * (xx - yy)) / 2
     normal_y, normal_x = torch.sin(angle), torch.cos(angle)
     rows, columns = torch.meshgrid(torch.arange(height).to(edges), torch.arange(width).to(edges), indexing="ij")
 
@@ -416,7 +424,12 @@ def suppress_nonmaxima(edges: Tensor) -> Tensor:
         return (1 - dy) * upper + dy * lower
 
     sides = [interpolate(rows + sign * normal_y, columns + sign * normal_x) for sign in (1, -1)]
-    return torch.where(strength * 1.01 < torch.maximum(*sides), 0, strength)
+    ridges = torch.where(strength * 1.01 < torch.maximum(*sides), 0, strength)
+    margin = min(5, height // 2, width // 2) if method == "bsds" else 0
+    if margin:
+        distances = [torch.minimum(position, position.amax() - position) for position in (rows, columns)]
+        ridges = ridges * (distances[0] / margin).clamp(max=1) * (distances[1] / margin).clamp(max=1)
+    return ridges
 
 
 def thin(mask: Tensor) -> Tensor:

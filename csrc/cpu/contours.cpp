@@ -434,13 +434,36 @@ inline float interpolate(const float* image, int64_t height, int64_t width, floa
   return (1 - dy) * ((1 - dx) * upper[left] + dx * upper[right]) + dy * ((1 - dx) * lower[left] + dx * lower[right]);
 }
 
-constexpr float kMargin = 1.01f;  // a pixel is suppressed if a neighbor is stronger by this factor
+// A unit vector across an edge.
+struct Normal {
+  float y, x;
+};
 
-void suppress_image(const float* edges, int64_t height, int64_t width, float* suppressed, int num_threads) {
+// Returns the direction in which the second derivatives bend the map most, on the ridge of an edge and on its slopes.
+inline Normal hessian_normal(float xx, float xy, float yy) {
+  // half the angle of (xx - yy, 2 xy) is the direction of the largest second derivative, and the direction of the
+  // smallest is perpendicular to it
+  const float length = std::sqrt((xx - yy) * (xx - yy) + 4 * xy * xy), sign = xx + yy > 0 ? 1.0f : -1.0f;
+  const float cosine = length > 0 ? sign * (xx - yy) / length : 1, sine = length > 0 ? sign * 2 * xy / length : 0;
+  return {std::copysign(std::sqrt(std::max(0.0f, 1 - cosine) / 2), sine), std::sqrt(std::max(0.0f, 1 + cosine) / 2)};
+}
+
+// Returns the direction of the benchmark of BSDS500, whose tangent is -sign(xy) yy / (xx + 0.00001).
+inline Normal bsds_normal(float xx, float xy, float yy) {
+  const float x = xx + 1e-5f, y = xy > 0 ? -yy : yy;
+  const float length = std::sqrt(x * x + y * y);
+  return length > 0 ? Normal{y / length, x / length} : Normal{0, 1};
+}
+
+constexpr float kMargin = 1.01f;     // a pixel is suppressed if a neighbor is stronger by this factor
+constexpr int64_t kFadedPixels = 5;  // at the border, where detectors are not reliable
+
+void suppress_image(const float* edges, int64_t height, int64_t width, bool like_bsds, float* suppressed,
+                    int num_threads) {
   const int64_t size = height * width;
   Scratch strength(size), blurred(size), across(size), down(size);
   smooth(edges, height, width, 1, strength.data, num_threads);
-  smooth(edges, height, width, 4, blurred.data, num_threads);
+  smooth(like_bsds ? strength.data : edges, height, width, 4, blurred.data, num_threads);
   parallel_for(height, num_threads, [&](int64_t y, int) {
     for (int64_t x = 0; x < width; ++x) {
       const float* const at = blurred.data + y * width + x;
@@ -448,22 +471,22 @@ void suppress_image(const float* edges, int64_t height, int64_t width, float* su
       down.data[y * width + x] = slope(at, y, height, width);
     }
   });
+  const int64_t faded = like_bsds ? std::min({kFadedPixels, height / 2, width / 2}) : 0;
+  const auto fade = [&](int64_t i, int64_t length) {
+    const int64_t distance = std::min(i, length - 1 - i);
+    return distance < faded ? static_cast<float>(distance) / static_cast<float>(faded) : 1.0f;
+  };
   parallel_for(height, num_threads, [&](int64_t y, int) {
     for (int64_t x = 0; x < width; ++x) {
       const int64_t i = y * width + x;
       const float value = strength.data[i];
       const float xx = slope(across.data + i, x, width, 1), yy = slope(down.data + i, y, height, width);
       const float xy = slope(across.data + i, y, height, width);
-      // the map bends most across an edge, on its ridge and on its slopes: half the angle of (xx - yy, 2 xy) is the
-      // direction of the largest second derivative, and the direction of the smallest is perpendicular to it
-      const float length = std::sqrt((xx - yy) * (xx - yy) + 4 * xy * xy), sign = xx + yy > 0 ? 1.0f : -1.0f;
-      const float cosine = length > 0 ? sign * (xx - yy) / length : 1, sine = length > 0 ? sign * 2 * xy / length : 0;
-      const float along_x = std::sqrt(std::max(0.0f, 1 + cosine) / 2);
-      const float along_y = std::copysign(std::sqrt(std::max(0.0f, 1 - cosine) / 2), sine);
+      const Normal normal = like_bsds ? bsds_normal(xx, xy, yy) : hessian_normal(xx, xy, yy);
       const float v = static_cast<float>(y), u = static_cast<float>(x);
-      const float one = interpolate(strength.data, height, width, v + along_y, u + along_x);
-      const float other = interpolate(strength.data, height, width, v - along_y, u - along_x);
-      suppressed[i] = value * kMargin < std::max(one, other) ? 0.0f : value;
+      const float one = interpolate(strength.data, height, width, v + normal.y, u + normal.x);
+      const float other = interpolate(strength.data, height, width, v - normal.y, u - normal.x);
+      suppressed[i] = value * kMargin < std::max(one, other) ? 0.0f : value * fade(y, height) * fade(x, width);
     }
   });
 }
@@ -472,9 +495,11 @@ void suppress_image(const float* edges, int64_t height, int64_t width, float* su
 
 template <>
 void suppress_nonmaxima<TRACE_FAST_ISA>(const float* edges, int64_t batch, int64_t height, int64_t width,
-                                        float* suppressed, int num_threads) {
-  for (int64_t b = 0; b < batch; ++b)
-    suppress_image(edges + b * height * width, height, width, suppressed + b * height * width, num_threads);
+                                        bool like_bsds, float* suppressed, int num_threads) {
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t offset = b * height * width;
+    suppress_image(edges + offset, height, width, like_bsds, suppressed + offset, num_threads);
+  }
 }
 
 template <>

@@ -70,6 +70,13 @@ def run_evaluate(
     distance: Annotated[
         float, typer.Option(min=0, help="Largest distance of a match, as a share of the image's diagonal.")
     ] = 0.0075,
+    suppression: Annotated[
+        Literal["bsds", "hessian"],
+        typer.Option(
+            help="The way in which ridges of edge maps are found: that of the benchmark of BSDS500, with which scores "
+            "are published, or along the exact normals of edges up to the border."
+        ),
+    ] = "bsds",
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first images, this number of them.")] = None,
     device: Device = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that have a problem.")] = False,
@@ -100,6 +107,7 @@ def run_evaluate(
             truth=truth,
             ignore=ignore,
             distance=distance,
+            suppression=suppression,
             limit=limit,
             device=device,
             skip_bad=skip_bad,

@@ -14,13 +14,15 @@ from tqdm import tqdm
 from trace_fast.backbones import has_student
 from trace_fast.evaluation import run
 from trace_fast.evaluation.data import CROWD, DataSet, Photo, open_dataset
-from trace_fast.evaluation.edges import DISTANCE, RESAMPLES, EdgeScores, score_edges
+from trace_fast.evaluation.edges import DISTANCE, RESAMPLES, SUPPRESSION, EdgeScores, score_edges
 from trace_fast.evaluation.masks import MaskScores, mask_ap
 from trace_fast.evaluation.methods import Method, open_method, split_name
 from trace_fast.evaluation.panoptic import PanopticScores, panoptic_quality
 from trace_fast.evaluation.refined import refine_all
 from trace_fast.evaluation.report import Report
 from trace_fast.masks import coco
+from trace_fast.ops import checks
+from trace_fast.ops.contours import SUPPRESSIONS
 
 __all__ = ["evaluate"]
 
@@ -39,6 +41,7 @@ def evaluate(
     truth: str | Path | None = None,
     ignore: Sequence[int] = (CROWD,),
     distance: float = DISTANCE,
+    suppression: str = SUPPRESSION,
     limit: int | None = None,
     device: str | None = None,
     skip_bad: bool = False,
@@ -69,6 +72,8 @@ def evaluate(
             groundTruth.
         ignore: labels of maps that are crowd or void.
         distance: largest distance of a match of edges, as a share of the image's diagonal.
+        suppression: "bsds" or "hessian", the way in which ridges of edge maps are found; published scores are those of
+            "bsds". See `trace_fast.ops.suppress_nonmaxima`.
         limit: number of images to score, the first; None is all.
         device: where named models run; None is the GPU where there is one, else the CPU.
         skip_bad: leave images out that have a problem, instead of raising.
@@ -89,6 +94,7 @@ def evaluate(
     """
     named = _name_methods(methods, table)
     files = _name_results(results)
+    checks.choice("evaluate", "suppression", suppression, *SUPPRESSIONS)
     _check_choices(named, files, table, baseline, limit)
     thresholds = _repeat_threshold(threshold, len(named))
     annotations = _read_results(files, baseline)
@@ -104,11 +110,16 @@ def evaluate(
             scored, refining = opened, []
         else:
             scored, refining = [], list(zip(opened, thresholds, strict=True))
-        edges = {method.name: _score_method(photos, method, Path(folder) / "counts", distance) for method in scored}
+        edges = {
+            method.name: _score_method(photos, method, Path(folder) / "counts", distance, suppression)
+            for method in scored
+        }
         masks = _score_masks(photos, annotations, refining, mode, Path(folder) / "refined")
     first = next(iter(annotations), "")
     parameters = {f"{first} + {method.name}": method.parameters for method, _ in refining}
-    return Report(edges, masks, panoptic, parameters if refining else None, notes, distance, photos, scored)
+    return Report(
+        edges, masks, panoptic, parameters if refining else None, notes, distance, suppression, photos, scored
+    )
 
 
 def _name_methods(methods: Any, table: str | None) -> list[tuple[str | None, Any]]:
@@ -206,9 +217,12 @@ def _select_photos(
     return photos, notes + problems
 
 
-def _score_method(photos: Sequence[Photo], method: Method, folder: Path, distance: float) -> EdgeScores:
+def _score_method(
+    photos: Sequence[Photo], method: Method, folder: Path, distance: float, suppression: str
+) -> EdgeScores:
     """Return the scores of a method's edge maps; counts are kept in a folder."""
-    return score_edges(run.count_all(photos, method, folder, distance=distance), resamples=RESAMPLES)
+    counts = run.count_all(photos, method, folder, distance=distance, suppression=suppression)
+    return score_edges(counts, resamples=RESAMPLES)
 
 
 def _score_panoptic(annotations: Mapping[str, Annotations], dataset: DataSet) -> dict[str, PanopticScores]:

@@ -1,7 +1,7 @@
 """Scores of edge maps: ODS, OIS and AP by one-to-one matching, clDice, and recall by what a contour separates.
 
-As in the benchmark of BSDS500: ridges of the map at 99 thresholds, thinned, matched with the contours within 0.0075 of
-the image's diagonal. Counts are kept for each image, so that scores of any set of images follow from them.
+As in the benchmark of BSDS500: ridges of the map (`ops.suppress_nonmaxima`) at 99 thresholds, thinned, matched with the
+contours within 0.0075 of the image's diagonal. Counts are kept for each image, so that scores of any set of images follow from them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ import torch
 from trace_fast import ops
 from trace_fast.evaluation.data import GROUPS, NEIGHBORS, SIDES, SIZES, Contours
 
-__all__ = ["DISTANCE", "RESAMPLES", "THRESHOLDS", "Counts", "EdgeScores", "cldice", "count_edges", "score_edges"]
+__all__ = [
+    "DISTANCE",
+    "RESAMPLES",
+    "SUPPRESSION",
+    "THRESHOLDS",
+    "Counts",
+    "EdgeScores",
+    "cldice",
+    "count_edges",
+    "score_edges",
+]
 
 THRESHOLDS = tuple(k / 100 for k in range(1, 100))
 DISTANCE = 0.0075  # of the diagonal
+SUPPRESSION = "bsds"
 RESAMPLES = 1000
 
 
@@ -81,7 +92,7 @@ def count_edges(
     *,
     distance: float = DISTANCE,
     thresholds: Sequence[float] = THRESHOLDS,
-    suppress: bool = True,
+    suppression: str | None = SUPPRESSION,
 ) -> Counts:
     """Match an edge map with the contours of its image, one to one, and count the pixels.
 
@@ -90,26 +101,27 @@ def count_edges(
         contours: ground truth of the same size.
         distance: largest distance of a pair, as a share of the image's diagonal.
         thresholds: T strengths from which a pixel is a detection.
-        suppress: keep only the ridges of the map; False where the map holds lines already.
+        suppression: how the ridges of the map are found, a method of `ops.suppress_nonmaxima`; None where the map holds
+            lines already.
 
     Returns:
         Counts of this image, for `score_edges`.
 
     Raises:
-        ValueError: the size of the map is not that of the contours.
+        ValueError: the size of the map is not that of the contours, or there is no such method.
 
     Example:
         >>> contours = find_contours(np.repeat([[1, 1, 2, 2]], 3, axis=0))
         >>> edges = np.float32([[0, 0.9, 0, 0]] * 3)
-        >>> score_edges([count_edges(edges, contours)]).ods
+        >>> score_edges([count_edges(edges, contours, suppression=None)]).ods
         1.0
     """
     shape = contours.ignored.shape
     if edges.shape != shape:
         raise ValueError(f"count_edges: edges must be of the ground truth's size {shape}, got {edges.shape}")
     ridges = torch.from_numpy(np.ascontiguousarray(edges, np.float32))
-    if suppress:
-        ridges = ops.suppress_nonmaxima(ridges[None])[0]
+    if suppression is not None:
+        ridges = ops.suppress_nonmaxima(ridges[None], suppression)[0]
     groups = contours.groups
     matches, by_group = ops.count_matches(
         ridges,
@@ -151,7 +163,7 @@ def score_edges(
     Example:
         >>> contours = find_contours(np.repeat([[1, 1, 2, 2]], 3, axis=0))
         >>> maps = [np.float32([[0, 0.9, 0, 0]] * 3), np.float32([[0, 0.2, 0, 0]] * 3)]
-        >>> scores = score_edges([count_edges(edges, contours) for edges in maps])
+        >>> scores = score_edges([count_edges(edges, contours, suppression=None) for edges in maps])
         >>> scores.recall[[0, 29]].tolist()  # at thresholds 0.01 and 0.3
         [1.0, 0.5]
     """

@@ -17,7 +17,7 @@ import torch
 
 from trace_fast import ops
 from trace_fast.evaluation.data import SIZES, Photo
-from trace_fast.evaluation.edges import DISTANCE, EdgeScores, harmonic
+from trace_fast.evaluation.edges import DISTANCE, SUPPRESSION, EdgeScores, harmonic
 from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
@@ -47,6 +47,7 @@ class Report:
         parameters: number of network parameters by the names of `masks`, where masks were refined by edges; else None.
         notes: what was left out, a line each.
         distance: largest distance of a match of edges, as a share of the image's diagonal.
+        suppression: how the ridges of edge maps were found; see `trace_fast.ops.suppress_nonmaxima`.
         photos: images that were scored, in the order of the scores of each image.
         methods: sources of the edge maps.
     """
@@ -57,6 +58,7 @@ class Report:
     parameters: Mapping[str, int | None] | None = None
     notes: Sequence[str] = ()
     distance: float = DISTANCE
+    suppression: str = SUPPRESSION
     photos: Sequence[Photo] = ()
     methods: Sequence[Method] = ()
 
@@ -148,6 +150,7 @@ class Report:
         data = {
             "command": command,
             "distance": self.distance,
+            "suppression": self.suppression,
             "notes": list(self.notes),
             "methods": {name: scores.to_dict() for name, scores in methods.items()},
             "curves": {
@@ -161,7 +164,8 @@ class Report:
         _write_csv(folder / "images.csv", [("image", *methods), *zip(*columns, strict=True)])
         plot_curves(methods, folder / "curves.png")
         for method in self.methods:
-            sheet = contact_sheet(method, self.edges[method.name], self.photos, distance=self.distance)
+            scores = self.edges[method.name]
+            sheet = contact_sheet(method, scores, self.photos, distance=self.distance, suppression=self.suppression)
             visualize.write_picture(folder / f"sheet_{method.slug}.png", sheet)
 
 
@@ -249,7 +253,13 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
 
 
 def contact_sheet(
-    method: Method, scores: EdgeScores, photos: Sequence[Photo], *, distance: float = DISTANCE, height: int = 240
+    method: Method,
+    scores: EdgeScores,
+    photos: Sequence[Photo],
+    *,
+    distance: float = DISTANCE,
+    suppression: str = SUPPRESSION,
+    height: int = 240,
 ) -> Image.Image:
     """Draw the best and the worst images of a method at the threshold of ODS: photo, map, and its comparison.
 
@@ -260,6 +270,7 @@ def contact_sheet(
         scores: of the method.
         photos: in the order of `scores.f_per_image`.
         distance: of matching, as a share of the diagonal.
+        suppression: how the ridges of the maps are found.
         height: of each picture, in pixels.
     """
     from PIL import Image
@@ -271,7 +282,10 @@ def contact_sheet(
     for index in chosen:
         photo = photos[index]
         edges = method.edges(photo)
-        comparison = _compare(method, edges, photo, scores.threshold, distance)
+        ridges = torch.from_numpy(np.ascontiguousarray(edges))[None]
+        if method.suppress:
+            ridges = ops.suppress_nonmaxima(ridges, suppression)
+        comparison = _compare(ridges >= scores.threshold, photo, distance)
         pictures = [edges, comparison] if photo.image is None else [photo.image, edges, comparison]
         titles = [photo.name, method.name, f"F {scores.f_per_image[index]:.2f}: right, wrong, missed"]
         rows.append(visualize.panel(pictures, titles[-len(pictures) :], height))
@@ -283,20 +297,17 @@ def contact_sheet(
     return sheet
 
 
-def _compare(method: Method, edges: np.ndarray, photo: Photo, threshold: float, distance: float) -> np.ndarray:
-    """Return right, wrong and missed pixels of a map in colors on white, (H, W, 3) float32."""
+def _compare(ridges: torch.Tensor, photo: Photo, distance: float) -> np.ndarray:
+    """Return right, wrong and missed pixels of ridges (1, H, W) bool in colors on white, (H, W, 3) float32."""
     contours = photo.contours()
-    ridges = torch.from_numpy(np.ascontiguousarray(edges))[None]
-    if method.suppress:
-        ridges = ops.suppress_nonmaxima(ridges)
-    detected = ops.thin(ridges >= threshold)
+    detected = ops.thin(ridges)
     annotators = torch.from_numpy(contours.lines)
-    radius = distance * float(np.hypot(*edges.shape))
+    radius = distance * float(np.hypot(*ridges.shape[1:]))
     pairs = [ops.match_contours(detected, lines[None], radius) for lines in annotators]
     right = torch.stack([matched[0] for matched, _ in pairs]).any(0)
     missed = torch.stack([lines & ~matched[0] for lines, (_, matched) in zip(annotators, pairs, strict=True)]).any(0)
     wrong = detected[0] & ~right & ~torch.from_numpy(contours.ignored)
-    picture = np.ones((*edges.shape, 3), np.float32)
+    picture = np.ones((*ridges.shape[1:], 3), np.float32)
     for pixels, color in ((missed, BLUE), (wrong, RED), (right, GREEN)):
         wide = torch.nn.functional.max_pool2d(pixels[None].float(), 3, 1, 1)[0] > 0
         picture[wide.numpy()] = color

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from trace_fast import __version__
 from trace_fast.evaluation.data import Photo
-from trace_fast.evaluation.edges import DISTANCE, THRESHOLDS, Counts, count_edges
+from trace_fast.evaluation.edges import DISTANCE, SUPPRESSION, THRESHOLDS, Counts, count_edges
 from trace_fast.evaluation.methods import Method
 from trace_fast.io.files import write_atomically
 from trace_fast.masks import coco
@@ -94,6 +94,7 @@ def count_all(
     *,
     distance: float = DISTANCE,
     thresholds: Sequence[float] = THRESHOLDS,
+    suppression: str = SUPPRESSION,
 ) -> list[Counts]:
     """Return the counts of every photo, from files where an earlier run has left them.
 
@@ -103,11 +104,13 @@ def count_all(
         folder: where the counts are kept, one file a photo, in a folder below it for each method and setting.
         distance: see `count_edges`.
         thresholds: see `count_edges`.
+        suppression: see `count_edges`; without effect where the maps of the method hold lines already.
 
     Returns:
         Counts in the order of the photos.
     """
-    results = make_results_folder(folder, method, method.suppress, distance, list(thresholds))
+    applied = suppression if method.suppress else None
+    results = make_results_folder(folder, method, applied, distance, list(thresholds))
     lock = nullcontext() if method.threads else threading.Lock()
 
     def count(photo: Photo) -> Counts:
@@ -117,9 +120,7 @@ def count_all(
             return cached
         with lock:
             edges = method.edges(photo)
-        counts = count_edges(
-            edges, photo.contours(), distance=distance, thresholds=thresholds, suppress=method.suppress
-        )
+        counts = count_edges(edges, photo.contours(), distance=distance, thresholds=thresholds, suppression=applied)
         with write_atomically(file, "evaluate") as out:
             np.savez_compressed(out, stamp=stamp, **vars(counts))
         return counts

@@ -11,9 +11,11 @@ from trace_fast.ops.dispatch import register
 
 __all__ = ["count_matches", "match_contours", "suppress_nonmaxima", "thin"]
 
+SUPPRESSIONS = ("bsds", "hessian")  # methods of `suppress_nonmaxima`
+
 
 @register(cuda="unavailable")
-def suppress_nonmaxima(edges: Tensor) -> Tensor:
+def suppress_nonmaxima(edges: Tensor, method: str = "bsds") -> Tensor:
     """Run the fastest implementation of `trace_fast.reference.suppress_nonmaxima`.
 
     Note:
@@ -21,18 +23,20 @@ def suppress_nonmaxima(edges: Tensor) -> Tensor:
 
     Raises:
         TypeError: edges is not a float32 tensor.
-        ValueError: edges is not (B, H, W), or not on the CPU.
+        ValueError: edges is not (B, H, W), or not on the CPU, or there is no such method.
     """
     checks.tensor("suppress_nonmaxima", "edges", edges, "B H W", {}, torch.float32)
+    checks.choice("suppress_nonmaxima", "method", method, *SUPPRESSIONS)
     if _choose("suppress_nonmaxima", edges=edges) == "reference":
-        return reference.suppress_nonmaxima(edges)
+        return reference.suppress_nonmaxima(edges, method)
     from trace_fast import _C
 
     edges = edges.contiguous()
     batch, height, width = edges.shape
     suppressed = torch.empty_like(edges)
     threads = torch.get_num_threads()
-    _C.cpu.suppress_nonmaxima(edges.data_ptr(), batch, height, width, suppressed.data_ptr(), threads)
+    like_bsds = method == "bsds"
+    _C.cpu.suppress_nonmaxima(edges.data_ptr(), batch, height, width, like_bsds, suppressed.data_ptr(), threads)
     return suppressed
 
 
