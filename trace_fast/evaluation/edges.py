@@ -1,7 +1,8 @@
 """Scores of edge maps: ODS, OIS and AP by one-to-one matching, clDice, and recall by what a contour separates.
 
 As in the benchmark of BSDS500: ridges of the map (`ops.suppress_nonmaxima`) at 99 thresholds, thinned, matched with the
-contours within 0.0075 of the image's diagonal. Counts are kept for each image, so that scores of any set of images follow from them.
+contours within 0.0075 of the image's diagonal. Counts are kept for each image, so that scores of any set of images
+follow from them.
 """
 
 from __future__ import annotations
