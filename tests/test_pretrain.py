@@ -19,7 +19,10 @@ from typer.testing import CliRunner
 from trace_fast import Tracer
 from trace_fast.backbones.mini import Mini
 from trace_fast.cli import app
+from trace_fast.training.inside import measure_inside
 from trace_fast.training.mini import (
+    MEASURED,
+    Batches,
     PretrainConfig,
     Pretraining,
     Process,
@@ -28,6 +31,7 @@ from trace_fast.training.mini import (
     make_crops,
     pretrain,
 )
+from trace_fast.training.scenes import list_scenes
 
 
 @pytest.fixture
@@ -115,6 +119,46 @@ def test_the_loss_falls_and_the_weights_can_be_traced(config):
 
 
 @pytest.mark.slow
+class TestScenes:
+    @pytest.fixture
+    def config(self, config, tmp_path):
+        """Five scenes to train on, all red, and 32 to measure attention on."""
+        for name in ("images", "inst"):
+            (tmp_path / "scenes" / name).mkdir(parents=True)
+        instances = np.zeros((32, 32), np.uint16)
+        instances[8:24, 8:24] = 1
+        for index in range(MEASURED + 5):
+            name = f"{index:06d}"
+            color = (0, 0, 255) if index < MEASURED else (255, 0, 0)
+            Image.new("RGB", (32, 32), color).save(tmp_path / "scenes" / "images" / f"{name}.jpg", quality=95)
+            Image.fromarray(instances).save(tmp_path / "scenes" / "inst" / f"{name}.png")
+        return replace(config, scenes=tmp_path / "scenes", scenes_share=0.25, collages=0.5)
+
+    def test_a_batch_has_its_share_and_none_of_those_to_measure(self, config):
+        run = Pretraining(config, Process(0, 1, torch.device("cpu")))
+        photos = np.zeros((2, 64, 64, 3), np.uint8)
+        images, *_ = Batches(config, photos, 1000, run.scenes[MEASURED:])[0]
+        red = [bool((image[0] > 0.9).all() and (image[1:] < -0.9).all()) for image in images]
+        assert red == [False] * 6 + [True] * 2
+        without, *_ = Batches(replace(config, scenes=None), photos, 1000)[0]
+        assert torch.equal(images[:2], without[:2])
+
+    def test_the_card_has_what_was_measured(self, config):
+        folder = pretrain(replace(config, images=16))
+        card = (folder / "README.md").read_text()
+        assert "25% drawn scenes" in card
+        inside, chance = map(float, re.search(r"in 32 scenes .*: (\S+); by chance (\S+)", card).groups())
+        expected = measure_inside(Tracer.from_pretrained(folder, device="cpu"), list_scenes(config.scenes)[:MEASURED])
+        assert [inside, chance] == pytest.approx(expected, abs=1e-3)
+
+    def test_options_that_do_not_fit(self, config, tmp_path):
+        with pytest.raises(ValueError, match=r"scenes_share and collages must be at most 1 together, got 0.6 and 0.5"):
+            replace(config, scenes_share=0.6)
+        (tmp_path / "few" / "images").mkdir(parents=True)
+        with pytest.raises(ValueError, match="scenes must be a folder"):
+            pretrain(replace(config, scenes=tmp_path / "few"))
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(config):
     uninterrupted = pretrain(config)
 

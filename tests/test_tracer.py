@@ -93,6 +93,22 @@ def test_scan_is_the_definition(tracer, images, noising, blocks):
     assert expected[0].min() > 1e-3  # the comparison is about something
 
 
+@pytest.mark.parametrize(("timestep", "blocks"), [(0, None), (299, (2, 0))])
+def test_attention_is_the_map_that_a_scan_measures(tracer, images, timestep, blocks):
+    attention = tracer.attention(images, timestep=timestep, seed=7, blocks=blocks)
+    assert attention.shape == (2, 60, 60) and attention.dtype == torch.float32
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 60))
+    noising = "gaussian" if timestep else "inversion"  # which begins with the image itself
+    _, abdiv = tracer.scan(images, timesteps=(timestep,), noising=noising, seed=7, blocks=blocks)
+    torch.testing.assert_close(reference.abdiv(attention, 6, 10), abdiv[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"timestep": 1000}, "timesteps"), ({"blocks": (3,)}, "blocks")])
+def test_attention_refuses_what_is_not_there(tracer, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        tracer.attention(images, **options)
+
+
 def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch):
     whole = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
     sizes, predict = [], tracer.backbone.predict

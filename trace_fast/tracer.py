@@ -384,6 +384,46 @@ class Tracer(EdgeModel):
         abdiv = torch.cat(strengths).unflatten(0, (-1, count)).transpose(0, 1)
         return kl.contiguous(), abdiv.contiguous()
 
+    @torch.no_grad()
+    def attention(
+        self, images: Tensor, *, timestep: int = 0, seed: int = 0, blocks: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the self-attention map of images, averaged over heads and blocks.
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1]; they are resized to the processing size.
+            timestep: 0 .. 999, to which the images are brought by Gaussian noise; at 0 they are as they are. Encoders
+                have 0 alone.
+            seed: seed of the noise.
+            blocks: as in `scan`.
+
+        Returns:
+            (B, N, N) float32 on the tracer's device; row i is what token i attends to, and sums to 1. N is the number
+            of tokens of the finest grid of the blocks.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is said above.
+
+        Example:
+            >>> tracer = Tracer.from_pretrained("mini", device="cpu", size=(32, 48))
+            >>> tracer.attention(torch.rand(2, 3, 48, 64)).shape
+            torch.Size([2, 96, 96])
+        """
+        settings, schedule = self.backbone.settings, self.backbone.schedule
+        self._plan((timestep,), None if schedule is None else "gaussian")
+        chosen = check_blocks(settings.blocks if blocks is None else blocks, len(self.backbone.attentions()))
+        grids = [self.backbone.grids(settings.size)[index] for index in chosen]
+        tokens = max(map(math.prod, grids))
+        sample = self.backbone.encode(resize(images.to(self.device), settings.size))
+        timesteps = constant((timestep,), self.device).expand(len(images))
+        if schedule is not None and timestep:
+            noise = unit_noise(int(seed), (1, *sample.shape[1:]), self.device).to(sample)
+            sample = schedule.noise(sample, noise, timesteps)
+        checks.memory("attention", "images", sample, 4 * len(images) * tokens**2)
+        total = sample.new_empty((len(images), tokens, tokens), dtype=torch.float32)
+        self._attend(total, sample, timesteps, chosen, grids)
+        return total
+
     def _attend(
         self,
         total: Tensor,

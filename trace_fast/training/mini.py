@@ -9,8 +9,10 @@ import math
 import platform
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +27,18 @@ from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import resize
+from trace_fast.tracer import Tracer
 from trace_fast.training.data import list_photos
+from trace_fast.training.inside import measure_inside
 from trace_fast.training.options import check_options, document_options, option, to_json
+from trace_fast.training.scenes import SceneFile, list_scenes, read_scene
 from trace_fast.training.state import Process, State, trapezoid
 
 __all__ = ["PretrainConfig", "load_photos", "make_collages", "make_crops", "pretrain"]
 
 WEIGHTS = "model.safetensors"
 PROGRESS = ("step", "images_done", "seconds", "recent", "losses")
+MEASURED = 32  # scenes that are not trained on
 # counts of images after which weights are exported, for the scaling curve
 EXPORTS = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
 
@@ -75,6 +81,15 @@ class PretrainConfig:
     )
     collages: float = option(
         0.5, help="The share of a batch that is made of fragments of several photos.", least=0, most=1
+    )
+    scenes: Path | None = option(
+        None,
+        help="The folder of drawn scenes to learn from beside the photos; see `trace-fast scenes`. The first "
+        f"{MEASURED} serve to measure how much attention stays inside an object.",
+        fixed=False,
+    )
+    scenes_share: float = option(
+        0.5, help="The share of a batch that is made of scenes, where there are scenes.", least=0, most=1
     )
     timestep_power: float = option(
         1.5,
@@ -119,6 +134,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_options("pretrain", self)
+        if self.scenes is not None and self.scenes_share + self.collages > 1:
+            raise ValueError(
+                f"pretrain: scenes_share and collages must be at most 1 together, got {self.scenes_share} and "
+                f"{self.collages}"
+            )
         if self.init_from is not None and not (self.init_from / WEIGHTS).is_file():
             raise FileNotFoundError(f"pretrain: init_from must be a folder with {WEIGHTS}, got '{self.init_from}'")
 
@@ -172,13 +192,30 @@ def load_photos(folder: Path, size: int = 256) -> np.ndarray:
     return np.stack(squares)
 
 
-def make_crops(photos: np.ndarray, count: int, size: int, random: np.random.Generator) -> Tensor:
+class ScenePictures(Sequence[np.ndarray]):
+    """The pictures of scenes, (H, W, 3) uint8 each, read when they are asked for.
+
+    Args:
+        scenes: of a folder; see `trace_fast.training.scenes.list_scenes`.
+    """
+
+    def __init__(self, scenes: Sequence[SceneFile]):
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return read_scene(self.scenes[index])[0].permute(1, 2, 0).numpy()
+
+
+def make_crops(photos: Sequence[np.ndarray] | np.ndarray, count: int, size: int, random: np.random.Generator) -> Tensor:
     """Return random square crops of random photos, half of them mirrored.
 
     The side of a crop is log-uniform between `size` pixels, its native resolution, and the whole photo.
 
     Args:
-        photos: (n, side, side, 3) uint8.
+        photos: n of (side, side, 3) uint8 each, such as an array (n, side, side, 3).
         count: number of crops.
         size: height and width in pixels that crops are resized to.
         random: source of random numbers.
@@ -192,12 +229,12 @@ def make_crops(photos: np.ndarray, count: int, size: int, random: np.random.Gene
     """
     from PIL import Image
 
-    full = photos.shape[1]
+    full = len(photos[0])
     batch = np.empty((count, size, size, 3), np.uint8)
     for row in batch:
         side = math.exp(random.uniform(math.log(min(size, full)), math.log(full)))
         left, top = random.uniform(0, full - side, 2)
-        photo = Image.fromarray(photos[random.integers(len(photos))])
+        photo = Image.fromarray(photos[int(random.integers(len(photos)))])
         box = (left, top, left + side, top + side)
         crop = np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, box=box))
         row[:] = crop[:, ::-1] if random.random() < 0.5 else crop
@@ -259,10 +296,12 @@ class Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
         config: of the run.
         photos: (n, side, side, 3) uint8.
         steps: number of timesteps.
+        scenes: drawn scenes to train on; may be empty.
     """
 
-    def __init__(self, config: PretrainConfig, photos: np.ndarray, steps: int):
+    def __init__(self, config: PretrainConfig, photos: np.ndarray, steps: int, scenes: Sequence[SceneFile] = ()):
         self.config, self.photos, self.steps = config, photos, steps
+        self.scenes = ScenePictures(scenes)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
@@ -270,8 +309,12 @@ class Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
         random = np.random.default_rng([config.seed, step])
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
         images = make_crops(self.photos, count, size, random)
-        collages = round(config.collages * count)
-        images = torch.cat([images[: count - collages], make_collages(images, collages, generator)])
+        scenes = round(config.scenes_share * count) if len(self.scenes) else 0
+        collages = min(round(config.collages * count), count - scenes)
+        parts = [images[: count - collages - scenes], make_collages(images, collages, generator)]
+        if scenes:
+            parts.append(make_crops(self.scenes, scenes, size, random))
+        images = torch.cat(parts)
         timesteps = (self.steps * torch.rand(count, generator=generator) ** config.timestep_power).long()
         return images, torch.randn(images.shape, generator=generator), timesteps
 
@@ -286,6 +329,9 @@ class Pretraining:
 
     def __init__(self, config: PretrainConfig, process: Process):
         self.config, self.process = config, process
+        self.scenes = [] if config.scenes is None else list_scenes(config.scenes)
+        if config.scenes is not None and len(self.scenes) <= MEASURED:
+            raise ValueError(f"pretrain: scenes must be more than {MEASURED}, got {len(self.scenes)}")
         torch.manual_seed(config.seed)
         self.model = Mini(config.architecture)
         if config.init_from is not None:
@@ -326,17 +372,21 @@ class Pretraining:
             "images": self.images_done,
             "tracing": {"size": [self.config.large_size] * 2},
         }
-        contents = {
-            WEIGHTS: save(weights),
-            "README.md": self.write_card().encode(),
-            "config.json": (json.dumps(description, indent=2) + "\n").encode(),
-        }
-        for name, content in contents.items():
-            with write_atomically(folder / name, "pretrain") as file:
-                file.write(content)
+        write_files(
+            folder, {WEIGHTS: save(weights), "config.json": (json.dumps(description, indent=2) + "\n").encode()}
+        )
+        lines = []
+        if measured := self.scenes[:MEASURED]:
+            inside, chance = measure_inside(Tracer.from_pretrained(folder, device=self.process.device), measured)
+            lines.append(
+                f"- Attention of a token of an object that stays inside the object, at timestep 0, in {len(measured)} "
+                f"scenes that were not trained on: {inside:.3f}; by chance {chance:.3f}"
+            )
+            tqdm.write(f"{self.images_done:,} images: {inside:.3f} of attention inside objects, chance {chance:.3f}")
+        write_files(folder, {"README.md": self.write_card(lines).encode()})
 
-    def write_card(self) -> str:
-        """Return the model card, in Markdown."""
+    def write_card(self, lines: Sequence[str]) -> str:
+        """Return the model card, in Markdown, with further lines."""
         config, count = self.config, sum(parameter.numel() for parameter in self.model.parameters())
         loss = f"{self.losses[-1][1]:.4f}" if self.losses else "not logged"
         return "\n".join(
@@ -347,7 +397,8 @@ class Pretraining:
                 "",
                 f"- Parameters: {count:,} ({config.architecture})",
                 f"- Data: photos of {config.photos.name!r}, license {config.license}, without annotations; "
-                f"{config.collages:.0%} of every batch are collages of their fragments",
+                f"{config.collages:.0%} of every batch are collages of their fragments"
+                + (f", {config.scenes_share:.0%} drawn scenes" if self.scenes else ""),
                 *([f"- Initial weights: those in {config.init_from.name!r}"] if config.init_from else []),
                 f"- Objective: v-prediction, mean squared error, {self.schedule}, timesteps "
                 f"1000 u^{config.timestep_power:g}",
@@ -355,6 +406,7 @@ class Pretraining:
                 f"- Sizes: {config.size} px in batches of {config.batch}, and every {config.large_every} steps "
                 f"{config.large_size} px in batches of {config.large_batch}",
                 f"- Mean squared error of v in the last 60 steps that were logged: {loss}",
+                *lines,
                 f"- Machine: {platform.processor() or platform.machine()}, {self.process.device}, "
                 f"{self.process.count} process(es) of {torch.get_num_threads()} thread(s), "
                 f"{self.seconds / 3600:.2f} hours; torch {torch.__version__}",
@@ -396,7 +448,7 @@ class Pretraining:
         for name, value in (self.state.resume() or {}).items():
             setattr(self, name, value)
         loader = DataLoader(
-            Batches(config, load_photos(config.photos), self.schedule.steps),
+            Batches(config, load_photos(config.photos), self.schedule.steps, self.scenes[MEASURED:]),
             batch_size=None,
             sampler=itertools.count(self.step),
             num_workers=config.workers,
@@ -425,6 +477,13 @@ class Pretraining:
                     saved = time.monotonic()
         self.save()
         self.export(config.output / "final")
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder, each in one step."""
+    for name, content in contents.items():
+        with write_atomically(folder / name, "pretrain") as file:
+            file.write(content)
 
 
 def initialize_from(model: Mini, folder: Path) -> None:
