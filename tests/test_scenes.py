@@ -17,7 +17,7 @@ from trace_fast.training.scenes.fields import make_colors
 from trace_fast.training.scenes.outlines import OUTLINES, make_outline, rasterize
 from trace_fast.training.scenes.scene import LEAST_AREA
 from trace_fast.training.scenes.shading import Light, Surface, inflate, shade
-from trace_fast.training.scenes.textures import TEXTURES, make_texture
+from trace_fast.training.scenes.textures import TEXTURES, _tile, make_texture
 
 SIZE = (72, 104)
 
@@ -177,6 +177,17 @@ class TestParts:
             picture = make_texture(random, colors, (37, 53), name)
             assert picture.shape == (37, 53, 3) and picture.dtype == np.float32
             assert 0 <= picture.min() <= picture.max() <= 1
+
+    @pytest.mark.parametrize("size", [(40, 90), (90, 90), (200, 230)], ids=str)
+    def test_marks_have_no_seams(self, size):
+        def add_ramp(canvas, side):
+            for x in range(2 * side):
+                canvas.line([x, 0, x, 2 * side], fill=(x * 255 // (2 * side),) * 3)
+
+        for seed in range(5):
+            picture = _tile(np.random.default_rng(seed), size, np.zeros(3), add_ramp)
+            assert picture.shape == (*size, 3)
+            assert np.abs(np.diff(picture, axis=1)).max() < 0.05
 
     @pytest.mark.parametrize("name", OUTLINES)
     def test_outlines(self, name):

@@ -27,7 +27,7 @@ from trace_fast.training.state import require_same
 
 __all__ = ["SceneFile", "ScenesConfig", "list_scenes", "load_photos", "read_scene", "write_scenes"]
 
-VERSION = 3  # of what is drawn: scenes of two versions are never in one folder
+VERSION = 4  # of what is drawn: scenes of two versions are never in one folder
 DESCRIPTION = "scenes.json"
 PHOTO_SIDE = 128  # of the photos that colors are taken from, in pixels
 CHUNK = 16  # scenes that a process draws at a time

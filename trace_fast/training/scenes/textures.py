@@ -34,7 +34,7 @@ def make_texture(random: np.random.Generator, colors: Colors, size: Size, name: 
         name = names[int(np.searchsorted(shares, random.random() * shares[-1]))]
     picture = TEXTURES[name][0](random, colors, size)
     if random.random() < 0.55:  # most surfaces differ less from their mean
-        mean = picture.mean((0, 1))
+        mean = picture.reshape(-1, 3).mean(0)  # several times as fast as over two axes
         picture = mean + (picture - mean) * np.float32(random.uniform(0.15, 0.8))
     if random.random() < 0.35:
         grain = make_noise(random, size, random.uniform(5, 60), random.uniform(0.5, 0.8))
@@ -316,9 +316,11 @@ def _tile(
     canvas = Image.new("RGB", (2 * side, 2 * side), tuple(int(value * 255) for value in np.clip(color, 0, 1)))
     add(ImageDraw.Draw(canvas), side)
     pixels = np.asarray(canvas.reduce(2), np.float32) * np.float32(1 / 255)
-    if max(size) > side:
-        pixels = np.concatenate([pixels, pixels[:, ::-1]], 1)
-        pixels = np.concatenate([pixels, pixels[::-1]], 0)
+    if max(size) <= side:  # a crop that wraps around would have a seam
+        top, left = int(random.integers(side - size[0] + 1)), int(random.integers(side - size[1] + 1))
+        return pixels[top : top + size[0], left : left + size[1]]
+    pixels = np.concatenate([pixels, pixels[:, ::-1]], 1)
+    pixels = np.concatenate([pixels, pixels[::-1]], 0)
     return crop_periodic(pixels, size, random)
 
 
