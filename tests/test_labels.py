@@ -116,10 +116,12 @@ class TestMakeLabels:
 
     def test_combined_labels_are_the_geometric_mean_with_a_students_edges(self):
         abdiv, student = torch.tensor([[[0.0, 0.1, 0.2]]]), torch.tensor([[[[0.9, 0.4, 0.0]]]])
-        label, valid = make_labels(abdiv, (1, 3), torch.rand(1, 3, 8, 24), "combined", 0.16, 0.1, student)
+        arguments = abdiv, (1, 3), torch.rand(1, 3, 8, 24), "combined", 0.16, 0.1, student
         soft = 1 - torch.exp(-abdiv / 0.1)
+        label, valid = make_labels(*arguments)
         assert_close(label, (soft * student).sqrt())
         assert valid.all()
+        assert_close(make_labels(*arguments, 0.75)[0], (soft * student**3) ** 0.25)
 
 
 class TestLabelScene:

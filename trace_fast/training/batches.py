@@ -155,8 +155,16 @@ class Batches:
         photo = self.photos[index].read()
         view, size = self._show(photo)
         abdiv, student = self.shards.read(index)
+        config = self.config
         labels, weights = make_labels(
-            abdiv, size, photo if view is None else view, self.config.labels, self.config.interior, self.scale, student
+            abdiv,
+            size,
+            photo if view is None else view,
+            config.labels,
+            config.interior,
+            self.scale,
+            student,
+            config.student_weight,
         )
         return self._cut(photo, view, labels, weights, augmentation)
 

@@ -48,6 +48,7 @@ from trace_fast.training.state import Process, State, list_differences, read_pro
 __all__ = ["DistillConfig", "distill"]
 
 FLOW_TIMESTEP = 20  # of the student's pass for rectified flow
+HELPER_SCALES = (1.0, 1.25)  # sizes at which a student that helps to label sees a photo, relative to its own
 STATE = "state.safetensors"
 PROGRESS = ("step", "seconds", "recent", "losses")
 
@@ -131,15 +132,21 @@ class DistillConfig:
         help="The kind of the labels. Those of the paper are ternary: tokens that are neither clearly edge nor clearly "
         "interior have no label. In binary labels, they are interior. Soft labels are the probability "
         "1 - exp(-ABDiv / s). Sharpened labels are soft labels times the ridges of the image's gradient. Binarized "
-        "labels are sharpened labels pushed towards 0 and 1. Combined labels are the geometric mean of soft labels and "
-        "of the edges of the student that `labels_student` names.",
+        "labels are sharpened labels pushed towards 0 and 1. Combined labels are the weighted geometric mean of soft "
+        "labels and of the edges of the student that `labels_student` names.",
         choices=LABELS,
     )
     labels_student: Path | None = option(
         None,
-        help="The folder of a student whose edges, averaged over mirrored copies of a photo, help to label it, so that "
-        "it teaches its successor. Only combined labels use it.",
+        help="The folder of a student whose edges, averaged over mirrored copies and two sizes of a photo, help to "
+        "label it, so that it teaches its successor. Only combined labels use it.",
         fixed=False,
+    )
+    student_weight: float = option(
+        0.65,
+        help="The weight of that student's edges in combined labels; the search has the rest.",
+        least=0,
+        most=1,
     )
     interior: float = option(
         0.16,
@@ -619,14 +626,25 @@ def distill(config: DistillConfig) -> Path:
 
 
 def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the edges of the student that helps the teacher, at the size at which its decoder sees the photo."""
-    detector = Detector.from_pretrained(str(config.labels_student), device=device)
+    """Return the edges of the student that helps the teacher, at the size at which its decoder sees the photo.
 
+    They are averaged over the photo and its mirrored copy, and over two sizes at which the decoder sees them.
+    """
+    detector = Detector.from_pretrained(str(config.labels_student), device=device)
+    decoder, (height, width) = detector.decoder, detector.size
+    student = StudentPass(detector.backbone, decoder, detector.timestep)
+
+    @torch.no_grad()
     def average(photo: Tensor) -> Tensor:
-        """Return edges (1, 1, h, w), averaged over the photo and its mirrored copy."""
-        size = detector.decoder.photo_size((photo.shape[-2], photo.shape[-1]), detector.size) or detector.size
-        copies = resize(photo, size)
-        edges = detector.edges(torch.cat([copies, copies.flip(-1)]))
+        """Return edges (1, 1, h, w) of a photo (1, 3, H, W)."""
+        shape = (photo.shape[-2], photo.shape[-1])
+        copies = torch.cat([photo, photo.flip(-1)]).to(device)
+        images, maps = resize(copies, detector.size), []
+        for scale in HELPER_SCALES:
+            size = decoder.photo_size(shape, (round(scale * height), round(scale * width)))
+            logits = student(images, None if size is None else resize(copies, size)).float()
+            maps.append(resize(logits, maps[0].shape[-2:] if maps else logits.shape[-2:]).sigmoid())
+        edges = torch.stack(maps).mean(0)
         return (edges[:1] + edges[1:].flip(-1)) / 2
 
     return average

@@ -68,6 +68,7 @@ def make_labels(
     interior: float,
     scale: float,
     student: Tensor | None = None,
+    student_weight: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Return pseudo labels at the size of a decoder's output; thresholds are computed on the tokens.
 
@@ -78,8 +79,9 @@ def make_labels(
         kind: one of `LABELS`.
         interior: see `pseudo_labels`.
         scale: see `pseudo_labels`.
-        student: (B, 1, h', w') float32 in [0, 1], the edges of a student. "combined" labels are the geometric mean of
-            these and of soft labels.
+        student: (B, 1, h', w') float32 in [0, 1], the edges of a student. "combined" labels are the weighted geometric
+            mean of these and of soft labels.
+        student_weight: weight of the student's edges, from 0 to 1.
 
     Returns:
         label: (B, 1, *size) float32 in [0, 1], 1 is edge.
@@ -100,7 +102,7 @@ def make_labels(
         label = enlarge(label[:, None])
         if kind == "combined":
             assert student is not None
-            label = (label * resize(student, size).clamp(0, 1)).sqrt()
+            label = resize(student, size).clamp(0, 1) ** student_weight * label ** (1 - student_weight)
         elif kind != "soft":
             label = label * gradient_ridges(resize(images, size)).sqrt()
         if kind == "binarized":
