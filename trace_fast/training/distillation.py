@@ -143,7 +143,7 @@ class DistillConfig:
         fixed=False,
     )
     student_weight: float = option(
-        0.65,
+        0.5,
         help="The weight of that student's edges in combined labels; the search has the rest.",
         least=0,
         most=1,
