@@ -102,6 +102,25 @@ def whole_pass(detector, images, photograph=None):
     return detector.decoder(taps.result(), photograph)
 
 
+class TestThresholds:
+    def test_they_are_those_of_the_student_not_of_its_base(self, students, copied):
+        base = json.loads((students / "conv" / "config.json").read_text())
+        base["tracing"] = base.get("tracing", {}) | {"contour_threshold": 0.3, "region_threshold": 0.7}
+        folder = copied.parent / "base"
+        shutil.copytree(students / "conv", folder)
+        (folder / "config.json").write_text(json.dumps(base))
+        tracer = Tracer.from_pretrained(folder, device="cpu")
+        assert (tracer.contour_threshold, tracer.region_threshold) == (0.3, 0.7)
+        config = json.loads((copied / "config.json").read_text())
+        config["base"]["model"] = str(folder)
+        for thresholds, expected in (({}, (0.5, 0.5)), ({"contour": 0.4, "region": 0.2}, (0.4, 0.2))):
+            (copied / "config.json").write_text(json.dumps(config | {"thresholds": thresholds}))
+            detector = Detector.from_pretrained(copied, device="cpu")
+            assert (detector.contour_threshold, detector.region_threshold) == expected
+        detector.save_pretrained(copied.parent / "saved")
+        assert Detector.from_pretrained(copied.parent / "saved", device="cpu").region_threshold == 0.2
+
+
 class TestRoundTrip:
     @pytest.mark.slow
     def test_what_is_saved_is_read_bit_for_bit(self, detector, tmp_path):
@@ -510,6 +529,7 @@ class TestDamage:
             ({"decoder": {}}, ".*name"),
             ({"decoder": "conv"}, ""),
             ({"scale": "much"}, ""),
+            ({"thresholds": {"region": 0}}, ".*region_threshold must be above 0 and at most 1, got 0"),
         ],
         ids=str,
     )

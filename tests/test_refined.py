@@ -250,6 +250,15 @@ def test_segment_draws_what_edges_enclose(call, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_segment_separates_where_the_model_does_best(call, data, tmp_path):
+    assert call("segment", data / "images" / "001.png", "-o", "out").exit_code == 0
+    labels = np.asarray(Image.open(tmp_path / "out" / "001.png"))
+    model = trace_fast.load("mini", device="cpu")
+    masks, _ = trace_fast.instances(model(data / "images" / "001.png"), threshold=model.region_threshold)
+    assert np.array_equal(labels > 0, masks.any(0)) and labels.max() == len(masks)
+
+
+@pytest.mark.slow
 def test_segment_keeps_the_masks_of_a_file(call, data, tmp_path):
     words = ["segment", data / "images" / "001.png", "-o", "out", "--masks", data / "inst" / "001.png"]
     assert call(*words, "--threshold", "1").exit_code == 0

@@ -311,6 +311,8 @@ def test_threads_take_turns(tracer, images):
         ({"size": (64,)}, ValueError, r"size must be \(height, width\), positive integers, got \(64,\)"),
         ({"size": (22, 40)}, ValueError, "size must be positive multiples of 4 pixels"),
         ({"edge_scale": 0}, ValueError, "edge_scale must be a positive number, got 0"),
+        ({"contour_threshold": 0}, ValueError, "contour_threshold must be above 0 and at most 1, got 0"),
+        ({"region_threshold": 1.5}, ValueError, "region_threshold must be above 0 and at most 1, got 1.5"),
         ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer"),
         ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian"),
     ],

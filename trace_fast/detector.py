@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,6 +100,9 @@ class Detector(EdgeModel):
             config, weights = upgrade_student(json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER))
             base, base_revision = config["base"]["model"], config["base"].get("revision")
             timestep, trained_size, options = int(config["timestep"]), tuple(config["size"]), config["decoder"]
+            # not those of the base, whose edges are others
+            thresholds = {"contour": 0.5, "region": 0.5} | config.get("thresholds", {})
+            contour, region = float(thresholds["contour"]), float(thresholds["region"])
             adapter = load_weights(folder / ADAPTER)
             empty_prompt = load_weights(folder / EMPTY_PROMPT) if (folder / EMPTY_PROMPT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -125,6 +129,8 @@ class Detector(EdgeModel):
             prepare=prepare,
         )
         try:
+            settings = backbone.settings
+            backbone.settings = replace(settings, contour_threshold=contour, region_threshold=region)
             decoder = make_decoder(grid=backbone.finest_grid(), **options)
             decoder.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

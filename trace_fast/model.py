@@ -61,6 +61,16 @@ class EdgeModel(abc.ABC):
     def timestep(self) -> int | str:
         """The timestep whose attention is read: an integer from 0 to 999, or "iep" where it is searched."""
 
+    @property
+    def contour_threshold(self) -> float:
+        """The edge probability from which a pixel is best called a contour; 0.5 if that was not measured."""
+        return self.backbone.settings.contour_threshold
+
+    @property
+    def region_threshold(self) -> float:
+        """The edge probability from which a pixel best separates regions, as for `trace_fast.instances`; else 0.5."""
+        return self.backbone.settings.region_threshold
+
     def to(self, device: torch.device | str) -> Self:
         """Move all modules to a device, in place, and return the model.
 

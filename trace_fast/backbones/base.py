@@ -74,6 +74,8 @@ class Settings:
         noising: "inversion" (deterministic) or "gaussian" (independent timesteps).
         blocks: indices of the self-attention blocks that are averaged; None for all of them.
         edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats.
+        contour_threshold: edge probability from which a pixel is best called a contour.
+        region_threshold: edge probability from which a pixel best separates regions.
         reason: why a preference differs from the paper's, with the figure that decided it.
 
     Raises:
@@ -85,6 +87,8 @@ class Settings:
     noising: str = "inversion"
     blocks: tuple[int, ...] | None = None
     edge_scale: float = 0.1
+    contour_threshold: float = 0.5
+    region_threshold: float = 0.5
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -93,6 +97,10 @@ class Settings:
             raise ValueError(f"settings: size must be (height, width), positive integers, got {size!r}")
         if not isinstance(self.edge_scale, Real) or not 0 < self.edge_scale < math.inf:
             raise ValueError(f"settings: edge_scale must be a positive number, got {self.edge_scale!r}")
+        for name in ("contour_threshold", "region_threshold"):
+            threshold = getattr(self, name)
+            if not isinstance(threshold, Real) or not 0 < threshold <= 1:
+                raise ValueError(f"settings: {name} must be above 0 and at most 1, got {threshold!r}")
         check_timestep(self.timestep)
         check_noising(self.noising)
 

@@ -35,7 +35,10 @@ def run_segment(
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="Model of the edges, as in `trace-fast edges`.")] = "mini",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Strength from which an edge separates masks.")] = 0.5,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Strength from which an edge separates masks. The default is the model's own."),
+    ] = None,
     mode: Annotated[
         Literal["flood", "walk"], typer.Option(help="The way in which the masks of --masks are completed.")
     ] = "flood",
@@ -49,7 +52,7 @@ def run_segment(
     """
     images = list_images(inputs)
     results = plan_results(images, output, ["", *["_overlay"] * overlay])
-    if not threshold:
+    if threshold == 0:
         refuse("--threshold must be above 0, got 0")
     if masks is not None and len(images) != 1:
         refuse(f"--masks must be of one image, got {len(images)}")
@@ -66,15 +69,16 @@ def run_segment(
     with refuse_failures():
         loaded = trace_fast.load(model, device=device)
     open_folder(output)
+    barrier = loaded.region_threshold if threshold is None else threshold
 
     def write(image: Path, paths: dict[str, Path]) -> None:
         photo = read_image(image)
         edges = loaded.edges(photo)
         if given_labels is None:
-            stack, _ = trace_fast.instances(edges, threshold=threshold)
+            stack, _ = trace_fast.instances(edges, threshold=barrier)
             labels = paint_labels(stack, range(1, len(stack) + 1)).cpu().numpy()
         else:
-            labels = trace_fast.propagate(given_labels, edges.cpu(), threshold=threshold, mode=mode)
+            labels = trace_fast.propagate(given_labels, edges.cpu(), threshold=barrier, mode=mode)
         if labels.max(initial=0) > 65535:
             raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
         visualize.write_picture(paths[""], Image.fromarray(labels.astype(np.uint16)))
