@@ -1304,6 +1304,11 @@ class TestScenes:
         batches = self.make_batches(replace(config, window=80))
         assert batches.load(0).photos.shape == (4, 3, 80, 80)
 
+    def test_without_a_window_photos_must_have_one_shape(self, config):
+        batches = self.make_batches(replace(config, window=None, scenes_share=0.25))
+        with pytest.raises(ValueError, match=r"window must be given .* got None and photos of \(\d+, \d+\) and \("):
+            [batches.load(step) for step in range(4)]
+
     def test_jitter_changes_both_views_alike(self, config):
         batches = self.make_batches(replace(config, window=None, jitter=0.8, images=config.images))
         augmentation = Augmentation(gain=0.5, offset=0.2)
@@ -1400,6 +1405,7 @@ class TestScenes:
             ({"scenes": None, "scenes_share": 1.0, "decoder": "unet"}, None),
             ({"decoder": "conv", "decoder_options": {}}, "decoder must be one that sees the photo where window or"),
             ({"window": 16}, "window must be at least 32, got 16"),
+            ({"window": 40}, "window must be a multiple of 16 pixels, got 40"),
             ({"scenes_share": 1.1}, "scenes_share must be from 0 to 1, got 1.1"),
             ({"loss": "mse"}, "loss must be dice or cross-entropy, got mse"),
         ],

@@ -217,6 +217,11 @@ class Batches:
             load(index, augmentation)
             for (load, index), augmentation in list(zip(loaders, augmentations, strict=True))[share]
         ]
+        if len(shapes := {tuple(part.labels.shape[-2:]) for part in parts}) > 1:
+            raise ValueError(
+                "distill: window must be given for a decoder that sees photos at their own aspect ratio, where these "
+                f"differ, got {self.config.window} and photos of {' and '.join(map(str, sorted(shapes)[:2]))} pixels"
+            )
         return Batch.concatenate(parts)
 
     def iterate(self, start: int, share: slice) -> Iterator[Batch]:

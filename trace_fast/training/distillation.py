@@ -172,9 +172,9 @@ class DistillConfig:
     )
     window: int | None = option(
         None,
-        help="The height and width in pixels of a random window of the photo, as the decoder sees it, that a step "
-        "trains on. The network sees the whole photo. The default is the whole photo; a decoder that sees photos at "
-        "their own aspect ratio then needs photos of one shape.",
+        help="The height and width in pixels, a multiple of 16, of a random window of the photo, as the decoder sees "
+        "it, that a step trains on. The network sees the whole photo. The default is the whole photo; a decoder that "
+        "sees photos at their own aspect ratio then needs photos of one shape.",
         least=32,
     )
     loss: str = option("dice", help="The loss of the edges.", choices=LOSSES)
@@ -250,6 +250,8 @@ class DistillConfig:
         check_options("distill", self)
         if self.teacher_timestep is not None:
             check_timestep(self.teacher_timestep)
+        if self.window is not None and self.window % 16:
+            raise ValueError(f"distill: window must be a multiple of 16 pixels, got {self.window}")
         if (self.labels == "combined") != (self.labels_student is not None):
             raise ValueError(
                 f"distill: labels_student must name a student for combined labels, and for them alone, got "
