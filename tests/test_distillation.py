@@ -989,7 +989,7 @@ class TestErrors:
         "cut.png in '{}/cut.png': edges: image must be readable to its end, got a PIL image: image file is truncated",
         "small.png in '{}/small.png': edges: image must be at least 16 pixels high and wide, got 15 x 40 in a PIL "
         "image",
-        "text.png in '{}/text.png': Pillow cannot read it",
+        "text.png in '{}/text.png': edges: image must be an image file, got a file, which Pillow cannot read",
     )
 
     def find_headline(self, stderr, images):

@@ -374,7 +374,7 @@ class TestBadData:
             r"photo: data/images/photo\.jpg cannot be read: .*truncated.*",
             r"rgb: data/maps/rgb\.png cannot be read: maps must be of one channel with 8 or 16 bits, got mode RGB",
             r"size: data/maps/size\.png has size \(56, 40\), the ground truth \(40, 56\)",
-            r"text: data/maps/text\.png cannot be read: cannot identify image file .*",
+            r"text: data/maps/text\.png cannot be read: read_map: path must be an image file, got .*",
             r"truth: ground truth data/inst/truth\.png cannot be read: .*",
         ]
         assert len(lines) == 3 + len(expected)

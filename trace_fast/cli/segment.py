@@ -91,10 +91,11 @@ def run_segment(
 def _read_labels(path: Path) -> Any:
     """Read a label map, (H, W) int32, from a lossless picture of integers."""
     import numpy as np
-    from PIL import Image
+
+    from trace_fast.io.pictures import read_picture
 
     try:
-        with Image.open(path) as picture:
+        with read_picture("segment: masks", path) as picture:
             kind, mode = picture.format, picture.mode
             labels = np.asarray(picture)
     except FAILURES as error:

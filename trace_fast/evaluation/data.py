@@ -20,6 +20,7 @@ import torch
 
 from trace_fast import ops
 from trace_fast.io.images import IMAGE_SUFFIXES
+from trace_fast.io.pictures import read_picture
 from trace_fast.masks import coco
 
 __all__ = [
@@ -344,8 +345,6 @@ def _read_bsds(path: Path) -> Contours:
 
 def _read_pixels(path: Path) -> np.ndarray:
     """Read a picture as it is stored, without transparency: (H, W) or (H, W, 3)."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
+    with read_picture("evaluate: ground truth", path) as picture:
         opaque = {"LA": "L", "RGBA": "RGB"}.get(picture.mode)
         return np.asarray(picture.convert(opaque) if opaque else picture)

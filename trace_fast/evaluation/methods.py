@@ -14,6 +14,7 @@ import numpy as np
 from trace_fast.api import load
 from trace_fast.evaluation.data import Photo
 from trace_fast.io.images import read_image
+from trace_fast.io.pictures import read_picture
 
 __all__ = ["Method", "open_method", "read_map", "split_name"]
 
@@ -109,16 +110,14 @@ def read_map(path: str | Path) -> np.ndarray:
         (H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: the file has several channels.
-        OSError: the file is missing or damaged.
+        ValueError: the file has several channels, or is damaged.
+        OSError: the file is missing or cannot be read.
 
     Example:
         >>> read_map("hed/000000000139.png").shape  # doctest: +SKIP
         (426, 640)
     """
-    from PIL import Image
-
-    with Image.open(path) as picture:
+    with read_picture("read_map: path", path) as picture:
         if picture.mode not in ("L", "I", "I;16"):
             raise ValueError(f"maps must be of one channel with 8 or 16 bits, got mode {picture.mode}")
         values = np.asarray(picture)

@@ -23,6 +23,7 @@ from trace_fast.evaluation.data import Photo
 from trace_fast.evaluation.edges import DISTANCE, SUPPRESSION, THRESHOLDS, Counts, count_edges
 from trace_fast.evaluation.methods import Method
 from trace_fast.io.files import write_atomically
+from trace_fast.io.pictures import read_picture
 from trace_fast.masks import coco
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 
 WORKERS = 2  # images at a time: one is read while another is matched on all cores
 Result = TypeVar("Result")
-FAILURES = (OSError, ValueError, SyntaxError)  # of damaged files; Pillow raises SyntaxError for some
+FAILURES = (OSError, ValueError)  # of damaged files
 
 
 def check_photos(photos: Sequence[Photo], methods: Sequence[Method]) -> tuple[list[Photo], list[str], list[str]]:
@@ -223,8 +224,8 @@ def make_stamp(*sources: Path | str | None) -> str:
 
 def _read_size(path: Path) -> tuple[int, int]:
     """Return the height and width of a picture in its upright orientation; all of it is decoded."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with Image.open(path) as picture:
+    with read_picture("evaluate: image", path) as picture:
         width, height = ImageOps.exif_transpose(picture).size
     return height, width

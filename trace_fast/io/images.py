@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trace_fast.io.arrays import array_to_tensor, dtype_name
+from trace_fast.io.pictures import MAX_PIXELS, decode, open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +38,6 @@ __all__ = [
 # names of image files in folders end in one of these
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE = 16  # smallest accepted side, in pixels
-MAX_PIXELS = 178_956_970  # largest accepted image: where Pillow refuses a file as a decompression bomb
 OUTPUT_TYPES = ("np", "pt", "pil")
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -74,7 +74,7 @@ def read_image(image: ImageLike) -> Tensor:
 
     Args:
         image: one of
-            - str or path: a file that Pillow can read; the first frame of an animation;
+            - str or path: a file of a raster format that Pillow can read; the first frame of an animation;
             - PIL image of any mode, rotated by its EXIF orientation; modes I;16 and I are read as uint16, F as float;
             - NumPy array (H, W) or (H, W, C), uint8, uint16, float16, float32 or float64;
             - tensor (H, W), (C, H, W) or (B, C, H, W), uint8, uint16, float16, bfloat16, float32 or float64.
@@ -280,23 +280,13 @@ def _from_array(image: np.ndarray) -> Tensor:
 
 def _from_file(path: str | os.PathLike[str]) -> Tensor:
     """Read an image file: (1, C, H, W)."""
-    from PIL import Image, UnidentifiedImageError
-
     name = repr(os.fsdecode(path))
     if os.path.isdir(path):
         raise ValueError(f"edges: image must be a file, got the folder {name}")
     if not os.path.exists(path):
         raise FileNotFoundError(f"edges: image must be an existing file, got {name}")
     with open(path, "rb") as file:
-        try:
-            picture = Image.open(file)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ValueError(f"edges: image must have at most {MAX_PIXELS} pixels, got more in {name}") from None
-        except UnidentifiedImageError:
-            raise ValueError(f"edges: image must be an image file, got {name}, which Pillow cannot read") from None
-        except Exception as error:  # each format's reader fails in its own way on damaged bytes
-            raise ValueError(f"edges: image must be readable to its end, got {name}: {error}") from error
-        return _from_pil(picture, name)
+        return _from_pil(open_picture("edges: image", file, name), name)
 
 
 def _from_object(image: object) -> Tensor:
@@ -315,10 +305,7 @@ def _from_pil(picture: Image.Image, name: str) -> Tensor:
     from PIL import ImageOps
 
     _check_size(picture.height, picture.width, f" in {name}")
-    try:
-        picture.load()
-    except Exception as error:  # Pillow opens a file by its header, so that damage shows only here
-        raise ValueError(f"edges: image must be readable to its end, got {name}: {error}") from error
+    decode("edges: image", picture, name)
     # pixels with damaged EXIF data are taken as upright
     with contextlib.suppress(Exception):
         picture = ImageOps.exif_transpose(picture)

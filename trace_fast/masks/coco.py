@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from trace_fast.io.pictures import read_picture
 from trace_fast.masks.rle import (
     decode_mask,
     encode_rles,
@@ -140,12 +141,10 @@ class ImageSegments:
         """Read the segment id of each pixel, R + 256 G + 256^2 B of the PNG: (height, width) int32, 0 is void.
 
         Raises:
-            ValueError: the PNG is not RGB.
-            OSError: the PNG cannot be read.
+            ValueError: the PNG is not RGB, or is damaged.
+            OSError: the PNG is missing or cannot be read.
         """
-        from PIL import Image
-
-        with Image.open(self.png) as picture:
+        with read_picture("segment_map: png", self.png) as picture:
             if picture.mode != "RGB":
                 raise ValueError(f"segment_map: {self.png.name} must be an RGB picture, got mode {picture.mode}")
             colors = np.asarray(picture)

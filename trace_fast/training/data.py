@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trace_fast.io.images import IMAGE_SUFFIXES, read_image
+from trace_fast.io.pictures import open_picture
 from trace_fast.training.state import Process
 
 __all__ = ["PhotoFile", "find_damaged", "list_photos", "refuse_damaged", "shuffle_photos"]
@@ -48,17 +49,13 @@ class PhotoFile:
         Raises:
             ValueError: the photo is damaged or too small; the message names it.
         """
-        from PIL import Image, UnidentifiedImageError
-
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
                 content = file.read(self.length)
-            return read_image(Image.open(io.BytesIO(content)))
-        except Exception as error:  # the reader of each format raises other errors for damaged bytes
-            # the message of this error only names an object in memory
-            reason = "Pillow cannot read it" if isinstance(error, UnidentifiedImageError) else error
-            raise ValueError(f"{REFUSAL}{self.name} in {str(self.path)!r}: {reason}") from error
+            return read_image(open_picture("edges: image", io.BytesIO(content), "a file"))
+        except Exception as error:  # memory and a missing file included
+            raise ValueError(f"{REFUSAL}{self.name} in {str(self.path)!r}: {error}") from error
 
 
 def list_photos(folder: Path) -> list[PhotoFile]:

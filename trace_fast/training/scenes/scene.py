@@ -6,8 +6,8 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from trace_fast.io.pictures import read_picture
 from trace_fast.ops import checks
 from trace_fast.training.scenes.camera import encode, expose
 from trace_fast.training.scenes.fields import Colors, blur, load_ndimage, make_colors, make_noise
@@ -113,7 +113,7 @@ def draw_scene(random: np.random.Generator, size: tuple[int, int], photos: np.nd
     for placement in placements:
         painter.paint_object(placement)
     jpeg = encode(random, expose(random, painter.canvas))
-    with Image.open(io.BytesIO(jpeg)) as picture:
+    with read_picture("draw_scene: image", io.BytesIO(jpeg)) as picture:
         image = np.asarray(picture.convert("RGB"))
     return Scene(image, painter.finish_instances(), jpeg)
 
