@@ -99,10 +99,9 @@ def read_picture(subject: str, source: str | os.PathLike[str] | BinaryIO) -> Ite
         ...     labels = np.asarray(picture)
     """
     with contextlib.ExitStack() as stack:
-        if isinstance(source, (str, os.PathLike)):
-            name, file = repr(os.fspath(source)), stack.enter_context(open(source, "rb"))
-        else:
-            name, file = "an image in memory", source
+        name, file = "an image in memory", source
+        if isinstance(file, (str, os.PathLike)):
+            name, file = repr(os.fspath(file)), stack.enter_context(open(file, "rb"))
         picture = open_picture(subject, file, name)
         decode(subject, picture, name)
         yield picture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +28,8 @@ class Shards:
     """The divergences of a list of photos, in files.
 
     A file names the photos whose divergences it has. These are found by name, so that photos may be added to and
-    removed from the list between runs.
+    removed from the list between runs. The name of a file follows from its teacher and its photos, so that several runs
+    may share a folder at any time: no run replaces the results that another one found for other photos.
 
     Args:
         folder: of the files; created if it is missing.
@@ -51,15 +52,20 @@ class Shards:
         rows: dict[str, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                with safe_open(path, "pt") as stored:
-                    metadata = stored.metadata() or {}
+                keys = self._read_keys(path)
             except (SafetensorError, OSError) as error:
                 tqdm.write(f"trace-fast: {path} is damaged, its photos are searched again: {error}", file=sys.stderr)
                 continue
-            content = "labels of the same teacher"
-            require_same("distill", "labels_dir", content, metadata.get("teacher"), self.teacher, path)
-            rows |= {key: (path, row) for row, key in enumerate(json.loads(metadata["photographs"]))}
+            rows |= {key: (path, row) for row, key in enumerate(keys)}
         return rows
+
+    def _read_keys(self, path: Path) -> list[str]:
+        """Return the keys of the photos of a file, in the order of its rows; refuse one of another teacher."""
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata() or {}
+        content = "labels of the same teacher"
+        require_same("distill", "labels_dir", content, metadata.get("teacher"), self.teacher, path)
+        return list(json.loads(metadata["photographs"]))
 
     def list_missing(self) -> list[PhotoFile]:
         """Return the photos that are in no file.
@@ -93,13 +99,9 @@ class Shards:
             student: returns edges (1, 1, h, w) in [0, 1] of an image; None writes none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        taken = {path for path, _ in self.rows.values()}
-        paths = (self.folder / f"{number:06d}.safetensors" for number in itertools.count())
-        free = (path for path in paths if path not in taken)
-        starts = range(0, len(photos), length)
-        files = [(next(free), photos[start : start + length]) for start in starts][share]
-        with tqdm(total=sum(len(part) for _, part in files), desc="searching", unit="image", disable=None) as bar:
-            for path, part in files:
+        parts = [photos[start : start + length] for start in range(0, len(photos), length)][share]
+        with tqdm(total=sum(map(len, parts)), desc="searching", unit="image", disable=None) as bar:
+            for part in parts:
                 divergences, timesteps, edges = [], [], {}
                 for row, photo in enumerate(part):
                     pixels = photo.read()
@@ -112,7 +114,8 @@ class Shards:
                     bar.update()
                 tensors = {"abdiv": torch.cat(divergences), "timestep": torch.cat(timesteps), **edges}
                 keys = json.dumps([photo.key for photo in part])
-                with write_atomically(path, "distill") as file:
+                name = hashlib.sha256(json.dumps([self.teacher, keys]).encode()).hexdigest()[:32]
+                with write_atomically(self.folder / f"{name}.safetensors", "distill") as file:
                     file.write(save(tensors, {"teacher": self.teacher, "photographs": keys}))
 
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
@@ -121,13 +124,23 @@ class Shards:
         Returns:
             abdiv: (1, h, w) float32, in nats.
             student: (1, 1, h', w') float32 in [0, 1], the edges of the student that helps the teacher, or None.
+
+        Raises:
+            ValueError: the file does not have the photo any longer, since something has replaced it.
         """
-        path, row = self.rows[self.photos[index].key]
-        file = self._open(path)
+        key = self.photos[index].key
+        path, row = self.rows[key]
+        file, keys = self._open(path)
+        if keys[row : row + 1] != [key]:
+            raise ValueError(
+                f"distill: labels_dir must keep its files while they are used, got one without {key!r} in {str(path)!r}"
+            )
         name = f"student.{row}"
         student = file.get_tensor(name).float() / 255 if name in file.keys() else None  # noqa: SIM118 (no mapping)
         return file.get_slice("abdiv")[row : row + 1].float(), student
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
-    def _open(self, path: Path) -> Any:
-        return safe_open(path, "pt")
+    def _open(self, path: Path) -> tuple[Any, list[str]]:
+        """Return a file and the keys of its rows."""
+        file: Any = safe_open(path, "pt")
+        return file, list(json.loads((file.metadata() or {}).get("photographs", "[]")))
