@@ -19,6 +19,7 @@ from trace_fast.evaluation.report import mask_table
 from trace_fast.masks import coco
 from trace_fast.masks.coco import encode_masks, read_annotations, read_instances, read_panoptic, read_results
 from trace_fast.masks.rle import decode_run_lengths
+from trace_fast.ops import checks
 
 DATA = Path(__file__).parent.parent / "../shared/data/dev_coco"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/dev_coco")
@@ -246,6 +247,14 @@ class TestProblems:
             (("images", 0, "height"), ..., r"images\[0\]: height must be an integer of at least 1, got None"),
             (("images", 0, "width"), 0, r"images\[0\]: width must be an integer of at least 1, got 0"),
             (("images", 0, "width"), 7.5, r"images\[0\]: width must be an integer of at least 1, got 7\.5"),
+            (("images", 0, "width"), 1e300, r"images\[0\]: width must be an integer of at least 1, got 1e\+300"),
+            (("images", 0, "width"), 2**30, r"images\[0\]: height and width must be at most 178956970 pixels, got 5 x"),
+            (("images", 0, "id"), 2**63, r"images\[0\]: id must be an integer of 64 bits, got 9223372036854775808"),
+            (
+                (*FIRST, "category_id"),
+                -1e30,
+                r"annotations\[0\]: category_id must be an integer of 64 bits, got -1e",
+            ),
             (("images",), GOOD["images"] * 2, r"images\[1\]: id must be unique, got 3 again"),
             (("categories",), GOOD["categories"] * 2, r"categories\[1\]: id must be unique, got 1 again"),
             ((*SECOND, "id"), 1, r"annotations\[1\]: id must be unique, got 1 again"),
@@ -264,6 +273,11 @@ class TestProblems:
             ((*FIRST, "segmentation"), [[*POLYGON[:-1], float("inf")]], "polygon must be an even number of finite"),
             ((*FIRST, "segmentation"), [[*POLYGON[:-1], float("nan")]], "polygon must be an even number of finite"),
             ((*FIRST, "segmentation"), [[*POLYGON[:-1], 1e300]], "polygon must be an even number of finite"),
+            ((*FIRST, "segmentation"), [[*POLYGON[:-1], -(2**63)]], "polygon must be an even number of finite"),
+            ((*FIRST, "segmentation"), [[*POLYGON[:-1], 2**63]], "polygon must be an even number of finite"),
+            ((*FIRST, "segmentation"), [[*POLYGON[:-1], 10**400]], "polygon must be an even number of finite"),
+            ((*FIRST, "segmentation"), [[0.5, 10**400] * 3], "polygon must be an even number of finite"),
+            ((*FIRST, "segmentation"), [[0, 0, 9e5, 9e5] * 9], "polygon must be at most 8388608 pixels around, got 16"),
             ((*FIRST, "segmentation"), [[*POLYGON[:-1], None]], "polygon must be an even number of finite"),
             ((*FIRST, "segmentation"), [[*POLYGON[:-1], "3"]], "polygon must be an even number of finite"),
             ((*FIRST, "segmentation"), [[[1, 1], [4, 1], [4, 3]]], "polygon must be an even number of finite"),
@@ -272,6 +286,8 @@ class TestProblems:
             ((*SECOND, "segmentation", "size"), ..., r"annotations\[1\]: segmentation must be RLE with its size"),
             ((*SECOND, "segmentation", "size"), [7, 5], r"must be of its image's size \(5, 7\), got \(7, 5\)"),
             ((*SECOND, "segmentation", "size"), [5, "7"], "size must be an integer of at least 1, got '7'"),
+            ((*SECOND, "segmentation", "size"), [2**20, 2**20], r"size must be at most \d+ pixels, got 1048576 x"),
+            ((*SECOND, "segmentation", "counts"), [2**63, 35 - 2**63], "counts must be at least 0 and sum to"),
             ((*SECOND, "segmentation", "counts"), ..., "counts must be a list or a string, got None"),
             (
                 (*SECOND, "segmentation", "counts"),
@@ -315,6 +331,26 @@ class TestProblems:
         assert len(read_results(good).images[3].instances) == 2
         with pytest.raises(ValueError, match=rf"got 1 problem in the given data:\n  results\[1\]: .*{message}"):
             read_results(change(good, (1, *path), value))
+
+    def test_lengths_whose_sum_overflows(self):
+        """Sum to 5 * 7 modulo 2^64 by lengths that grow up to 2^48."""
+        count = 100_000
+        multiples = np.maximum(np.arange(count) - 1, 0) // 2
+        step, rest = divmod(2**64 + 35, int(multiples.sum()))
+        differences = [0, 0, 0, *[step] * (count - 4), step + rest]
+        assert step + rest < 2**34
+        counts = "".join(
+            chr(48 + (value >> 5 * digit & 31 | 32 * (digit < 6))) for value in differences for digit in range(7)
+        )
+        assert decode_run_lengths(counts.encode()).sum() == 35
+        with pytest.raises(ValueError, match="counts must be at least 0 and sum to"):
+            read_instances(change(GOOD, (*SECOND, "segmentation", "counts"), counts))
+
+    def test_masks_that_do_not_fit_are_refused_before_they_are_decoded(self, monkeypatch):
+        monkeypatch.setattr(checks, "MEMORY", 60)
+        image = read_instances(GOOD).images[3]
+        with pytest.raises(ValueError, match=r"^masks: instances must be small enough for .* got \(2, 5, 7\)"):
+            image.masks()
 
     def test_all_problems_are_listed_at_once(self, tmp_path):
         data = annotated(rle(RUNS), [POLYGON[:-1]], rle([1]))

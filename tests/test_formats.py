@@ -503,6 +503,7 @@ class TestErrors:
             ([ONE[0], ONE], r"masks\[1\] must be \(H, W\), got \(1, 2, 3\)"),
             ([ONE[0], ONE[0].T], r"masks\[1\] must be of size \(2, 3\), got \(3, 2\)"),
             ([RLE, {**RLE, "size": [3, 2]}], r"masks\[1\]: segmentation must be of its image's size \(2, 3\), got"),
+            ([{**RLE, "size": [2**30, 2**30]}], r"masks\[0\]: size must be at most 178956970 pixels, got 1073741824 x"),
             ([{**RLE, "size": [2]}], r"masks\[0\]: segmentation must be RLE with its size"),
             ([{**RLE, "counts": "?"}], r"masks\[0\]: counts must be"),
             ([{**RLE, "counts": b""}], r"masks\[0\]: counts must be a compressed RLE"),
@@ -517,6 +518,7 @@ class TestErrors:
             (malformed(predicted_iou=np.nan), "predicted_iou must be finite in float32, got nan"),
             (malformed(predicted_iou=1e300), "predicted_iou must be finite in float32, got 1e"),
             (malformed(predicted_iou=None), "predicted_iou must be finite in float32, got nan"),
+            (malformed(category_id=2**63), r"masks\[0\]: category_id must be an integer of 64 bits, got 922337"),
             (malformed(category_id=1.5), r"masks\[0\]: category_id must be an integer, got 1.5"),
             (
                 [*malformed(), {"segmentation": ONE[0]}],
@@ -537,6 +539,17 @@ class TestErrors:
     def test_polygon(self):
         with pytest.raises(ValueError, match=r"masks\[0\]: polygon must be an even number of finite coordinates"):
             open_masks(malformed(segmentation=[[0, 0, 1]]), (2, 3))
+        with pytest.raises(ValueError, match=r"masks\[0\]: polygon must be an even number of finite coordinates"):
+            open_masks(malformed(segmentation=[[0, 0, 1, 0, 1, -(2**63)]]), (2, 3))
+
+    def test_size_and_memory(self, monkeypatch):
+        polygons = malformed(segmentation=[[0, 0, 1, 0, 1, 1]])
+        with pytest.raises(ValueError, match="open_masks: size must be at most 178956970 pixels, got 40000 x 40000"):
+            open_masks(polygons, (40000, 40000))
+        monkeypatch.setattr(checks, "MEMORY", 10)
+        for masks, size in (([RLE, RLE], None), (polygons * 2, (2, 3))):
+            with pytest.raises(ValueError, match=r"open_masks: masks must be small enough for .* got \(2, 2, 3\)"):
+                open_masks(masks, size)
 
     def test_detections(self):
         import supervision as sv

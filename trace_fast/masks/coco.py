@@ -15,7 +15,6 @@ are exchanged as MaskCut writes them (the size of their RLE is used), images wit
 from __future__ import annotations
 
 import json
-import math
 import os
 import reprlib
 import sys
@@ -29,6 +28,8 @@ import numpy as np
 
 from trace_fast.io.pictures import read_picture
 from trace_fast.masks.rle import (
+    LEAST,
+    check_pixels,
     decode_mask,
     encode_rles,
     encode_segmentation,
@@ -36,6 +37,7 @@ from trace_fast.masks.rle import (
     read_integer,
     read_rle_size,
 )
+from trace_fast.ops import checks
 
 __all__ = [
     "ImageInstances",
@@ -95,8 +97,14 @@ class ImageInstances:
         return [{"size": [self.height, self.width], "counts": instance.counts} for instance in self.instances]
 
     def masks(self) -> np.ndarray:
-        """Return the masks decoded: (M, height, width) bool."""
-        masks = np.empty((len(self.instances), self.height, self.width), dtype=bool)
+        """Return the masks decoded: (M, height, width) bool.
+
+        Raises:
+            ValueError: they do not fit into memory.
+        """
+        shape = len(self.instances), self.height, self.width
+        checks.stack("masks", "instances", shape)
+        masks = np.empty(shape, dtype=bool)
         for mask, instance in zip(masks, self.instances, strict=True):
             mask[...] = decode_mask(instance.counts, self.height, self.width)
         return masks
@@ -490,7 +498,7 @@ def _list_entries(
 
 
 def _index_by_id(
-    content: Mapping[str, Any], key: str, problems: list[str], parent: str = "", least: float = -math.inf
+    content: Mapping[str, Any], key: str, problems: list[str], parent: str = "", least: int = LEAST
 ) -> dict[int, tuple[str, Mapping[str, Any]]]:
     """Return the objects under a key, with their places, by their ids."""
     objects: dict[int, tuple[str, Mapping[str, Any]]] = {}
@@ -514,7 +522,9 @@ def _read_image_sizes(content: Mapping[str, Any], problems: list[str]) -> dict[i
     for number, (location, entry) in _index_by_id(content, "images", problems).items():
         height = width = 0
         try:
-            height, width = read_integer(entry, "height", 1), read_integer(entry, "width", 1)
+            size = read_integer(entry, "height", 1), read_integer(entry, "width", 1)
+            check_pixels("height and width", *size)
+            height, width = size
         except ValueError as problem:
             problems.append(f"{location}: {problem}")
         sizes[number] = height, width, str(entry.get("file_name", ""))

@@ -109,7 +109,9 @@ def open_masks(masks: Any, size: Size = None) -> tuple[MaskSet, Restore]:
     """
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"open_masks: size must be (height, width), both at least 1, got {tuple(size)}")
-    size = None if size is None else (int(size[0]), int(size[1]))
+    if size is not None:
+        size = int(size[0]), int(size[1])
+        rle.check_pixels("open_masks: size", *size)
     mask_format = next((known for known in FORMATS if known.accepts(masks)), None)
     if mask_format is None:
         *names, last = (known.name for known in FORMATS)
@@ -407,6 +409,8 @@ def _update_scores(exact: Tensor, mask_set: MaskSet, result: MaskSet, best: list
 def _read_entries(entries: Sequence[Any], size: Size, allow_polygons: bool = False) -> Tensor:
     """Read arrays, tensors, RLE and perhaps polygons as one stack (M, H, W) bool."""
     masks: list[Tensor] = []
+    if size is not None:
+        checks.stack("open_masks", "masks", (len(entries), *size))
     for index, entry in enumerate(entries):
         name = f"masks[{index}]"
         if isinstance(entry, (np.ndarray, Tensor)):
@@ -417,7 +421,9 @@ def _read_entries(entries: Sequence[Any], size: Size, allow_polygons: bool = Fal
             mask = _read_segmentation(entry, name, size)
         else:
             raise TypeError(f"open_masks: {name} must be an array, a tensor or RLE, got {type(entry).__name__}")
-        size = size or (mask.shape[0], mask.shape[1])
+        if size is None:
+            size = mask.shape[0], mask.shape[1]
+            checks.stack("open_masks", "masks", (len(entries), *size))
         if mask.shape != size:
             raise ValueError(f"open_masks: {name} must be of size {size}, got {tuple(mask.shape)}")
         if masks and mask.device != masks[0].device:

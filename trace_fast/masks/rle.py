@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from trace_fast.io.pictures import MAX_PIXELS
+
 __all__ = [
+    "LEAST",
+    "check_pixels",
     "decode_mask",
     "decode_run_lengths",
     "encode_rles",
@@ -20,7 +23,9 @@ __all__ = [
     "read_rle_size",
 ]
 
-MAX_COORDINATE = 2**20  # of polygons; the time to rasterize them grows in proportion
+MAX_COORDINATE = 2**20  # of polygons, in pixels
+MAX_PERIMETER = 2**23  # of polygons, in pixels; the time and memory to rasterize them grow in proportion
+LEAST, MOST = -(2**63), 2**63 - 1  # integers of a file must fit into 64 bits
 
 
 def import_mask_api(op: str) -> Any:
@@ -46,7 +51,14 @@ def read_rle_size(segmentation: Any) -> tuple[int, int]:
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise ValueError(f"segmentation must be RLE with its size, got {reprlib.repr(segmentation)}")
     height, width = (read_integer({"size": side}, "size", 1) for side in size)
+    check_pixels("size", height, width)
     return height, width
+
+
+def check_pixels(name: str, height: int, width: int) -> None:
+    """Require an image that is not larger than an image file may be."""
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{name} must be at most {MAX_PIXELS} pixels, got {height} x {width}")
 
 
 def encode_segmentation(api: Any, segmentation: Any, height: int, width: int, notes: Counter[str]) -> bytes:
@@ -64,11 +76,16 @@ def _encode_polygons(api: Any, polygons: Sequence[Any], height: int, width: int,
     for polygon in polygons:
         try:
             points = np.asarray(polygon)
-        except ValueError:
+        except (ValueError, OverflowError):
             points = np.empty((0, 0))
         is_odd = points.ndim != 1 or points.dtype.kind not in "iuf" or len(points) % 2 == 1
-        if is_odd or not (abs(points) < MAX_COORDINATE).all():
+        # as floats: the absolute value of the least integer is negative
+        if is_odd or not (np.abs(points.astype(np.float64)) < MAX_COORDINATE).all():
             raise ValueError(f"polygon must be an even number of finite coordinates, got {reprlib.repr(polygon)}")
+        corners = points.astype(np.float64).reshape(-1, 2)
+        perimeter = np.abs(corners - np.roll(corners, 1, 0)).max(1, initial=0).sum()
+        if perimeter > MAX_PERIMETER:
+            raise ValueError(f"polygon must be at most {MAX_PERIMETER} pixels around, got {perimeter:.0f}")
         # fewer than three points cover no pixel, and pycocotools would read two as a box
         if len(points) < 6:
             notes["polygons of fewer than three points, which are left out"] += 1
@@ -92,7 +109,8 @@ def _encode_rle(api: Any, rle: Mapping[str, Any], height: int, width: int) -> by
         runs = decode_run_lengths(counts)
     else:
         raise ValueError(f"counts must be a list or a string, got {reprlib.repr(counts)}")
-    if (runs < 0).any() or runs.sum() != height * width:
+    # each of them first: a sum of 64 bits may overflow to the right number
+    if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(f"counts must be at least 0 and sum to {height} * {width}, got {reprlib.repr(runs.tolist())}")
     if isinstance(counts, list):
         return bytes(api.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"])
@@ -129,11 +147,12 @@ def decode_run_lengths(counts: bytes) -> np.ndarray:
     return runs
 
 
-def read_integer(entry: Mapping[str, Any], key: str, least: float = -math.inf) -> int:
-    """Read an integer, which may be written as a float such as 1.0."""
+def read_integer(entry: Mapping[str, Any], key: str, least: int = LEAST) -> int:
+    """Read an integer of 64 bits, which may be written as a float such as 1.0."""
     value = entry.get(key)
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if value is None or not is_whole or isinstance(value, bool) or value < least:
-        bound = f" of at least {least}" if least > -math.inf else ""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    is_whole = is_whole or (isinstance(value, float) and value.is_integer())
+    if value is None or not is_whole or not least <= value <= MOST:
+        bound = f" of at least {least}" if least > LEAST else " of 64 bits" if is_whole else ""
         raise ValueError(f"{key} must be an integer{bound}, got {reprlib.repr(value)}")
     return int(value)

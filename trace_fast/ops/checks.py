@@ -4,6 +4,7 @@ Every message reads `op: name must be <requirement>, got <what>`. TypeError for 
 range or device.
 """
 
+import math
 import os
 from numbers import Integral, Real
 from typing import Any
@@ -11,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["choice", "contiguous", "device", "grid", "image", "integer", "memory", "number", "same_device", "tensor"]
+__all__ = [
+    "choice",
+    "contiguous",
+    "device",
+    "grid",
+    "image",
+    "integer",
+    "memory",
+    "number",
+    "same_device",
+    "stack",
+    "tensor",
+]
 
 # bytes of memory of this machine
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -76,9 +89,18 @@ def image(op: str, name: str, value: Tensor) -> None:
 
 def memory(op: str, name: str, value: Tensor, size: int) -> None:
     """Require that the `size` bytes which an op allocates for a tensor on the CPU fit; a GPU's allocator checks it."""
-    if value.device.type == "cpu" and size > MEMORY:
+    if value.device.type == "cpu":
+        _fit(op, name, tuple(value.shape), size)
+
+
+def stack(op: str, name: str, shape: tuple[int, int, int]) -> None:
+    """Require masks (M, H, W) that fit into memory, before they are allocated."""
+    _fit(op, name, shape, math.prod(shape))
+
+
+def _fit(op: str, name: str, shape: tuple[int, ...], size: int) -> None:
+    if size > MEMORY:
         needed, total = (f"{count / 2**30:.1f} GiB" for count in (size, MEMORY))
-        shape = tuple(value.shape)
         raise ValueError(f"{op}: {name} must be small enough for {total} of memory, got {shape}, which takes {needed}")
 
 
