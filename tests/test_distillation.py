@@ -321,8 +321,8 @@ def test_the_loss_falls(config, decoder, options):
 
 @pytest.mark.slow
 def test_a_student_learns_the_edges_of_its_teacher(config):
-    student = distill(replace(config, decoder_rate=3e-2, epochs=50, labels="soft"))
-    detector = Detector.from_pretrained(student, device="cpu")
+    config = replace(config, decoder_rate=3e-2, epochs=50, labels="soft")
+    detector = Detector.from_pretrained(distill(config), device="cpu")
     batches = make_run(config).batches
     batch = Batch.concatenate([batches.load_photo(index) for index in range(6, 10)])  # those it was trained on
     with torch.no_grad():

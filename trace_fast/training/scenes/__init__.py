@@ -3,7 +3,12 @@
 A scene is composed of textures, outlines, shading and a camera; each is a module with a table of its parts.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from trace_fast.training.scenes.dataset import (
+    IGNORED,
     SceneFile,
     ScenesConfig,
     list_scenes,
@@ -11,7 +16,9 @@ from trace_fast.training.scenes.dataset import (
     read_scene,
     write_scenes,
 )
-from trace_fast.training.scenes.scene import IGNORED, Scene, draw_scene
+
+if TYPE_CHECKING:
+    from trace_fast.training.scenes.scene import Scene, draw_scene
 
 __all__ = [
     "IGNORED",
@@ -24,3 +31,12 @@ __all__ = [
     "read_scene",
     "write_scenes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what draws when it is asked for: reading scenes does not need it, nor do the commands' help texts."""
+    if name not in ("Scene", "draw_scene"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trace_fast.training.scenes import scene
+
+    return getattr(scene, name)

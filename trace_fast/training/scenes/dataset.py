@@ -14,20 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from trace_fast.io.files import write_atomically
-from trace_fast.io.pictures import read_picture
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.options import check_options, document_options, option, to_json
-from trace_fast.training.scenes.fields import to_bytes
-from trace_fast.training.scenes.scene import draw_scene
 from trace_fast.training.state import require_same
 
-__all__ = ["SceneFile", "ScenesConfig", "list_scenes", "load_photos", "read_scene", "write_scenes"]
+__all__ = ["IGNORED", "SceneFile", "ScenesConfig", "list_scenes", "load_photos", "read_scene", "write_scenes"]
 
+IGNORED = 65535  # in instance maps: pixels at the border of two regions that are no objects
 VERSION = 4  # of what is drawn: scenes of two versions are never in one folder
 DESCRIPTION = "scenes.json"
 PHOTO_SIDE = 128  # of the photos that colors are taken from, in pixels
@@ -147,6 +144,10 @@ def load_photos(files: list[PhotoFile]) -> np.ndarray:
     Raises:
         ValueError: a photo is damaged.
     """
+    from PIL import Image
+
+    from trace_fast.training.scenes.fields import to_bytes
+
     photos = []
     for file in files:
         picture = Image.fromarray(to_bytes(file.read()[0].permute(1, 2, 0).numpy()))
@@ -180,9 +181,11 @@ def read_scene(scene: SceneFile) -> tuple[Tensor, Tensor]:
     Returns:
         The pixels (3, H, W) uint8, and the instances (H, W) int32: 0 no object, 1 to K objects, 65535 ignored.
     """
-    with read_picture("read_scene: scene", scene.image) as picture:
+    from PIL import Image
+
+    with Image.open(scene.image) as picture:
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    with read_picture("read_scene: scene", scene.instances) as picture:
+    with Image.open(scene.instances) as picture:
         instances = torch.from_numpy(np.asarray(picture).astype(np.int32))
     return pixels, instances
 
@@ -229,6 +232,10 @@ def _run_stored(chunk: list[int]) -> int:
 
 def _write_chunk(config: ScenesConfig, photos: np.ndarray | None, numbers: list[int]) -> int:
     """Draw and write the scenes of these numbers; return how many."""
+    from PIL import Image
+
+    from trace_fast.training.scenes.scene import draw_scene
+
     for number in numbers:
         drawn = draw_scene(np.random.default_rng([config.seed, number]), (config.size, config.size), photos)
         file = io.BytesIO()

@@ -10,6 +10,7 @@ import numpy as np
 from trace_fast.io.pictures import read_picture
 from trace_fast.ops import checks
 from trace_fast.training.scenes.camera import encode, expose
+from trace_fast.training.scenes.dataset import IGNORED
 from trace_fast.training.scenes.fields import Colors, blur, load_ndimage, make_colors, make_noise
 from trace_fast.training.scenes.outlines import THIN, Part, make_outline, rasterize
 from trace_fast.training.scenes.shading import (
@@ -23,9 +24,8 @@ from trace_fast.training.scenes.shading import (
 )
 from trace_fast.training.scenes.textures import make_texture
 
-__all__ = ["IGNORED", "Scene", "draw_scene"]
+__all__ = ["Scene", "draw_scene"]
 
-IGNORED = 65535  # in instance maps: pixels at the border of two regions that are no objects
 SIDE = 256  # sizes in pixels below are those of a picture with this shorter side
 LEAST_AREA = 14  # pieces of objects with fewer visible pixels are given to what surrounds them
 
