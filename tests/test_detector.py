@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import re
 import shutil
@@ -522,7 +523,18 @@ class TestDamage:
             ({"base": "mini"}, ""),
             ({"base": {}}, "'model'"),
             ({"timestep": "low"}, ""),
+            ({"timestep": -5}, r"config\.json: timestep must be from 0 to 999, got -5"),
+            ({"timestep": 10**6}, r"config\.json: timestep must be from 0 to 999, got 1000000"),
+            ({"timestep": True}, r"config\.json: timestep must be an int, got bool"),
             ({"size": 3}, ""),
+            ({"size": [-32, 48]}, ".*size must be .* positive integers, got"),
+            ({"scale": math.nan}, r"config\.json: scale must be from 0 to 1000, got nan"),
+            ({"scale": math.inf}, r"config\.json: scale must be from 0 to 1000, got inf"),
+            ({"scale": 1e30}, r"config\.json: scale must be from 0 to 1000, got 1e\+30"),
+            ({"scale": 10**400}, r"config\.json: scale must be from 0 to 1000, got 1000"),
+            ({"thresholds": {"contour": math.nan}}, ".*contour_threshold must be above 0 and at most 1, got nan"),
+            ({"thresholds": {"region": 10**400}}, ".*region_threshold must be above 0 and at most 1, got 1000"),
+            ({"thresholds": []}, ""),
             ({"decoder": {"name": "cnn"}}, "decoder must be one of conv, pixels, unet, got 'cnn'"),
             ({"decoder": {"name": "conv", "columns": 3}}, "decoder conv does not have these options"),
             ({"decoder": {"name": "pixels"}}, ".*state_dict"),
@@ -542,6 +554,32 @@ class TestDamage:
     def test_a_configuration_that_is_none(self, copied, content):
         (copied / "config.json").write_bytes(content.encode(errors="surrogateescape"))
         self.refuse(copied, "the folder of a student, got ")
+
+    def test_an_adapter_of_one_half(self, copied):
+        weights = load_file(copied / "lora.safetensors")
+        del weights[next(iter(weights))]
+        save_file(weights, copied / "lora.safetensors")
+        self.refuse(copied, "the folder of a student, got ")
+
+    def test_weights_that_the_adapter_makes_infinite(self, copied):
+        weights = load_file(copied / "lora.safetensors")
+        save_file({name: torch.full_like(weight, 6e4) for name, weight in weights.items()}, copied / "lora.safetensors")
+        with pytest.raises(ValueError, match=r"the adapter's layer .* must leave finite weights in torch\.float16"):
+            Detector.from_pretrained(copied, device="cpu", dtype=torch.float16)
+
+    def test_weights_so_large_that_edges_are_no_numbers(self, copied):
+        weights = load_file(copied / "decoder.safetensors")
+        weights = {name: weight.sign() * torch.finfo(torch.float32).max for name, weight in weights.items()}
+        save_file(weights, copied / "decoder.safetensors")
+        detector = Detector.from_pretrained(copied, device="cpu")
+        with pytest.raises(
+            RuntimeError, match=r"edges: model must give finite numbers, got NaN from .*student; its weights"
+        ):
+            detector.edges(photograph())
+        with pytest.raises(
+            RuntimeError, match=r"edges: model must give finite numbers, got NaN from .*student; its weights"
+        ):
+            detector(photograph()[0].permute(1, 2, 0).numpy())
 
     def test_a_base_that_is_not_there(self, copied):
         config = json.loads((copied / "config.json").read_text())

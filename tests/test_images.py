@@ -438,6 +438,13 @@ class TestConvertEdges:
         picture = convert_edges(edges, torch.zeros(3, HEIGHT, WIDTH), "pil")
         assert (picture.mode, picture.size) == ("L", (WIDTH, HEIGHT))
 
+    @pytest.mark.parametrize("output_type", ["np", "pil"])
+    def test_what_is_no_number_does_not_leave(self, output_type):
+        edges = torch.rand(2, 1, HEIGHT, WIDTH)
+        edges[1, 0, 2, 3] = float("nan")
+        with pytest.raises(RuntimeError, match=r"^edges: edges must be finite, got NaN; load the model with dtype="):
+            convert_edges(edges, edges, output_type)
+
     def test_half_precision_and_gradients(self, edges):
         assert convert_edges(edges.half().requires_grad_(), "x.png").dtype == np.float32
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import trace_fast
 from trace_fast import Tracer, reference
@@ -310,7 +310,9 @@ def test_threads_take_turns(tracer, images):
     [
         ({"size": (64,)}, ValueError, r"size must be \(height, width\), positive integers, got \(64,\)"),
         ({"size": (22, 40)}, ValueError, "size must be positive multiples of 4 pixels"),
-        ({"edge_scale": 0}, ValueError, "edge_scale must be a positive number, got 0"),
+        ({"edge_scale": 0}, ValueError, "edge_scale must be from 1e-6 to 1e6, got 0"),
+        ({"edge_scale": 1e-300}, ValueError, "edge_scale must be from 1e-6 to 1e6, got 1e-300"),
+        ({"edge_scale": float("nan")}, ValueError, "edge_scale must be from 1e-6 to 1e6, got nan"),
         ({"contour_threshold": 0}, ValueError, "contour_threshold must be above 0 and at most 1, got 0"),
         ({"region_threshold": 1.5}, ValueError, "region_threshold must be above 0 and at most 1, got 1.5"),
         ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer"),
@@ -435,6 +437,30 @@ class TestFolder:
         weights["head.bias"] = torch.full_like(weights["head.bias"], float("nan"))
         save_file(weights, folder / "model.safetensors")
         self.refuse(folder, "holds numbers that are not finite in head.bias")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("heads", 0, "mini: heads must be from 1 to 4096, got 0"),
+            ("patch", 0, "mini: patch must be from 1 to 4096, got 0"),
+            ("depth", -1, "mini: depth must be from 1 to 4096, got -1"),
+            ("dim", 2**62, "mini: dim must be from 1 to 4096, got 4611686018427387904"),
+            ("dim", 24.0, "mini: dim must be an int, got float"),
+        ],
+    )
+    def test_an_impossible_architecture(self, folder, name, value, message):
+        config = json.loads((folder / "config.json").read_text())
+        config["architecture"][name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        self.refuse(folder, message)
+
+    def test_edges_that_are_no_numbers_are_refused(self, folder):
+        weights = load_file(folder / "model.safetensors")
+        weights = {name: weight.float().sign() * 1e38 if "to_q" in name else weight for name, weight in weights.items()}
+        save_file(weights, folder / "model.safetensors")
+        tracer = Tracer.from_pretrained(folder, device="cpu")
+        with pytest.raises(RuntimeError, match=r"^edges: model must give finite numbers, got NaN from .*its weights"):
+            tracer(np.random.default_rng(0).random((24, 40, 3)), timestep=99)
 
     @pytest.mark.parametrize(
         "text", ["{", "{}", '{"family": "other"}', '{"family": "mini", "architecture": {"x": 1}}', "[]"]

@@ -17,19 +17,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from trace_fast.backbones import Backbone, fetch_student, load_backbone
-from trace_fast.backbones.base import constant, get_device, load_weights
+from trace_fast.backbones.base import STEPS, Settings, constant, get_device, load_weights
 from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
 from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
-from trace_fast.model import EdgeModel
+from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
 
 __all__ = ["Detector"]
 
 BATCH = 8  # images of a list that share a pass, at most
 PIXELS = BATCH * 512**2  # pixels of a pass, at most, as the network or its decoder sees them
+MOST_SCALE = 1000  # of an adapter, whose factor is about 1
 
 
 class Detector(EdgeModel):
@@ -99,10 +100,16 @@ class Detector(EdgeModel):
         try:
             config, weights = upgrade_student(json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER))
             base, base_revision = config["base"]["model"], config["base"].get("revision")
-            timestep, trained_size, options = int(config["timestep"]), tuple(config["size"]), config["decoder"]
+            timestep, scale, options = config["timestep"], config.get("scale", 1.0), config["decoder"]
+            checks.integer(CONFIG, "timestep", timestep, 0, STEPS - 1)
+            checks.number(CONFIG, "scale", scale, 0, MOST_SCALE)
             # not those of the base, whose edges are others
             thresholds = {"contour": 0.5, "region": 0.5} | config.get("thresholds", {})
-            contour, region = float(thresholds["contour"]), float(thresholds["region"])
+            chosen = Settings(
+                size=tuple(config["size"]),
+                contour_threshold=thresholds["contour"],
+                region_threshold=thresholds["region"],
+            )
             adapter = load_weights(folder / ADAPTER)
             empty_prompt = load_weights(folder / EMPTY_PROMPT) if (folder / EMPTY_PROMPT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -110,8 +117,8 @@ class Detector(EdgeModel):
 
         def prepare(backbone: Backbone) -> None:
             try:
-                merge_adapter(backbone.network, adapter, config.get("scale", 1.0))
-            except (TypeError, ValueError) as error:
+                merge_adapter(backbone.network, adapter, scale)
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{refusal}{error}") from error
             if hasattr(backbone, "vae"):
                 use_channels_last(backbone.vae)
@@ -120,7 +127,7 @@ class Detector(EdgeModel):
             base,
             device=device,
             dtype=dtype,
-            size=trained_size,
+            size=chosen.size,
             offload=offload,
             revision=base_revision,
             variant=variant,
@@ -129,8 +136,11 @@ class Detector(EdgeModel):
             prepare=prepare,
         )
         try:
-            settings = backbone.settings
-            backbone.settings = replace(settings, contour_threshold=contour, region_threshold=region)
+            backbone.settings = replace(
+                backbone.settings,
+                contour_threshold=chosen.contour_threshold,
+                region_threshold=chosen.region_threshold,
+            )
             decoder = make_decoder(grid=backbone.finest_grid(), **options)
             decoder.load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -248,6 +258,9 @@ class Detector(EdgeModel):
 
         Returns:
             (B, 1, H, W) float32 in [0, 1], on the device of `pixels`.
+
+        Raises:
+            RuntimeError: the network gives numbers that are not finite, and `pixels` are on the CPU.
         """
         return self._edges_of_list([pixels])[0]
 
@@ -281,7 +294,7 @@ class Detector(EdgeModel):
         for part, pixels in zip(logits.split([len(pixels) for pixels in images]), images, strict=True):
             # logits, not probabilities, so that edges stay sharp where they are enlarged
             height, width = pixels.shape[-2:]
-            edges.append(resize(part, (height, width)).sigmoid().to(pixels.device))
+            edges.append(require_finite(resize(part, (height, width)).sigmoid().to(pixels.device), self.name))
         return edges
 
     def resized(self, size: tuple[int, int]) -> Self:
@@ -395,7 +408,7 @@ def merge_adapter(network: nn.Module, adapter: dict[str, Tensor], scale: float) 
         scale: factor of the products.
 
     Raises:
-        ValueError: a layer is not there, or the shapes differ from it.
+        ValueError: a layer is not there, the shapes differ from it, or a weight is too large for its dtype.
     """
     layers = sorted({name.rpartition(".lora_")[0] for name in adapter})
     modules = dict(network.named_modules())
@@ -406,6 +419,8 @@ def merge_adapter(network: nn.Module, adapter: dict[str, Tensor], scale: float) 
             raise ValueError(f"the adapter's layer {layer} must be linear, {up.shape[0]} x {down.shape[1]}")
         change = scale * (up.to(weight.device) @ down.to(weight.device))
         weight.data.copy_(weight.data.float() + change)
+        if not weight.data.isfinite().all():
+            raise ValueError(f"the adapter's layer {layer} must leave finite weights in {weight.dtype}")
 
 
 def save_student(

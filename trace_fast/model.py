@@ -14,7 +14,28 @@ from trace_fast.backbones import Backbone
 from trace_fast.backbones.base import get_device, get_dtype
 from trace_fast.ops import checks
 
-__all__ = ["EdgeModel"]
+__all__ = ["EdgeModel", "require_finite"]
+
+
+def require_finite(edges: Tensor, name: str) -> Tensor:
+    """Return edges, and refuse those that are not numbers.
+
+    Edges on a GPU are returned as they are, since the host must not wait for them; they are checked when they come to
+    the host as an array or a picture.
+
+    Args:
+        edges: of any shape, float.
+        name: of the model, for the message.
+
+    Raises:
+        RuntimeError: a value is not finite.
+    """
+    if edges.device.type == "cpu" and not edges.isfinite().all():
+        raise RuntimeError(
+            f"edges: model must give finite numbers, got NaN from {name}; its weights are damaged, or too large for "
+            "its dtype: load it with dtype=torch.float32"
+        )
+    return edges
 
 
 class EdgeModel(abc.ABC):

@@ -20,7 +20,7 @@ from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pip
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
 from trace_fast.backbones.capture import run_captured, unwrap_compiled
 from trace_fast.io.images import error_context, read_image, resize
-from trace_fast.model import EdgeModel
+from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ class Tracer(EdgeModel):
 
         Raises:
             TypeError, ValueError: an argument is not what is said above.
+            RuntimeError: the network gives numbers that are not finite, and the image is on the CPU.
         """
         settings = self.backbone.settings
         checks.integer("trace", "seed", seed, 0)
@@ -256,8 +257,9 @@ class Tracer(EdgeModel):
                 chosen = torch.full((len(abdiv),), all_timesteps.index(fixed), device=abdiv.device)
             shared = constant(all_timesteps, abdiv.device)
             strength = abdiv[torch.arange(len(abdiv), device=abdiv.device), chosen]  # (B, h, w)
+            edges = edge_probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device)
             return TraceOutput(
-                edges=edge_probability(strength, settings.edge_scale, pixels.shape[-2:]).to(pixels.device),
+                edges=require_finite(edges, self.name),
                 timestep=shared[chosen],
                 timesteps=shared.clone(),  # the constant is shared by all searches
                 kl=kl if return_kl or fixed is None else None,

@@ -73,7 +73,7 @@ class Settings:
         timestep: "iep" for the peak of the KL curve, or a fixed timestep.
         noising: "inversion" (deterministic) or "gaussian" (independent timesteps).
         blocks: indices of the self-attention blocks that are averaged; None for all of them.
-        edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats.
+        edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats, from 1e-6 to 1e6.
         contour_threshold: edge probability from which a pixel is best called a contour.
         region_threshold: edge probability from which a pixel best separates regions.
         reason: why a preference differs from the paper's, with the figure that decided it.
@@ -95,8 +95,9 @@ class Settings:
         size = self.size
         if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, Integral) and s > 0 for s in size):
             raise ValueError(f"settings: size must be (height, width), positive integers, got {size!r}")
-        if not isinstance(self.edge_scale, Real) or not 0 < self.edge_scale < math.inf:
-            raise ValueError(f"settings: edge_scale must be a positive number, got {self.edge_scale!r}")
+        # a divergence is divided by it in float32
+        if not isinstance(self.edge_scale, Real) or not 1e-6 <= self.edge_scale <= 1e6:
+            raise ValueError(f"settings: edge_scale must be from 1e-6 to 1e6, got {self.edge_scale!r}")
         for name in ("contour_threshold", "region_threshold"):
             threshold = getattr(self, name)
             if not isinstance(threshold, Real) or not 0 < threshold <= 1:

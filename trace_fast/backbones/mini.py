@@ -15,6 +15,7 @@ from trace_fast.backbones.base import Backbone, Settings, get_dtype, load_weight
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
 from trace_fast.backbones.schedule import VariancePreserving
+from trace_fast.ops import checks
 
 __all__ = ["Mini", "MiniBackbone", "MiniConfig"]
 
@@ -26,7 +27,7 @@ class MiniConfig:
     """Architecture of `Mini`. Sizes in channels, `patch` in pixels.
 
     `patch` is the side of one token, `heads` must divide `dim`, and the head dimension must be a multiple of 4
-    (half of it encodes the row, half the column).
+    (half of it encodes the row, half the column). All are from 1 to 4096.
     """
 
     dim: int = 160
@@ -34,6 +35,10 @@ class MiniConfig:
     heads: int = 4
     patch: int = 4
     expansion: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in self.to_dict().items():
+            checks.integer("mini", name, value, 1, 4096)
 
     def to_dict(self) -> dict[str, int]:
         """Values for a configuration file."""

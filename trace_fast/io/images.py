@@ -121,6 +121,7 @@ def convert_edges(edges: Tensor, image: ImageLike, output_type: str | None = Non
 
     Raises:
         ValueError: output_type is not one of these.
+        RuntimeError: edges that leave torch are not finite.
 
     Example:
         >>> convert_edges(torch.rand(1, 1, 48, 64), "photo.jpg").shape
@@ -131,6 +132,8 @@ def convert_edges(edges: Tensor, image: ImageLike, output_type: str | None = Non
     if output_type == "pt" or (output_type is None and isinstance(image, Tensor)):
         return edges.to(image.device) if isinstance(image, Tensor) else edges
     planes = edges[:, 0].cpu()  # (B, H, W)
+    if not planes.isfinite().all():
+        raise RuntimeError("edges: edges must be finite, got NaN; load the model with dtype=torch.float32")
     is_batch = isinstance(image, Tensor) and image.ndim == 4
     if output_type != "pil":
         return planes.numpy() if is_batch else planes[0].numpy()

@@ -104,10 +104,12 @@ def _fit(op: str, name: str, shape: tuple[int, ...], size: int) -> None:
         raise ValueError(f"{op}: {name} must be small enough for {total} of memory, got {shape}, which takes {needed}")
 
 
-def integer(op: str, name: str, value: int, least: int) -> None:
-    """Require an integer, of Python or numpy, that is at least `least`."""
+def integer(op: str, name: str, value: int, least: int, most: int | None = None) -> None:
+    """Require an integer, of Python or numpy, that is at least `least` and, if it is given, at most `most`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if most is not None and not least <= value <= most:
+        raise ValueError(f"{op}: {name} must be from {least} to {most}, got {value}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 

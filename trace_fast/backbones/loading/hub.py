@@ -97,7 +97,15 @@ def checkpoint_errors(location: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
         text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise ValueError(incomplete(location, text)) from error
 
