@@ -12,7 +12,6 @@ import functools
 import hashlib
 import itertools
 import json
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.tracer import TraceOutput, Tracer
 from trace_fast.training.batches import PREVIEW, Batch, Batches
+from trace_fast.training.cards import describe_machine, format_card
 from trace_fast.training.data import PhotoFile, list_photos, refuse_damaged, shuffle_photos
 from trace_fast.training.labels import LABELS
 from trace_fast.training.lora import inject
@@ -377,9 +377,9 @@ class Distillation:
             network.train()
         self.step, self.seconds = 0, 0.0
         # loss of the edges and reconstruction loss of every step since the last entry of `losses`
-        self.recent: list[list[float]] = []
-        # step, and the means of both losses since the entry before
-        self.losses: list[list[float]] = []
+        self.recent: list[list[float | None]] = []
+        # step, and the means of both losses since the entry before; the second is None without attention
+        self.losses: list[list[float | None]] = []
         self.steps = self.batches.steps
         trained = self.adapters | {f"decoder.{name}": value for name, value in self.decoder.named_parameters()}
         self.state = State(config.output / STATE, trained, self.optimizer, config.describe_run(), "distill")
@@ -431,8 +431,8 @@ class Distillation:
         nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
         self.step += 1
-        losses = self.process.sum(torch.stack([edge_loss.detach(), reconstruction_loss.detach()]) * weight)
-        self.recent.append(losses.tolist())
+        losses = self.process.sum(torch.stack([edge_loss.detach(), reconstruction_loss.detach()]) * weight).tolist()
+        self.recent.append([losses[0], None if blank else losses[1]])
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -502,37 +502,39 @@ class Distillation:
         return folder
 
     def write_card(self) -> str:
-        """Return the model card, in Markdown."""
+        """Return the model card."""
         config, size = self.config, "x".join(map(str, self.backbone.settings.size))
         teacher_size = "x".join(map(str, config.teacher_size or self.backbone.settings.size))
         decoder_count = sum(value.numel() for value in self.decoder.parameters())
         adapter_count = sum(value.numel() for value in self.adapters.values())
-        photo_count, scenes = len(self.batches.photos) - PREVIEW, self.batches.scenes
-        losses = f"{self.losses[-1][1]:.4f} and {self.losses[-1][2]:.4f}" if self.losses else "not logged"
-        return "\n".join(
-            [
-                f"# A one-step student of {config.model}",
-                "",
-                "Instance edges in one pass, distilled from the self-attention of the model. No annotations were used.",
-                "",
-                f"- Decoder: {config.decoder}, {decoder_count:,} parameters; adapters of rank {config.rank}, "
-                f"{adapter_count:,} parameters",
-                f"- Student: {size} pixels, timestep {self.timestep}",
-                f"- Teacher: ABDiv at {teacher_size} pixels, timestep "
-                f"{'as the model prefers' if config.teacher_timestep is None else config.teacher_timestep}; "
-                f"{config.labels} labels",
-                f"- Data: {photo_count:,} photos of {config.images.name!r}, license {config.license}",
-                *([f"- Scenes: {len(scenes):,}, {config.scenes_share:.0%} of the images of a step"] if scenes else []),
-                *([f"- Initial weights: the student in {config.init_from.name!r}"] if config.init_from else []),
-                f"- Training: {self.step:,} steps of {config.batch}, AdamW, rates {config.rate:g} (adapters) and "
-                f"{config.decoder_rate:g} (decoder), reconstruction weight {config.reconstruction:g}, "
-                f"seed {config.seed}",
-                f"- {config.loss} and reconstruction loss of the last steps that were logged: {losses}",
-                f"- Machine: {platform.processor() or platform.machine()}, {self.device}, "
-                f"{torch.get_num_threads()} thread(s), {self.seconds / 3600:.2f} hours; torch {torch.__version__}",
-                "",
+        adapters = f"adapters of rank {config.rank}, {adapter_count:,} parameters" if adapter_count else "no adapters"
+        facts = [
+            f"Decoder: {config.decoder}, {decoder_count:,} parameters; {adapters}",
+            f"Student: {size} pixels, timestep {self.timestep}",
+        ]
+        if photo_count := len(self.batches.photos) - PREVIEW:
+            timestep = "as the model prefers" if config.teacher_timestep is None else config.teacher_timestep
+            facts += [
+                f"Teacher: ABDiv at {teacher_size} pixels, timestep {timestep}; {config.labels} labels",
+                f"Data: {photo_count:,} photos of {config.images.name!r}, license {config.license}",
             ]
-        )
+        if scenes := self.batches.scenes:
+            facts.append(f"Scenes: {len(scenes):,}, {config.scenes_share:.0%} of the images of a step")
+        if config.blank_attention:
+            facts.append(f"Attention was left out in {config.blank_attention:.0%} of the steps")
+        if config.init_from is not None:
+            facts.append(f"Initial weights: the student in {config.init_from.name!r}")
+        edge_loss, reconstruction_loss = self.losses[-1][1:] if self.losses else (None, None)
+        facts += [
+            f"Training: {self.step:,} steps of {config.batch}, AdamW, rates {config.rate:g} (adapters) and "
+            f"{config.decoder_rate:g} (decoder), reconstruction weight {config.reconstruction:g}, seed {config.seed}",
+            f"Loss of the last steps that were logged: edges ({config.loss}) {format_loss(edge_loss)}, reconstruction "
+            f"{format_loss(reconstruction_loss)}",
+            describe_machine(self.device, self.process.count, self.seconds),
+        ]
+        source = "distilled from the self-attention of the model" if photo_count else "learned from drawn scenes"
+        summary = f"Instance edges in one pass, {source}. No annotations were used."
+        return format_card(f"A one-step student of {config.model}", summary, facts, {"base_model": config.model})
 
     def run(self) -> Path:
         """Train to the end, from the state in the output folder if there is one, and return the student's folder."""
@@ -547,15 +549,26 @@ class Distillation:
                 self.seconds = time.monotonic() - started
                 bar.update()
                 if len(self.recent) == 50:
-                    means = np.mean(self.recent, 0).tolist()
+                    means = [average(losses) for losses in zip(*self.recent, strict=True)]
                     self.losses.append([self.step, *means])
                     self.recent = []
-                    bar.set_postfix(edges=f"{means[0]:.3f}", reconstruction=f"{means[1]:.4f}")
+                    bar.set_postfix(edges=format_loss(means[0]), reconstruction=format_loss(means[1]))
                 if time.monotonic() - saved > 60 * config.save_minutes:
                     self.save()
                     saved = time.monotonic()
         self.save()
         return self.export()
+
+
+def average(losses: Sequence[float | None]) -> float | None:
+    """Return the mean of the losses that were measured, or None if none was."""
+    measured = [loss for loss in losses if loss is not None]
+    return float(np.mean(measured)) if measured else None
+
+
+def format_loss(loss: float | None) -> str:
+    """Return a loss in words."""
+    return "not measured" if loss is None else f"{loss:.4f}"
 
 
 def check_student(config: DistillConfig, backbone: Backbone) -> None:
@@ -641,11 +654,13 @@ def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor
         """Return edges (1, 1, h, w) of a photo (1, 3, H, W)."""
         shape = (photo.shape[-2], photo.shape[-1])
         copies = torch.cat([photo, photo.flip(-1)]).to(device)
-        images, maps = resize(copies, detector.size), []
+        images = resize(copies, detector.size)
+        target = decoder.photo_size(shape, detector.size) or decoder.grid
+        maps: list[Tensor] = []
         for scale in HELPER_SCALES:
             size = decoder.photo_size(shape, (round(scale * height), round(scale * width)))
             logits = student(images, None if size is None else resize(copies, size)).float()
-            maps.append(resize(logits, maps[0].shape[-2:] if maps else logits.shape[-2:]).sigmoid())
+            maps.append(resize(logits, target).sigmoid())
         edges = torch.stack(maps).mean(0)
         return (edges[:1] + edges[1:].flip(-1)) / 2
 

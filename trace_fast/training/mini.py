@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import platform
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import resize
 from trace_fast.tracer import Tracer
+from trace_fast.training.cards import describe_machine, format_card
 from trace_fast.training.data import list_photos
 from trace_fast.training.inside import measure_inside
 from trace_fast.training.options import check_options, document_options, option, to_json
@@ -379,40 +379,32 @@ class Pretraining:
         if measured := self.scenes[:MEASURED]:
             inside, chance = measure_inside(Tracer.from_pretrained(folder, device=self.process.device), measured)
             lines.append(
-                f"- Attention of a token of an object that stays inside the object, at timestep 0, in {len(measured)} "
+                f"Attention of a token of an object that stays inside the object, at timestep 0, in {len(measured)} "
                 f"scenes that were not trained on: {inside:.3f}; by chance {chance:.3f}"
             )
             tqdm.write(f"{self.images_done:,} images: {inside:.3f} of attention inside objects, chance {chance:.3f}")
         write_files(folder, {"README.md": self.write_card(lines).encode()})
 
-    def write_card(self, lines: Sequence[str]) -> str:
-        """Return the model card, in Markdown, with further lines."""
+    def write_card(self, measured: Sequence[str]) -> str:
+        """Return the model card, with facts that were measured."""
         config, count = self.config, sum(parameter.numel() for parameter in self.model.parameters())
         loss = f"{self.losses[-1][1]:.4f}" if self.losses else "not logged"
-        return "\n".join(
-            [
-                "# mini: a small diffusion model of photos",
-                "",
-                "Made to show the first stage of TRACE without a download; it is not a good image generator.",
-                "",
-                f"- Parameters: {count:,} ({config.architecture})",
-                f"- Data: photos of {config.photos.name!r}, license {config.license}, without annotations; "
-                f"{config.collages:.0%} of every batch are collages of their fragments"
-                + (f", {config.scenes_share:.0%} drawn scenes" if self.scenes else ""),
-                *([f"- Initial weights: those in {config.init_from.name!r}"] if config.init_from else []),
-                f"- Objective: v-prediction, mean squared error, {self.schedule}, timesteps "
-                f"1000 u^{config.timestep_power:g}",
-                f"- Steps: {self.step:,}; images: {self.images_done:,}",
-                f"- Sizes: {config.size} px in batches of {config.batch}, and every {config.large_every} steps "
-                f"{config.large_size} px in batches of {config.large_batch}",
-                f"- Mean squared error of v in the last 60 steps that were logged: {loss}",
-                *lines,
-                f"- Machine: {platform.processor() or platform.machine()}, {self.process.device}, "
-                f"{self.process.count} process(es) of {torch.get_num_threads()} thread(s), "
-                f"{self.seconds / 3600:.2f} hours; torch {torch.__version__}",
-                "",
-            ]
-        )
+        scenes = f", {config.scenes_share:.0%} drawn scenes" if self.scenes else ""
+        facts = [
+            f"Parameters: {count:,} ({config.architecture})",
+            f"Data: photos of {config.photos.name!r}, license {config.license}, without annotations; "
+            f"{config.collages:.0%} of every batch are collages of their fragments{scenes}",
+            *([f"Initial weights: those in {config.init_from.name!r}"] if config.init_from else []),
+            f"Objective: v-prediction, mean squared error, {self.schedule}, timesteps 1000 u^{config.timestep_power:g}",
+            f"Steps: {self.step:,}; images: {self.images_done:,}",
+            f"Sizes: {config.size} px in batches of {config.batch}, and every {config.large_every} steps "
+            f"{config.large_size} px in batches of {config.large_batch}",
+            f"Mean squared error of v in the last 60 steps that were logged: {loss}",
+            *measured,
+            describe_machine(self.process.device, self.process.count, self.seconds),
+        ]
+        summary = "Made to show the first stage of TRACE without a download; it is not a good image generator."
+        return format_card("mini: a small diffusion model of photos", summary, facts)
 
     def train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Train one step and return the mean loss of the batch, (), without waiting for the device."""
