@@ -4,9 +4,12 @@ import copy
 import inspect
 import io
 import json
+import math
 import shutil
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import huggingface_hub
@@ -254,7 +257,7 @@ class TestOffload:
 class TestMemory:
     def test_too_little_memory_is_refused_before_weights_are_read(self, tmp_path, monkeypatch):
         pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
-        monkeypatch.setattr(memory.os, "sysconf", lambda _: 300)  # 90,000 bytes
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 90_000)
         monkeypatch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("read"))
         with pytest.raises(RuntimeError, match=r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB"):
             load(tmp_path / "model")
@@ -281,7 +284,8 @@ class TestMemory:
             ((11, 2), "bfloat16", None, "needs 13.0 GiB .*; offload='model' would fit"),
             ((16, 1), "bfloat16", None, "needs 17.0 GiB .*; offload='sequential' would fit"),
             ((16, 1), "bfloat16", "model", "needs 16.0 GiB .* cuda has 12.0 .*; offload='sequential' would fit"),
-            ((64, 1), "bfloat16", "model", "needs 65.0 GiB .* cpu has 64.0 .*; take a smaller model or a larger"),
+            ((128, 1), "bfloat16", "model", "needs 129.0 GiB .* cpu has 64.0 .*; take a smaller model or a larger"),
+            ((64, 13), "bfloat16", "model", "needs 64.0 GiB .* cuda has 12.0 .*; take a smaller model or a larger"),
             ((11, 1), "bfloat16", None, None),
             ((16, 1), "bfloat16", "sequential", None),
         ],
@@ -299,6 +303,47 @@ class TestMemory:
         else:
             with pytest.raises(RuntimeError, match=f"load: it {message}"):
                 check()
+
+    def test_main_memory_that_may_be_too_small_is_a_warning(self, monkeypatch):
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 2**30)
+        options = ("it", [2**29 + 1], torch.bfloat16, torch.device("cpu"), None)
+        with pytest.warns(UserWarning, match=r"^load: it needs 1.0 GiB .* cpu has 1.0 GiB free; take a smaller model"):
+            memory.check_memory(*options)
+        with pytest.raises(RuntimeError, match=r"^load: it needs 2\.0 GiB"):
+            memory.check_memory("it", [2**30 + 1], *options[2:])
+
+    def test_memory_in_caches_of_files_is_free(self, monkeypatch, tmp_path):
+        """Count 16 GiB, of which 14 hold copies of files."""
+        monkeypatch.setitem(sys.modules, "psutil", None)
+        monkeypatch.setattr(memory, "MEMORY_FILE", tmp_path / "meminfo")
+        lines = [
+            "MemTotal:       33554432 kB",
+            "MemFree:         2097152 kB",
+            "MemAvailable:   16777216 kB",
+            "Buffers: 9 kB",
+        ]
+        (tmp_path / "meminfo").write_text("\n".join(lines))
+        assert memory.free_bytes(torch.device("cpu")) == 2**34
+        (tmp_path / "meminfo").unlink()  # as on macOS
+        assert memory.free_bytes(torch.device("cpu")) == math.inf
+        memory.check_memory("it", [2**50], torch.float32, torch.device("cpu"), None)
+        psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(free=2**31, available=2**33))
+        monkeypatch.setitem(sys.modules, "psutil", psutil)
+        assert memory.free_bytes(torch.device("cpu")) == 2**33
+        assert memory.free_bytes(torch.device("mps")) == math.inf
+
+    def test_memory_in_the_cache_of_torch_is_free(self, monkeypatch):
+        for name, value in (("memory_reserved", 500), ("memory_allocated", 100), ("mem_get_info", (2**30, 2**31))):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        assert memory.free_bytes(torch.device("cuda")) == 2**30 + 400
+
+    @pytest.mark.parametrize(
+        "header", [b"", b"\xff" * 8, (9).to_bytes(8, "little") + b"[1, 2, 3]", b"\2" + bytes(7) + b"5 "]
+    )
+    def test_weights_whose_header_is_damaged(self, tmp_path, header):
+        (tmp_path / "model.safetensors").write_bytes(header)
+        with pytest.raises(ValueError, match=r"^model\.safetensors is damaged: "):
+            memory.count_parameters(tmp_path / "model.safetensors")
 
 
 class TestSources:

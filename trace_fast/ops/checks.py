@@ -4,6 +4,7 @@ Every message reads `op: name must be <requirement>, got <what>`. TypeError for 
 range or device.
 """
 
+import contextlib
 import math
 import os
 from numbers import Integral, Real
@@ -26,8 +27,10 @@ __all__ = [
     "tensor",
 ]
 
-# bytes of memory of this machine
-MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+# bytes of memory of this machine, infinity where they are not known
+MEMORY: float = math.inf
+with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf, and names may be missing
+    MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int], *dtypes: torch.dtype) -> None:
