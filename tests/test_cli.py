@@ -254,6 +254,11 @@ class TestRefusals:
         error = refuse("a.png", "-o", "out", "--size", size)
         assert error == f"trace-fast: --size must be height and width in pixels, such as 512x768, got {size!r}\n"
 
+    def test_a_size_of_too_many_pixels(self, refuse):
+        error = refuse("a.png", "-o", "out", "--size", "40000x40000")
+        assert error == "trace-fast: --size must be at most 178956970 pixels, got 40000x40000\n"
+        assert "must be height and width in pixels" in refuse("a.png", "-o", "out", "--size", "9" * 5000 + "x16")
+
     def test_a_size_that_the_model_does_not_take(self, refuse):
         error = refuse("a.png", "-o", "out", "--size", "16x9")
         assert error == "trace-fast: mini: size must be positive multiples of 4 pixels, got (16, 9)\n"

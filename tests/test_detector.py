@@ -188,6 +188,9 @@ class TestRoundTrip:
         parts = [detector.backbone.network, detector.decoder, getattr(detector.backbone, "vae", None)]
         assert {x.device.type for part in parts if part for x in part.parameters()} == {"meta"}
         assert detector.device == torch.device("meta")
+        for device in ("xpu", "mps", "vulkan"):
+            with pytest.raises(RuntimeError, match=f"to: device must be present, got '{device}': .*; use 'cpu'"):
+                detector.to(device)
         with pytest.raises(ValueError, match="to: device must be a torch device, got 'potato'"):
             detector.to("potato")
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trace_fast import instances, propagate, seeds
 from trace_fast.io.images import MAX_PIXELS, convert_edges, error_context, read_edge_map, read_image, resize
@@ -385,6 +386,18 @@ class TestFiles:
         Image.new("L", (40, 9)).save(tmp_path / "x.png")
         with pytest.raises(ValueError, match=r"at least 16 pixels high and wide, got 9 x 40 in '.*x\.png'"):
             read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_values(kind):
+    image = torch.zeros(3, HEIGHT, WIDTH)
+    image = image.to("meta") if kind == "meta" else FakeTensorMode().from_tensor(image)
+    with pytest.raises(
+        ValueError, match=r"^edges: image must have values, got a tensor of the meta device or of a fake"
+    ):
+        read_image(image)
+    with pytest.raises(ValueError, match=r"^overlay: edges must have values, got a tensor of the meta device or of a"):
+        read_edge_map("overlay", image[0])
 
 
 @pytest.mark.parametrize("image", [None, 3, b"x.png", {}, object(), [np.zeros((20, 20))]])

@@ -346,6 +346,46 @@ class TestMemory:
             memory.count_parameters(tmp_path / "model.safetensors")
 
 
+class TestCachedPrompts:
+    @pytest.fixture
+    def encoded(self, monkeypatch):
+        """Count how often the empty prompt is embedded."""
+        calls = []
+        original = pipelines.encode_empty_prompt
+        monkeypatch.setattr(pipelines, "encode_empty_prompt", lambda *x: calls.append(1) or original(*x))
+        return calls
+
+    def test_a_damaged_one_is_reported_and_made_again(self, tmp_path, encoded):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        load(tmp_path / "model")
+        (cache,) = (tmp_path / "cache" / "empty_prompts").iterdir()
+        content = cache.read_bytes()
+        cache.write_bytes(content[:-4])
+        with pytest.warns(UserWarning, match=r"^load: '.*' is damaged, and the empty prompt is embedded again: "):
+            load(tmp_path / "model")
+        assert len(encoded) == 2 and len(cache.read_bytes()) == len(content)
+        load(tmp_path / "model")
+        assert len(encoded) == 2
+
+    def test_a_cache_that_cannot_be_written_does_not_end_the_load(self, tmp_path, encoded, monkeypatch):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("TRACE_FAST_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.warns(UserWarning, match=r"cannot be kept in '.*', so that .* set TRACE_FAST_CACHE to a folder"):
+            load(tmp_path / "model")
+        assert len(encoded) == 1
+
+    def test_a_damaged_part_is_one_line(self, tmp_path):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        edit_json(tmp_path / "model" / "unet" / "config.json", attention_head_dim=0, num_attention_heads=0)
+        with pytest.raises(ValueError, match=r"^load: model must be complete and its files must fit each other, got '"):
+            load(tmp_path / "model")
+        (weights,) = (tmp_path / "model" / "vae").glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=r"^load: model must be complete and its files must fit each other, got '"):
+            load(tmp_path / "model")
+
+
 class TestSources:
     """`find_source`, which every way of loading goes through."""
 
@@ -388,13 +428,36 @@ class TestSources:
                 source = find_source(folder)
                 assert (source.kind, source.files.location) == (kind, str(Path(name)))
 
-    @pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/folder", Path("owner/name")])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "no such model",
+            "a/b/c",
+            "/no/such/folder",
+            Path("owner/name"),
+            "./sd16",
+            "../sd16",
+            "models/my--model",
+            "folder/model.",
+            "owner/" + "x" * 97,
+        ],
+    )
     def test_other_names_are_unknown(self, name):
         assert find_source(name).kind is Kind.UNKNOWN and not has_student(name)
         with pytest.raises(ValueError, match=rf"model must be one of mini, sd15, .* got '{name}'"):
             Tracer.from_pretrained(name, device="cpu")
         with pytest.raises(ValueError, match=rf"that has a student, got '{name}' without decoder\.safetensors"):
             fetch_student(name)
+
+    def test_a_file_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(write_files(tmp_path, {"folder/model_index.json": {}}))
+        for name in ("folder/model_index.json", Path("folder/model_index.json")):
+            with pytest.raises(
+                ValueError, match=r"^load: model must be a folder, got the file 'folder/model_index\.json'"
+            ):
+                Tracer.from_pretrained(name, device="cpu")
+            with pytest.raises(ValueError, match=r"that has a student, got 'folder/model_index\.json' without decoder"):
+                fetch_student(name)
 
     @pytest.mark.parametrize(
         ("config", "kind"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trace_fast.backbones.capture import AttentionLayout, Capture, CaptureError, OnAttention
 from trace_fast.backbones.schedule import Schedule
+from trace_fast.io.pictures import MAX_PIXELS
 
 __all__ = [
     "NOISINGS",
@@ -95,6 +96,8 @@ class Settings:
         size = self.size
         if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, Integral) and s > 0 for s in size):
             raise ValueError(f"settings: size must be (height, width), positive integers, got {size!r}")
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"settings: size must be at most {MAX_PIXELS} pixels, got {size[0]} x {size[1]}")
         # a divergence is divided by it in float32
         if not isinstance(self.edge_scale, Real) or not 1e-6 <= self.edge_scale <= 1e6:
             raise ValueError(f"settings: edge_scale must be from 1e-6 to 1e6, got {self.edge_scale!r}")

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from safetensors import SafetensorError
+
+from trace_fast.io.pictures import MAX_PIXELS
 
 __all__ = [
     "FAILURES",
     "Device",
     "Inputs",
     "OutputFolder",
+    "describe",
     "list_images",
     "open_folder",
     "parse_size",
@@ -31,7 +35,7 @@ __all__ = [
 ]
 
 # what a user, a file or the machine may cause: reported in one line, without a traceback
-FAILURES = (OSError, RuntimeError, TypeError, ValueError)
+FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 Inputs = Annotated[list[Path], typer.Argument(metavar="IN", help="Image files, and folders of image files.")]
 OutputFolder = Annotated[
@@ -57,7 +61,12 @@ def refuse_failures() -> Iterator[None]:
     except typer.Exit:  # a refusal inside the block; it is a RuntimeError
         raise
     except FAILURES as error:
-        refuse(str(error))
+        refuse(describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an error, or its name where it has none, as a MemoryError."""
+    return str(error) or type(error).__name__
 
 
 def require_package(package: str, option: str) -> None:
@@ -83,9 +92,13 @@ def parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
     """Return (height, width) of an option such as 512x768; None where it is not given."""
     if text is None:
         return None
-    if not (sides := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)):
+    # of at most nine digits, which Python converts to integers in no time
+    if not (sides := re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)):
         refuse(f"--{name} must be height and width in pixels, such as 512x768, got {text!r}")
-    return int(sides[1]), int(sides[2])
+    height, width = int(sides[1]), int(sides[2])
+    if height * width > MAX_PIXELS:
+        refuse(f"--{name} must be at most {MAX_PIXELS} pixels, got {text}")
+    return height, width
 
 
 def list_images(inputs: list[Path]) -> list[Path]:
@@ -141,7 +154,7 @@ def write_results(
             write(image, paths)
         except FAILURES as error:
             failures += 1
-            tqdm.write(f"trace-fast: {image}: {error}", file=sys.stderr)
+            tqdm.write(f"trace-fast: {image}: {describe(error)}", file=sys.stderr)
     typer.echo(f"{len(results) - failures} of {len(results)} written to {output}")
     if failures:
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ from trace_fast.cli.common import (
     Device,
     Inputs,
     OutputFolder,
+    describe,
     list_images,
     open_folder,
     plan_results,
@@ -99,7 +100,7 @@ def _read_labels(path: Path) -> Any:
             kind, mode = picture.format, picture.mode
             labels = np.asarray(picture)
     except FAILURES as error:
-        refuse(f"--masks must be a readable picture, got '{path}': {error}")
+        refuse(f"--masks must be a readable picture, got '{path}': {describe(error)}")
     if kind == "JPEG" or mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         refuse(f"--masks must be a lossless picture of one channel of integers, got '{path}': {kind} of mode {mode}")
     return labels.astype(np.int32)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trace_fast.io.arrays import array_to_tensor, dtype_name
+from trace_fast.io.arrays import array_to_tensor, check_values, dtype_name
 from trace_fast.io.pictures import MAX_PIXELS, decode, open_picture
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ def read_edge_maps(op: str, edges: np.ndarray | Tensor) -> Tensor:
         raise ValueError(
             f"{op}: edges must be (H, W), (B, H, W) or (B, 1, H, W) and not empty, got shape {tuple(values.shape)}"
         )
+    check_values(f"{op}: edges", maps)
     return _clamp_to_unit(f"{op}: edges must be finite and in [0, 1]", maps)
 
 
@@ -345,6 +346,7 @@ def _to_unit(planes: Tensor) -> Tensor:
         return values / 255
     if planes.dtype == torch.uint16:
         return values / 65535
+    check_values("edges: image", values)
     return _clamp_to_unit("edges: image must be finite and in [0, 1] as a float", values)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast.io.arrays import dtype_name, mask_areas, mask_boxes
+from trace_fast.io.arrays import check_values, dtype_name, mask_areas, mask_boxes
 from trace_fast.masks import rle
 from trace_fast.ops import checks
 
@@ -193,6 +193,8 @@ def convert_labels(op: str, name: str, labels: np.ndarray | Tensor) -> Tensor:
         raise TypeError(f"{op}: {name} must be an integer array or tensor, got {got}")
     if labels.ndim != 2 or 0 in labels.shape:
         raise ValueError(f"{op}: {name} must be (H, W), got {tuple(labels.shape)}")
+    if isinstance(labels, Tensor):
+        check_values(f"{op}: {name}", labels)
     return labels.long() if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64, order="C"))
 
 
@@ -487,6 +489,8 @@ def _read_binary(values: np.ndarray | Tensor, name: str) -> Tensor:
     dtype = dtype_name(values)
     if dtype not in BINARY_DTYPES:
         raise TypeError(f"open_masks: {name} must be bool, or integers or floats that are 0 or 1, got {values.dtype}")
+    if isinstance(values, Tensor):
+        check_values(f"open_masks: {name}", values)
     if dtype == "bool":
         # not a copy: bytes of 0 and 255 that are viewed as bool must become 0 and 1
         ones = values.clone() if isinstance(values, Tensor) else np.not_equal(values, False)

@@ -143,4 +143,10 @@ def device(op: str, value: torch.device | str | None) -> torch.device:
         raise ValueError(f"{op}: device must be a torch device, got {value!r}") from error
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"{op}: device must be present, got '{parsed}' where torch sees no GPU; use 'cpu'")
+    if parsed.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=parsed)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(f"{op}: device must be present, got '{parsed}': {reason}; use 'cpu'") from error
     return parsed

@@ -99,6 +99,8 @@ def check_base(source: Source) -> None:
         raise ValueError(
             f"load: model must be a base model for the search, got the student {source.name!r}; load it with stage=2"
         )
+    if Path(source.name).is_file():
+        raise ValueError(f"load: model must be a folder, got the file {source.name!r}; name the folder that it is in")
     if source.kind is Kind.UNKNOWN:
         raise ValueError(
             f"load: model must be one of {', '.join(models())}, a repository of the hub (owner/name), or a folder with "

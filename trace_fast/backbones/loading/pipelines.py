@@ -10,17 +10,18 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trace_fast.backbones.latent import get_network
-from trace_fast.backbones.loading.hub import Files, hub_errors
+from trace_fast.backbones.loading.hub import Files, checkpoint_errors, hub_errors
 from trace_fast.backbones.loading.memory import check_memory, count_parameters
 from trace_fast.backbones.loading.sources import Source
 from trace_fast.backbones.registry import MODELS, PIPELINE_FAMILIES, explain_refusal, find_family
@@ -72,18 +73,21 @@ def load_pipeline(
         classes = {part: get_class(diffusers, index, part, files) for part in (network, "vae", "scheduler")}
         if classes[network].__name__ not in RENAMED:
             check_family(classes[network].__name__, files)
-        if (counts := count_parts(source, network, variant)) is not None:
+        with checkpoint_errors(files.location):
+            counts = count_parts(source, network, variant)
+        if counts is not None:
             check_memory(source.name, counts, dtype, device, offload)
         # the keyword was renamed
         precision = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
         options = {precision: dtype, "use_safetensors": True, "variant": variant, **files.hub_options}
         pipe = SimpleNamespace(config=index)
-        for part in (network, "vae"):
-            setattr(pipe, part, classes[part].from_pretrained(files.location, subfolder=part, **options))
-            getattr(pipe, part).eval().requires_grad_(False)
-        pipe.scheduler = classes["scheduler"].from_pretrained(
-            files.location, subfolder="scheduler", **files.hub_options
-        )
+        with checkpoint_errors(files.location):
+            for part in (network, "vae"):
+                setattr(pipe, part, classes[part].from_pretrained(files.location, subfolder=part, **options))
+                getattr(pipe, part).eval().requires_grad_(False)
+            pipe.scheduler = classes["scheduler"].from_pretrained(
+                files.location, subfolder="scheduler", **files.hub_options
+            )
         check_family(type(get_network(pipe)).__name__, files)
         if empty_prompt is None:
             empty_prompt = get_empty_prompt(diffusers, pipe, files, options, dtype)
@@ -143,9 +147,16 @@ def get_empty_prompt(
     prompt = load_cached_prompt(cache, files)
     if prompt is None:
         prompt = encode_empty_prompt(diffusers, pipe, files, options)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(cache, "load") as file:
-            file.write(save(prompt, {"encoders": text_encoder_stamp(files)}))
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(cache, "load") as file:
+                file.write(save(prompt, {"encoders": text_encoder_stamp(files)}))
+        except OSError as error:
+            warnings.warn(
+                f"load: the embedded empty prompt cannot be kept in '{cache.parent}', so that it is embedded again the "
+                f"next time: {error}; set TRACE_FAST_CACHE to a folder that can be written to",
+                stacklevel=2,
+            )
     return prompt
 
 
@@ -181,12 +192,19 @@ def prompt_cache_file(files: Files, index: dict[str, Any], dtype: torch.dtype) -
 
 
 def load_cached_prompt(cache: Path, files: Files) -> dict[str, Tensor] | None:
-    """Return the embedded empty prompt of a cache file; None without one, or where the text encoders have changed."""
-    if not cache.is_file():
+    """Return the embedded empty prompt of a cache file; None without one, or where the text encoders have changed.
+
+    A damaged file is reported, and counts as none.
+    """
+    try:
+        if not cache.is_file():
+            return None
+        with safe_open(cache, "pt") as file:
+            stamp = (file.metadata() or {}).get("encoders")
+        return load_file(cache) if text_encoder_stamp(files) in ("", stamp) else None
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"load: '{cache}' is damaged, and the empty prompt is embedded again: {error}", stacklevel=2)
         return None
-    with safe_open(cache, "pt") as file:
-        stamp = (file.metadata() or {}).get("encoders")
-    return load_file(cache) if text_encoder_stamp(files) in ("", stamp) else None
 
 
 def text_encoder_stamp(files: Files) -> str:

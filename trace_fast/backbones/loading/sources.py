@@ -25,7 +25,8 @@ __all__ = [
 # files of a student
 CONFIG, DECODER, ADAPTER = "config.json", "decoder.safetensors", "lora.safetensors"
 EMPTY_PROMPT = "null_text.safetensors"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# as the hub has them: ./folder and models/my--model can only be folders
+REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\b[\w.-]+\b/\b[\w.-]{1,96}\b", re.ASCII)
 
 
 class Kind(enum.Enum):
@@ -87,8 +88,8 @@ def find_source(model: str | Path, *, revision: str | None = None, local_files_o
 
 
 def is_repository(model: str | Path) -> bool:
-    """Return whether a model can only be a repository of the hub: neither a known name nor a folder."""
-    known = model in embedded_models() or model in MODELS or Path(model).is_dir()
+    """Return whether a model can only be a repository of the hub: neither a known name nor a folder or file."""
+    known = model in embedded_models() or model in MODELS or Path(model).exists()
     return isinstance(model, str) and not known and REPOSITORY.fullmatch(model) is not None
 
 

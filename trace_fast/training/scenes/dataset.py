@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trace_fast.io.files import write_atomically
+from trace_fast.io.pictures import read_picture
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.options import check_options, document_options, option, to_json
 from trace_fast.training.state import require_same
@@ -181,11 +182,9 @@ def read_scene(scene: SceneFile) -> tuple[Tensor, Tensor]:
     Returns:
         The pixels (3, H, W) uint8, and the instances (H, W) int32: 0 no object, 1 to K objects, 65535 ignored.
     """
-    from PIL import Image
-
-    with Image.open(scene.image) as picture:
+    with read_picture("read_scene: scene", scene.image) as picture:
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    with Image.open(scene.instances) as picture:
+    with read_picture("read_scene: scene", scene.instances) as picture:
         instances = torch.from_numpy(np.asarray(picture).astype(np.int32))
     return pixels, instances
 

@@ -1,0 +1,64 @@
+"""What a file, a user or the machine may cause is one line on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+import trace_fast
+from trace_fast import cli
+from trace_fast.evaluation import open_method
+from trace_fast.evaluation.data import open_dataset
+from trace_fast.evaluation.run import check_photos
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OverflowError("Python int too large to convert to C long"), "Python int too large to convert to C long"),
+        (ZeroDivisionError("integer modulo by zero"), "integer modulo by zero"),
+        (MemoryError(), "MemoryError"),
+        (SafetensorError("header too large"), "header too large"),
+    ],
+)
+@pytest.mark.parametrize("command", ["edges", "segment"])
+def test_errors_of_files_and_machines(tmp_path, monkeypatch, command, error, message):
+    def fail(*_, **__):
+        raise error
+
+    Image.new("L", (64, 48)).save(tmp_path / "a.png")
+    arguments = [command, str(tmp_path / "a.png"), "-o", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("trace_fast.io.images.read_image", fail)
+        result = CliRunner().invoke(cli.app, arguments)
+    assert (result.exit_code, result.stderr) == (1, f"trace-fast: {tmp_path / 'a.png'}: {message}\n")
+    monkeypatch.setattr(trace_fast, "load", fail)
+    result = CliRunner().invoke(cli.app, arguments)
+    assert (result.exit_code, result.stderr) == (2, f"trace-fast: {message}\n")
+
+
+def test_bombs(tmp_path, monkeypatch):
+    """Read pictures of more pixels than Pillow allows, as masks, maps, photos and ground truth."""
+    for folder in ("images", "inst", "maps"):
+        (tmp_path / folder).mkdir()
+        Image.linear_gradient("L").save(tmp_path / folder / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    (photo,) = open_dataset(tmp_path).photos
+    maps = open_method(f"maps:{tmp_path / 'maps'}")
+    _, problems, _ = check_photos([photo], [maps])
+    assert len(problems) == 1 and "ground truth" in problems[0] and "must have at most" in problems[0]
+    with pytest.raises(ValueError, match="must have at most"):
+        maps.edges(photo)
+    arguments = [
+        "segment",
+        str(tmp_path / "a.png"),
+        "--masks",
+        str(tmp_path / "inst" / "a.png"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2 and result.stderr.startswith("trace-fast: --masks must be a readable picture, got '")
+    assert "must have at most" in result.stderr
