@@ -486,7 +486,10 @@ class TestFolders:
             "doubt: 2 ground truths of that name",
             f"lost: no image in {tmp_path / 'images'}",
         ]
-        assert notes == [f"extra: no ground truth in {tmp_path / 'inst'}"]
+        assert notes == [
+            f"extra: no ground truth in {tmp_path / 'inst'}",
+            f"left out of {tmp_path / 'images'}: 1 file of another format (.txt)",
+        ]
 
     def test_truth_without_photographs(self, tmp_path, labels):
         for name in ("b", "a"):

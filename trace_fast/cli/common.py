@@ -103,18 +103,19 @@ def parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
 
 def list_images(inputs: list[Path]) -> list[Path]:
     """Return the files as they are, whatever their ending, and the image files of the folders; each file once."""
-    from trace_fast.io.images import IMAGE_SUFFIXES
+    from trace_fast.io.folders import describe_left_out, is_picture
 
     images: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files = sorted(
-                entry
-                for entry in path.iterdir()
-                if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
-            )
+            with refuse_failures():
+                entries = sorted(path.iterdir())
+                left_out = describe_left_out(entries)
+            files = [entry for entry in entries if is_picture(entry.name) and entry.is_file()]
             if not files:
-                refuse(f"no image files in the folder '{path}'")
+                refuse(f"no image files in the folder '{path}'" + (f": left out {left_out}" if left_out else ""))
+            if left_out:
+                typer.echo(f"trace-fast: left out of '{path}': {left_out}", err=True)
             images += files
         else:
             images.append(path)

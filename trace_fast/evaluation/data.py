@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from trace_fast import ops
-from trace_fast.io.images import IMAGE_SUFFIXES
+from trace_fast.io.folders import describe_left_out, is_litter, is_picture
 from trace_fast.io.pictures import read_picture
 from trace_fast.masks import coco
 
@@ -214,8 +214,7 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
     folder = Path(folder)
     truth_path = _find_truth(folder, truth)
     images = folder / "images" if (folder / "images").is_dir() else folder
-    files = sorted(images.iterdir()) if images.is_dir() else []
-    files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = sorted(path for path in images.iterdir() if is_picture(path.name)) if images.is_dir() else []
     if truth_path.suffix == ".json":
         return _open_json(truth_path, images, files)
     return _open_folder(truth_path, images, files, tuple(ignore))
@@ -232,11 +231,13 @@ def _find_truth(folder: Path, truth: str | Path | None) -> Path:
 
 def _open_folder(truth: Path, images: Path, files: list[Path], ignore: tuple[int, ...]) -> DataSet:
     """Pair image files with the files, or folders, of ground truth by their names."""
-    truths = [path for path in sorted(truth.iterdir()) if path.name[0] != "."]
+    truths = [path for path in sorted(truth.iterdir()) if not is_litter(path.name)]
     images_by_name, problems = _group_by_name(files, "image files")
     truth_by_name, more_problems = _group_by_name(truths, "ground truths")
     problems += more_problems
     notes = [f"{name}: no ground truth in {truth}" for name in sorted(set(images_by_name) - set(truth_by_name))]
+    if files and images != truth.parent and (left_out := describe_left_out(images.iterdir())):
+        notes.append(f"left out of {images}: {left_out}")
     if files:
         problems += [f"{name}: no image in {images}" for name in sorted(set(truth_by_name) - set(images_by_name))]
     photos = []
@@ -309,7 +310,9 @@ def _make_photo(name: str, image: Path | None, path: Path, ignore: tuple[int, ..
         stack = np.stack(flat) if flat else np.zeros((0, *ignored.shape), bool)
         return coco.encode_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
 
-    dependencies = tuple(sorted(path.iterdir())) if path.is_dir() else (f"ignored: {sorted(set(ignore))}",)
+    dependencies: tuple[Path | str, ...] = (f"ignored: {sorted(set(ignore))}",)
+    if path.is_dir():
+        dependencies = tuple(sorted(file for file in path.iterdir() if is_picture(file.name)))
     return Photo(name, image, path, lambda: find_contours(*read()), read_instances, dependencies)
 
 
@@ -324,7 +327,7 @@ def _read_labels(path: Path, ignore: tuple[int, ...]) -> tuple[np.ndarray, np.nd
 
 def _read_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a folder of one mask a file: labels (L, H, W), 0 for none, and what is ignored (H, W): nothing."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if is_picture(path.name))
     masks = [_read_pixels(path) for path in files]
     masks = [mask.max(-1) > 0 if mask.ndim == 3 else mask > 0 for mask in masks]
     if len(shapes := {mask.shape for mask in masks}) != 1:

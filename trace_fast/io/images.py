@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "MIN_SIDE",
     "OUTPUT_TYPES",
@@ -35,8 +34,6 @@ __all__ = [
     "resize",
 ]
 
-# names of image files in folders end in one of these
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MIN_SIDE = 16  # smallest accepted side, in pixels
 OUTPUT_TYPES = ("np", "pt", "pil")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from trace_fast.io.images import IMAGE_SUFFIXES, read_image
+from trace_fast.io.folders import is_litter, is_picture
+from trace_fast.io.images import read_image
 from trace_fast.io.pictures import open_picture
 from trace_fast.training.state import Process
 
@@ -73,15 +74,15 @@ def list_photos(folder: Path) -> list[PhotoFile]:
     photos: list[PhotoFile] = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if is_picture(name) and path.is_file():
             photos.append(PhotoFile(name, path, length=path.stat().st_size))
-        elif path.suffix == ".tar":
+        elif path.suffix == ".tar" and not is_litter(name):
             try:
                 with tarfile.open(path, "r:") as archive:
                     photos += [
                         PhotoFile(f"{name}/{member.name}", path, member.offset_data, member.size)
                         for member in archive
-                        if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
+                        if member.isfile() and is_picture(member.name)
                     ]
             except tarfile.TarError as error:
                 raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error

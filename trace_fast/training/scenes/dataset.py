@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trace_fast.io.files import write_atomically
+from trace_fast.io.folders import is_picture
 from trace_fast.io.pictures import read_picture
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.options import check_options, document_options, option, to_json
@@ -165,7 +166,7 @@ def list_scenes(folder: Path) -> list[SceneFile]:
     Raises:
         ValueError: there is none.
     """
-    numbers = sorted(path.stem for path in (folder / "images").glob("*.jpg"))
+    numbers = sorted(path.stem for path in (folder / "images").glob("*.jpg") if is_picture(path.name))
     scenes = [SceneFile(folder / "images" / f"{stem}.jpg", folder / "inst" / f"{stem}.png") for stem in numbers]
     scenes = [scene for scene in scenes if scene.is_complete()]
     if not scenes:

@@ -1,0 +1,103 @@
+"""trace_fast.io.folders: what operating systems leave in folders is skipped everywhere, and the rest is counted."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from trace_fast.cli import app
+from trace_fast.cli.common import list_images
+from trace_fast.evaluation.data import open_dataset
+from trace_fast.evaluation.run import check_photos
+from trace_fast.io.folders import describe_left_out, is_litter, is_picture
+from trace_fast.training.data import list_photos
+from trace_fast.training.scenes.dataset import list_scenes
+
+LITTER = ("._a.jpg", "._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.png", "__MACOSX/a.png")
+
+
+def litter(folder):
+    for name in LITTER:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Return a folder of one photo, amid litter."""
+    folder = tmp_path / "photos"
+    litter(folder)
+    Image.fromarray(np.eye(48, 64, dtype=np.uint8) * 255).save(folder / "a.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_litter(name):
+    assert is_litter(name) and not is_picture(name) and not is_picture(f"folder/{name}")
+
+
+def test_pictures():
+    assert is_picture("./folder/a.JPG") and is_picture("a.b.png") and not is_litter("a._b")
+    assert not is_picture("a.txt") and not is_picture("a")
+
+
+def test_edges_and_segment(photos):
+    assert list_images([photos]) == [photos / "a.jpg"]
+
+
+def test_training(photos):
+    with tarfile.open(photos / "more.tar", "w") as archive:
+        archive.add(photos / "a.jpg", "./b.jpg")
+        archive.add(photos / "._a.jpg", "./._b.jpg")
+        archive.add(photos / "._a.jpg", "__MACOSX/b.jpg")
+    shutil.copy(photos / "._a.jpg", photos / "._more.tar")
+    assert [photo.name for photo in list_photos(photos)] == ["a.jpg", "more.tar/./b.jpg"]
+
+
+@pytest.mark.parametrize("truth", ["inst/a.png", "inst/a/1.png"])
+def test_evaluate(photos, tmp_path, truth):
+    photos.rename(tmp_path / "images")
+    path = tmp_path / truth
+    litter(path.parent)
+    litter(tmp_path / "inst")
+    Image.fromarray(np.eye(48, 64, dtype=np.uint8)).save(path)
+    dataset = open_dataset(tmp_path)
+    good, problems, notes = check_photos(dataset.photos, [])
+    assert ([photo.name for photo in good], problems, notes) == (["a"], [], [])
+    assert (dataset.problems, dataset.notes) == ([], [])
+
+
+def test_scenes(tmp_path):
+    for folder in ("images", "inst"):
+        litter(tmp_path / folder)
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / "000000.jpg")
+    Image.new("L", (64, 48)).save(tmp_path / "inst" / "000000.png")
+    shutil.copy(tmp_path / "images" / "._a.jpg", tmp_path / "images" / "._000000.jpg")
+    shutil.copy(tmp_path / "images" / "._a.jpg", tmp_path / "inst" / "._000000.png")
+    assert [scene.image.name for scene in list_scenes(tmp_path)] == ["000000.jpg"]
+
+
+def test_what_is_left_out_is_counted(photos, capsys):
+    assert describe_left_out(photos.iterdir()) == ""
+    (photos / "notes.txt").touch()
+    assert describe_left_out(photos.iterdir()) == "1 file of another format (.txt)"
+    (photos / "b.HEIC").touch()
+    (photos / "README").touch()
+    (photos / "more").mkdir()
+    (photos / "lost.jpg").symlink_to("nothing")
+    expected = (
+        "3 files of other formats (.heic, .txt, no ending); convert HEIC to JPEG or PNG; 1 subfolder, not read; "
+        "1 that is no file, such as a link to nothing"
+    )
+    assert describe_left_out(photos.iterdir()) == expected
+    assert list_images([photos]) == [photos / "a.jpg"]
+    assert capsys.readouterr().err == f"trace-fast: left out of '{photos}': {expected}\n"
+    (photos / "a.jpg").unlink()
+    result = CliRunner().invoke(app, ["edges", str(photos), "-o", str(photos / "out")])
+    assert result.exit_code == 2
+    assert result.stderr == f"trace-fast: no image files in the folder '{photos}': left out {expected}\n"

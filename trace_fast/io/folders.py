@@ -1,0 +1,77 @@
+"""What is read of a folder: pictures, and none of what operating systems leave there; the rest is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+
+__all__ = ["IMAGE_SUFFIXES", "describe_left_out", "is_litter", "is_picture"]
+
+# names of image files in folders end in one of these
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# files of Windows; those of macOS begin with a dot or are in a folder of archives
+LITTER = ("desktop.ini", "ehthumbs.db", "thumbs.db", "__macosx")
+
+
+def is_litter(path: str | PurePath) -> bool:
+    """Return whether an operating system, and not the user, has left a file or a folder.
+
+    Args:
+        path: relative to the folder that is read, or a member of an archive; each of its parts counts.
+
+    Example:
+        >>> is_litter("photos/._a.jpg"), is_litter("photos/a.jpg")
+        (True, False)
+    """
+    return any(part.startswith(".") or part.lower() in LITTER for part in PurePath(path).parts)
+
+
+def is_picture(path: str | PurePath) -> bool:
+    """Return whether a file, or a member of an archive, is a picture by its name, and no litter.
+
+    Args:
+        path: as in `is_litter`.
+
+    Example:
+        >>> is_picture("photos/a.JPG"), is_picture("photos/._a.jpg"), is_picture("a.txt")
+        (True, False, False)
+    """
+    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_litter(path)
+
+
+def describe_left_out(entries: Iterable[Path]) -> str:
+    """Return what is left out of the entries of a folder that is read without its subfolders, and why.
+
+    Args:
+        entries: of the folder. Litter is not counted.
+
+    Returns:
+        One line; empty where nothing is left out.
+
+    Example:
+        >>> describe_left_out([Path("a.heic"), Path("a.jpg"), Path("notes.txt")])  # doctest: +SKIP
+        '2 files of other formats (.heic, .txt); convert HEIC to JPEG or PNG'
+    """
+    endings: Counter[str] = Counter()
+    subfolders = broken = 0
+    for entry in entries:
+        if is_litter(entry.name):
+            continue
+        if entry.is_dir():
+            subfolders += 1
+        elif not entry.is_file():
+            broken += 1
+        elif not is_picture(entry.name):
+            endings[entry.suffix.lower() or "no ending"] += 1
+    reasons = []
+    if endings:
+        count = endings.total()
+        kind = "file of another format" if count == 1 else "files of other formats"
+        text = f"{count} {kind} ({', '.join(sorted(endings))})"
+        reasons.append(text + "; convert HEIC to JPEG or PNG" * any(end in (".heic", ".heif") for end in endings))
+    if subfolders:
+        reasons.append(f"{subfolders} subfolder{'s' * (subfolders > 1)}, not read")
+    if broken:
+        reasons.append(f"{broken} that {'are' if broken > 1 else 'is'} no file, such as a link to nothing")
+    return "; ".join(reasons)
