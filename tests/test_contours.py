@@ -319,3 +319,23 @@ def test_forced_backends(monkeypatch):
     monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="thin: there is no triton kernel; unset TRACE_FAST_BACKEND"):
         ops.thin(mask)
+
+
+@pytest.mark.parametrize("distance", [1e4, 1e9, 1e19, 1e300, 10**400])
+def test_distances_beyond_the_diagonal_are_the_diagonal(distance):
+    detected = torch.zeros(1, 12, 17, dtype=torch.bool)
+    truth = detected.clone()
+    detected[0, :3, :3], truth[0, -3:, -3:] = True, True
+    expected = ops.match_contours(detected, truth, 20.9)
+    assert [int(matched.sum()) for matched in expected] == [9, 9]
+    for matched, other in zip(ops.match_contours(detected, truth, distance), expected, strict=True):
+        assert torch.equal(matched, other)
+    counts, _ = ops.count_matches(detected[0].float(), truth, [0.5], distance, thinning=False)
+    assert torch.equal(counts, ops.count_matches(detected[0].float(), truth, [0.5], 20.9, thinning=False)[0])
+
+
+@pytest.mark.parametrize("groups", [0, 257, 2**63])
+def test_numbers_of_groups_out_of_range(groups):
+    edges, truths = torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"count_matches: num_groups must be from 1 to 256, got {groups}"):
+        ops.count_matches(edges, truths, [0.5], 2, num_groups=groups)

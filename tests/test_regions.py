@@ -600,7 +600,7 @@ def test_empty_batches_and_no_masks(device):
         (
             lambda b, s, m, e: ops.random_walk(m, e, steps=-1),
             ValueError,
-            "walk: steps must be at least 0, got -1",
+            "walk: steps must be from 0 to 2147483647, got -1",
         ),
         (lambda b, s, m, e: ops.merge_masks(m), TypeError, "merge_masks: masks must be bool, got float32"),
         (lambda b, s, m, e: ops.merge_masks(b, 1.5), ValueError, "merge_masks: iou must be from 0 to 1, got 1.5"),
@@ -654,6 +654,19 @@ def test_more_than_the_memory_holds_is_refused_before_it_is_allocated(monkeypatc
     ):
         with pytest.raises(ValueError, match=r"must be small enough for 0.0 GiB of memory, got .*, which takes"):
             call()
+
+
+def test_a_walk_of_any_radius_takes_memory_for_the_image_alone(monkeypatch):
+    masks, edges = torch.rand(2, 3, 3), torch.rand(3, 3)
+    expected = ops.random_walk(masks, edges, 5, steps=3)
+    assert torch.equal(ops.random_walk(masks, edges, 110, steps=3), expected)
+    assert torch.equal(ops.random_walk(masks, edges, 2**70, steps=3), expected)
+    # the margin counts, too: 1.1 GiB, of which the image's own pixels have 5 MiB
+    monkeypatch.setattr(checks, "MEMORY", 2**24)
+    with pytest.raises(ValueError, match=r"random_walk: masks must be small enough for .* got \(1, 1, 99\)"):
+        ops.random_walk(torch.rand(1, 1, 99), torch.rand(1, 99), 110)
+    with pytest.raises(ValueError, match=r"random_walk: steps must be from 0 to 2147483647, got 9223372036854775808"):
+        ops.random_walk(masks, edges, steps=2**63)
 
 
 def test_null_pointers_and_no_threads_are_refused():

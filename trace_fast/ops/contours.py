@@ -1,5 +1,6 @@
 """Contours of edge maps, for scoring: ridges, thinning, and matching with a truth. On the CPU alone."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +79,7 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
     sizes: dict[str, int] = {}
     checks.tensor(op, "detected", detected, "B H W", sizes, torch.bool)
     checks.tensor(op, "truth", truth, "B H W", sizes, torch.bool)
-    _check_distance(op, distance)
+    distance = _limit_distance(op, distance, sizes["H"], sizes["W"])
     if _choose(op, detected=detected, truth=truth) == "reference":
         return reference.match_contours(detected, truth, distance)
     from trace_fast import _C
@@ -87,7 +88,7 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
     batch, height, width = truth.shape
     matched = torch.empty_like(detected), torch.empty_like(truth)
     inputs, outputs = (detected.data_ptr(), truth.data_ptr()), (matched[0].data_ptr(), matched[1].data_ptr())
-    _C.cpu.match_contours(*inputs, batch, height, width, float(distance), *outputs, torch.get_num_threads())
+    _C.cpu.match_contours(*inputs, batch, height, width, distance, *outputs, torch.get_num_threads())
     return matched
 
 
@@ -111,7 +112,7 @@ def count_matches(
     Raises:
         TypeError: a tensor has another dtype, or distance is not a number.
         ValueError: shapes differ, a tensor is not on the CPU, distance is negative or not finite, or a group is not
-            below num_groups.
+            below num_groups, which is from 1 to 256.
     """
     op = "count_matches"
     sizes: dict[str, int] = {}
@@ -119,7 +120,8 @@ def count_matches(
     checks.tensor(op, "edges", edges, "H W", sizes, torch.float32)
     checks.tensor(op, "truths", truths, "A H W", sizes, torch.bool)
     checks.tensor(op, "thresholds", thresholds, "T", sizes, torch.float32)
-    _check_distance(op, distance)
+    distance = _limit_distance(op, distance, sizes["H"], sizes["W"])
+    checks.integer(op, "num_groups", num_groups, 1, 256)
     ignored = torch.zeros_like(edges, dtype=torch.bool) if ignored is None else ignored
     groups = torch.zeros_like(truths, dtype=torch.uint8) if groups is None else groups
     checks.tensor(op, "ignored", ignored, "H W", sizes, torch.bool)
@@ -150,7 +152,7 @@ def count_matches(
     annotators, height, width = truths.shape
     lengths = annotators, height, width, len(thresholds), num_groups
     outputs = counts.data_ptr(), by_group.data_ptr()
-    _C.cpu.count_matches(*maps, *lengths, float(distance), thinning, *outputs, torch.get_num_threads())
+    _C.cpu.count_matches(*maps, *lengths, distance, thinning, *outputs, torch.get_num_threads())
     return counts, by_group
 
 
@@ -162,8 +164,9 @@ def _choose(op: str, **tensors: Tensor) -> str:
     return dispatch.choose(op, "cpu")
 
 
-def _check_distance(op: str, distance: float) -> None:
-    """Require a finite length."""
+def _limit_distance(op: str, distance: float, height: int, width: int) -> float:
+    """Require a finite length, and return it or, if it is less, the image's diagonal, which no pair exceeds."""
     checks.number(op, "distance", distance)
     if not 0 <= distance < float("inf"):
         raise ValueError(f"{op}: distance must be finite and >= 0, got {distance}")
+    return float(min(distance, math.hypot(height, width)))

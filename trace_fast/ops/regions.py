@@ -84,11 +84,14 @@ def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10,
     checks.tensor(op, "edges", edges, "H W" if shared_edges else "B H W", sizes, torch.float32)
     checks.same_device(op, masks=masks, edges=edges)
     checks.image(op, "masks", masks)
-    for name, value, least in (("radius", radius, 1), ("steps", steps, 0)):
-        checks.integer(op, name, value, least)
+    checks.integer(op, "radius", radius, 1)
+    checks.integer(op, "steps", steps, 0, 2**31 - 1)
     checks.number(op, "beta", beta, 0)
-    # half a disc of affinities for each pixel of an image
-    checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * sizes["H"] * sizes["W"])
+    # no two pixels are farther apart
+    radius = min(radius, sizes["H"] + sizes["W"] - 1)
+    # half a disc of affinities for each pixel of an image, and of a margin around it
+    pixels = (sizes["H"] + radius) * (sizes["W"] + 15 + radius)
+    checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * pixels)
     backend = dispatch.choose(op, masks.device.type)
     if backend == "reference":
         return reference.random_walk(masks, edges, radius, beta, steps)
