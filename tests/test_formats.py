@@ -551,6 +551,16 @@ class TestErrors:
             with pytest.raises(ValueError, match=r"open_masks: masks must be small enough for .* got \(2, 2, 3\)"):
                 open_masks(masks, size)
 
+    def test_classes_that_are_no_integers(self):
+        import supervision as sv
+
+        detections = sv.Detections(np.zeros((2, 4)), ONE.repeat(2, 0) > 0, class_id=np.array([1.2, 1.9]))
+        with pytest.raises(TypeError, match="open_masks: class_id must be integers, got float64"):
+            open_masks(detections)
+        masks = torch.from_numpy(ONE > 0).repeat(2, 1, 1)
+        with pytest.raises(TypeError, match="open_masks: pred_classes must be integers, got float32"):
+            open_masks(Instances((2, 3), pred_masks=masks, pred_classes=torch.tensor([1.2, 1.9])))
+
     def test_detections(self):
         import supervision as sv
 
@@ -654,6 +664,15 @@ class TestSemantic:
             semantic_masks(self.MAP[None], [1])
         with pytest.raises(ValueError, match="semantic_masks: tags must be classes, got 255, which is void"):
             semantic_masks(self.MAP, [255])
+        for tag in (1.9, 1.0, torch.tensor(1.9), "1"):
+            with pytest.raises(TypeError, match="semantic_masks: tags must be integers, got "):
+                semantic_masks(self.MAP, [tag])
+        with pytest.raises(
+            ValueError, match="semantic_masks: tags must be integers of 64 bits, got 92233"
+        ):
+            semantic_masks(self.MAP, [2**63])
+        tags = torch.tensor([15], dtype=torch.uint8)
+        assert semantic_masks(self.MAP, tags).classes.tolist() == [tag for tag in [15] if (tag == self.MAP).any()]
 
 
 @EXAMPLES

@@ -7,6 +7,7 @@ areas and boxes are measured again, and all other fields are copied. `FORMATS` a
 from __future__ import annotations
 
 import itertools
+import operator
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -142,7 +143,7 @@ def semantic_masks(class_map: np.ndarray | Tensor, tags: Iterable[int], void: in
         The masks of the tags that are in the map and their classes, in the order of the tags, on the map's device.
 
     Raises:
-        TypeError: class_map is not an integer array or tensor.
+        TypeError: class_map is not an integer array or tensor, or a tag is no integer.
         ValueError: class_map is not (H, W), or void is one of the tags.
 
     Example:
@@ -152,7 +153,7 @@ def semantic_masks(class_map: np.ndarray | Tensor, tags: Iterable[int], void: in
     """
     op = "semantic_masks"
     labels = convert_labels(op, "class_map", class_map)
-    distinct = list(dict.fromkeys(int(tag) for tag in tags))
+    distinct = list(dict.fromkeys(_require_integer(f"{op}: tags", tag) for tag in tags))
     if void in distinct:
         raise ValueError(f"{op}: tags must be classes, got {void}, which is void")
     classes = torch.tensor(distinct, dtype=torch.int64, device=labels.device)
@@ -335,7 +336,7 @@ def _read_detections(detections: Any, size: Size) -> tuple[MaskSet, Write]:
     scores = None
     if detections.confidence is not None:
         scores = convert_scores("open_masks", "confidence", detections.confidence, len(masks))
-    classes = None if detections.class_id is None else torch.from_numpy(detections.class_id.astype(np.int64))
+    classes = None if detections.class_id is None else _read_classes("class_id", detections.class_id)
     mask_set = MaskSet(masks, None if scores is None else scores.float(), classes)
 
     def write(result: MaskSet, best: list[int]) -> Any:
@@ -365,7 +366,7 @@ def _read_instances(instances: Any, _: Size) -> tuple[MaskSet, Write]:
             f"open_masks: pred_masks must be of image_size {tuple(instances.image_size)}, got {tuple(masks.shape[1:])}"
         )
     scores = convert_scores("open_masks", "scores", fields["scores"], len(masks)) if "scores" in fields else None
-    classes = fields["pred_classes"].long() if "pred_classes" in fields else None
+    classes = _read_classes("pred_classes", fields["pred_classes"]) if "pred_classes" in fields else None
     mask_set = MaskSet(masks, None if scores is None else scores.float(), classes)
 
     def write(result: MaskSet, best: list[int]) -> Any:
@@ -474,6 +475,24 @@ def _collect(records: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
         if key not in record:
             raise ValueError(f"open_masks: masks[{index}] must have a {key} like masks[0], got none")
     return [record[key] for record in records]
+
+
+def _read_classes(name: str, classes: np.ndarray | Tensor) -> Tensor:
+    """Read the classes of masks, int64, on the device of a tensor; numbers that are no integers would become others."""
+    if dtype_name(classes) not in INTEGER_DTYPES:
+        raise TypeError(f"open_masks: {name} must be integers, got {dtype_name(classes)}")
+    return classes.long() if isinstance(classes, Tensor) else torch.from_numpy(classes.astype(np.int64))
+
+
+def _require_integer(subject: str, value: Any) -> int:
+    """Return an integer of any type; a float would silently lose its fraction."""
+    try:
+        integer = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{subject} must be integers, got {value!r}") from error
+    if not rle.LEAST <= integer <= rle.MOST:
+        raise ValueError(f"{subject} must be integers of 64 bits, got {integer}")
+    return integer
 
 
 def _read_category(record: Mapping[str, Any], index: int) -> int:

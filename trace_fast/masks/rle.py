@@ -13,6 +13,7 @@ from trace_fast.io.pictures import MAX_PIXELS
 
 __all__ = [
     "LEAST",
+    "MOST",
     "check_pixels",
     "decode_mask",
     "decode_run_lengths",
