@@ -101,6 +101,19 @@ template <Isa isa>
 void flood_fill(const int32_t* seeds, const uint8_t* barrier, int64_t batch, int64_t height, int64_t width,
                 bool diagonal, bool claim_barrier, int32_t* labels, int num_threads);
 
+// Writes the basin of each pixel, from 1 in raster order of their minima, and the number of basins.
+// edges, labels (batch, height, width), edges clamped to [0, 1]; counts (batch).
+template <Isa isa>
+void watershed(const float* edges, int64_t batch, int64_t height, int64_t width, int32_t* labels, int32_t* counts,
+               int num_threads);
+
+// Merges the regions of an image at their weakest boundaries, and writes for each node of the tree its parent (the root
+// is its own) and the strength of the boundary between its two parts, 0 for a region.
+// labels, edges (height, width), labels 1 to count, each present; parents, levels (2 * count - 1).
+template <Isa isa>
+void merge_tree(const int32_t* labels, const float* edges, int64_t height, int64_t width, int64_t count,
+                int32_t* parents, float* levels);
+
 // Writes masks * (1 - edges) after a random walk: each step averages the pixels closer than radius, weighted by their
 // affinity (1 - the strongest edge on the path between them)^beta.
 // masks, walked (batch, count, height, width); edges (batch, height, width), clamped to [0, 1].
@@ -136,6 +149,8 @@ void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int
   X(count_matches)                 \
   X(label_regions)                 \
   X(flood_fill)                    \
+  X(watershed)                     \
+  X(merge_tree)                    \
   X(random_walk)                   \
   X(merge_masks)                   \
   X(unite_masks)

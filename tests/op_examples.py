@@ -17,6 +17,7 @@ from trace_fast.ops.dispatch import CUDA_BACKENDS
 # by what runs them on a GPU
 TRITON_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "triton"]
 NATIVE_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "native"]
+COPIED_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "cpu"]
 CPU_OPS = [op for op in ops.__all__ if CUDA_BACKENDS[op] == "unavailable"]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux")

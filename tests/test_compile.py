@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_examples import CPU_OPS, EACH_BACKEND, NATIVE_OPS, TRITON_OPS, example
+from op_examples import COPIED_OPS, CPU_OPS, EACH_BACKEND, NATIVE_OPS, TRITON_OPS, example
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -47,16 +47,18 @@ def inputs(device):
         "label_regions strided": (masks.mT, 8),
         "flood_fill strided": (masks.int().mT, ~masks.mT, 8, True),
         "random_walk batched": (masks.float().mT[:, None], edges.mT.expand(2, 7, 3), 5, 10.0, 3),
+        "watershed strided": (masks.float().mT,),
+        "merge_tree strided": (masks[0].int().mT + 1, edges.mT),
         "merge_masks strided": (masks.mT, 0.1, torch.ones(2, device=device)),
     }
 
 
 @pytest.mark.slow
 @EACH_BACKEND
-@pytest.mark.parametrize("case", [*TRITON_OPS, *NATIVE_OPS, *inputs("cpu")])
+@pytest.mark.parametrize("case", [*TRITON_OPS, *NATIVE_OPS, *COPIED_OPS, *inputs("cpu")])
 def test_opcheck(case, device, request):
     op = case.split()[0]
-    if op in NATIVE_OPS and "triton" in request.node.name:
+    if op not in TRITON_OPS and "triton" in request.node.name:
         pytest.skip("there is no triton kernel")
     arguments, options = (inputs(device)[case], {}) if case != op else example(op, device)
     with Recorder() as recorder:
@@ -76,12 +78,12 @@ def test_ops_for_scoring_are_not_registered(op):
 
 @pytest.mark.slow
 @EACH_BACKEND
-@pytest.mark.parametrize("op", [*TRITON_OPS, *NATIVE_OPS])
+@pytest.mark.parametrize("op", [*TRITON_OPS, *NATIVE_OPS, *COPIED_OPS])
 def test_compiled_without_a_graph_break(op, device, request):
-    if op in NATIVE_OPS and "triton" in request.node.name:
+    if op not in TRITON_OPS and "triton" in request.node.name:
         pytest.skip("there is no triton kernel")
-    # how many unions there are depends on the masks
-    fullgraph = op != "merge_masks"
+    # how many unions there are depends on the masks, and how many nodes on the labels
+    fullgraph = op not in ("merge_masks", "merge_tree")
     (arguments, options), (copies, _) = example(op, device), example(op, device)
     compiled = torch.compile(getattr(ops, op), fullgraph=fullgraph, backend="aot_eager", dynamic=False)
     results = compiled(*arguments, **options), arguments

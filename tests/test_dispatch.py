@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from op_examples import CPU_OPS, NATIVE_OPS, TRITON_OPS, example, kernel_modules
+from op_examples import COPIED_OPS, CPU_OPS, NATIVE_OPS, TRITON_OPS, example, kernel_modules
 
 import trace_fast
 from trace_fast import _C, ops, reference
@@ -92,6 +92,7 @@ class TestTable:
         table = trace_fast.backends()
         cuda = dict.fromkeys(TRITON_OPS, "triton") | dict.fromkeys(CPU_OPS, "unavailable")
         cuda |= dict.fromkeys(NATIVE_OPS, "native (cuda)" if _C.has_cuda() else "reference")
+        cuda |= dict.fromkeys(COPIED_OPS, "native (cpu)")
         assert table == {op: {"cpu": f"native ({instruction_set})", "cuda": cuda[op]} for op in ops.__all__}
         assert str(table).splitlines()[0].split() == ["op", "cpu", "cuda"]
 
@@ -103,6 +104,7 @@ class TestTable:
     def test_native_forced(self, instruction_set, monkeypatch):
         monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
         cuda = dict.fromkeys(NATIVE_OPS, "native (cuda)" if _C.has_cuda() else "unavailable")
+        cuda |= dict.fromkeys(COPIED_OPS, "native (cpu)")
         expected = {
             op: {"cpu": f"native ({instruction_set})", "cuda": cuda.get(op, "unavailable")} for op in ops.__all__
         }
@@ -193,6 +195,9 @@ class TestMissing:
         messages = dict.fromkeys(NATIVE_OPS, "the native core is built without CUDA; build it")
         messages |= dict.fromkeys(TRITON_OPS, "there is no native kernel on cuda")
         messages |= dict.fromkeys(CPU_OPS, "there is no kernel on cuda; move the tensors to the cpu")
+        if op in COPIED_OPS:
+            assert dispatch.choose(op, "cuda") == "native"
+            return
         with pytest.raises(RuntimeError, match=f"{op}: {messages[op]}"):
             dispatch.choose(op, "cuda")
 

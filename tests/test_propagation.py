@@ -229,6 +229,63 @@ def test_instances_are_the_regions():
     assert whole.all() and len(whole) == 1
 
 
+def test_a_gap_does_not_join_instances():
+    edges, _ = cross()
+    whole, _ = trace_fast.instances(edges, threshold=0.5)
+    edges[np.nonzero(edges)[0][0], np.nonzero(edges)[1][0]] = edges[5, np.nonzero(edges[5])[0]] = 0
+    masks, scores = trace_fast.instances(edges, threshold=0.5)
+    assert masks.shape == (4, 40, 60) and (masks.sum(0) == 1).all()
+    assert (scores > 0.8).all()
+    # pixels on the edge itself may change sides
+    overlap = [max(float((mask & other).sum() / (mask | other).sum()) for other in whole) for mask in masks]
+    assert min(overlap) > 0.9
+    seeds = trace_fast.seeds(edges, 9, threshold=0.5)
+    assert len(seeds.points) == 4
+    assert (seeds.radius <= 20).all()
+
+
+def test_small_regions_go_to_those_nearest():
+    edges = np.zeros((20, 30), np.float32)
+    edges[:, 15] = edges[3, :4] = edges[:4, 3] = 0.75  # a corner of 9 pixels
+    corner, _ = trace_fast.instances(edges, threshold=0.5, min_area=9)
+    assert sorted(corner.flatten(1).sum(1).tolist())[0] < 20 and len(corner) == 3
+    masks, _ = trace_fast.instances(edges, threshold=0.5, min_area=10)
+    assert len(masks) == 2 and (masks.sum(0) == 1).all()
+
+
+def test_ranked_instances_by_hand():
+    # three basins: a corner behind 0.75, and the halves of the rest on both sides of 0.5
+    edges = torch.zeros(6, 12)
+    edges[:, 6] = 0.5
+    edges[2, :3] = edges[:3, 2] = 0.75
+    masks, scores = trace_fast.instances(edges, min_area=1)
+    corner, right = (torch.zeros(6, 12, dtype=torch.bool) for _ in range(2))
+    corner[:3, :3], right[:, 6:] = True, True
+    corner[2, 2] = False
+    expected = {
+        "both halves": (~corner, 0.75 - (0.75 + 6 * 0.5) / 64),
+        "left": (~corner & ~right, 0.5 - 0.75 / 28),
+        "right": (right, 0.5 - 6 * 0.5 / 36),
+        "corner": (corner, 0.75 - 4 * 0.75 / 8),
+    }
+    assert torch.equal(masks, torch.stack([mask for mask, _ in expected.values()]))
+    torch.testing.assert_close(scores, torch.tensor([score for _, score in expected.values()]), rtol=0, atol=2**-16)
+    # at most k, and no two with an IoU above 0.7
+    assert torch.equal(trace_fast.instances(edges, k=3, min_area=1)[0], masks[:3])
+    assert torch.equal(trace_fast.instances(edges, min_area=9)[0], masks[:3])
+    edges[0, 6:] = 0.3  # a row of 6 pixels less is nearly the same mask
+    masks = trace_fast.instances(edges, min_area=1)[0].flatten(1).float()
+    shared, areas = masks @ masks.T, masks.sum(1)
+    iou = shared / (areas + areas[:, None] - shared)
+    assert iou.fill_diagonal_(0).max() <= 0.7
+
+
+@pytest.mark.parametrize("value", [0, 0.4, 1])
+def test_an_even_map_has_no_ranked_instances(value):
+    masks, scores = trace_fast.instances(np.full((5, 7), value, np.float32))
+    assert masks.shape == (0, 5, 7) and masks.dtype == torch.bool and len(scores) == 0
+
+
 def test_seeds_are_inside_and_farthest_from_edges():
     edges, labels = cross(41, 81)
     seeds = trace_fast.seeds(edges, 3, threshold=0.5)
@@ -300,7 +357,8 @@ def run_all(edges, masks, *, threshold=0.4, min_area=None, k=3, **options):
     stack, strengths = trace_fast.instances(edges, threshold=threshold, min_area=min_area)
     seeds = trace_fast.seeds(edges, k, threshold=threshold, min_area=min_area)
     scores = torch.linspace(0.9, 0.3, len(masks), dtype=torch.float32, device="cpu")
-    tensors = [stack, strengths, seeds.points, seeds.boxes, seeds.radius]
+    ranked = trace_fast.instances(edges, k=k, min_area=min_area)
+    tensors = [stack, strengths, *ranked, seeds.points, seeds.boxes, seeds.radius]
     for mode in ("flood", "walk"):
         mask_set = MaskSet(torch.from_numpy(masks), scores)
         out = trace_fast.propagate(mask_set, edges, threshold=threshold, mode=mode, min_area=min_area, **options)
@@ -388,5 +446,7 @@ def test_errors(change, error, message):
     arguments = {"masks": np.ones((1, 4, 5), bool), "edges": np.zeros((4, 5)), "threshold": 0.5} | change
     with pytest.raises(error, match=message):
         trace_fast.propagate(**arguments)
+    with pytest.raises(ValueError, match="instances: k must be at least 1, got 0"):
+        trace_fast.instances(np.zeros((4, 5)), k=0)
     with pytest.raises(ValueError, match="seeds: k must be at least 1, got 0"):
         trace_fast.seeds(np.zeros((4, 5)), 0, threshold=0.5)

@@ -20,12 +20,15 @@ from trace_fast.io.arrays import mask_areas
 from trace_fast.io.images import read_edge_map
 from trace_fast.masks.formats import MaskSet, open_masks
 from trace_fast.ops import checks
+from trace_fast.reference import STRENGTHS, whole_strengths
 
 __all__ = ["Seeds", "instances", "propagate", "seeds"]
 
 RADIUS, BETA, STEPS = 5, 10.0, 256  # IRNet's random walk
 WALK_SIZE = 128  # longer side of the image at which random walks are computed, in pixels
 MIN_SHARE = 0.0005  # smallest fragment or region, as a share of the image
+DUPLICATE = 0.7  # IoU above which one of two ranked masks is left out
+NEIGHBORS = ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1]))  # all pixels that have one before them, and those
 
 
 @dataclass(frozen=True)
@@ -145,18 +148,32 @@ def propagate(
     return restore(result, [sources[groups[k]].unique().tolist() for k in order])
 
 
-def instances(edges: Any, *, threshold: float, min_area: int | None = None) -> tuple[Tensor, Tensor]:
+def instances(
+    edges: Any, *, threshold: float | None = None, k: int = 100, min_area: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Find masks from edges alone: the regions that they enclose.
+
+    They come from a hierarchy: the basins of the edges merge at the weakest boundary until one is left
+    (`ops.watershed`, `ops.merge_tree`). The strength of a boundary is a mean, so that a gap does not open it.
 
     Args:
         edges: (H, W), (1, H, W) or (1, 1, H, W) float array or tensor in [0, 1].
-        threshold: edge strength, above 0 and at most 1, from which an edge separates regions.
-        min_area: area of the smallest region, in pixels; None is 0.05 % of the image.
+        threshold: None, for masks of all levels of the hierarchy; or the mean edge strength, above 0 and at most 1,
+            from which a boundary separates regions, for a partition of the image.
+        k: largest number of masks; without effect on a partition.
+        min_area: area of the smallest region, in pixels; None is 0.05 % of the image. In a partition it counts pixels
+            whose edges are below `threshold`.
 
     Returns:
-        Masks (M, H, W) bool, which include the edge pixels nearest to them, so that they cover the image except for
-        regions that are too small; and their scores (M,) float32 in [0, 1], the mean edge strength along the outline of
-        each mask. Sorted by score, largest first, and on the device of edges.
+        Masks (M, H, W) bool and their scores (M,) float32 in [0, 1], sorted by score, largest first, and on the device
+        of edges.
+
+        Without a threshold the score of a mask is the mean edge strength along the boundary at which it merges, minus
+        that of its pixels: how much stronger its outline is than what is inside. Masks lie beside or within each other,
+        and of two whose IoU is above 0.7 the one with the higher score is there. The whole image is never one of them.
+
+        With a threshold the masks do not overlap, and they cover the image, if there are any: regions that are too
+        small go to those nearest. The score is the mean edge strength along the outline of the mask.
 
     Raises:
         TypeError: edges are not a float array or tensor, or an option has another type.
@@ -164,18 +181,24 @@ def instances(edges: Any, *, threshold: float, min_area: int | None = None) -> t
 
     Example:
         >>> edges = torch.zeros(9, 7)
-        >>> edges[4] = 1
+        >>> edges[4, 1:] = 1  # there is a gap at the left
         >>> masks, scores = instances(edges, threshold=0.5, min_area=1)
-        >>> masks.flatten(1).sum(1).tolist(), scores.tolist()
-        ([35, 28], [1.0, 1.0])
+        >>> masks.flatten(1).sum(1).tolist()
+        [35, 28]
+        >>> masks, scores = instances(edges, min_area=1)
+        >>> masks.flatten(1).sum(1).tolist(), [round(score, 2) for score in scores.tolist()]
+        ([28, 35], [0.86, 0.69])
     """
     edge_map = read_edge_map("instances", edges)
+    checks.integer("instances", "k", k, 1)
+    if threshold is None:
+        return _rank_regions(edge_map, int(k), _smallest_area("instances", edge_map, min_area))
     barrier, min_area = _find_barrier("instances", edge_map, threshold, min_area)
-    regions = find_regions(barrier)
+    regions = cut_regions(edge_map, threshold, barrier, min_area)
     labels, count = regions.filled, len(regions.areas)
     # the outline of a mask is its pixels beside another mask
     outline = torch.zeros_like(barrier)
-    for one, other in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+    for one, other in NEIGHBORS:
         change = labels[one] != labels[other]
         outline[one] |= change
         outline[other] |= change
@@ -183,7 +206,7 @@ def instances(edges: Any, *, threshold: float, min_area: int | None = None) -> t
     strength = functional.max_pool2d(edge_map[None], 3, 1, 1)[0]
     total = torch.bincount(labels[outline], strength[outline].double(), minlength=count)
     scores = (total / torch.bincount(labels[outline], minlength=count).clamp(min=1)).float()
-    chosen = (regions.areas >= min_area).nonzero()[:, 0]
+    chosen = regions.areas.nonzero()[:, 0]
     chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
     return labels == chosen[:, None, None], scores[chosen]
 
@@ -191,10 +214,12 @@ def instances(edges: Any, *, threshold: float, min_area: int | None = None) -> t
 def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) -> Seeds:
     """Find point and box prompts for SAM and similar models: one for each region that the edges enclose.
 
+    The regions are those of `instances` with the same threshold, without the pixels of edges at or above it.
+
     Args:
         edges: (H, W), (1, H, W) or (1, 1, H, W) float array or tensor in [0, 1].
         k: largest number of seeds; regions with the largest inscribed circles come first.
-        threshold: edge strength, above 0 and at most 1, from which an edge separates regions.
+        threshold: mean edge strength, above 0 and at most 1, from which a boundary separates regions.
         min_area: area of the smallest region, in pixels; None is 0.05 % of the image.
 
     Returns:
@@ -219,12 +244,17 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
     except ImportError as error:
         raise RuntimeError("seeds: needs scipy: pip install scipy") from error
 
-    regions = find_regions(barrier)
+    regions = cut_regions(edge_map, threshold, barrier, min_area)
+    # in a gap, where two regions touch, their outlines are the pixels on both sides
+    outside = regions.labels == 0
+    for one, other in NEIGHBORS:
+        touching = (regions.labels[one] != regions.labels[other]) & ~barrier[one] & ~barrier[other]
+        outside[one] |= touching
+        outside[other] |= touching
     # the border of the image counts as a barrier
-    distance = torch.from_numpy(ndimage.distance_transform_edt(np.pad(~barrier.cpu().numpy(), 1))[1:-1, 1:-1])
+    distance = torch.from_numpy(ndimage.distance_transform_edt(np.pad(~outside.cpu().numpy(), 1))[1:-1, 1:-1])
     distance, flat_labels = distance.flatten().to(barrier.device), regions.labels.flatten()
     radius = distance.new_zeros(len(regions.areas)).scatter_reduce(0, flat_labels, distance, "amax")
-    radius[regions.areas < min_area] = 0
     order = torch.argsort(radius, descending=True, stable=True)[: int(k)]
     order = order[radius[order] > 0]
     points, boxes = [], []
@@ -278,6 +308,110 @@ def find_regions(barrier: Tensor) -> Regions:
     areas = torch.bincount(labels.flatten(), minlength=int(counts) + 1)
     areas[0] = 0
     return Regions(labels[0].long(), filled[0].long(), areas)
+
+
+def cut_regions(edges: Tensor, threshold: float, barrier: Tensor, min_area: int) -> Regions:
+    """Find the regions between boundaries whose mean edge strength is at least a threshold.
+
+    Args:
+        edges: (H, W) float32 in [0, 1].
+        threshold: strength from which a boundary separates.
+        barrier: (H, W) bool, the pixels of edges that are as strong.
+        min_area: area of the smallest region off the barrier, in pixels; smaller ones go to those nearest, in steps
+            along the axes.
+
+    Returns:
+        The regions; none if all are too small.
+    """
+    basins, tree = Hierarchy.of(edges)
+    # strengths are rounded, and an edge as strong as the threshold separates
+    least = round(float(threshold) * STRENGTHS) / STRENGTHS
+    tops = tree.cut(least).to(edges.device)
+    _, parts = tops[basins].unique(return_inverse=True)
+    areas = torch.bincount(parts[~barrier], minlength=int(parts.max()) + 1)
+    large = areas >= min_area
+    numbers = torch.where(large, large.cumsum(0), 0)
+    filled = ops.flood_fill(numbers[parts].int()[None], torch.zeros_like(barrier)[None])[0].long()
+    labels = filled.masked_fill(barrier, 0)
+    sizes = torch.bincount(labels.flatten(), minlength=int(large.sum()) + 1)
+    sizes[0] = 0
+    return Regions(labels, filled, sizes)
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """The tree in which the basins of an edge map merge: n leaves, and then n - 1 unions of two, on the CPU.
+
+    Attributes:
+        parents: (2n - 1,) int64, the node of which each is a part, always a later one; the last is its own.
+        levels: (2n - 1,) float32, strength of the boundary at which the parts of a node merged, 0 for a leaf.
+    """
+
+    parents: Tensor
+    levels: Tensor
+
+    @staticmethod
+    def of(edges: Tensor) -> tuple[Tensor, Hierarchy]:
+        """Return the basin of each pixel, (H, W) int64 from 0, and the hierarchy of edges (H, W) float32."""
+        labels = ops.watershed(edges[None])[0][0]
+        parents, levels = ops.merge_tree(labels, edges)
+        return labels.long() - 1, Hierarchy(parents.cpu().long(), levels.cpu())
+
+    def cut(self, least: float) -> Tensor:
+        """Return the largest node of a level below `least` that contains each leaf, (n,) int64."""
+        tops = list(range(len(self.parents)))
+        parents, below = self.parents.tolist(), (self.levels < least).tolist()
+        for node in reversed(range(len(tops) - 1)):
+            if below[parents[node]]:
+                tops[node] = tops[parents[node]]
+        return torch.tensor(tops[: len(tops) // 2 + 1], dtype=torch.int64, device="cpu")
+
+    def order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Order the leaves so that those of every node follow each other.
+
+        Returns:
+            The place of each leaf, (n,) int64; and for each node the first place of its leaves and the one behind the
+            last, (2n - 1,) int64 each.
+        """
+        nodes, parents = len(self.parents), self.parents.tolist()
+        counts = [1] * (nodes // 2 + 1) + [0] * (nodes // 2)
+        for node in range(nodes - 1):
+            counts[parents[node]] += counts[node]
+        first, taken = [0] * nodes, [0] * nodes
+        for node in reversed(range(nodes - 1)):
+            first[node] = first[parents[node]] + taken[parents[node]]
+            taken[parents[node]] += counts[node]
+        start, sizes = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (first, counts))
+        return start[: nodes // 2 + 1], start, start + sizes
+
+
+def _rank_regions(edges: Tensor, k: int, min_area: int) -> tuple[Tensor, Tensor]:
+    """Return at most k nodes of the hierarchy of edges as masks, and their scores; see `instances`."""
+    basins, tree = Hierarchy.of(edges)
+    places, start, stop = tree.order()
+    position = places.to(edges.device)[basins]  # (H, W) the leaf of each pixel, by its place
+    # sums over the leaves up to each place, exact in whole strengths
+    sums = torch.zeros(2, len(places) + 1, dtype=torch.int64, device="cpu")
+    pixels = torch.stack([torch.ones_like(basins), whole_strengths(edges).long()]).flatten(1).cpu()
+    sums = sums.index_add_(1, position.flatten().cpu() + 1, pixels).cumsum(1)
+    areas, strengths = sums[:, stop] - sums[:, start]
+    scores = (tree.levels[tree.parents] - strengths / (areas * STRENGTHS).double()).clamp(0, 1).float()
+    # the last node is the whole image
+    candidates = ((areas >= min_area) & (scores > 0))[:-1].nonzero()[:, 0]
+    candidates = candidates[torch.argsort(scores[candidates], descending=True, stable=True)]
+    chosen: list[int] = []
+    while len(candidates) and len(chosen) < k:
+        best = candidates[0]
+        chosen.append(int(best))
+        # nodes lie within each other or do not overlap
+        nested = (start[candidates] <= start[best]) & (stop[best] <= stop[candidates])
+        nested |= (start[best] <= start[candidates]) & (stop[candidates] <= stop[best])
+        smaller, larger = areas[candidates].minimum(areas[best]), areas[candidates].maximum(areas[best])
+        candidates = candidates[~nested | (smaller <= DUPLICATE * larger)]
+        candidates = candidates[candidates != best]
+    masks = torch.stack([(position >= start[node]) & (position < stop[node]) for node in chosen]) if chosen else None
+    none = torch.zeros((0, *edges.shape), dtype=torch.bool, device=edges.device)
+    return none if masks is None else masks, scores[chosen].to(edges.device)
 
 
 def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
@@ -372,7 +506,12 @@ def _find_barrier(op: str, edges: Tensor, threshold: float, min_area: int | None
     checks.number(op, "threshold", threshold)
     if not 0 < threshold <= 1:
         raise ValueError(f"{op}: threshold must be above 0 and at most 1, got {threshold}")
+    return edges >= float(threshold), _smallest_area(op, edges, min_area)
+
+
+def _smallest_area(op: str, edges: Tensor, min_area: int | None) -> int:
+    """Return the smallest area of a region of edges in pixels, checked."""
     if min_area is None:
         min_area = max(1, round(edges.numel() * MIN_SHARE))
     checks.integer(op, "min_area", min_area, 1)
-    return edges >= float(threshold), int(min_area)
+    return int(min_area)

@@ -7,6 +7,7 @@ from trace_fast import reference
 from trace_fast.ops.attention import *
 from trace_fast.ops.contours import *
 from trace_fast.ops.divergence import *
+from trace_fast.ops.hierarchy import *
 from trace_fast.ops.regions import *
 
 __all__ = reference.__all__

@@ -28,7 +28,7 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 CUDA_BACKENDS: dict[str, str] = {}
 
 
-def register(*, cuda: Literal["triton", "native", "unavailable"]) -> Callable[[Op], Op]:
+def register(*, cuda: Literal["triton", "native", "cpu", "unavailable"]) -> Callable[[Op], Op]:
     """Declare an op: the decorator of each function in `trace_fast.ops`.
 
     The op bears the name of a function in `trace_fast.reference`, whose documentation it takes over. Its own docstring
@@ -36,7 +36,7 @@ def register(*, cuda: Literal["triton", "native", "unavailable"]) -> Callable[[O
 
     Args:
         cuda: what runs on a GPU: "triton", "native" (the kernels in csrc/cuda, or the reference where they are not
-            built) or "unavailable" (the op runs on the CPU alone).
+            built), "cpu" (the native core on the CPU, on copies) or "unavailable" (the op runs on the CPU alone).
 
     Returns:
         A decorator that returns the function itself.
@@ -67,8 +67,9 @@ def backends() -> Backends:
     """Return which implementation runs each op on each kind of device, under the present TRACE_FAST_BACKEND.
 
     Returns:
-        {op: {"cpu" | "cuda": "native (<instruction set>)" | "native (cuda)" | "triton" | "triton (interpreted)" |
-        "reference" | "unavailable"}}; print it for a table. The column of a GPU is filled in even where there is none.
+        {op: {"cpu" | "cuda": "native (<instruction set>)" | "native (cuda)" | "native (cpu)" | "triton" |
+        "triton (interpreted)" | "reference" | "unavailable"}}; "native (cpu)" of a GPU copies its tensors to the CPU
+        and back. Print it for a table. The column of a GPU is filled in even where there is none.
 
     Raises:
         ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
@@ -84,6 +85,8 @@ def backends() -> Backends:
         except RuntimeError:
             return "unavailable"
         if backend == "native":
+            if device == "cuda" and CUDA_BACKENDS[op] == "cpu":
+                return "native (cpu)"
             return f"native ({_C.instruction_set() if device == 'cpu' else device})"
         return "triton (interpreted)" if backend == "triton" and device == "cpu" else backend
 
@@ -105,6 +108,8 @@ def choose(op: str, device: str) -> str:
     on_cuda = CUDA_BACKENDS[op]
     if on_cuda == "unavailable" and device != "cpu":
         raise RuntimeError(f"{op}: there is no kernel on {device}; move the tensors to the cpu")
+    if on_cuda == "cpu" and device == "cuda":
+        device = "cpu"
     if forced:
         backend = forced
     elif device == "cpu":
