@@ -131,8 +131,8 @@ int32_t flood_image(const float* edges, int32_t height, int32_t width, int32_t* 
 
   for (int32_t start = 0, end; start < pixels; start = end) {
     const int32_t level = heights[order[start]];
-    // pixels take over the label of the lowest one beside them; those that are reached in the present step have it below
-    // 0, so that no other takes it over
+    // a pixel takes over the label of the lowest one beside it; where it is reached in the present step, its label is
+    // below 0, so that no other takes it over
     int32_t size = 0;
     for (end = start; end < pixels && heights[order[end]] == level; ++end) {
       const int32_t pixel = order[end];
