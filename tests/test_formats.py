@@ -667,9 +667,7 @@ class TestSemantic:
         for tag in (1.9, 1.0, torch.tensor(1.9), "1"):
             with pytest.raises(TypeError, match="semantic_masks: tags must be integers, got "):
                 semantic_masks(self.MAP, [tag])
-        with pytest.raises(
-            ValueError, match="semantic_masks: tags must be integers of 64 bits, got 92233"
-        ):
+        with pytest.raises(ValueError, match="semantic_masks: tags must be integers of 64 bits, got 92233"):
             semantic_masks(self.MAP, [2**63])
         tags = torch.tensor([15], dtype=torch.uint8)
         assert semantic_masks(self.MAP, tags).classes.tolist() == [tag for tag in [15] if (tag == self.MAP).any()]
