@@ -89,7 +89,7 @@ class EdgeModel(abc.ABC):
 
     @property
     def region_threshold(self) -> float:
-        """The edge probability from which a pixel best separates regions, as for `trace_fast.instances`; else 0.5."""
+        """The mean edge probability from which a boundary best separates two regions; 0.5 if that was not measured."""
         return self.backbone.settings.region_threshold
 
     def to(self, device: torch.device | str) -> Self:

@@ -76,7 +76,7 @@ class Settings:
         blocks: indices of the self-attention blocks that are averaged; None for all of them.
         edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats, from 1e-6 to 1e6.
         contour_threshold: edge probability from which a pixel is best called a contour.
-        region_threshold: edge probability from which a pixel best separates regions.
+        region_threshold: mean edge probability from which a boundary best separates two regions.
         reason: why a preference differs from the paper's, with the figure that decided it.
 
     Raises:
