@@ -623,7 +623,7 @@ class TestLoading:
 
     def test_too_little_memory(self, saved, monkeypatch):
         _, folder = saved
-        monkeypatch.setattr(memory.os, "sysconf", lambda _: 30)  # 900 bytes
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 900)
         self.refuse(folder, r"load: .* needs 0.0 GiB for its weights in float32, cpu has 0.0 GiB free", RuntimeError)
 
 
