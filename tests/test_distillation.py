@@ -1363,6 +1363,7 @@ class TestScenes:
         )
         assert -0.4 <= min(sample.offset for sample in samples) < -0.2
 
+    @pytest.mark.slow
     def test_a_student_learns_from_scenes_alone(self, config):
         config = replace(config, scenes_share=1, rate=0, blank_attention=1, epochs=120, decoder_rate=1e-2)
         student = distill(config)
@@ -1383,6 +1384,7 @@ class TestScenes:
         changed = {name for name, x in run.decoder.named_parameters() if not torch.equal(x, before[name])}
         assert "head.weight" in changed and "values" not in changed and run.recent[0][1] is None
 
+    @pytest.mark.slow
     def test_a_resumed_run_equals_an_uninterrupted_one(self, config, monkeypatch):
         config = replace(config, blank_attention=0.5, jitter=0.3, channel_shuffle=0.5, epochs=6, save_minutes=0)
         other = replace(config, output=config.output.with_name("other"))
@@ -1426,6 +1428,7 @@ class TestScenes:
         assert_close(batches.load_photo(8).labels, (stored * soft).sqrt(), rtol=0, atol=1e-5)
         assert "combined labels" in (student / "README.md").read_text()
 
+    @pytest.mark.slow
     def test_another_student_has_other_labels(self, config):
         first = distill(config)
         second = distill(replace(config, output=config.output.with_name("second"), seed=1))

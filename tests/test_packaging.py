@@ -137,6 +137,7 @@ def test_a_student_of_the_embedded_network_runs_on_torch_alone(modules):
     assert sorted(modules[1] & set(HEAVY) - {"triton"}) == []  # torch itself imports it with the first registered op
 
 
+@pytest.mark.slow
 def test_training_does_not_import_the_evaluation():
     """Only `trace_fast.evaluation` opens the ground truth of a data set."""
     code = "import sys, trace_fast.training.distillation, trace_fast.training.mini; print(*sys.modules)"
