@@ -1,4 +1,4 @@
-"""What a file, a user or the machine may cause is one line on stderr, never a traceback."""
+"""Failures that a file, a user or the machine causes: one line on stderr, never a traceback."""
 
 from __future__ import annotations
 

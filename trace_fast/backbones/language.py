@@ -16,7 +16,7 @@ __all__ = ["LlavaLanguageBackbone", "QwenLanguageBackbone"]
 
 
 class LanguageBackbone(EncoderBackbone):
-    """What the language models share: the image's tokens pass through them behind a single token of text.
+    """The base class of language models: the image's tokens pass through them behind a single token of text.
 
     That token is the one that stands before an image or a text in the model's own prompts: a language model attends to
     the first token of a sequence whatever it is, so it had better not be the image's. Nothing follows the image, since

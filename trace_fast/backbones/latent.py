@@ -1,4 +1,4 @@
-"""What the diffusers families share: an autoencoder before the network, and the embedding of the empty prompt."""
+"""The base class of diffusers families: an autoencoder before the network, and the embedding of the empty prompt."""
 
 from __future__ import annotations
 

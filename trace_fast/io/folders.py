@@ -1,4 +1,4 @@
-"""What is read of a folder: pictures, and none of what operating systems leave there; the rest is counted."""
+"""Selection of the pictures in a folder: files of operating systems are skipped, and others are counted."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed in an image of a batch.
+    """Random changes of an image of a batch.
 
     Attributes:
         mirrored: whether left and right are exchanged.

@@ -47,7 +47,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Kind:
-    """What objects of one kind have in common.
+    """Properties that objects of one kind share.
 
     Attributes:
         name: key of OUTLINES.

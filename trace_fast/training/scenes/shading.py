@@ -30,7 +30,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Surface:
-    """What a surface does with light.
+    """Optical properties of a surface.
 
     Attributes:
         bulge: height of the inflated surface, relative to half the object's width; 0 is flat.
