@@ -21,7 +21,7 @@ from trace_fast.backbones.base import STEPS, Settings, constant, get_device, loa
 from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
 from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import write_files
 from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
@@ -440,6 +440,4 @@ def save_student(
     if card is not None:
         contents["README.md"] = card.encode()
     contents[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-    for name, content in contents.items():
-        with write_atomically(folder / name, "save_pretrained") as file:
-            file.write(content)
+    write_files(folder, contents, "save_pretrained")

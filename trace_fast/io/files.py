@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_files"]
 
 
 @contextmanager
@@ -50,3 +50,19 @@ def write_atomically(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO
     except BaseException:  # Ctrl-C included
         part.unlink(missing_ok=True)
         raise
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes], op: str) -> None:
+    """Write files into a folder, in order, each as `write_atomically` does.
+
+    Args:
+        folder: it exists.
+        contents: of the files, by name.
+        op: name of the calling function, for messages.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    for name, content in contents.items():
+        with write_atomically(folder / name, op) as file:
+            file.write(content)

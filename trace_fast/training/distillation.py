@@ -380,7 +380,6 @@ class Distillation:
         self.recent: list[list[float | None]] = []
         # step, and the means of both losses since the entry before; the second is None without attention
         self.losses: list[list[float | None]] = []
-        self.steps = self.batches.steps
         trained = self.adapters | {f"decoder.{name}": value for name, value in self.decoder.named_parameters()}
         self.state = State(config.output / STATE, trained, self.optimizer, config.describe_run(), "distill")
 
@@ -410,7 +409,7 @@ class Distillation:
     def train_step(self, batch: Batch) -> None:
         """Train one step on this process's share of a batch."""
         config, batch = self.config, batch.to(self.device)
-        factor = trapezoid(self.step, self.step / self.steps, config.warmup, config.decay)
+        factor = trapezoid(self.step, self.step / self.batches.steps, config.warmup, config.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
@@ -543,7 +542,7 @@ class Distillation:
             setattr(self, name, value)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         hidden = None if self.process.index == 0 else True
-        with tqdm(total=self.steps, initial=self.step, unit="step", desc="distill", disable=hidden) as bar:
+        with tqdm(total=self.batches.steps, initial=self.step, unit="step", desc="distill", disable=hidden) as bar:
             for batch in self.batches.iterate(self.step, self.process.share):
                 self.train_step(batch)
                 self.seconds = time.monotonic() - started

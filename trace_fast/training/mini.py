@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from trace_fast.backbones.base import load_weights
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import write_files
 from trace_fast.io.images import resize
 from trace_fast.tracer import Tracer
 from trace_fast.training.cards import describe_machine, format_card
@@ -372,9 +372,8 @@ class Pretraining:
             "images": self.images_done,
             "tracing": {"size": [self.config.large_size] * 2},
         }
-        write_files(
-            folder, {WEIGHTS: save(weights), "config.json": (json.dumps(description, indent=2) + "\n").encode()}
-        )
+        content = (json.dumps(description, indent=2) + "\n").encode()
+        write_files(folder, {WEIGHTS: save(weights), "config.json": content}, "pretrain")
         lines = []
         if measured := self.scenes[:MEASURED]:
             inside, chance = measure_inside(Tracer.from_pretrained(folder, device=self.process.device), measured)
@@ -383,7 +382,7 @@ class Pretraining:
                 f"scenes that were not trained on: {inside:.3f}; by chance {chance:.3f}"
             )
             tqdm.write(f"{self.images_done:,} images: {inside:.3f} of attention inside objects, chance {chance:.3f}")
-        write_files(folder, {"README.md": self.write_card(lines).encode()})
+        write_files(folder, {"README.md": self.write_card(lines).encode()}, "pretrain")
 
     def write_card(self, measured: Sequence[str]) -> str:
         """Return the model card, with facts that were measured."""
@@ -469,13 +468,6 @@ class Pretraining:
                     saved = time.monotonic()
         self.save()
         self.export(config.output / "final")
-
-
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files into a folder, each in one step."""
-    for name, content in contents.items():
-        with write_atomically(folder / name, "pretrain") as file:
-            file.write(content)
 
 
 def initialize_from(model: Mini, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import write_files
 from trace_fast.io.folders import is_picture
 from trace_fast.io.pictures import read_picture
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
@@ -122,8 +122,8 @@ def write_scenes(config: ScenesConfig) -> Path:
         )
     for folder in (scenes[0].image.parent, scenes[0].instances.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    _write(path, identity.encode())
-    _write(config.output / "README.md", _write_readme(config, len(files)).encode())
+    contents = {DESCRIPTION: identity.encode(), "README.md": _write_readme(config, len(files)).encode()}
+    write_files(config.output, contents, "scenes")
 
     missing = [number for number, scene in enumerate(scenes) if not scene.is_complete()]
     chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
@@ -241,14 +241,9 @@ def _write_chunk(config: ScenesConfig, photos: np.ndarray | None, numbers: list[
         file = io.BytesIO()
         Image.fromarray(drawn.instances).save(file, "PNG", compress_level=3)
         scene = _locate(config.output, number)
-        _write(scene.image, drawn.jpeg)
-        _write(scene.instances, file.getvalue())
+        write_files(scene.image.parent, {scene.image.name: drawn.jpeg}, "scenes")
+        write_files(scene.instances.parent, {scene.instances.name: file.getvalue()}, "scenes")
     return len(numbers)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with write_atomically(path, "scenes") as file:
-        file.write(content)
 
 
 def _write_readme(config: ScenesConfig, photos: int) -> str:
