@@ -14,6 +14,7 @@ has a partner, either may find more: 48 of 19,800 figures differ by more than 0.
 
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from trace_fast.evaluation import (
     Counts,
     Photo,
     cldice,
+    compare_edges,
     count_edges,
     find_contours,
     open_dataset,
@@ -243,6 +245,23 @@ class TestScore:
         assert score_edges(counts, thresholds=thresholds).intervals == scores.intervals
         if images > 2:  # two images can be drawn in three ways
             assert score_edges(counts, thresholds=thresholds, seed=1).intervals != scores.intervals
+
+    def test_differences_are_of_the_same_resamples(self):
+        counts, thresholds = random_counts(12, 4), (0.2, 0.4, 0.6, 0.8)
+        others = [replace(image, matches=image.matches // 2) for image in counts]
+        scores = score_edges(counts, thresholds=thresholds, resamples=50)
+        reference = score_edges(others, thresholds=thresholds, resamples=50)
+        for name, (difference, low, high) in compare_edges(scores, reference).items():
+            assert difference == getattr(scores, name) - getattr(reference, name)
+            paired = scores.resamples[name] - reference.resamples[name]
+            assert (low, high) == pytest.approx(np.percentile(paired, [2.5, 97.5]), abs=1e-12)
+        assert set(compare_edges(scores, scores).values()) == {(0.0, 0.0, 0.0)}
+
+    def test_differences_of_other_images_are_refused(self):
+        counts, thresholds = random_counts(12, 4), (0.2, 0.4, 0.6, 0.8)
+        scores = [score_edges(part, thresholds=thresholds, resamples=9) for part in (counts, counts[1:])]
+        with pytest.raises(ValueError, match=r"must have the same numbers of images and resamples, got \(12, 9\)"):
+            compare_edges(*scores)
 
     def test_equal_images_have_intervals_of_one_point(self):
         scores = score_edges(random_counts(1, 4) * 3, thresholds=(0.2, 0.4, 0.6, 0.8))

@@ -84,10 +84,11 @@ def run_evaluate(
     """Score edge maps against instance boundaries, and masks against instances.
 
     Edges are scored by ODS, OIS, AP, clDice, and recall where instances touch. You may interrupt the command: the same
-    command continues it. The report is report.json, report.csv, report.md, images.csv, curves.png and a sheet of best
-    and worst images for each method. Masks are scored by class-agnostic AP and AR, in masks.json, masks.csv and
-    masks.md; panoptic segments by PQ, SQ and RQ, in panoptic.json and panoptic.md. With --table the masks of a baseline
-    are scored as they are, and split and completed by the edges of each method.
+    command continues it. The report is report.json, report.csv, report.md, images.csv, curves.png, a sheet of best and
+    worst images for each method, and, in differences.md, paired differences to the first method. Masks are scored by
+    class-agnostic AP and AR, in masks.json, masks.csv and masks.md; panoptic segments by PQ, SQ and RQ, in
+    panoptic.json and panoptic.md. With --table the masks of a baseline are scored as they are, and split and completed
+    by the edges of each method.
     """
     if method and table is None:
         require_package("matplotlib", "--method")

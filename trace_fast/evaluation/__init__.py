@@ -2,7 +2,7 @@
 
 from trace_fast.evaluation.api import evaluate
 from trace_fast.evaluation.data import Contours, DataSet, Photo, find_contours, open_dataset
-from trace_fast.evaluation.edges import Counts, EdgeScores, cldice, count_edges, score_edges
+from trace_fast.evaluation.edges import Counts, EdgeScores, cldice, compare_edges, count_edges, score_edges
 from trace_fast.evaluation.masks import MaskScores, mask_ap
 from trace_fast.evaluation.methods import Method, open_method, read_map
 from trace_fast.evaluation.panoptic import PanopticQuality, PanopticScores, Quality, panoptic_quality
@@ -21,6 +21,7 @@ __all__ = [
     "Quality",
     "Report",
     "cldice",
+    "compare_edges",
     "count_edges",
     "evaluate",
     "find_contours",

@@ -8,7 +8,7 @@ follow from them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "Counts",
     "EdgeScores",
     "cldice",
+    "compare_edges",
     "count_edges",
     "score_edges",
 ]
@@ -67,6 +68,7 @@ class EdgeScores:
         by: share of the contour pixels that were detected at `threshold`, and the number of contour pixels, by side
             (each of SIDES), size of the smaller segment (each of SIZES) and neighbors that it touches (each of
             NEIGHBORS); empty where segments are unknown.
+        resamples: (R,) each, ods, ois, ap and cldice of every resample, for `compare_edges`.
     """
 
     images: int
@@ -80,6 +82,7 @@ class EdgeScores:
     f_per_image: np.ndarray
     intervals: dict[str, tuple[float, float]]
     by: dict[str, dict[str, tuple[float, int]]]
+    resamples: dict[str, np.ndarray] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures of a report, for JSON: all but the curves and the images."""
@@ -192,10 +195,8 @@ def score_edges(
     total = matches.sum(0)
     figures = {name: float(values[0]) for name, values in measure(whole).items()}
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples).astype(float)
-    intervals = {}
-    for name, values in measure(draws).items():
-        low, high = np.percentile(values, [2.5, 97.5]).tolist()
-        intervals[name] = low, high
+    resampled = measure(draws)
+    intervals = {name: _interval(values) for name, values in resampled.items()}
     _, index, threshold = _find_best(total[None], np.asarray(thresholds))
     recall, precision = _rates(total)
     return EdgeScores(
@@ -207,7 +208,51 @@ def score_edges(
         f_per_image=f_measure(matches[:, index[0]]),
         intervals=intervals,
         by=_recall_by_group(counts, index[0]),
+        resamples=resampled,
     )
+
+
+def compare_edges(scores: EdgeScores, reference: EdgeScores) -> dict[str, tuple[float, float, float]]:
+    """Return how much better one method is than another on the same images.
+
+    The difference is paired: both methods are scored on the same resamples of the images, so that images which are
+    difficult for both do not widen its interval.
+
+    Args:
+        scores: of a method.
+        reference: of another one, from the same images in the same order, by `score_edges` with the same `resamples`
+            and `seed`.
+
+    Returns:
+        Difference, and the ends of its interval of 95 %, of ods, ois, ap and cldice.
+
+    Raises:
+        ValueError: numbers of images or resamples differ.
+
+    Example:
+        >>> contours = find_contours(np.repeat([[1, 1, 2, 2]], 3, axis=0))
+        >>> right, wrong = np.float32([[0, 0.9, 0, 0]] * 3), np.float32([[0, 0, 0, 0]] * 3)
+        >>> scores = [score_edges([count_edges(edges, contours, suppression=None)]) for edges in (right, wrong)]
+        >>> compare_edges(*scores)["ods"]
+        (1.0, 1.0, 1.0)
+    """
+    sizes = [(entry.images, len(entry.resamples["ods"])) for entry in (scores, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"compare_edges: scores and reference must have the same numbers of images and resamples, got {sizes[0]} "
+            f"and {sizes[1]}"
+        )
+    differences = {}
+    for name, values in scores.resamples.items():
+        low, high = _interval(values - reference.resamples[name])
+        differences[name] = getattr(scores, name) - getattr(reference, name), low, high
+    return differences
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the interval that holds 95 % of the values (R,)."""
+    low, high = np.percentile(values, [2.5, 97.5]).tolist()
+    return low, high
 
 
 def _recall_by_group(counts: Sequence[Counts], index: int) -> dict[str, dict[str, tuple[float, int]]]:

@@ -17,7 +17,7 @@ import torch
 
 from trace_fast import ops
 from trace_fast.evaluation.data import SIZES, Photo
-from trace_fast.evaluation.edges import DISTANCE, SUPPRESSION, EdgeScores, harmonic
+from trace_fast.evaluation.edges import DISTANCE, SUPPRESSION, EdgeScores, compare_edges, harmonic
 from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
@@ -27,7 +27,7 @@ from trace_fast.io.files import write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Report", "contact_sheet", "edge_table", "mask_table", "panoptic_table", "plot_curves"]
+__all__ = ["Report", "contact_sheet", "difference_table", "edge_table", "mask_table", "panoptic_table", "plot_curves"]
 
 SHOWN = 3  # best and worst images on a sheet, each
 # right, wrong and missed, which readers with any color vision can distinguish
@@ -41,7 +41,7 @@ class Report:
     """The scores of an evaluation; `print` shows them as tables in Markdown.
 
     Attributes:
-        edges: scores of edge maps by name of the method; empty where none was scored.
+        edges: scores of edge maps by name of the method; empty where none was scored. Differences are to the first.
         masks: scores of masks by name of the results; empty where none were scored.
         panoptic: scores of panoptic segments by name of the results; empty where none were scored.
         parameters: number of network parameters by the names of `masks`, where masks were refined by edges; else None.
@@ -96,9 +96,9 @@ class Report:
     def save(self, folder: str | Path, *, command: str = "") -> None:
         """Write the report as files; those of an earlier report are replaced.
 
-        Of edges report.json, report.csv, report.md, images.csv (F of each image at the threshold of ODS), curves.png
-        and sheet_METHOD.png for each method, drawn from maps that are made again; of masks masks.json, masks.csv and
-        masks.md; of panoptic segments panoptic.json and panoptic.md.
+        Of edges report.json, report.csv, report.md, differences.md (to the first method, paired), images.csv (F of
+        each image at the threshold of ODS), curves.png and sheet_METHOD.png for each method, drawn from maps that are
+        made again; of masks masks.json, masks.csv and masks.md; of panoptic segments panoptic.json and panoptic.md.
 
         Args:
             folder: it is created where it is missing.
@@ -126,6 +126,18 @@ class Report:
             results = {name: dataclasses.asdict(scores) for name, scores in self.panoptic.items()}
             _write_json(folder / "panoptic.json", {"command": command, "results": results})
 
+    def compare(self) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """Return how much better the edges of each other method are than those of the first.
+
+        Returns:
+            By the method's name, what `compare_edges` returns; empty for fewer than two methods.
+
+        Example:
+            >>> trace_fast.evaluate("coco", ["sobel", "mini"]).compare()["mini"]["ods"]  # doctest: +SKIP
+        """
+        scores = list(self.edges.items())
+        return {name: compare_edges(entry, scores[0][1]) for name, entry in scores[1:]}
+
     def _sections(self, command: str) -> dict[str, str]:
         """Return the tables of the report, each with a footnote, by the names of their files."""
         sections = {}
@@ -133,6 +145,10 @@ class Report:
             table = edge_table({name: scores.to_dict() for name, scores in self._by_ods().items()})
             images = next(iter(self.edges.values())).images
             sections["report"] = _add_footnote(table, f"{images} images", command)
+            if len(self.edges) > 1:
+                first = next(iter(self.edges))
+                text = f"Difference to {first}, and 95 % of resamples of the images, the same for both"
+                sections["differences"] = _add_footnote(difference_table(self.compare()), text, "")
         if self.panoptic:
             sections["panoptic"] = _add_footnote(panoptic_table(self.panoptic), "", command)
         if self.masks:
@@ -153,6 +169,7 @@ class Report:
             "suppression": self.suppression,
             "notes": list(self.notes),
             "methods": {name: scores.to_dict() for name, scores in methods.items()},
+            "differences": self.compare(),
             "curves": {
                 name: {"precision": scores.precision.tolist(), "recall": scores.recall.tolist()}
                 for name, scores in methods.items()
@@ -188,6 +205,19 @@ def edge_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
             shares += [row["by"]["size"][size] for size in SIZES]
             line += [f"{share:.3f}" if pixels else "" for share, pixels in shares]
         lines.append(line)
+    return _format_markdown(lines)
+
+
+def difference_table(differences: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return differences of methods to a reference as a table in Markdown.
+
+    Args:
+        differences: by name of the method, what `compare_edges` returns or the same from a report.json.
+    """
+    lines = [["difference", "ODS", "95 %", "OIS", "95 %", "AP", "95 %", "clDice", "95 %"]]
+    for name, row in differences.items():
+        cells = ((f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}") for value, low, high in row.values())
+        lines.append([name, *(cell for pair in cells for cell in pair)])
     return _format_markdown(lines)
 
 
