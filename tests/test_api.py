@@ -81,6 +81,32 @@ def test_output_types(photograph, expected):
     np.testing.assert_allclose(np.asarray(picture) / 255, expected, atol=0.5 / 255 + 1e-6)
 
 
+def test_channel_order(photograph, expected):
+    bgr = photograph[..., ::-1].copy()
+    assert np.abs(trace_fast.edges(bgr) - expected).max() > 0.05
+    model = trace_fast.load("mini", device="cpu", channel_order="bgr")
+    picture = Image.fromarray(photograph)
+    for edges in (
+        trace_fast.edges(bgr, channel_order="bgr"),
+        trace_fast.edges([bgr], channel_order="bgr")[0],
+        trace_fast.edges(picture, channel_order="bgr"),
+        model(bgr),
+        model([bgr, picture])[1],
+        model(photograph, channel_order="rgb"),
+        trace_fast.edges(bgr, model=model),
+        trace_fast.load(model, channel_order="rgb")(photograph),
+    ):
+        np.testing.assert_allclose(edges, expected, atol=1e-4)
+    assert model.channel_order == "bgr" and trace_fast.load(model) is model
+
+
+@pytest.mark.parametrize("call", [trace_fast.edges, lambda _, **order: trace_fast.load("mini", **order)])
+def test_unknown_channel_order(photograph, call):
+    for order in ("BGR", ""):
+        with pytest.raises(ValueError, match=f"edges: channel_order must be 'rgb' or 'bgr', got '{order}'"):
+            call(photograph, channel_order=order)
+
+
 def test_results_repeat(photograph, expected):
     np.testing.assert_array_equal(trace_fast.edges(photograph), expected)
 

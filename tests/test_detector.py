@@ -27,6 +27,7 @@ from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
 from trace_fast.decoder import AttentionReadout
 from trace_fast.detector import merge_adapter
+from trace_fast.io.images import resize
 
 # of diffusers' own call of the hub
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
@@ -308,23 +309,47 @@ class TestCall:
         assert len(strengths) == 8 and strengths.max() < 8 * strengths.min()
 
 
-class TestDetectResolution:
-    def test_the_networks_own_size_changes_nothing(self, students, tmp_path):
-        base = students / "conv"
-        student(tmp_path / "square", base, (32, 32))
-        detector = Detector.from_pretrained(tmp_path / "square", device="cpu")
-        image = photograph()
-        assert torch.equal(detector(image, detect_resolution=32), detector(image))
-        assert detector.resized((32, 32)) is detector
+class TestResolutions:
+    def test_the_image_is_resized_before_it_is_seen(self, detector):
+        image = photograph(70, 140)
+        edges = detector(image, 64, 128, "pt")
+        assert edges.shape == (1, 1, 128, 256)
+        assert torch.equal(edges, detector(resize(image, (64, 128)), None, 128))
+        own = detector(image, 64)
+        assert own.shape == (1, 1, 70, 140) and not torch.equal(own, detector(image))
+
+    def test_the_aspect_ratio_is_kept(self, detector):
+        for shape, size in (((70, 100), (192, 256)), ((100, 70), (256, 192)), ((40, 40), (192, 192))):
+            picture = detector(photograph(*shape)[0].permute(1, 2, 0).numpy(), image_resolution=190, output_type="pil")
+            assert picture.size == size[::-1] and picture.mode == "L"
+
+    def test_results_of_a_list_and_of_single_images_agree(self, detector):
+        images = [photograph(70, 100), photograph(40, 90)]
+        for one, image in zip(detector(images, 64, 128), images, strict=True):
+            assert_close(one, detector(image, 64, 128), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["detect_resolution", "image_resolution"])
+    def test_refusals(self, detector, name):
+        with pytest.raises(ValueError, match=f"edges: {name} must be at least 1, got 0"):
+            detector(photograph(), **{name: 0})
+        with pytest.raises(TypeError, match=f"edges: {name} must be an int, got float"):
+            detector(photograph(), **{name: 64.0})
+        message = "edges: resolution must be small enough for 178956970 pixels, got 65536 for 24 x 40"
+        with pytest.raises(ValueError, match=message):
+            detector(photograph(24, 40), **{name: 65536})
+
+
+class TestResized:
+    def test_the_networks_own_size_changes_nothing(self, detector):
+        assert detector.resized(detector.size) is detector
 
     def test_another_size_has_another_grid_and_other_values(self, detector):
         image, before = photograph(), detector.edges(photograph())
         grid, values = detector.decoder.grid, detector.decoder.values.clone()
-        edges = detector(image, detect_resolution=64)
-        assert edges.shape == image[:, :1].shape and not torch.equal(edges, before)
         larger = detector.resized((64, 64))
+        edges = larger(image)
+        assert edges.shape == image[:, :1].shape and not torch.equal(edges, before)
         assert larger.decoder.grid == larger.backbone.finest_grid() != grid
-        assert torch.equal(larger.edges(image), edges)
         # the detector itself is as it was
         assert detector.decoder.grid == grid and torch.equal(detector.decoder.values, values)
         assert torch.equal(detector.edges(image), before)
@@ -347,9 +372,9 @@ class TestDetectResolution:
 
     def test_a_size_that_the_network_refuses(self, detector):
         with pytest.raises(ValueError, match=r"size must be positive multiples of \d pixels, got \(33, 33\)"):
-            detector(photograph(), detect_resolution=33)
+            detector.resized((33, 33))
         with pytest.raises(ValueError, match="size must be "):
-            detector(photograph(), detect_resolution=0)
+            detector.resized((0, 0))
 
 
 class TestOnePass:
@@ -427,13 +452,13 @@ class TestOnePass:
 @pytest.mark.slow
 def test_threads_take_turns_whatever_their_sizes(detector):
     images = [photograph(seed=seed) for seed in range(4)]
-    sizes = [None, 64, None, 48]
-    expected = [detector(image, detect_resolution=size) for image, size in zip(images, sizes, strict=True)]
+    sizes = [detector.size, (64, 64), detector.size, (48, 48)]
+    expected = [detector.resized(size)(image) for image, size in zip(images, sizes, strict=True)]
     ready = threading.Barrier(4, timeout=60)
 
     def work(index):
         ready.wait()
-        return [detector(images[index], detect_resolution=sizes[index]) for _ in range(10)]
+        return [detector.resized(sizes[index])(images[index]) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
         for results, one in zip(pool.map(work, range(4)), expected, strict=True):
@@ -453,7 +478,7 @@ def test_the_embedded_student_compiles():
 def test_compiled_it_gives_the_same(students):
     detector = Detector.from_pretrained(students / "conv", device="cpu")
     images = photograph(batch=2)
-    expected, larger = detector.edges(images), detector(images, detect_resolution=64)
+    expected, larger = detector.edges(images), detector.resized((64, 64))(images)
     torch._dynamo.reset()
     assert detector.compile(mode="default") is detector
     compilations = torch._dynamo.utils.counters["stats"]
@@ -463,7 +488,7 @@ def test_compiled_it_gives_the_same(students):
     assert_close(detector.edges(images.flip(0)), expected.flip(0), rtol=1e-4, atol=1e-5)
     assert compilations["unique_graphs"] == first  # once
     # at another size it runs as it is, on the same network
-    assert_close(detector(images, detect_resolution=64), larger, rtol=0, atol=1e-6)
+    assert_close(detector.resized((64, 64))(images), larger, rtol=0, atol=1e-6)
 
 
 class TestMerge:

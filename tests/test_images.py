@@ -11,11 +11,20 @@ from subprocess import run
 import numpy as np
 import pytest
 import torch
+from neighbors import require
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trace_fast import instances, propagate, seeds
-from trace_fast.io.images import MAX_PIXELS, convert_edges, error_context, read_edge_map, read_image, resize
+from trace_fast.io.images import (
+    MAX_PIXELS,
+    convert_edges,
+    error_context,
+    fit_resolution,
+    read_edge_map,
+    read_image,
+    resize,
+)
 from trace_fast.io.visualize import overlay, panel, write_png
 
 HEIGHT, WIDTH = 20, 31
@@ -602,6 +611,52 @@ def test_errors_name_the_image_of_a_list():
     with pytest.raises(FileNotFoundError) as caught, error_context(7):
         read_image("missing.png")
     assert caught.value.__notes__ == ["image 7 of the list, counted from 0"]
+
+
+class TestChannelOrder:
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    def test_arrays_and_tensors(self, pixels, dtype):
+        values = pixels.astype(dtype) * {"uint8": 1, "uint16": 257, "float32": 1 / 255}[np.dtype(dtype).name]
+        values = values.astype(dtype)
+        planes = torch.from_numpy(values).permute(2, 0, 1)
+        for image in (values, planes, planes[None]):
+            expected = read_image(image).flip(1)
+            assert not torch.equal(expected, read_image(image))
+            assert torch.equal(read_image(image, "bgr"), expected)
+
+    def test_as_opencv_reads_a_file(self, pixels, tmp_path):
+        cv2 = pytest.importorskip("cv2")
+        path = str(tmp_path / "a.png")
+        Image.fromarray(pixels).save(path)
+        assert torch.equal(read_image(cv2.imread(path), "bgr"), read_image(path))
+        rgba = np.dstack([pixels, np.full((HEIGHT, WIDTH), 100, np.uint8)])
+        Image.fromarray(rgba).save(path)
+        assert torch.equal(read_image(cv2.imread(path, cv2.IMREAD_UNCHANGED), "bgr"), read_image(path))
+
+    def test_what_states_its_order_or_has_none(self, pixels, tmp_path):
+        path = tmp_path / "a.png"
+        Image.fromarray(pixels).save(path)
+        for image in (path, Image.fromarray(pixels), pixels[..., 0], pixels[..., :1], torch.from_numpy(pixels[..., 0])):
+            assert torch.equal(read_image(image, "bgr"), read_image(image))
+
+    @pytest.mark.parametrize("order", ["BGR", "", None, 1])
+    def test_refusal(self, pixels, order):
+        with pytest.raises(ValueError, match=f"edges: channel_order must be 'rgb' or 'bgr', got {order!r}"):
+            read_image(pixels, order)
+
+
+class TestFitResolution:
+    def test_by_hand(self):
+        assert fit_resolution(480, 640, 512) == (512, 704)  # 682.7 is nearer to 704 than to 640
+        assert fit_resolution(640, 480, 512) == (704, 512)
+        assert fit_resolution(100, 100, 1) == (64, 64)
+
+    def test_sizes_are_those_of_annotators(self):
+        processor = require("controlnet_aux.util")
+        random = np.random.default_rng(0)
+        for height, width, resolution in random.integers([40, 40, 64], [500, 500, 400], (30, 3)).tolist():
+            resized = processor.resize_image(np.zeros((height, width, 3), np.uint8), resolution)
+            assert resized.shape[:2] == fit_resolution(height, width, resolution)
 
 
 class TestResize:

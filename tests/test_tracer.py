@@ -479,3 +479,20 @@ class TestFolder:
 
 def test_models_lists_what_is_embedded_first():
     assert trace_fast.models()[0] == "mini"
+
+
+def test_channel_order(tracer, images):
+    expected = tracer(images).edges
+    assert not torch.equal(tracer(images.flip(1)).edges, expected)
+    reordered = tracer.reordered("bgr")
+    assert (tracer.channel_order, reordered.channel_order) == ("rgb", "bgr") and reordered.reordered("bgr") is reordered
+    for output in (
+        tracer(images.flip(1), channel_order="bgr"),
+        tracer([images.flip(1)], channel_order="bgr")[0],
+        reordered(images.flip(1)),
+        reordered(images, channel_order="rgb"),
+    ):
+        assert torch.equal(output.edges, expected)
+    assert torch.equal(reordered.edges(images), expected)
+    with pytest.raises(ValueError, match="edges: channel_order must be 'rgb' or 'bgr', got 'gbr'"):
+        tracer.reordered("gbr")

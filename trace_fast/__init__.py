@@ -1,9 +1,10 @@
 """Instance edges from the self-attention of diffusion models.
 
 `edges` returns the edges of an image in one call. `load` returns the model that finds them: a `Detector`, the
-one-step student, or a `Tracer`, the search over timesteps. `propagate`, `instances` and `seeds` turn edges into masks,
-regions and prompts. `distill` and `pretrain` train models; `evaluate` scores edges and masks. `ops` are the kernels,
-with an eager twin of each in `reference`; `backends` shows which implementation runs them.
+one-step student, or a `Tracer`, the search over timesteps. `ControlNetAnnotator` makes pictures of them for a
+ControlNet. `propagate`, `instances` and `seeds` turn edges into masks, regions and prompts. `distill` and `pretrain`
+train models; `evaluate` scores edges and masks. `ops` are the kernels, with an eager twin of each in `reference`;
+`backends` shows which implementation runs them.
 
     >>> import trace_fast
     >>> edges = trace_fast.edges("photo.jpg")  # doctest: +SKIP
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from trace_fast import io, masks, ops, reference
+from trace_fast.annotator import ControlNetAnnotator
 from trace_fast.api import edges, load
 from trace_fast.backbones import models
 from trace_fast.detector import Detector
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from trace_fast.training.mini import PretrainConfig, pretrain
 
 __all__ = [
+    "ControlNetAnnotator",
     "Detector",
     "DistillConfig",
     "PretrainConfig",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trace_fast.backbones import find_source, models
 from trace_fast.detector import Detector
-from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image
+from trace_fast.io.images import check_channel_order, check_output_type, convert_edges, error_context, read_image
 from trace_fast.model import EdgeModel
 from trace_fast.tracer import Tracer
 
@@ -29,6 +29,7 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,
+    channel_order: str | None = None,
 ) -> Tracer | Detector:
     """Load a model that finds instance edges: the one-step student where there is one, else the search.
 
@@ -53,14 +54,18 @@ def load(
         revision: branch, tag or commit of a repository.
         variant: of the weight files, such as "fp16".
         local_files_only: never ask the hub; HF_HUB_OFFLINE=1 does the same.
+        channel_order: order of the color channels in the arrays and tensors that the model will be called with: "rgb",
+            or "bgr" as OpenCV, detectron2 and CutLER have them. None is "rgb", or what a loaded model has. Files and
+            PIL images state it themselves, and `model.edges` takes RGB in any case.
 
     Returns:
         A `Tracer` (stage 1) or a `Detector` (stage 2).
 
     Raises:
         TypeError: `model` or `dtype` is of a kind that is not listed.
-        ValueError: the name, `stage` or `offload` is unknown, the model has no such stage, files are damaged or do not
-            fit each other, or an option that chooses what to load is given with a model that is loaded already.
+        ValueError: the name, `stage`, `offload` or `channel_order` is unknown, the model has no such stage, files are
+            damaged or do not fit each other, or an option that chooses what to load is given with a model that is
+            loaded already.
         RuntimeError: the device is not present, the repository is gated or out of reach, a package is needed and not
             installed, or memory is too small; the message says what to do.
 
@@ -69,6 +74,8 @@ def load(
         Detector('mini', size=(96, 128), timestep=0, device='cpu', dtype=torch.float32)
     """
     check_stage(stage)
+    if channel_order is not None:
+        check_channel_order(channel_order)
     options: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
@@ -77,13 +84,16 @@ def load(
         "variant": variant,
         "local_files_only": local_files_only or None,
     }
+    edge_model: Tracer | Detector
     if not isinstance(model, (str, Path)):
-        return use_loaded(model, stage, size, options)
-    options["local_files_only"] = local_files_only
-    if stage is None:
-        source = find_source(model, revision=revision, local_files_only=local_files_only)
-        stage = 1 if source.student is None else 2
-    return (Tracer if stage == 1 else Detector).from_pretrained(model, size=size, **options)
+        edge_model = use_loaded(model, stage, size, options)
+    else:
+        options["local_files_only"] = local_files_only
+        if stage is None:
+            source = find_source(model, revision=revision, local_files_only=local_files_only)
+            stage = 1 if source.student is None else 2
+        edge_model = (Tracer if stage == 1 else Detector).from_pretrained(model, size=size, **options)
+    return edge_model if channel_order is None else edge_model.reordered(channel_order)
 
 
 def use_loaded(
@@ -129,6 +139,7 @@ def edges(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     output_type: str | None = None,
+    channel_order: str | None = None,
 ) -> Any:
     """Return the instance edges of an image: where one object ends and the next begins.
 
@@ -147,6 +158,8 @@ def edges(
         size: processing size in pixels, (height, width); None is the model's own.
         seed: seed of the Gaussian noise, where the search draws any.
         output_type: "np", "pt" or "pil" instead of the kind that follows from the input.
+        channel_order: order of the color channels of arrays and tensors: "rgb", or "bgr" as OpenCV's `imread` returns
+            them. None is "rgb", or that of a model in memory. Files and PIL images state it themselves.
 
     Returns:
         Probability in [0, 1] at the input's size, float32: (H, W) array for a path, PIL image or array; (B, 1, H, W)
@@ -164,11 +177,14 @@ def edges(
     check_output_type(output_type)
     named = isinstance(model, (str, Path))
     loaded = None if named else load(model, stage=stage, device=device, dtype=dtype, size=size)
+    own_order = loaded.channel_order if loaded else "rgb"
+    order = own_order if channel_order is None else channel_order
+    check_channel_order(order)
 
     def find_edges(item: Any) -> Any:
         item_device = item.device if device is None and isinstance(item, Tensor) else device
         edge_model = loaded or load_cached(model, stage, item_device, dtype, size)
-        return convert_edges(edge_model.edges(read_image(item), seed=seed), item, output_type)
+        return convert_edges(edge_model.edges(read_image(item, order), seed=seed), item, output_type)
 
     if not isinstance(image, (list, tuple)):
         return find_edges(image)

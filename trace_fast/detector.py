@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,14 @@ from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
 from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
 from trace_fast.io.files import write_files
-from trace_fast.io.images import check_output_type, convert_edges, error_context, read_image, resize
+from trace_fast.io.images import (
+    check_output_type,
+    convert_edges,
+    error_context,
+    fit_resolution,
+    read_image,
+    resize,
+)
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
 
@@ -216,35 +223,55 @@ class Detector(EdgeModel):
     def __call__(
         self,
         image: Any,
-        *,
         detect_resolution: int | None = None,
+        image_resolution: int | None = None,
         output_type: str | None = None,
+        *,
+        channel_order: str | None = None,
     ) -> Any:
-        """Return the edge probability of one image, of a batch, or of a list; called as ControlNet's annotators are.
+        """Return the edge probability of one image, of a batch, or of a list.
+
+        The first four arguments are those of ControlNet's annotators; `trace_fast.ControlNetAnnotator` also has their
+        defaults, and returns RGB pictures as they do.
 
         Args:
             image: as in `trace_fast.edges`. Images of a list share passes as far as memory allows: eight of a network
                 at 512 pixels and the paper's decoder, whatever their sizes; with a decoder that sees the image at its
                 own aspect ratio, eight that follow one another and have one. A batch is one pass.
-            detect_resolution: side in pixels of the square that the image is resized to, a multiple of what the network
-                allows; None is what the student was trained with. For another one the decoder's values, which belong to
-                the grid they were trained on, are interpolated.
+            detect_resolution: shorter side in pixels that the image is resized to before the model sees it, both sides
+                in multiples of 64; None leaves it as it is. The network itself runs at the detector's `size` in any
+                case: see `resized`.
+            image_resolution: shorter side of the result in pixels, likewise; None is that of the input, whatever
+                `detect_resolution` is.
             output_type: "np", "pt" or "pil" instead of the kind that follows from the input.
+            channel_order: order of the color channels of arrays and tensors, "rgb" or "bgr"; None is the detector's
+                `channel_order`.
 
         Returns:
-            Probability in [0, 1] at the input's size, float32: as in `trace_fast.edges`.
+            Probability in [0, 1] at the input's size or at `image_resolution`, float32: as in `trace_fast.edges`.
 
         Raises:
             TypeError, ValueError: an argument is not what is said above.
         """
         check_output_type(output_type)
-        if detect_resolution is not None:
-            return self.resized((detect_resolution, detect_resolution))(image, output_type=output_type)
+        for name, value in (("detect_resolution", detect_resolution), ("image_resolution", image_resolution)):
+            if value is not None:
+                checks.integer("edges", name, value, 1)
+        order = self.channel_order if channel_order is None else channel_order
+
+        def prepare(item: Any) -> Photo:
+            pixels = read_image(item, order)
+            size = pixels.shape[-2], pixels.shape[-1]
+            input_size = size if detect_resolution is None else fit_resolution(*size, detect_resolution)
+            # that of the resized image is rounded, as annotators do, so that results of several of them have one size
+            output_size = size if image_resolution is None else fit_resolution(*input_size, image_resolution)
+            return Photo(pixels if input_size == size else resize(pixels, input_size), output_size)
+
         if not isinstance(image, (list, tuple)):
-            return convert_edges(self.edges(read_image(image)), image, output_type)
+            return convert_edges(self._detect([prepare(image)])[0], image, output_type)
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        edges = itertools.chain.from_iterable(map(self._edges_of_list, self._group(image)))
+        edges = itertools.chain.from_iterable(map(self._detect, self._group(image, prepare)))
         return [convert_edges(one, item, output_type) for one, item in zip(edges, image, strict=True)]
 
     def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
@@ -253,7 +280,7 @@ class Detector(EdgeModel):
         The host does not wait for the device, unless the images are elsewhere.
 
         Args:
-            pixels: (B, 3, H, W) float32 in [0, 1].
+            pixels: (B, 3, H, W) float32 in [0, 1], RGB whatever `channel_order` is.
             seed: has no effect, since a student draws no noise; so a detector is called as a tracer is.
 
         Returns:
@@ -262,39 +289,38 @@ class Detector(EdgeModel):
         Raises:
             RuntimeError: the network gives numbers that are not finite, and `pixels` are on the CPU.
         """
-        return self._edges_of_list([pixels])[0]
+        return self._detect([Photo(pixels, (pixels.shape[-2], pixels.shape[-1]))])[0]
 
-    def _group(self, images: Sequence[Any]) -> Iterator[list[Tensor]]:
-        """Read images, and yield those that follow one another and can share a pass."""
-        group: list[Tensor] = []
+    def _group(self, images: Sequence[Any], prepare: Callable[[Any], Photo]) -> Iterator[list[Photo]]:
+        """Prepare images, and yield those that follow one another and can share a pass."""
+        group: list[Photo] = []
         for index, image in enumerate(images):
             with error_context(index):
-                pixels = read_image(image)
+                photo = prepare(image)
             if group:
-                photo_size = self._photo_size(pixels)
+                photo_size = self._photo_size(photo.pixels)
                 most = max(1, min(BATCH, PIXELS // math.prod(photo_size or self.size)))
-                if len(group) == most or photo_size != self._photo_size(group[0]):
+                if len(group) == most or photo_size != self._photo_size(group[0].pixels):
                     yield group
                     group = []
-            group.append(pixels)
+            group.append(photo)
         yield group
 
     @torch.no_grad()
-    def _edges_of_list(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return the edges of images, each (B, 3, H, W), from one pass; the decoder must see all at one size."""
-        on_device = [pixels.to(self.device) for pixels in images]
+    def _detect(self, photos: Sequence[Photo]) -> list[Tensor]:
+        """Return the edges of photos from one pass; the decoder must see all of them at one size."""
+        on_device = [photo.pixels.to(self.device) for photo in photos]
 
         def resize_all(target: tuple[int, int]) -> Tensor:
             return torch.cat([resize(pixels, target) for pixels in on_device])
 
-        photo_size = self._photo_size(images[0])
+        photo_size = self._photo_size(photos[0].pixels)
         with network_lock(self.backbone.network):
             logits = self._forward(resize_all(self.size), resize_all(photo_size) if photo_size else None).float()
         edges = []
-        for part, pixels in zip(logits.split([len(pixels) for pixels in images]), images, strict=True):
+        for part, photo in zip(logits.split([len(pixels) for pixels in on_device]), photos, strict=True):
             # logits, not probabilities, so that edges stay sharp where they are enlarged
-            height, width = pixels.shape[-2:]
-            edges.append(require_finite(resize(part, (height, width)).sigmoid().to(pixels.device), self.name))
+            edges.append(require_finite(resize(part, photo.output_size).sigmoid().to(photo.pixels.device), self.name))
         return edges
 
     def resized(self, size: tuple[int, int]) -> Self:
@@ -325,6 +351,19 @@ class Detector(EdgeModel):
     def _modules(self) -> list[nn.Module]:
         compiled = [self._forward] if isinstance(self._forward, nn.Module) else []
         return [*super()._modules(), self.decoder, *compiled]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image, or a batch of one size, that waits for its pass.
+
+    Attributes:
+        pixels: (B, 3, H, W) float32 in [0, 1].
+        output_size: (height, width) of its edges in pixels.
+    """
+
+    pixels: Tensor
+    output_size: tuple[int, int]
 
 
 class StudentPass(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trace_fast.backbones import Backbone
 from trace_fast.backbones.base import get_device, get_dtype
+from trace_fast.io.images import check_channel_order
 from trace_fast.ops import checks
 
 __all__ = ["EdgeModel", "require_finite"]
@@ -44,18 +45,23 @@ class EdgeModel(abc.ABC):
     Args:
         backbone: the network whose self-attention is read.
         name: of the model, for outputs and messages.
+
+    Attributes:
+        channel_order: order of the color channels in the arrays and tensors that the model is called with, "rgb" or
+            "bgr"; see `reordered`.
     """
 
     def __init__(self, backbone: Backbone, name: str):
         self.backbone = backbone
         self.name = name
+        self.channel_order = "rgb"
 
     @abc.abstractmethod
     def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
         """Return the edge probability of a batch of images.
 
         Args:
-            pixels: (B, 3, H, W) float32 in [0, 1].
+            pixels: (B, 3, H, W) float32 in [0, 1], RGB whatever `channel_order` is.
             seed: seed of the Gaussian noise, where the model draws any.
 
         Returns:
@@ -127,6 +133,22 @@ class EdgeModel(abc.ABC):
         model.backbone = copy.copy(self.backbone)
         model.backbone.settings = replace(self.backbone.settings, size=size)
         model.backbone.grids(size)  # refuses a size that the network does not allow
+        return model
+
+    def reordered(self, channel_order: str) -> Self:
+        """Return the same model for arrays and tensors of another order of color channels; weights are shared.
+
+        Args:
+            channel_order: "rgb" or "bgr", for calls that do not state it. `edges` takes RGB in any case.
+
+        Raises:
+            ValueError: the order is unknown.
+        """
+        check_channel_order(channel_order)
+        if channel_order == self.channel_order:
+            return self
+        model = copy.copy(self)
+        model.channel_order = channel_order
         return model
 
     def _modules(self) -> list[nn.Module]:

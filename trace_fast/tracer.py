@@ -66,6 +66,7 @@ class TraceOptions(TypedDict, total=False):
     seed: int
     return_kl: bool
     return_abdiv: bool
+    channel_order: str | None
 
 
 class Tracer(EdgeModel):
@@ -215,6 +216,7 @@ class Tracer(EdgeModel):
         seed: int = 0,
         return_kl: bool = False,
         return_abdiv: bool = False,
+        channel_order: str | None = None,
     ) -> TraceOutput | list[TraceOutput]:
         """Trace one image, a batch of one size, or a list of images of any sizes.
 
@@ -229,6 +231,8 @@ class Tracer(EdgeModel):
             seed: seed of the Gaussian noise; the same noise serves every timestep and image.
             return_kl: measure the KL curve also where a fixed timestep is read.
             return_abdiv: keep the divergence at the token grid.
+            channel_order: order of the color channels of arrays and tensors, "rgb" or "bgr"; None is the tracer's
+                `channel_order`.
 
         Returns:
             The result for the image or the batch; a list of results for a list.
@@ -239,6 +243,7 @@ class Tracer(EdgeModel):
         """
         settings = self.backbone.settings
         checks.integer("trace", "seed", seed, 0)
+        order = self.channel_order if channel_order is None else channel_order
         if self.backbone.schedule is None:
             check_encoder(self.name, timestep=timestep, return_kl=return_kl)
         all_timesteps, noising = self._plan(timesteps, noising)
@@ -270,20 +275,20 @@ class Tracer(EdgeModel):
             )
 
         if not isinstance(image, (list, tuple)):
-            return trace(read_image(image))
+            return trace(read_image(image, order))
         if not image:
             raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
         outputs = []
         for index, item in enumerate(image):
             with error_context(index):
-                outputs.append(trace(read_image(item)))
+                outputs.append(trace(read_image(item, order)))
         return outputs
 
     def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
         """Return the edge probability of a batch of images, searched as the backbone's settings say.
 
         Args:
-            pixels: (B, 3, H, W) float32 in [0, 1].
+            pixels: (B, 3, H, W) float32 in [0, 1], RGB whatever `channel_order` is.
             seed: seed of the Gaussian noise, where the search draws any.
 
         Returns:
@@ -293,7 +298,7 @@ class Tracer(EdgeModel):
             >>> Tracer.from_pretrained("mini", device="cpu").edges(torch.rand(1, 3, 48, 64)).shape
             torch.Size([1, 1, 48, 64])
         """
-        return self(pixels, seed=seed).edges
+        return self(pixels, seed=seed, channel_order="rgb").edges
 
     @torch.no_grad()
     def scan(

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 __all__ = [
+    "CHANNEL_ORDERS",
     "MAX_PIXELS",
     "MIN_SIDE",
     "OUTPUT_TYPES",
+    "check_channel_order",
     "check_output_type",
     "convert_edges",
     "error_context",
+    "fit_resolution",
     "read_edge_map",
     "read_edge_maps",
     "read_image",
@@ -36,6 +39,7 @@ __all__ = [
 
 MIN_SIDE = 16  # smallest accepted side, in pixels
 OUTPUT_TYPES = ("np", "pt", "pil")
+CHANNEL_ORDERS = ("rgb", "bgr")
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # resampling leaves [0, 1] by rounding errors, which are clamped and not refused
@@ -63,7 +67,7 @@ def error_context(index: int) -> Iterator[None]:
         raise
 
 
-def read_image(image: ImageLike) -> Tensor:
+def read_image(image: ImageLike, channel_order: str = "rgb") -> Tensor:
     """Read one image of any accepted kind as float32 RGB in [0, 1].
 
     Gray images are repeated to RGB, and transparent ones are composited on white. uint8 is divided by 255 and uint16 by
@@ -78,6 +82,8 @@ def read_image(image: ImageLike) -> Tensor:
             C is 1 (gray), 3 (RGB) or 4 (RGBA). Arrays are always channels last and tensors channels first. Each side
             must have at least 16 pixels, so that a wrong layout is never taken for a right one. Images of every kind
             may have at most `MAX_PIXELS` pixels.
+        channel_order: "bgr" for arrays and tensors as OpenCV has them: blue, green, red and perhaps alpha. It has no
+            effect on files and PIL images, which state the order themselves.
 
     Returns:
         (B, 3, H, W) float32 in [0, 1], which never shares memory with `image`; B = 1 except for a (B, C, H, W) tensor.
@@ -86,12 +92,14 @@ def read_image(image: ImageLike) -> Tensor:
     Raises:
         FileNotFoundError: the file does not exist.
         TypeError: image is of another kind, or of a dtype that is not listed (bool and signed integers have no range).
-        ValueError: the shape, size or range is not accepted, or the path is a folder, a damaged file or not an image.
+        ValueError: the shape, size or range is not accepted, the path is a folder, a damaged file or not an image, or
+            channel_order is unknown.
 
     Example:
         >>> read_image(np.zeros((48, 64), dtype=np.uint8)).shape
         torch.Size([1, 3, 48, 64])
     """
+    check_channel_order(channel_order)
     if isinstance(image, Tensor):
         planes = _from_torch(image)
     elif isinstance(image, np.ndarray):
@@ -100,6 +108,8 @@ def read_image(image: ImageLike) -> Tensor:
         planes = _from_file(image)
     else:
         planes = _from_object(image)
+    if channel_order == "bgr" and isinstance(image, (Tensor, np.ndarray)) and planes.shape[1] >= 3:
+        planes = planes[:, [2, 1, 0, *range(3, planes.shape[1])]]
     return _to_rgb(_to_unit(planes))
 
 
@@ -155,6 +165,22 @@ def check_output_type(output_type: str | None) -> None:
     """
     if output_type is not None and output_type not in OUTPUT_TYPES:
         raise ValueError(f"edges: output_type must be 'np', 'pt', 'pil' or None, got {output_type!r}")
+
+
+def check_channel_order(channel_order: str) -> None:
+    """Require a known order of color channels; callers check it before they compute anything.
+
+    Args:
+        channel_order: one of `CHANNEL_ORDERS`.
+
+    Raises:
+        ValueError: channel_order is another value.
+
+    Example:
+        >>> check_channel_order("bgr")
+    """
+    if channel_order not in CHANNEL_ORDERS:
+        raise ValueError(f"edges: channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -239,6 +265,33 @@ def read_edge_maps(op: str, edges: np.ndarray | Tensor) -> Tensor:
         )
     check_values(f"{op}: edges", maps)
     return _clamp_to_unit(f"{op}: edges must be finite and in [0, 1]", maps)
+
+
+def fit_resolution(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """Return the size that ControlNet's annotators resize an image to.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        resolution: of the shorter side, in pixels.
+
+    Returns:
+        (height, width), each rounded to a multiple of 64, and at least 64.
+
+    Raises:
+        ValueError: the size has more than `MAX_PIXELS` pixels.
+
+    Example:
+        >>> fit_resolution(480, 640, 512)
+        (512, 704)
+    """
+    scale = resolution / min(height, width)
+    rows, columns = (64 * max(1, round(side * scale / 64)) for side in (height, width))
+    if rows * columns > MAX_PIXELS:
+        raise ValueError(
+            f"edges: resolution must be small enough for {MAX_PIXELS} pixels, got {resolution} for {height} x {width}"
+        )
+    return rows, columns
 
 
 def _from_torch(image: Tensor) -> Tensor:
