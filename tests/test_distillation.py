@@ -34,7 +34,7 @@ from trace_fast.io.images import resize
 from trace_fast.training import batches, data
 from trace_fast.training.batches import Augmentation, Batch
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
-from trace_fast.training.distillation import Distillation, DistillConfig, distill
+from trace_fast.training.distillation import Distillation, DistillConfig, distill, make_search
 from trace_fast.training.labels import LABELS, label_scene, make_labels
 from trace_fast.training.lora import inject
 from trace_fast.training.losses import dice
@@ -149,8 +149,8 @@ def list_in_order(config):
 def read_divergences(config):
     """Return the divergence of each photo of a run, by name."""
     photos = list_in_order(config)
-    shards = config.open_shards(photos)
-    return {photo.name: shards.read(index)[0].tolist() for index, photo in enumerate(photos)}
+    shards = config.open_divergences(photos)
+    return {photo.name: shards.read(index).tolist() for index, photo in enumerate(photos)}
 
 
 def assert_same(batch, other):
@@ -170,8 +170,8 @@ def search(run):
     """Search the photos of a run, and return it."""
     tracer = Tracer.from_pretrained(run.config.model, device="cpu")
     batches = run.batches
-    batches.shards.write(run.config.make_search(tracer), batches.photos, run.config.shard)
-    batches.shards = run.config.open_shards(batches.photos)
+    batches.divergences.write(make_search(run.config, tracer), batches.photos, run.config.shard)
+    batches.divergences = run.config.open_divergences(batches.photos)
     return run
 
 
@@ -850,7 +850,7 @@ class TestShards:
             tracer(run.batches.photos[index].read(), timestep=299, noising="gaussian", seed=3, return_abdiv=True).abdiv
             for index in indices
         ]
-        stored = torch.cat([run.batches.shards.read(index)[0] for index in indices])
+        stored = torch.cat([run.batches.divergences.read(index).float() for index in indices])
         assert_close(stored, torch.cat(divergences), rtol=1e-3, atol=1e-5)  # as float16
 
     def test_those_of_another_version_are_refused(self, config):
@@ -920,27 +920,27 @@ class TestShards:
         halves = run.batches.photos[:5], run.batches.photos[5:]
         first, second = (Shards(folder, config.describe_teacher(), half) for half in halves)
         assert not first.rows and not second.rows
-        first.write(config.make_search(tracer), halves[0], config.shard)
+        first.write(make_search(config, tracer), halves[0], config.shard)
         trained = Shards(folder, config.describe_teacher(), halves[0])
         assert len(trained.rows) == 5
-        second.write(config.make_search(tracer), halves[1], config.shard)
+        second.write(make_search(config, tracer), halves[1], config.shard)
         for index, photo in enumerate(halves[0]):
             expected = tracer(photo.read(), return_abdiv=True).abdiv
-            assert_close(trained.read(index)[0], expected, rtol=1e-3, atol=1e-5)  # as float16
+            assert_close(trained.read(index).float(), expected, rtol=1e-3, atol=1e-5)  # as float16
 
     def test_equal_runs_write_files_of_equal_names(self, config, tmp_path):
         tracer = Tracer.from_pretrained(config.model, device="cpu")
         photos = list_in_order(config)
         for name in ("one", "two"):
             shards = Shards(tmp_path / name, config.describe_teacher(), photos)
-            shards.write(config.make_search(tracer), photos, config.shard)
+            shards.write(make_search(config, tracer), photos, config.shard)
         one, two = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
         assert len(one) == 3 and one == two
 
     def test_a_file_that_is_replaced_while_it_is_used_is_noticed(self, config):
         distill(config)
         photos = list_in_order(config)
-        shards = config.open_shards(photos)
+        shards = config.open_divergences(photos)
         path, row = shards.rows[photos[0].key]
         shutil.copy(next(other for other, _ in shards.rows.values() if other != path), path)
         with pytest.raises(ValueError, match=r"^distill: labels_dir must keep its files while they are used, got one "):
@@ -1404,15 +1404,21 @@ class TestScenes:
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
     def test_a_student_helps_to_label(self, config, monkeypatch):
+        folder = config.output.with_name("shared")
+        config = replace(config, labels_dir=folder)
         first = distill(config)
+        searched = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
         successor = replace(
             config, output=config.output.with_name("second"), labels="combined", labels_student=first, init_from=first
         )
         student = distill(successor)
+        # divergences stay; the edges of the student are beside them
+        assert searched.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*")}.items()
+        assert len(list(folder.iterdir())) == len(searched) + 1
         batches = self.make_batches(replace(successor, window=None), searched=True)
         detector = Detector.from_pretrained(first, device="cpu")
         photo = batches.photos[8].read()
-        abdiv, stored = batches.shards.read(8)
+        abdiv, stored = batches.divergences.read(8).float(), batches.helper.read(8).float() / 255
         shape, views = photo.shape[-2:], []
         student_pass = StudentPass(detector.backbone, detector.decoder, 0)
         size = detector.decoder.photo_size(shape, (32, 48))

@@ -112,7 +112,8 @@ class Batches:
         config: of the run.
         photos: all of them, in order; the first `PREVIEW` are not trained on.
         scenes: drawn scenes; may be empty.
-        shards: the teacher's results for the photos.
+        divergences: of the photos, which the teacher found.
+        helper: edges of the photos, which a student found that helps to label, or None.
         decoder: whose view of a photo, and output, decide the sizes.
         size: (height, width) in pixels that the network works at.
         scale: s of the probability 1 - exp(-ABDiv / s), in nats.
@@ -123,12 +124,14 @@ class Batches:
         config: DistillConfig,
         photos: Sequence[PhotoFile],
         scenes: Sequence[SceneFile],
-        shards: Shards,
+        divergences: Shards,
+        helper: Shards | None,
         decoder: Decoder,
         size: tuple[int, int],
         scale: float,
     ):
-        self.config, self.photos, self.scenes, self.shards = config, photos, scenes, shards
+        self.config, self.photos, self.scenes = config, photos, scenes
+        self.divergences, self.helper = divergences, helper
         self.decoder, self.size, self.scale = decoder, size, scale
         self.scene_count = config.count_scenes()
         self.photo_count = config.batch - self.scene_count
@@ -154,16 +157,15 @@ class Batches:
         """Return a photo by its index, with pseudo labels, as a batch of one; whole and as it is by default."""
         photo = self.photos[index].read()
         view, size = self._show(photo)
-        abdiv, student = self.shards.read(index)
         config = self.config
         labels, weights = make_labels(
-            abdiv,
+            self.divergences.read(index).float(),
             size,
             photo if view is None else view,
             config.labels,
             config.interior,
             self.scale,
-            student,
+            None if self.helper is None else self.helper.read(index).float() / 255,
             config.student_weight,
         )
         return self._cut(photo, view, labels, weights, augmentation)

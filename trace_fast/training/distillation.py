@@ -8,7 +8,6 @@ one pass. No annotation is used.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +31,7 @@ from trace_fast.decoder import DECODERS, FORMAT, AttentionReadout, make_decoder,
 from trace_fast.detector import Detector, StudentPass, save_student, use_channels_last
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
-from trace_fast.tracer import TraceOutput, Tracer
+from trace_fast.tracer import Tracer
 from trace_fast.training.batches import PREVIEW, Batch, Batches
 from trace_fast.training.cards import describe_machine, format_card
 from trace_fast.training.data import PhotoFile, list_photos, refuse_damaged, shuffle_photos
@@ -301,7 +300,6 @@ class DistillConfig:
             "noising": self.teacher_noising,
             "seed": self.seed,
             "dtype": "float32" if self.dtype == "float32" else None,
-            "student": hash_student(self.labels_student),
         }
         return json.dumps(description)
 
@@ -310,15 +308,21 @@ class DistillConfig:
         students = {name: hash_student(getattr(self, name)) for name in ("init_from", "labels_student")}
         return to_json(self, {name: digest for name, digest in students.items() if digest})
 
-    def make_search(self, tracer: Tracer) -> Callable[[Tensor], TraceOutput]:
-        """Return the teacher's search of one image."""
-        return functools.partial(
-            tracer, timestep=self.teacher_timestep, noising=self.teacher_noising, seed=self.seed, return_abdiv=True
-        )
+    @property
+    def shards_folder(self) -> Path:
+        """The folder of what the teacher, and the student that helps it, find in photos."""
+        return self.labels_dir or self.output / "labels"
 
-    def open_shards(self, photos: Sequence[PhotoFile]) -> Shards:
-        """Return the divergences of photos in the folder of this run."""
-        return Shards(self.labels_dir or self.output / "labels", self.describe_teacher(), photos)
+    def open_divergences(self, photos: Sequence[PhotoFile]) -> Shards:
+        """Return the divergences of photos, (1, h, w) float16 each, in nats."""
+        return Shards(self.shards_folder, self.describe_teacher(), photos)
+
+    def open_helper(self, photos: Sequence[PhotoFile]) -> Shards | None:
+        """Return the edges of the student that helps the teacher, (1, 1, h, w) uint8 each, or None without one."""
+        if (digest := hash_student(self.labels_student)) is None:
+            return None
+        source = json.dumps({"student": digest, "scales": HELPER_SCALES})
+        return Shards(self.shards_folder / f"student-{digest[:16]}", source, photos)
 
 
 def hash_student(folder: Path | None) -> str | None:
@@ -359,8 +363,8 @@ class Distillation:
         self.decoder = decoder.to(self.device)
         use_channels_last(self.decoder)
         settings = self.backbone.settings
-        shards = config.open_shards(photos)
-        self.batches = Batches(config, photos, scenes, shards, decoder, settings.size, settings.edge_scale)
+        shards = config.open_divergences(photos), config.open_helper(photos)
+        self.batches = Batches(config, photos, scenes, *shards, decoder, settings.size, settings.edge_scale)
         self.adapters = inject(self.backbone, config.rank) if config.rate else {}
         if config.init_from is not None:
             self.initialize_from(config.init_from)
@@ -462,7 +466,7 @@ class Distillation:
             whole = batches.load_photo(index)
             photos = None if whole.photos is None else whole.photos.to(self.device)
             logits = student(whole.images.to(self.device), photos)
-            abdiv, _ = batches.shards.read(index)
+            abdiv = batches.divergences.read(index).float()
             soft = 1 - torch.exp(-resize(abdiv[:, None], size).clamp(min=0) / batches.scale)
             label, weight = (functional.interpolate(maps, size) for maps in (whole.labels, whole.weights))
             target = torch.where(weight > 0, label, 0.5)  # pixels without a label are gray
@@ -623,24 +627,47 @@ def distill(config: DistillConfig) -> Path:
 
     scenes = list_scenes(config.scenes) if config.scenes is not None else []
     config.output.mkdir(parents=True, exist_ok=True)
-    shards = config.open_shards(photos)
-    missing = shards.list_missing()
+    divergences, helper = config.open_divergences(photos), config.open_helper(photos)
+    missing = divergences.list_missing()
+    unseen = [] if helper is None else helper.list_missing()
     read_progress(config.output / STATE, config.describe_run(), "distill")  # refused before the search, not after it
-    if missing:
-        teacher = load_tracer(config.teacher_size or config.size)
-        check_student(config, teacher.backbone)
-        damaged = refuse_damaged(missing, config.skip_bad, process)
-        photos, missing = ([photo for photo in group if photo not in damaged] for group in (photos, missing))
+    if missing or unseen:
+        searches = []
+        if missing:
+            find = make_search(config, load_tracer(config.teacher_size or config.size))
+            searches.append((divergences, missing, find))
+        if helper is not None and unseen:
+            searches.append((helper, unseen, load_helper(config, process.device)))
+        damaged = refuse_damaged(list(dict.fromkeys(missing + unseen)), config.skip_bad, process)
+        photos = [photo for photo in photos if photo not in damaged]
         take_photos(config, photos)
-        student = None if config.labels_student is None else load_helper(config, process.device)
-        shards.write(config.make_search(teacher), missing, config.shard, process.share, student)
-        del teacher, student  # frees memory for the student
+        for shards, part, find in searches:
+            shards.write(find, [photo for photo in part if photo not in damaged], config.shard, process.share)
+        del searches, find  # frees memory for the student
         process.wait()
     return Distillation(config, load_tracer(config.size), photos, process, scenes).run()
 
 
+def make_search(config: DistillConfig, teacher: Tracer) -> Callable[[Tensor], Tensor]:
+    """Return the search of a photo (1, 3, H, W) for its divergence, (1, h, w) float16 in nats."""
+    check_student(config, teacher.backbone)
+
+    def find(photo: Tensor) -> Tensor:
+        output = teacher(
+            photo,
+            timestep=config.teacher_timestep,
+            noising=config.teacher_noising,
+            seed=config.seed,
+            return_abdiv=True,
+        )
+        assert output.abdiv is not None
+        return output.abdiv.half()
+
+    return find
+
+
 def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the edges of the student that helps the teacher, at the size at which its decoder sees the photo.
+    """Return the search of a photo (1, 3, H, W) for a student's edges, (1, 1, h, w) uint8, as its decoder sees it.
 
     They are averaged over the photo and its mirrored copy, and over two sizes at which the decoder sees them.
     """
@@ -650,7 +677,6 @@ def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor
 
     @torch.no_grad()
     def average(photo: Tensor) -> Tensor:
-        """Return edges (1, 1, h, w) of a photo (1, 3, H, W)."""
         shape = (photo.shape[-2], photo.shape[-1])
         copies = torch.cat([photo, photo.flip(-1)]).to(device)
         images = resize(copies, detector.size)
@@ -661,6 +687,6 @@ def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor
             logits = student(images, None if size is None else resize(copies, size)).float()
             maps.append(resize(logits, target).sigmoid())
         edges = torch.stack(maps).mean(0)
-        return (edges[:1] + edges[1:].flip(-1)) / 2
+        return ((edges[:1] + edges[1:].flip(-1)) / 2 * 255).round().byte()
 
     return average
