@@ -35,19 +35,7 @@ def make_sheet(data: Path, specs: list[str], count: int, columns: int) -> Image.
         truth = maximum_filter(truth, 3)  # lines of one pixel would fade when they are made smaller
         pictures = [photo.image, *(method.edges(photo) for method in methods), truth]
         rows.append(visualize.panel(pictures, titles if len(rows) < columns else [""] * len(titles), height=ROW))
-    return stack(rows, columns)
-
-
-def stack(rows: list[Image.Image], columns: int) -> Image.Image:
-    """Return pictures side by side, in columns, on white."""
-    width = max(row.width for row in rows) + 8
-    lines = [rows[start : start + columns] for start in range(0, len(rows), columns)]
-    heights = [max(row.height for row in line) for line in lines]
-    sheet = Image.new("RGB", (width * columns, sum(heights)), "white")
-    for line, top in zip(lines, np.cumsum([0, *heights]), strict=False):
-        for index, row in enumerate(line):
-            sheet.paste(row, (index * width, int(top)))
-    return sheet
+    return visualize.grid(rows, columns)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trace_fast import TraceOutput
-from trace_fast.io.visualize import draw_masks, overlay, panel, plot_curve, write_picture, write_png
+from trace_fast.io.visualize import draw_masks, grid, overlay, panel, plot_curve, write_picture, write_png
 
 HEIGHT, WIDTH = 20, 31
 TIMESTEPS = (0, *range(99, 1000, 100))
@@ -314,6 +314,23 @@ class TestPanel:
             panel([photo], [""], height=0)
         with pytest.raises(ValueError, match=r"^panel: images must be single images, got a batch of 2"):
             panel([torch.zeros(2, 3, HEIGHT, WIDTH)], [""])
+
+
+class TestGrid:
+    def test_places_by_hand(self):
+        pictures = [
+            Image.new("RGB", size, color) for size, color in (((4, 2), "red"), ((3, 5), "lime"), ((2, 2), "blue"))
+        ]
+        sheet = np.array(grid(pictures, 2, gap=1))
+        assert sheet.shape == (5 + 1 + 2, 4 + 1 + 4, 3)
+        expected = np.full_like(sheet, 255)
+        expected[:2, :4], expected[:5, 5:8], expected[6:, :2] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+        assert np.array_equal(sheet, expected)
+
+    @pytest.mark.parametrize(("count", "columns"), [(0, 2), (1, 0)])
+    def test_nothing_to_place(self, count, columns):
+        with pytest.raises(ValueError, match=f"grid: pictures must be in at least 1 column, got {count} pictures in"):
+            grid([Image.new("RGB", (2, 3))] * count, columns)
 
 
 class TestPlotCurve:

@@ -13,7 +13,7 @@ from trace_fast.tracer import Tracer
 
 __all__ = ["PHOTOS", "run"]
 
-PHOTOS = ("coffee", "chelsea", "astronaut")  # of scikit-image, which carries them inside its package
+PHOTOS = ("coffee", "chelsea", "astronaut", "rocket", "camera", "stereo_motorcycle")  # scikit-image carries them
 
 
 def run(output: Path) -> Path:
@@ -23,14 +23,14 @@ def run(output: Path) -> Path:
         output: folder, created where it is missing.
 
     Returns:
-        The panel of the first photograph.
+        The picture of all photographs and their edges.
 
     Raises:
         RuntimeError: scikit-image is not installed.
 
     Example:
         >>> run(Path("demo")).name
-        'coffee_panel.png'
+        'grid.png'
     """
     try:
         from skimage import data
@@ -38,8 +38,10 @@ def run(output: Path) -> Path:
         raise RuntimeError("demo: scikit-image must be installed: pip install scikit-image") from None
     output.mkdir(parents=True, exist_ok=True)
     tracer, detector = Tracer.from_pretrained("mini"), Detector.from_pretrained("mini")
+    pairs = []
     for name in PHOTOS:
-        photo: np.ndarray = getattr(data, name)()
+        photo = getattr(data, name)()
+        photo = np.asarray(photo[0] if isinstance(photo, tuple) else photo)  # the left one of a stereo pair
         started = time.perf_counter()
         edges = detector(photo)
         seconds = time.perf_counter() - started
@@ -48,6 +50,7 @@ def run(output: Path) -> Path:
         pictures = [photo, edges, visualize.overlay(photo, edges)]
         panel = visualize.panel(pictures, ["photograph", "edges", "overlay"], height=320)
         visualize.write_picture(output / f"{name}_panel.png", panel)
+        pairs.append(visualize.panel([photo, edges], ["", ""], height=240))
         visualize.plot_curve(traced, output / f"{name}_curve.png")
         height, width = photo.shape[:2]
         assert traced.kl is not None
@@ -56,4 +59,5 @@ def run(output: Path) -> Path:
             f"{name}: {width} x {height} pixels, edges in {seconds:.2f} s, KL curve peaks at timestep {peak} -> "
             f"{output / f'{name}_panel.png'}"
         )
-    return output / f"{PHOTOS[0]}_panel.png"
+    visualize.write_picture(output / "grid.png", visualize.grid(pairs, 2))
+    return output / "grid.png"

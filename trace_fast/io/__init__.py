@@ -1,11 +1,12 @@
 """Images in, pictures out: conversion of inputs, drawing of results, and atomic writing of files."""
 
 from trace_fast.io.images import convert_edges, read_image, resize
-from trace_fast.io.visualize import draw_masks, overlay, panel, plot_curve, write_picture, write_png
+from trace_fast.io.visualize import draw_masks, grid, overlay, panel, plot_curve, write_picture, write_png
 
 __all__ = [
     "convert_edges",
     "draw_masks",
+    "grid",
     "overlay",
     "panel",
     "plot_curve",

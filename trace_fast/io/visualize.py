@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trace_fast.io.images import ImageLike
     from trace_fast.tracer import TraceOutput
 
-__all__ = ["draw_masks", "overlay", "panel", "plot_curve", "write_picture", "write_png"]
+__all__ = ["draw_masks", "grid", "overlay", "panel", "plot_curve", "write_picture", "write_png"]
 
 # magenta is rare in photographs, and stands out from every gray
 EDGE_COLOR = (1.0, 0.0, 0.6)
@@ -212,6 +212,39 @@ def panel(images: Sequence[Any], titles: Sequence[str], height: int | None = Non
         sheet.paste(picture, (left + (column - picture.width) // 2, top))
         canvas.text((left + column // 2, top // 2), title, fill="black", font=font, anchor="mm")
         left += column + gap
+    return sheet
+
+
+def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
+    """Place pictures in rows and columns on white.
+
+    Args:
+        pictures: PIL images of any size, such as panels; rows are filled first.
+        columns: number of columns, each as wide as the widest picture.
+        gap: between pictures, in pixels.
+
+    Returns:
+        PIL image of mode RGB.
+
+    Raises:
+        ValueError: there are no pictures, or columns is below 1.
+
+    Example:
+        >>> sheet = grid([overlay(path, trace_fast.edges(path)) for path in ("one.jpg", "two.jpg")], columns=2)
+    """
+    if not pictures or columns < 1:
+        raise ValueError(f"grid: pictures must be in at least 1 column, got {len(pictures)} pictures in {columns}")
+    from PIL import Image
+
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    width = max(picture.width for picture in pictures)
+    size = (columns * (width + gap) - gap, sum(heights) + gap * (len(rows) - 1))
+    sheet, top = Image.new("RGB", size, "white"), 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * (width + gap), top))
+        top += height + gap
     return sheet
 
 
