@@ -498,6 +498,31 @@ class TestFolders:
         assert self.names(dataset) == (["a", "b"], [], [])
         assert {photo.image for photo in dataset.photos} == {None}
 
+    def test_the_layout_of_coco(self, tmp_path, labels, monkeypatch):
+        for split, names in (("train2017", "ab"), ("val2017", "c")):
+            images = [{"id": k, "file_name": f"{name}.jpg", "height": 4, "width": 6} for k, name in enumerate(names)]
+            (tmp_path / "coco" / "annotations").mkdir(parents=True, exist_ok=True)
+            path = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
+            path.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+            for name in names:
+                save(tmp_path / "coco" / split / f"{name}.jpg", labels.astype(np.uint8))
+        (tmp_path / "coco" / "annotations" / "instances_test2017.json").write_text("{}")  # without images
+        monkeypatch.chdir(tmp_path)
+        for data, truth, expected in (
+            ("coco/val2017", "coco/annotations/instances_val2017.json", ["c"]),
+            ("coco/", None, ["c"]),
+            ("coco", "annotations/instances_train2017.json", ["a", "b"]),
+            ("coco/train2017", tmp_path / "coco/annotations/instances_train2017.json", ["a", "b"]),
+        ):
+            dataset = open_dataset(data, truth)
+            assert self.names(dataset) == (expected, [], [])
+            assert all(photo.image.is_file() for photo in dataset.photos)
+        (tmp_path / "coco" / "val2017").rename(tmp_path / "coco" / "test")
+        assert self.names(open_dataset("coco"))[0] == ["a", "b"]
+        (tmp_path / "coco" / "test").rename(tmp_path / "coco" / "test2017")
+        with pytest.raises(ValueError, match=r"evaluate: truth must be one of \['coco/.*test2017.*train2017.*got None"):
+            open_dataset("coco")
+
     def test_photos_of_a_json_file(self, tmp_path, labels):
         path = write_instances(tmp_path / "i.json", labels)
         data = json.loads(path.read_text())

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from trace_fast.masks.coco import read_panoptic, read_results
 from trace_fast.masks.export import (
     make_panoptic_segments,
+    make_predictor_prompts,
     make_sam_prompts,
     refine_results,
     write_coco_results,
@@ -210,15 +211,63 @@ class TestRefine:
         before = self.annotations()
         assert all(out[key] == before[key] for key in ("info", "licenses", "categories"))
         sizes = [(image["id"], image["height"], image["width"]) for image in out["images"]]
-        assert sizes == [(4, 2, 3), (9, 2, 3), (2, 3, 2)]
+        # those of image 2, which has no mask, are exchanged like all others
+        assert sizes == [(4, 2, 3), (9, 2, 3), (2, 2, 3)]
         assert out["images"][0]["file_name"] == "4.jpg" and out["images"][0]["license"] == 1
         ids = [(entry["id"], entry["image_id"], entry["category_id"]) for entry in out["annotations"]]
-        assert ids == [(1, 4, 1), (2, 9, 1), (3, 9, 1), (4, 9, 2)]
+        assert [one[1:] for one in ids] == [(4, 1), (9, 1), (9, 1), (9, 2)]
+        assert len({one[0] for one in ids}) == 4
         assert out["annotations"][0]["area"] == 4 and out["annotations"][0]["iscrowd"] == 0
         refined = read_results(tmp_path / "out.json")
         np.testing.assert_array_equal(refined.images[9].masks(), ~MASKS[[0, 1, 1]])
         with contextlib.redirect_stdout(io.StringIO()):
             assert len(COCO(str(tmp_path / "out.json")).getAnnIds(imgIds=9)) == 3
+
+    def test_every_field_is_kept(self, tmp_path):
+        content = self.annotations()
+        for k, entry in enumerate(content["annotations"]):
+            entry |= {"iscrowd": k % 2, "area": 2.5, "attributes": {"occluded": k}, "score": 0.5}
+        polygon = {"id": 30, "image_id": 2, "category_id": 2, "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]], "area": 4.25}
+        content["annotations"].append(polygon)
+        refine_results(content, tmp_path / "out.json", lambda masks, scores, _: (masks, scores))
+        out = {entry["id"]: entry for entry in json.loads((tmp_path / "out.json").read_text())["annotations"]}
+        assert sorted(out) == [5, 6, 7, 8, 30]
+        assert all(out[entry["id"]] == entry for entry in content["annotations"][:-1])
+        assert out[30] == {**polygon, "bbox": [0, 0, 2, 2], "iscrowd": 0, "score": 1.0}
+
+    def test_parts_have_ids_of_their_own(self, tmp_path):
+        content = self.annotations()
+        content["annotations"] = content["annotations"][:1]
+        content["annotations"][0] |= {"extra": "x", "area": 2.5, "score": 0.5}
+
+        def split(masks, scores, _):
+            upper = np.zeros_like(masks)
+            upper[:, :1] = True
+            return np.concatenate([masks & ~upper, masks & upper]), [0.25, 0.75]
+
+        refine_results(content, tmp_path / "out.json", split)
+        lower, upper = json.loads((tmp_path / "out.json").read_text())["annotations"]
+        assert (lower["id"], upper["id"]) == (5, 6) and lower["extra"] == upper["extra"] == "x"
+        assert (lower["area"], upper["area"]) == (1, 2) and (lower["score"], upper["score"]) == (0.25, 0.75)
+        assert (lower["bbox"], upper["bbox"]) == ([0, 1, 1, 1], [0, 0, 2, 1])
+
+    def test_the_form_of_rle_is_kept(self, tmp_path):
+        results = self.results()[:1]
+        results[0]["segmentation"] = {"size": [2, 3], "counts": [0, 3, 3]}
+        refine_results(results, tmp_path / "out.json", lambda masks, scores, _: (masks, scores))
+        assert json.loads((tmp_path / "out.json").read_text()) == results
+        refine_results(results, tmp_path / "out.json", lambda masks, scores, _: (masks | masks[:, ::-1], scores))
+        (out,) = json.loads((tmp_path / "out.json").read_text())
+        assert out == {**results[0], "segmentation": {"size": [2, 3], "counts": [0, 4, 2]}}
+
+    def test_overlaps_are_removed(self, tmp_path):
+        refine_results(self.results(), tmp_path / "out.json", lambda masks, s, _: (masks | True, s), exclusive=True)
+        images = read_results(tmp_path / "out.json").images
+        assert all(len(image.instances) == 1 for image in images.values())
+        write_coco_results(tmp_path / "out.json", {1: (MASKS, SCORES)}, exclusive=True)
+        (image,) = read_results(tmp_path / "out.json").images.values()
+        np.testing.assert_array_equal(image.masks(), [MASKS[0] & ~MASKS[1], MASKS[1]])
+        assert [instance.score for instance in image.instances] == SCORES[:2].tolist()
 
     def test_fewer_masks_of_another_format(self, tmp_path):
         def refine(masks, scores, image_id):
@@ -290,7 +339,7 @@ class TestPanoptic:
         read = read_panoptic(folder / "p.json", folder / "p").images[5]
         np.testing.assert_array_equal(read.segment_map(), ids)
         content = json.loads((folder / "p.json").read_text())
-        assert content["categories"] == CATEGORIES
+        assert content["categories"] == [{**CATEGORIES[0], "color": [128, 0, 0]}, CATEGORIES[1]]
         assert content["images"] == [{"id": 5, "file_name": "a/x.jpg", "height": ids.shape[0], "width": ids.shape[1]}]
         (annotation,) = content["annotations"]
         assert annotation["image_id"] == 5 and annotation["file_name"] == "x.png"
@@ -379,6 +428,17 @@ class TestPanoptic:
             ):
                 write_panoptic(tmp_path / "p.json", tmp_path / "p", [], [category])
         assert not os.listdir(tmp_path)
+
+    def test_colors_differ(self, tmp_path):
+        count = 300
+        categories = [{"id": k, "name": str(k), "isthing": 1} for k in range(count)]
+        categories[7]["color"], categories[9]["color"] = [128, 0, 0], [0, 64, 0]
+        write_panoptic(tmp_path / "p.json", tmp_path / "p", [], categories)
+        written = json.loads((tmp_path / "p.json").read_text())["categories"]
+        colors = {tuple(category["color"]) for category in written}
+        assert len(colors) == count and (0, 0, 0) not in colors
+        assert all(0 <= level <= 255 for color in colors for level in color)
+        assert written[7] == categories[7] and "color" not in categories[0]
 
     def test_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="write_panoptic: path must be in an existing folder"):
@@ -552,6 +612,25 @@ class TestSam:
             ValueError, match=r"make_sam_prompts: points must be \(k, 2\), k of at least 1, got \(0, 2\)"
         ):
             make_sam_prompts(seeds(np.ones((4, 5), np.float32), 2, threshold=0.5))
+
+    def test_prompts_for_predictors(self):
+        prompts = make_predictor_prompts(POINTS, BOXES)
+        assert {name: array.shape for name, array in prompts.items()} == {
+            "point_coords": (3, 1, 2),
+            "point_labels": (3, 1),
+            "box": (3, 4),
+        }
+        np.testing.assert_array_equal(prompts["point_coords"][:, 0], POINTS)
+        transformed = make_predictor_prompts(torch.from_numpy(POINTS), BOXES, size=(100, 333))
+        assert list(transformed) == ["point_coords", "point_labels", "boxes"]
+        # 100 x 333 becomes 308 x 1024: 100 * 1024 / 333 is 307.5
+        scale = np.array([1024 / 333, 3.08])
+        np.testing.assert_allclose(transformed["point_coords"][:, 0], POINTS * scale, rtol=1e-6)
+        np.testing.assert_allclose(transformed["boxes"], BOXES * np.tile(scale, 2), rtol=1e-6)
+        with pytest.raises(ValueError, match="make_predictor_prompts: height must be at least 1, got 0"):
+            make_predictor_prompts(POINTS, size=(0, 3))
+        with pytest.raises(TypeError, match="make_predictor_prompts: points must be an array or a tensor, got list"):
+            make_predictor_prompts(POINTS.tolist())
 
     def test_layouts_and_dtypes_of_arrays(self):
         expected = make_sam_prompts(POINTS, BOXES)

@@ -15,7 +15,8 @@ from pycocotools import mask as api
 
 from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
 from trace_fast.masks import formats
-from trace_fast.masks.formats import MaskSet, open_masks, semantic_masks
+from trace_fast.masks.formats import MaskSet, keep_visible, open_masks, semantic_masks
+from trace_fast.masks.propagation import propagate
 from trace_fast.ops import checks
 
 EXAMPLES = settings(max_examples=30, deadline=None)
@@ -154,8 +155,60 @@ def instances(masks):
     )
 
 
+class BitMasks:
+    """A stand-in for detectron2's `BitMasks`."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.bool()
+        assert self.tensor.ndim == 3
+        self.image_size = self.tensor.shape[1:]
+
+
+def picture(mask, mode="L"):
+    return Image.fromarray(mask if mode == "1" else mask * np.uint8(255))
+
+
+def pipeline_record(mask, index):
+    """Make a record as transformers' pipeline for image segmentation does."""
+    return {"score": 0.9 - index / 7, "label": "cat" if index % 2 else "dog", "mask": picture(mask)}
+
+
+def fields_of_transformers(masks):
+    """Make the output of transformers' pipeline for mask generation."""
+    return {
+        "masks": list(masks),
+        "scores": torch.linspace(0.9, 0.1, len(masks)),
+        "bounding_boxes": mask_boxes(torch.from_numpy(masks), last=True).float(),
+        "rle_mask": [rle(mask, list) for mask in masks],
+        "is_last": [True],
+    }
+
+
 FORMATS = {
     "array": lambda masks: masks,
+    "pictures (M, H, W)": lambda masks: masks * np.uint8(255),
+    "tensor of pictures": lambda masks: torch.from_numpy(masks * np.uint8(255)),
+    "tensor (k, 1, H, W)": lambda masks: torch.from_numpy(masks)[:, None],
+    "array (1, M, H, W)": lambda masks: masks[None].astype(np.float32),
+    "list of one stack (k, 1, H, W)": lambda masks: [torch.from_numpy(masks)[:, None]],
+    "list of PIL images of mode L": lambda masks: [picture(mask) for mask in masks],
+    "tuple of PIL images of mode 1": lambda masks: tuple(picture(mask, "1") for mask in masks),
+    "transformers' segmentation": lambda masks: [pipeline_record(mask, i) for i, mask in enumerate(masks)],
+    "transformers' mask generation": fields_of_transformers,
+    "IRNet": lambda masks: {
+        "score": np.linspace(0.9, 0.1, len(masks), dtype=np.float32),
+        "mask": masks,
+        "class": np.arange(len(masks)) // 2,
+    },
+    "DHR": lambda masks: {"keys": np.arange(len(masks)) + 3, "masks": masks.astype(np.float16)},
+    "torchvision": lambda masks: {
+        "boxes": mask_boxes(torch.from_numpy(masks), last=True).float(),
+        "labels": torch.arange(len(masks)),
+        "scores": torch.linspace(0.9, 0.1, len(masks)),
+        "masks": torch.from_numpy(masks)[:, None].float(),
+    },
+    "detectron2's output": lambda masks: {"instances": instances(masks), "sem_seg": torch.zeros(54, 2, 3)},
+    "BitMasks": lambda masks: BitMasks(torch.from_numpy(masks)),
     "array of uint8": lambda masks: masks.astype(np.uint8),
     "array of big-endian floats": lambda masks: masks.astype(">f4"),
     "reversed array": lambda masks: masks[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
@@ -198,8 +251,11 @@ def same(one, other):
         assert len(one) == len(other)
         for a, b in zip(one, other, strict=True):
             same(a, b)
-    elif isinstance(one, (Instances, Boxes, MaskSet)):
+    elif isinstance(one, (Instances, Boxes, BitMasks, MaskSet)):
         same(vars(one), vars(other))
+    elif isinstance(one, Image.Image):
+        assert one.mode == other.mode and one.getpalette() == other.getpalette()
+        same(np.asarray(one), np.asarray(other))
     elif type(one).__name__ == "Detections":
         same(one.xyxy, other.xyxy)
         assert type(one.mask) is type(other.mask)
@@ -320,14 +376,196 @@ class TestLabels:
             restore(MaskSet(mask_set.masks[[*range(127), 0]]), [[k] for k in (*range(127), 0)])
 
     def test_negative(self):
-        with pytest.raises(ValueError, match="masks must be labels of at least 0, got -1"):
-            open_masks(np.array([[0, -1]]))
+        message = "masks must be labels of at least 0, or listed in ignore, got"
+        for labels, ignore in (([[0, -2]], None), ([[0, -1]], ()), ([[-1, -2]], -1)):
+            with pytest.raises(ValueError, match=f"{message} {-2 if ignore != () else -1}"):
+                open_masks(np.array(labels), ignore=ignore)
 
     def test_memory(self, monkeypatch):
         monkeypatch.setattr(checks, "MEMORY", 11)
         open_masks(np.array([[5, 0, 5]]))
         with pytest.raises(ValueError, match=r"masks must be small enough for 0.0 GiB of memory, got \(2, 3\)"):
             open_masks(np.array([[5, 0, 5], [0, 0, 9]]))
+
+    @pytest.mark.parametrize(
+        ("dtype", "void"), [("uint8", 255), ("uint16", 65535), ("int8", -1), (">i2", -1), ("int32", -1), ("int64", -1)]
+    )
+    def test_void_by_custom(self, dtype, void):
+        label_map = np.array([[0, 2, 2, void], [7, 7, 0, void]]).astype(dtype)
+        mask_set, restore = open_masks(label_map)
+        assert mask_set.masks.flatten(1).sum(1).tolist() == [2, 2]
+        same(restore(mask_set, [[0], [1]]), label_map)
+        # masks that grow do not cover void
+        written = restore(MaskSet(torch.ones_like(mask_set.masks[:1])), [[1]])
+        same(written, np.where(label_map == label_map.dtype.type(void), label_map, 7).astype(dtype))
+
+    def test_other_values_of_void(self):
+        label_map = np.array([[0, 2, 255], [-1, 300, 255]])
+        assert len(open_masks(label_map)[0].masks) == 3  # 255 is a number like others in 64 bits
+        assert len(open_masks(label_map, ignore=(255, -1))[0].masks) == 2
+        assert len(open_masks(label_map, ignore=[255, -1, 2])[0].masks) == 1
+        assert len(open_masks(label_map.clip(0).astype(np.uint8), ignore=())[0].masks) == 3
+        with pytest.raises(TypeError, match=r"open_masks: ignore must be integers, got 1\.5"):
+            open_masks(label_map, ignore=1.5)
+
+    def test_new_labels_are_not_void(self):
+        label_map = np.arange(1, 255, dtype=np.uint8)[None]
+        _, restore = open_masks(label_map)
+        masks = torch.ones(255, 1, 254, dtype=torch.bool)
+        with pytest.raises(ValueError, match="restore: result must be few enough masks for labels up to 255, got 255"):
+            restore(MaskSet(masks), [[0], *([k] for k in range(254))])
+
+    def test_the_picture_of_a_mask(self):
+        label_map = np.array([[255, 255, 0, 255]], dtype=np.uint8)
+        mask_set, restore = open_masks(label_map)
+        assert len(mask_set.masks) == 1
+        same(restore(mask_set, [[0]]), label_map)
+        parts = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 1]]]).bool()
+        same(restore(MaskSet(parts), [[0], [0]]), np.array([[1, 1, 0, 2]], dtype=np.uint8))
+
+    def test_label_divisor(self):
+        label_map = np.array([[7, 7, 26001, 26001, 26002, 0, 255]], dtype=np.int32)
+        mask_set, restore = open_masks(label_map, label_divisor=1000, ignore=255)
+        assert mask_set.classes.tolist() == [7, 26, 26]
+        same(restore(mask_set, [[0], [1], [2]]), label_map)
+        parts = mask_set.masks[[0, 0, 1, 1, 2]] & (torch.arange(7) % 2 == torch.tensor([0, 1, 0, 1, 0])[:, None, None])
+        written = restore(MaskSet(parts), [[0], [0], [1], [1], [2]])
+        same(written, np.array([[7, 7001, 26001, 26003, 26002, 0, 255]], dtype=np.int32))
+        with pytest.raises(ValueError, match="label_divisor must be at least 2, got 1"):
+            open_masks(label_map, label_divisor=1)
+        _, restore = open_masks(np.array([[11, 12]]), label_divisor=3)
+        message = "restore: result must have fewer than 3 masks of a class, got more of class 3"
+        with pytest.raises(ValueError, match=message):
+            restore(MaskSet(torch.ones(3, 1, 2) > 0), [[0], [0], [0]])
+
+    def test_classes_of_labels_are_never_fused(self):
+        label_map = np.zeros((20, 30), dtype=np.int32)
+        label_map[4:16, 4:12], label_map[4:16, 12:26] = 11001, 12001
+        mask_set, restore = open_masks(label_map, label_divisor=1000)
+        whole = propagate(mask_set, np.zeros((20, 30), np.float32), threshold=0.5)
+        assert whole.classes.tolist() == [11, 12]
+        assert set(np.unique(restore(whole, [[0], [1]]))) <= {0, 11001, 12001}
+
+    @pytest.mark.parametrize("mode", ["L", "P", "I", "I;16", "1"])
+    def test_pictures(self, mode):
+        labels = np.array([[0, 1, 1], [2, 0, 9]])
+        if mode == "1":
+            before = Image.fromarray(labels > 0)
+        elif mode == "P":
+            before = Image.fromarray(labels.astype(np.uint8))
+            before.putpalette(bytes(range(48)))
+        else:
+            before = Image.fromarray(labels.astype({"L": np.uint8, "I": np.int32, "I;16": np.uint16}[mode]))
+        assert before.mode == mode
+        mask_set, restore = open_masks(before)
+        count = len(mask_set.masks)
+        assert count == (1 if mode == "1" else 3)
+        same(restore(mask_set, [[k] for k in range(count)]), before)
+        parts = restore(MaskSet(mask_set.masks[[0, 0]]), [[0], [0]])
+        if mode == "1":
+            same(parts, [before, before])
+
+    @EXAMPLES
+    @given(masks=stacks(least=1))
+    def test_a_single_mask(self, masks):
+        for one in (masks[0], torch.from_numpy(masks[0]), masks[0].astype(np.float16)):
+            mask_set, restore = open_masks(one)
+            assert mask_set.masks.shape == (1, *masks.shape[1:])
+            same(restore(mask_set, [[0]]), one)
+            assert restore(MaskSet(mask_set.masks[[0, 0]]), [[0], [0]]).shape == (2, *masks.shape[1:])
+
+    def test_masks_of_prompts(self):
+        stack = np.random.default_rng(0).random((2, 3, 4, 5)) > 0.5
+        mask_set, restore = open_masks(stack)
+        same(restore(mask_set, [[k] for k in range(6)]), stack)
+        assert restore(MaskSet(mask_set.masks[:5]), [[k] for k in range(5)]).shape == (5, 1, 4, 5)
+        _, restore = open_masks(stack[:1])
+        assert restore(MaskSet(mask_set.masks[:2]), [[0], [1]]).shape == (1, 2, 4, 5)
+
+    def test_soft_masks(self):
+        soft = np.array([[[0.2, 0.7, 0.5]]], dtype=np.float32)
+        for masks, cut in ((soft, 0.5), (soft - 0.5, 0.0), ({"keys": [15], "masks": soft}, 0.5), ([soft[0]], 0.5)):
+            mask_set, restore = open_masks(masks, cut=cut)
+            assert mask_set.masks.tolist() == [[[False, True, False]]]
+            written = restore(mask_set, [[0]])
+            written = written["masks"] if isinstance(written, dict) else written
+            np.testing.assert_array_equal(np.asarray(written), [[[0, 1, 0]]])
+        with pytest.raises(ValueError, match="open_masks: masks must be numbers, got nan"):
+            open_masks(soft * np.nan, cut=0.5)
+        with pytest.raises(TypeError, match="open_masks: cut must be "):
+            open_masks(soft, cut="0.5")
+
+    def test_collections_without_an_order_or_an_end(self):
+        masks = [np.array([[1, 0]]) > 0, np.array([[1, 1]]) > 0]
+        for collection in ((mask for mask in masks), iter(masks), {1: masks[0], 2: masks[1]}.values()):
+            mask_set, restore = open_masks(collection)
+            same(restore(mask_set, [[0], [1]]), masks)
+        tensors = {torch.from_numpy(mask) for mask in masks}
+        for collection in (tensors, frozenset(tensors)):
+            mask_set, restore = open_masks(collection)
+            written = restore(mask_set, [[0], [1]])
+            assert type(written) is type(collection)
+            assert sorted(mask.sum().item() for mask in written) == [1, 2]
+
+
+class TestPanoptic:
+    SEGMENTS = (
+        {"id": 1, "isthing": True, "category_id": 17, "instance_id": 0, "score": 0.75, "area": 3.0},
+        {"id": 4, "isthing": False, "category_id": 40, "area": 3, "bbox": [1, 0, 2, 2]},
+    )
+
+    def test_parts_of_things_and_of_stuff(self):
+        segment_map = torch.tensor([[1, 1, 4, 255], [1, 4, 4, 0]], dtype=torch.int32)
+        mask_set, restore = open_masks((segment_map, list(self.SEGMENTS)))
+        assert mask_set.classes.tolist() == [17, 40] and mask_set.scores is None
+        same(restore(mask_set, [[0], [1]]), (segment_map, list(self.SEGMENTS)))
+        first = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+        parts = [mask for whole in mask_set.masks for mask in (whole & first, whole & ~first)]
+        written, segments = restore(MaskSet(torch.stack(parts)), [[0], [0], [1], [1]])
+        assert written.tolist() == [[1, 1, 4, 255], [2, 4, 4, 0]]
+        assert [(one["id"], one["category_id"], one["area"]) for one in segments] == [
+            (1, 17, 2),
+            (2, 17, 1),
+            (4, 40, 3),
+        ]
+        written, segments = restore(MaskSet(torch.ones(1, 2, 4) > 0), [[1]])
+        assert written.tolist() == [[4, 4, 4, 255], [4, 4, 4, 4]]
+        assert segments == [{**self.SEGMENTS[1], "area": 7, "bbox": [0, 0, 4, 2]}]
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+    def test_transformers(self, dtype):
+        output = {
+            "segmentation": torch.tensor([[0, 0, -1], [1, 1, -1]], dtype=dtype),
+            "segments_info": [
+                {"id": 0, "label_id": 3, "was_fused": False, "score": 0.9},
+                {"id": 1, "label_id": 5, "was_fused": False, "score": 0.6},
+            ],
+        }
+        mask_set, restore = open_masks(output)
+        assert mask_set.classes.tolist() == [3, 5] and mask_set.masks.sum() == 4
+        same(restore(mask_set, [[0], [1]]), output)
+        written = restore(MaskSet(mask_set.masks[:1], torch.tensor([0.25])), [[0]])
+        assert written["segmentation"].tolist() == [[0, 0, -1], [-1, -1, -1]]
+        assert written["segments_info"] == [{**output["segments_info"][0], "score": 0.25}]
+
+    def test_an_output_of_detectron2(self):
+        output = {"panoptic_seg": (torch.tensor([[1, 4]]), list(self.SEGMENTS)), "sem_seg": torch.zeros(2, 1, 2)}
+        mask_set, restore = open_masks(output)
+        written = restore(mask_set, [[0], [1]])
+        assert list(written) == ["panoptic_seg", "sem_seg"] and written["panoptic_seg"][0].tolist() == [[1, 4]]
+        output["instances"] = instances(ONE)
+        assert len(open_masks(output)[0].masks) == 1
+
+
+MAPS = {
+    "label map": lambda masks: masks[0].astype(int),
+    "PIL label map": lambda masks: Image.fromarray(masks[0].astype(np.uint8)),
+    "panoptic": lambda masks: (masks[0].astype(int), [{"id": 1, "category_id": 3}]),
+    "transformers' panoptic": lambda masks: {
+        "segmentation": torch.from_numpy(masks[0].astype(int)),
+        "segments_info": [{"id": 1, "label_id": 3, "score": 0.5}],
+    },
+}
 
 
 class TestFields:
@@ -341,11 +579,26 @@ class TestFields:
         (out,) = restore(self.UNION, [[0, 1]])
         same(out["segmentation"], self.MASKS[:2].any(0))
         assert out["area"] == 4 and out["bbox"] == [0, 0, 2, 1] and out["predicted_iou"] == 0.75
-        best = records[1]
-        assert {key: out[key] for key in ("point_coords", "stability_score", "crop_box")} == {
-            key: best[key] for key in ("point_coords", "stability_score", "crop_box")
-        }
-        assert "extra" not in out
+        # of the best of both, and measured again or left out where the mask is another
+        assert list(out) == ["segmentation", "area", "bbox", "predicted_iou", "point_coords", "crop_box"]
+        assert out["crop_box"] == records[1]["crop_box"]
+        ((x, y),) = out["point_coords"]
+        assert out["segmentation"][int(y), int(x)]
+
+    def test_parts_of_a_record(self):
+        mask = np.ones((4, 6), dtype=bool)
+        record = {**sam(mask, 0), "id": 7, "point_coords": [[1.5, 2.0], [0.0, 3.0], [5.5, 0.5]]}
+        _, restore = open_masks([record])
+        halves = np.stack([mask, mask])
+        halves[0, :, 3:], halves[1, :, :3] = False, False
+        lower = halves[1] & (np.arange(4) >= 2)[:, None]
+        one, two, three = restore(MaskSet(torch.from_numpy(np.stack([*halves, lower]))), [[0]] * 3)
+        assert one["point_coords"] == [[1.5, 2.0], [0.0, 3.0]] and two["point_coords"] == [[5.5, 0.5]]
+        assert three["point_coords"] == [[4.0, 2.0]] and lower[2, 4]
+        assert one["id"] == 7 and not any("id" in part or "stability_score" in part for part in (two, three))
+        assert (one["bbox"], two["bbox"]) == ([0, 0, 2, 3], [3, 0, 2, 3]) and one["area"] == 12
+        (whole,) = restore(MaskSet(torch.from_numpy(mask[None])), [[0]])
+        same(whole, record)
 
     def test_annotations(self):
         entries = [annotation(mask, k) for k, mask in enumerate(self.MASKS)]
@@ -364,12 +617,14 @@ class TestFields:
         (out,) = restore(self.UNION, [[2]])
         assert list(out) == ["segmentation"]
 
-    def test_polygons_become_rle(self):
-        entry = {"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]], "category_id": 1}
+    def test_polygons_become_rle_where_the_mask_is_another(self):
+        entry = {"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]], "category_id": 1, "area": 4.5}
         mask_set, restore = open_masks([entry], (3, 4))
         assert mask_set.masks.sum() == 4
         (out,) = restore(mask_set, [[0]])
-        assert out["segmentation"] == rle(mask_set.masks[0].numpy())
+        assert out == entry and out["segmentation"] is not entry["segmentation"]
+        (out,) = restore(MaskSet(~mask_set.masks), [[0]])
+        assert out == {"segmentation": rle(~mask_set.masks[0].numpy()), "category_id": 1, "area": 8}
 
     @pytest.mark.parametrize("compact", [False, True])
     def test_detections(self, compact):
@@ -411,6 +666,35 @@ class TestFields:
         same(out.embedding, torch.tensor([[0, 1]]))
         same(collection.pred_masks, mask_set.masks)
 
+    def test_fields_of_a_dictionary(self):
+        before = fields_of_transformers(self.MASKS)
+        before["extra"] = np.arange(6).reshape(3, 2)
+        _, restore = open_masks(before)
+        out = restore(MaskSet(torch.from_numpy(self.MASKS[:2].any(0)[None]), torch.tensor([0.75])), [[0, 1]])
+        same(out["masks"], [self.MASKS[:2].any(0)])
+        assert out["scores"].tolist() == [0.75] and out["bounding_boxes"].tolist() == [[0, 0, 2, 1]]
+        assert out["rle_mask"] == [rle(self.MASKS[:2].any(0), list)] and out["extra"].tolist() == [[0, 1]]
+        assert out["is_last"] == [True] and before["bounding_boxes"].shape == (3, 4)
+
+    def test_names_are_classes(self):
+        records = [pipeline_record(mask, k) for k, mask in enumerate(self.MASKS)]
+        assert open_masks(records)[0].classes.tolist() == [0, 1, 0]
+        for record in records:
+            record["score"] = None
+        mask_set, restore = open_masks(records)
+        assert mask_set.scores is None
+        assert [one["score"] for one in restore(mask_set, [[0], [1], [2]])] == [None] * 3
+        fields = {"masks": self.MASKS, "labels": ["cat", "dog", "cat"]}
+        mask_set, restore = open_masks(fields)
+        assert mask_set.classes.tolist() == [0, 1, 0]
+        assert restore(MaskSet(mask_set.masks[1:]), [[1], [2]])["labels"] == ["dog", "cat"]
+
+    def test_parts_of_a_detection_have_tracks_of_their_own(self):
+        _, restore = open_masks(detections(self.MASKS))
+        masks = torch.from_numpy(self.MASKS)[[0, 0, 1, 0]]
+        out = restore(MaskSet(masks), [[0], [0], [1], [0]])
+        assert out.tracker_id.tolist() == [100, 103, 101, 104]
+
     def test_instances_of_masks_alone(self):
         mask_set, restore = open_masks(Instances((2, 3), pred_masks=torch.from_numpy(self.MASKS)))
         assert mask_set.scores is None and mask_set.classes is None
@@ -424,8 +708,9 @@ class TestFields:
 
     def test_the_first_of_equal_scores(self):
         records = [{**sam(mask, k), "predicted_iou": 0.5} for k, mask in enumerate(self.MASKS)]
+        records[1]["crop_box"] = [1, 1, 1, 1]
         _, restore = open_masks(records)
-        assert restore(self.UNION, [[2, 1]])[0]["point_coords"] == records[1]["point_coords"]
+        assert restore(self.UNION, [[2, 1]])[0]["crop_box"] == [1, 1, 1, 1]
 
     def test_a_mask_set_is_returned_as_it_is(self):
         before = MaskSet(torch.from_numpy(self.MASKS), torch.rand(3), torch.arange(3))
@@ -493,12 +778,20 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("masks", "message"),
         [
-            (ONE[0], r"masks must be \(M, H, W\), or integers \(H, W\), a label map, got \(2, 3\)"),
-            (ONE[None], r"masks must be \(M, H, W\), got \(1, 1, 2, 3\)"),
-            (np.zeros((1, 0, 3), dtype=bool), r"masks must be \(M, H, W\), got \(1, 0, 3\)"),
+            (ONE[0, 0], r"masks must be \(H, W\), \(M, H, W\) or \(B, M, H, W\), got \(3,\)"),
+            (ONE[None, None], r"masks must be \(H, W\), .* got \(1, 1, 1, 2, 3\)"),
+            (np.zeros((1, 0, 3), dtype=bool), r"masks must be \(H, W\), .* got \(1, 0, 3\)"),
+            (np.zeros((0, 3), dtype=bool), r"masks must be \(H, W\), .* got \(0, 3\)"),
             (np.zeros((0, 3), dtype=np.int64), r"masks must be \(H, W\), got \(0, 3\)"),
             (ONE * 2, "masks must be 0 or 1, got 2"),
-            (torch.full((1, 2, 3), 0.5), "masks must be 0 or 1, got 0.5"),
+            (torch.full((1, 2, 3), 0.5), "masks must be 0 or 1, got 0.5; soft masks need a cut"),
+            (np.array([[[0, 1, 255]]], np.uint8), "masks must be 0 or 1, got 1"),
+            (Image.new("RGB", (3, 2)), "masks must be a picture of mode 1, L, P, I or I;16, got RGB"),
+            ([Image.new("P", (3, 2))], r"masks\[0\] must be a picture of mode 1 or L, got P"),
+            ({"mask": ONE, "class": np.arange(2)}, r"class must be \(1,\), one for each mask, got \(2,\)"),
+            ({"masks": ONE, "scores": [0.5, 1]}, r"scores must be \(1,\), one for each mask, got \(2,\)"),
+            ({"segmentation": ONE[0] * 1}, r"masks must have a segmentation \(H, W\) and segments_info, got others"),
+            ((ONE[0] * 1, [{"id": 1}, {"id": 1}]), r"ids of segments must differ, got \[1, 1\]"),
             ([ONE[0] * np.nan], r"masks\[0\] must be 0 or 1, got nan"),
             ([ONE[0], ONE], r"masks\[1\] must be \(H, W\), got \(1, 2, 3\)"),
             ([ONE[0], ONE[0].T], r"masks\[1\] must be of size \(2, 3\), got \(3, 2\)"),
@@ -610,12 +903,12 @@ class TestRegistry:
     def test_a_format_is_one_entry(self, monkeypatch):
         """Return a mask by its box, which no other format accepts."""
 
-        def read(box, size):
-            masks = torch.zeros(1, *size, dtype=torch.bool)
+        def read(box, options):
+            masks = torch.zeros(1, *options.size, dtype=torch.bool)
             masks[0, box["top"] : box["bottom"], box["left"] : box["right"]] = True
             return MaskSet(masks), lambda result, best: [mask_boxes(result.masks).tolist(), best]
 
-        boxes = formats.MaskFormat("a box", lambda masks: isinstance(masks, dict), read)
+        boxes = formats.MaskFormat("a box", lambda masks: isinstance(masks, dict) and "top" in masks, read)
         monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, boxes))
         mask_set, restore = open_masks({"left": 1, "top": 0, "right": 4, "bottom": 2}, (3, 5))
         assert mask_set.masks.sum() == 6
@@ -626,7 +919,7 @@ class TestRegistry:
     def test_every_format_is_tested(self):
         accepted = {
             next(known.name for known in formats.FORMATS if known.accepts(convert(ONE)))
-            for convert in (*FORMATS.values(), lambda masks: masks[0].astype(int))
+            for convert in (*FORMATS.values(), *MAPS.values())
         }
         assert accepted == {known.name for known in formats.FORMATS}
 
@@ -671,6 +964,17 @@ class TestSemantic:
             semantic_masks(self.MAP, [2**63])
         tags = torch.tensor([15], dtype=torch.uint8)
         assert semantic_masks(self.MAP, tags).classes.tolist() == [tag for tag in [15] if (tag == self.MAP).any()]
+
+
+@EXAMPLES
+@given(masks=stacks())
+def test_masks_that_are_visible(masks):
+    visible, indices = keep_visible(torch.from_numpy(masks))
+    assert (visible.sum(0) == torch.from_numpy(masks).any(0)).all() and visible.flatten(1).any(1).all()
+    order = sorted(range(len(masks)), key=lambda k: (masks[k].sum(), -k))  # the smallest first
+    for mask, index in zip(visible.numpy(), indices.tolist(), strict=True):
+        above = masks[order[: order.index(index)]].any(0)
+        np.testing.assert_array_equal(mask, masks[index] & ~above)
 
 
 @EXAMPLES

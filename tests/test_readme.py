@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 SHELL = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
 COMMANDS = re.findall(r"^trace-fast .*$", "".join(SHELL), re.MULTILINE)

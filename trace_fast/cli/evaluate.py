@@ -15,7 +15,15 @@ __all__ = ["run_evaluate"]
 
 
 def run_evaluate(
-    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder with images/ and ground truth.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Folder with images/ and ground truth; or COCO's, with val2017/ and annotations/; or one of images "
+            "alone, such as coco/val2017, for a --truth elsewhere.",
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report. Counts in it are used again.")
     ],
@@ -60,8 +68,9 @@ def run_evaluate(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Folder of label maps, of mask files or of BSDS .mat files, or a COCO JSON file. The default is the "
-            "first that exists of inst, panoptic, masks, ground_truth, groundTruth.",
+            help="Folder of label maps, of mask files or of BSDS .mat files, or a COCO JSON file, such as "
+            "coco/annotations/instances_val2017.json. The default is the first that exists of inst, panoptic, masks, "
+            "ground_truth, groundTruth, annotations/instances_SPLIT.json of a folder SPLIT (that of val of several).",
         ),
     ] = None,
     ignore: Annotated[

@@ -193,9 +193,12 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
     """List the photographs of a folder that have ground truth; their pixels are read when they are asked for.
 
     Args:
-        folder: holds the photographs in `images`, or itself; photographs may be missing where maps are scored.
+        folder: holds the photographs in `images`, or, for a JSON file NAME_SPLIT.json, in `SPLIT`, or itself;
+            photographs may be missing where maps are scored.
         truth: ground truth, a folder below `folder` or anywhere, or a COCO JSON file, which is read at once; None is
-            the first that exists of inst, panoptic, masks, ground_truth, groundTruth. A folder holds one of: label maps
+            the first that exists of inst, panoptic, masks, ground_truth, groundTruth, or else, as COCO is laid out,
+            annotations/instances_SPLIT.json of a folder `SPLIT`, that of val if there are several. A folder holds one
+            of: label maps
             NAME.png of one channel, or of three as COCO encodes panoptic segments; folders NAME of one mask a file;
             NAME.mat of BSDS500.
         ignore: labels of maps that are crowd or void.
@@ -207,13 +210,14 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
         ValueError: there is no ground truth at all, or the JSON file has problems.
 
     Example:
-        >>> dataset = open_dataset("coco", "instances_val2017.json")  # doctest: +SKIP
+        >>> dataset = open_dataset("coco/val2017", "coco/annotations/instances_val2017.json")  # doctest: +SKIP
         >>> dataset.photos[0].contours().lines.shape  # doctest: +SKIP
         (1, 426, 640)
     """
     folder = Path(folder)
     truth_path = _find_truth(folder, truth)
-    images = folder / "images" if (folder / "images").is_dir() else folder
+    places = ["images", truth_path.stem.rpartition("_")[2]] if truth_path.suffix == ".json" else ["images"]
+    images = next((folder / place for place in places if (folder / place).is_dir()), folder)
     files = sorted(path for path in images.iterdir() if is_picture(path.name)) if images.is_dir() else []
     if truth_path.suffix == ".json":
         return _open_json(truth_path, images, files)
@@ -226,6 +230,15 @@ def _find_truth(folder: Path, truth: str | Path | None) -> Path:
     for path in [folder / name for name in names] + ([] if truth is None else [Path(truth)]):
         if path.exists():
             return path
+    if truth is None:
+        files = {path.stem.partition("_")[2]: path for path in sorted(folder.glob("annotations/instances_*.json"))}
+        files = {split: path for split, path in files.items() if (folder / split).is_dir()}
+        chosen = [split for split in files if split.startswith("val")] or list(files)
+        if len(chosen) == 1:
+            return files[chosen[0]]
+        if chosen:
+            raise ValueError(f"evaluate: truth must be one of {[str(path) for path in files.values()]}, got None")
+        names = (*names, "annotations/instances_SPLIT.json with a folder SPLIT")
     raise ValueError(f"evaluate: data must hold ground truth, got no {' or '.join(names)} in '{folder}'")
 
 

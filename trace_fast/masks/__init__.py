@@ -14,13 +14,14 @@ from trace_fast.masks.coco import (
 )
 from trace_fast.masks.export import (
     make_panoptic_segments,
+    make_predictor_prompts,
     make_sam_prompts,
     refine_results,
     write_coco_results,
     write_palette,
     write_panoptic,
 )
-from trace_fast.masks.formats import MaskSet, open_masks, paint_labels, semantic_masks
+from trace_fast.masks.formats import MaskSet, keep_visible, open_masks, paint_labels, semantic_masks
 from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "Seeds",
     "encode_masks",
     "instances",
+    "keep_visible",
     "make_panoptic_segments",
+    "make_predictor_prompts",
     "make_sam_prompts",
     "open_masks",
     "paint_labels",

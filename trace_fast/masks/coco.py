@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 MAX_LISTED = 20  # problems that a message lists
+EXCHANGED = "images with height and width exchanged, of which the size of the masks is used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,8 +382,25 @@ def parse_instances(op: str, content: Any, name: str, *, as_results: bool = Fals
                 image.instances.append(instance)
         except ValueError as problem:
             problems.append(f"{location}: {problem}")
+    _exchange_others(images, {} if is_list else sizes, notes)
     _raise_problems(op, name, problems)
     return Instances(images, categories, _format_notes(notes))
+
+
+def _exchange_others(
+    images: dict[int, ImageInstances], sizes: Mapping[int, tuple[int, int, str]], notes: Counter[str]
+) -> None:
+    """Exchange height and width of images without an instance, where all others of a file have them exchanged."""
+    is_exchanged = {
+        number: image.height != sizes[number][0]
+        for number, image in images.items()
+        if number in sizes and image.instances and image.height != image.width
+    }
+    if is_exchanged and all(is_exchanged.values()):
+        for number, image in images.items():
+            if not image.instances and image.height != image.width:
+                images[number] = replace(image, height=image.width, width=image.height)
+                notes[EXCHANGED] += 1
 
 
 def _parse_panoptic(op: str, content: Mapping[str, Any], name: str, png_folder: Path) -> Panoptic:
@@ -421,7 +439,7 @@ def _find_image(images: dict[int, ImageInstances], entry: Mapping[str, Any], not
     is_first_rle = image.height > 0 and isinstance(segmentation, Mapping) and not image.instances
     if is_first_rle and size != read_rle_size(segmentation) == size[::-1]:
         images[number] = image = replace(image, height=image.width, width=image.height)
-        notes["images with height and width exchanged, of which the size of the masks is used"] += 1
+        notes[EXCHANGED] += 1
     return image
 
 

@@ -5,6 +5,7 @@ Files are written atomically, and those of whole data sets image by image.
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import os
@@ -20,13 +21,22 @@ from torch import Tensor
 from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
 from trace_fast.io.files import write_atomically
 from trace_fast.masks import coco
-from trace_fast.masks.formats import MaskSet, convert_labels, convert_scores, open_masks, paint_labels, to_xywh
+from trace_fast.masks.formats import (
+    MaskSet,
+    convert_labels,
+    convert_scores,
+    keep_visible,
+    open_masks,
+    paint_labels,
+    to_xywh,
+)
 from trace_fast.masks.propagation import Seeds
-from trace_fast.masks.rle import encode_rles
+from trace_fast.masks.rle import decode_run_lengths, encode_rles
 from trace_fast.ops import checks
 
 __all__ = [
     "make_panoptic_segments",
+    "make_predictor_prompts",
     "make_sam_prompts",
     "refine_results",
     "write_coco_results",
@@ -41,6 +51,8 @@ def write_coco_results(
     path: str | os.PathLike[str],
     results: Mapping[int, MaskSet | tuple[Any, Any]] | Iterable[tuple[int, Any, Any]],
     category_id: int = 1,
+    *,
+    exclusive: bool = False,
 ) -> None:
     """Write masks as a list of results of COCO's form.
 
@@ -54,6 +66,7 @@ def write_coco_results(
             scores), perhaps a generator. Masks have any format that `open_masks` reads. Scores are (M,) and finite;
             None takes the scores of the masks, or 1 if they have none.
         category_id: category of masks without a class.
+        exclusive: remove overlaps, as `keep_visible` does: smaller masks lie on top, and hidden ones are left out.
 
     Raises:
         TypeError: an image id is not an integer, masks have no accepted format, or scores are not numbers.
@@ -71,7 +84,11 @@ def write_coco_results(
         triples = _list_triples(op, results)
         _write_list(
             file,
-            (record for i, masks, scores in triples for record in _make_records(op, i, masks, scores, category_id)),
+            (
+                record
+                for i, masks, scores in triples
+                for record in _make_records(op, i, masks, scores, category_id, exclusive)
+            ),
         )
 
 
@@ -79,20 +96,27 @@ def refine_results(
     path: str | os.PathLike[str] | Mapping[str, Any] | list[Any],
     out: str | os.PathLike[str],
     refine: Callable[[np.ndarray, np.ndarray, int], tuple[Any, Any]],
+    *,
+    exclusive: bool = False,
 ) -> None:
     """Refine the masks of a file such as CutLER's, image by image, and write a file of the same form.
 
-    Images without masks are not refined. A bar shows the progress on a terminal.
+    Every refined mask takes the fields of the mask that it overlaps most, in IoU; one that overlaps none has new ones.
+    Of these fields, segmentation, area and bbox are made again where the mask is another. The first mask that takes the
+    fields of an annotation also takes its id, and others have ids that are new in the file. Images without masks are
+    not refined. A bar shows the progress on a terminal.
 
     Args:
         path: a JSON file with a list of results, or with images and annotations, or its content, as `read_results`
             takes it.
         out: the JSON file to write; replaced if it exists. If the file has annotations, its other content is kept, the
-            sizes of images that MaskCut exchanged are corrected, and the new annotations are numbered from 1 and have
-            id, image_id, category_id, segmentation, bbox, area, iscrowd 0 and score.
+            sizes of images that MaskCut exchanged are corrected, and annotations without an id, a bbox, an area,
+            iscrowd or a score get them.
         refine: called as refine(masks, scores, image_id) with the masks of one image and category, (M, H, W) bool, and
             their scores, (M,) float64; returns masks of any format that `open_masks` reads, and their scores, or None
             for the scores of the masks, or 1 if they have none.
+        exclusive: remove overlaps in each image, also between categories, as `keep_visible` does: smaller masks lie on
+            top, and hidden ones are left out. panopticapi's converters need it.
 
     Raises:
         TypeError: refine does not return a pair, or its masks have no accepted format or its scores are not numbers.
@@ -113,19 +137,19 @@ def refine_results(
     content, name = coco.load_json(op, path, or_list=True)
     images = coco.parse_instances(op, content, name, as_results=True).images
     is_list = isinstance(content, list)
+    entries: dict[int, list[dict[str, Any]]] = {}
+    for entry in content if is_list else content["annotations"]:
+        entries.setdefault(int(entry["image_id"]), []).append(entry)
+    known = (int(entry.get("id", 0)) for image in entries.values() for entry in image)
+    ids = itertools.count(1 + max(known, default=0))
 
     def refine_images() -> Iterator[dict[str, Any]]:
         for image in tqdm(images.values(), desc="refine", unit="image", disable=None):
-            masks, categories = image.masks(), np.array([instance.category for instance in image.instances])
-            scores = np.array([instance.score for instance in image.instances])
-            for category in dict.fromkeys(categories.tolist()):
-                chosen = categories == category
-                pair = refine(masks[chosen], scores[chosen], image.id)
-                if not isinstance(pair, tuple) or len(pair) != 2:
-                    raise TypeError(f"{op}: refine must return masks and scores, got {type(pair).__name__}")
-                yield from _make_records(
-                    op, image.id, *pair, category, (image.height, image.width), with_area=not is_list
-                )
+            records = _refine_image(op, image, entries.get(image.id, []), refine, with_defaults=not is_list)
+            if exclusive:
+                records = _keep_visible_records(records, (image.height, image.width))
+            for record in records:
+                yield record if is_list or "id" in record else {"id": next(ids), **record}
 
     with write_atomically(out, op) as file:
         if is_list:
@@ -135,7 +159,7 @@ def refine_results(
         sizes = {number: {"height": image.height, "width": image.width} for number, image in images.items()}
         rest["images"] = [{**entry, **sizes[int(entry["id"])]} for entry in rest["images"]]
         file.write(json.dumps(rest)[:-1].encode() + b', "annotations": ')
-        _write_list(file, ({"id": number, **record, "iscrowd": 0} for number, record in enumerate(refine_images(), 1)))
+        _write_list(file, refine_images())
         file.write(b"}")
 
 
@@ -192,7 +216,8 @@ def write_panoptic(
         images: (image_id, file_name, segment map, segments_info) of each image, perhaps from a generator: the name of
             the image file; (H, W) integers from 0, which is void, to 256^3 - 1; and {"id", "category_id"} of each
             segment. Area, bbox and, if missing, iscrowd 0 are added.
-        categories: {"id", "name", "isthing"} of each category.
+        categories: {"id", "name", "isthing"} of each category, and perhaps its "color", [R, G, B] from 0 to 255; those
+            without one are written with a color that no other has.
 
     Raises:
         TypeError: a segment map or an image id is not of integers.
@@ -228,7 +253,7 @@ def write_panoptic(
         content = {
             "images": list(listed.values()),
             "annotations": list(annotations.values()),
-            "categories": [dict(category) for category in categories],
+            "categories": _add_colors(categories),
         }
         file.write(json.dumps(content).encode())
 
@@ -257,13 +282,25 @@ def write_palette(path: str | os.PathLike[str], class_map: np.ndarray | Tensor) 
     low, high = (int(end) for end in classes.aminmax())
     if low < 0 or high > 255:
         raise ValueError(f"{op}: class_map must be from 0 to 255, got {low} to {high}")
-    # bit k of a class is bit 7 - k // 3 of red, green and blue in turn
-    bits = np.arange(256)[:, None] >> np.arange(24) & 1
-    palette = (bits.reshape(256, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)  # (256, 3)
     picture = Image.fromarray(classes.numpy().astype(np.uint8))
-    picture.putpalette(palette.astype(np.uint8).tobytes())
+    picture.putpalette(_find_colors(np.arange(256)).astype(np.uint8).tobytes())
     with write_atomically(path, op) as file:
         picture.save(file, format="PNG")
+
+
+def _find_colors(classes: np.ndarray) -> np.ndarray:
+    """Return the colors of PASCAL VOC, (n, 3) from 0 to 255, of classes (n,) from 0 to 256^3 - 1."""
+    # bit k of a class is bit 7 - k // 3 of red, green and blue in turn
+    bits = classes[:, None] >> np.arange(24) & 1
+    return (bits.reshape(-1, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)
+
+
+def _add_colors(categories: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return categories with a color each, which panopticapi needs."""
+    taken = {tuple(category["color"]) for category in categories if "color" in category}
+    count = len(categories) + len(taken) + 1
+    free = (color for color in _find_colors(np.arange(1, count)).tolist() if tuple(color) not in taken)
+    return [{**category, "color": category["color"] if "color" in category else next(free)} for category in categories]
 
 
 def make_sam_prompts(
@@ -288,14 +325,82 @@ def make_sam_prompts(
         {'input_points': [[[[4.0, 2.0]]]], 'input_labels': [[[1]]]}
         >>> inputs = processor(images=image, return_tensors="pt", **make_sam_prompts(seeds(edges, 8, threshold=0.5)))
     """
-    op = "make_sam_prompts"
+    coordinates, corners = _read_prompts("make_sam_prompts", points, boxes)
+    prompts: dict[str, list[Any]] = {
+        "input_points": [coordinates[:, None].tolist()],
+        "input_labels": [[[1]] * len(coordinates)],
+    }
+    if corners is not None:
+        prompts["input_boxes"] = [corners.tolist()]
+    return prompts
+
+
+def make_predictor_prompts(
+    points: np.ndarray | Tensor | Seeds,
+    boxes: np.ndarray | Tensor | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    side: int = 1024,
+) -> dict[str, np.ndarray]:
+    """Make prompts of one image for the predictors of segment-anything and of SAM 2: one object for each point.
+
+    `SamPredictor.predict` takes the points of a single object. `SamPredictor.predict_torch` takes several objects, as
+    tensors, in pixels of the image as the network sees it: give `size`, and `torch.from_numpy` of each array.
+    `SAM2ImagePredictor.predict` takes the arrays as they are without `size`.
+
+    Args:
+        points: (k, 2), (x, y) of a pixel of each object; or `Seeds`, whose points and boxes are used.
+        boxes: (k, 4), (x0, y0, x1, y1) of the first and last column and row of each object; None prompts with points
+            only.
+        size: (height, width) of the image in pixels, to transform coordinates for `SamPredictor`; None leaves them.
+        side: longer side of the image as the network sees it, in pixels.
+
+    Returns:
+        Arrays: point_coords (k, 1, 2) float32, point_labels (k, 1) int32, all 1, and with boxes (k, 4) float32, which
+        are called boxes with a size and box without one, as the predictors call them.
+
+    Raises:
+        TypeError: points or boxes are not an array or a tensor, or size or side is not of integers.
+        ValueError: a shape is another, there is no point, a coordinate is not finite, or boxes are given with `Seeds`.
+
+    Example:
+        >>> make_predictor_prompts(np.array([[4.0, 2.0]]), size=(512, 768))["point_coords"]
+        array([[[5.3333335, 2.6679688]]], dtype=float32)
+        >>> prompts = make_predictor_prompts(seeds(edges, 8, threshold=0.5), size=image.shape[:2])
+        >>> prompts = {name: torch.from_numpy(array) for name, array in prompts.items()}
+        >>> masks, scores, _ = predictor.predict_torch(**prompts, multimask_output=False)
+    """
+    op = "make_predictor_prompts"
+    coordinates, corners = _read_prompts(op, points, boxes)
+    scale = torch.ones(2, dtype=torch.float64, device="cpu")
+    if size is not None:
+        for name, value in (("height", size[0]), ("width", size[1]), ("side", side)):
+            checks.integer(op, name, value, 1)
+        # of the size that the image is resized to, in whole pixels
+        factor = side / max(size)
+        scale = torch.tensor([int(length * factor + 0.5) / length for length in reversed(size)], dtype=torch.float64)
+    coordinates = coordinates.cpu() * scale
+    prompts = {
+        "point_coords": coordinates[:, None].float().numpy(),
+        "point_labels": np.ones((len(coordinates), 1), np.int32),
+    }
+    if corners is not None:
+        prompts["box" if size is None else "boxes"] = (corners.cpu() * scale.repeat(2)).float().numpy()
+    return prompts
+
+
+def _read_prompts(
+    op: str, points: np.ndarray | Tensor | Seeds, boxes: np.ndarray | Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check points and boxes, and return them as float64 (k, 2) and (k, 4)."""
     if isinstance(points, Seeds):
         if boxes is not None:
             raise ValueError(f"{op}: boxes must be None with Seeds, which have boxes, got {type(boxes).__name__}")
         boxes, points = points.boxes, points.points
-    prompts: dict[str, list[Any]] = {}
+    prompts: list[Tensor | None] = []
     for name, value, length in (("points", points, 2), ("boxes", boxes, 4)):
         if value is None and name == "boxes":
+            prompts.append(None)
             continue
         if not isinstance(value, (np.ndarray, Tensor)):
             raise TypeError(f"{op}: {name} must be an array or a tensor, got {type(value).__name__}")
@@ -306,12 +411,82 @@ def make_sam_prompts(
             raise ValueError(f"{op}: {name} must be (k, {length}), {required}, got {tuple(coordinates.shape)}")
         if not coordinates.isfinite().all():
             raise ValueError(f"{op}: {name} must be finite, got {coordinates[~coordinates.isfinite()][0].item()}")
-        if name == "points":
-            prompts["input_points"] = [coordinates[:, None].tolist()]
-            prompts["input_labels"] = [[[1]] * count]
-        else:
-            prompts["input_boxes"] = [coordinates.tolist()]
-    return prompts
+        prompts.append(coordinates)
+    first, second = prompts
+    assert first is not None
+    return first, second
+
+
+def _refine_image(
+    op: str,
+    image: coco.ImageInstances,
+    entries: Sequence[dict[str, Any]],
+    refine: Callable[[np.ndarray, np.ndarray, int], tuple[Any, Any]],
+    with_defaults: bool,
+) -> list[dict[str, Any]]:
+    """Refine the masks of an image, and return them as records with the fields of the entries that they come from."""
+    size = image.height, image.width
+    masks = image.masks()
+    categories = np.array([instance.category for instance in image.instances])
+    scores = np.array([instance.score for instance in image.instances])
+    records: list[dict[str, Any]] = []
+    for category in dict.fromkeys(categories.tolist()):
+        chosen = np.flatnonzero(categories == category)
+        pair = refine(masks[chosen], scores[chosen], image.id)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"{op}: refine must return masks and scores, got {type(pair).__name__}")
+        new = list(_make_records(op, image.id, *pair, category, size=size, with_area=with_defaults))
+        refined = open_masks([record["segmentation"] for record in new], size)[0].masks.numpy()
+        sources = _find_sources(refined, masks[chosen])
+        taken: set[int] = set()
+        for record, mask, source in zip(new, refined, sources, strict=True):
+            if source is None:
+                records.append({**record, "iscrowd": 0} if with_defaults else record)
+                continue
+            entry = dict(entries[chosen[source]])
+            if source in taken:
+                entry.pop("id", None)
+            taken.add(source)
+            is_same = np.array_equal(mask, masks[chosen[source]])
+            records.append(_merge_fields(entry, record, is_same, with_defaults))
+    return records
+
+
+def _merge_fields(
+    entry: Mapping[str, Any], record: Mapping[str, Any], is_same: bool, with_defaults: bool
+) -> dict[str, Any]:
+    """Return the fields of an entry with those of its refined mask, in the form that the entry has them in."""
+    remade = {key: value for key, value in record.items() if with_defaults or key in entry}
+    fields = {**entry, **remade, **(entry if is_same else {})}
+    counts = entry["segmentation"]["counts"] if isinstance(entry["segmentation"], Mapping) else ""
+    if isinstance(counts, bytes):  # JSON has none
+        fields["segmentation"] = record["segmentation"]
+    elif isinstance(counts, list) and not is_same:
+        runs = decode_run_lengths(record["segmentation"]["counts"].encode())
+        fields["segmentation"] = {**record["segmentation"], "counts": runs.tolist()}
+    if with_defaults:
+        fields.setdefault("iscrowd", 0)
+    return {**fields, "category_id": entry["category_id"], "score": record["score"]}
+
+
+def _find_sources(refined: np.ndarray, masks: np.ndarray) -> list[int | None]:
+    """Find the mask (M, H, W) that each refined mask (K, H, W) overlaps most, in IoU; None where it overlaps none."""
+    flat, sources = masks.reshape(len(masks), -1), list[int | None]()
+    areas = np.count_nonzero(flat, axis=1)
+    for mask in refined:
+        common = np.count_nonzero(flat & mask.ravel(), axis=1)
+        best = int((common / (areas + np.count_nonzero(mask) - common).clip(1)).argmax())
+        sources.append(best if common[best] or np.array_equal(mask, masks[best]) else None)
+    return sources
+
+
+def _keep_visible_records(records: Sequence[dict[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Remove the overlaps of records of one image."""
+    if not records:
+        return []
+    mask_set, restore = open_masks(list(records), size)
+    visible, indices = keep_visible(mask_set.masks)
+    return restore(MaskSet(visible), [[index] for index in indices.tolist()])
 
 
 def _check_segments(
@@ -367,6 +542,7 @@ def _make_records(
     masks: Any,
     scores: Any,
     category_id: int,
+    exclusive: bool = False,
     size: tuple[int, int] | None = None,
     with_area: bool = False,
 ) -> Iterator[dict[str, Any]]:
@@ -381,6 +557,9 @@ def _make_records(
         return
     categories = [category_id] * count if mask_set.classes is None else mask_set.classes.tolist()
     stack = mask_set.masks.cpu()
+    if exclusive:
+        stack, indices = keep_visible(stack)
+        categories, values = ([column[index] for index in indices.tolist()] for column in (categories, values))
     for counts, area, category, box, score in zip(
         encode_rles(op, stack.numpy()),
         mask_areas(stack).tolist(),

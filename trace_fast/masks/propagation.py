@@ -6,7 +6,7 @@ It divides the image into regions; masks are split along the barrier and grow wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from trace_fast import ops
 from trace_fast.io.arrays import mask_areas
 from trace_fast.io.images import read_edge_map
-from trace_fast.masks.formats import MaskSet, open_masks
+from trace_fast.masks.formats import MaskSet, keep_visible, open_masks
 from trace_fast.ops import checks
 from trace_fast.reference import STRENGTHS, whole_strengths
 
@@ -56,6 +56,10 @@ def propagate(
     classes: Sequence[int] | Tensor | None = None,
     min_area: int | None = None,
     cover: float = 0.7,
+    exclusive: bool = False,
+    ignore: int | Iterable[int] | None = None,
+    label_divisor: int | None = None,
+    cut: float | None = None,
 ) -> Any:
     """Split, complete and merge masks along the edges of their image.
 
@@ -82,10 +86,14 @@ def propagate(
         min_area: area of the smallest part, in pixels; None is 0.05 % of the image.
         cover: smallest covered share of a region that "flood" fills, in [0, 1]. A gap in the edges joins an object to
             its surroundings, and the masks cover little of such a region.
+        exclusive: remove overlaps, as `trace_fast.masks.keep_visible` does: smaller masks lie on top.
+        ignore: labels of a label map that are void; see `trace_fast.masks.open_masks`.
+        label_divisor: of a label map whose labels are class * label_divisor + instance; see `open_masks`.
+        cut: value above which a pixel of soft masks is inside; see `open_masks`.
 
     Returns:
         The masks in the format and on the device of `masks`. There may be more or fewer than before, and they may
-        overlap.
+        overlap unless `exclusive` is set.
 
     Raises:
         TypeError: masks have a format that is not listed, edges are not a float array or tensor, or an option has
@@ -104,7 +112,8 @@ def propagate(
         raise ValueError(f"propagate: mode must be flood or walk, got {mode!r}")
     for name, value in (("iou", iou), ("cover", cover)):
         checks.number("propagate", name, value, 0, 1)
-    mask_set, restore = open_masks(masks, (edge_map.shape[0], edge_map.shape[1]))
+    size = edge_map.shape[0], edge_map.shape[1]
+    mask_set, restore = open_masks(masks, size, ignore=ignore, label_divisor=label_divisor, cut=cut)
     count, device = len(mask_set.masks), mask_set.masks.device
     mask_classes = mask_set.classes
     if classes is not None:
@@ -145,7 +154,12 @@ def propagate(
         None if mask_set.scores is None else torch.cat(united_scores)[order],
         None if mask_classes is None else torch.stack([labels[groups[k][0]] for k in order]),
     )
-    return restore(result, [sources[groups[k]].unique().tolist() for k in order])
+    members_of = [sources[groups[k]].unique().tolist() for k in order]
+    if exclusive:
+        visible, indices = keep_visible(result.masks)
+        fields = (None if field is None else field[indices] for field in (result.scores, result.classes))
+        result, members_of = MaskSet(visible, *fields), [members_of[index] for index in indices.tolist()]
+    return restore(result, members_of)
 
 
 def instances(
