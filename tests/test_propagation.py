@@ -21,6 +21,10 @@ def cross(height=40, width=60):
     return edges, 1 + 2 * (rows >= height // 2) + (columns >= width // 2)
 
 
+def flood(masks, edges, **options):
+    return trace_fast.propagate(masks, edges, mode="flood", **options)
+
+
 def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
@@ -42,7 +46,7 @@ def test_flood_fills_regions_exactly():
     masks = np.stack([(labels == label) for label in (1, 2, 3, 4)])
     masks[:, ::2] = False  # half of each
     masks[:, :, ::7] = False
-    out = trace_fast.propagate(masks, edges, threshold=0.5, min_area=1, cover=0.3)
+    out = flood(masks, edges, threshold=0.5, min_area=1, cover=0.3)
     off = edges == 0
     assert len(out) == 4
     for mask, label in zip(out, (1, 2, 3, 4), strict=True):
@@ -54,16 +58,16 @@ def test_a_region_is_filled_from_that_share_on():
     edges, labels = cross()
     mask = (labels == 1)[None]
     mask[:, 10:] = False  # 300 of the region's 600 pixels
-    filled = trace_fast.propagate(mask, edges, threshold=0.5, cover=0.5)
+    filled = flood(mask, edges, threshold=0.5, cover=0.5)
     assert np.array_equal(filled[0] & (edges == 0), (labels == 1) & (edges == 0))
-    assert np.array_equal(trace_fast.propagate(mask, edges, threshold=0.5, cover=0.51), mask)
+    assert np.array_equal(flood(mask, edges, threshold=0.5, cover=0.51), mask)
 
 
 def test_an_edge_of_just_the_threshold_separates():
     edges = cross()[0] * np.float32(0.7)
     mask = np.ones((1, 40, 60), bool)
     for threshold, count in ((0.7, 4), (0.71, 1)):
-        assert len(trace_fast.propagate(mask, edges, threshold=threshold)) == count
+        assert len(flood(mask, edges, threshold=threshold)) == count
         assert len(trace_fast.instances(edges, threshold=threshold)[0]) == count
 
 
@@ -71,15 +75,15 @@ def test_masks_are_united_above_the_iou():
     masks = np.zeros((2, 40, 60), bool)
     masks[0, 2:12, 2:12], masks[1, 2:12, 2:7] = True, True  # half of the other
     for least, count in ((0.49, 1), (0.5, 2)):
-        assert len(trace_fast.propagate(masks, cross()[0], threshold=0.5, iou=least)) == count
+        assert len(flood(masks, cross()[0], threshold=0.5, iou=least)) == count
 
 
 def test_a_leak_does_not_flood_the_image():
     edges, labels = cross()
     edges[10, 30] = 0  # a gap
     mask = (labels == 1)[None]
-    assert np.array_equal(trace_fast.propagate(mask, edges, threshold=0.5), mask)
-    flooded = trace_fast.propagate(mask, edges, threshold=0.5, cover=0.0)
+    assert np.array_equal(flood(mask, edges, threshold=0.5), mask)
+    flooded = flood(mask, edges, threshold=0.5, cover=0.0)
     assert flooded[0, 5, 50]
 
 
@@ -105,56 +109,56 @@ def test_small_parts_do_not_become_masks():
     edges, _ = cross()
     mask = np.zeros((1, 40, 60), bool)
     mask[0, 2:25, 2:33] = True  # over into the other three, by two columns or some rows
-    assert len(trace_fast.propagate(mask, edges, threshold=0.5, min_area=100)) == 2
-    assert len(trace_fast.propagate(mask, edges, threshold=0.5, min_area=1)) == 4
+    assert len(flood(mask, edges, threshold=0.5, min_area=100)) == 2
+    assert len(flood(mask, edges, threshold=0.5, min_area=1)) == 4
     # a mask smaller than the smallest area is kept
     small = np.zeros((1, 40, 60), bool)
     small[0, 3:5, 3:5] = True
-    assert np.array_equal(trace_fast.propagate(small, edges, threshold=0.5, min_area=50), small)
+    assert np.array_equal(flood(small, edges, threshold=0.5, min_area=50), small)
 
 
 def test_the_smallest_part_is_a_share_of_the_image():
     edges = np.zeros((80, 100), np.float32)
     edges[1, :9] = edges[0, [4, 8]] = 1  # 4 pixels, which are 0.05 %, and 3
     assert len(trace_fast.instances(edges, threshold=0.5)[0]) == 2
-    assert len(trace_fast.propagate(np.ones((1, 80, 100), bool), edges, threshold=0.5)) == 2
+    assert len(flood(np.ones((1, 80, 100), bool), edges, threshold=0.5)) == 2
 
 
 def test_scores_follow_shares_of_area():
     edges, labels = cross()
     masks = MaskSet(torch.from_numpy(np.stack([labels <= 2, labels == 3])), torch.tensor([0.8, 0.4]))
-    out = trace_fast.propagate(masks, edges, threshold=0.5)
+    out = flood(masks, edges, threshold=0.5)
     assert isinstance(out, MaskSet)
     # the barrier between two regions goes to one of them
     torch.testing.assert_close(out.scores, torch.tensor([0.4, 0.4, 0.4]), atol=0.02, rtol=0)
     twice = MaskSet(masks.masks[[1, 1]], torch.tensor([0.3, 0.9]))
-    assert trace_fast.propagate(twice, edges, threshold=0.5).scores.tolist() == pytest.approx([0.9])
+    assert flood(twice, edges, threshold=0.5).scores.tolist() == pytest.approx([0.9])
 
 
 def test_classes_keep_masks_apart():
     edges, labels = cross()
     masks = np.stack([labels == 1, labels == 1])
-    assert len(trace_fast.propagate(masks, edges, threshold=0.5)) == 1
-    assert len(trace_fast.propagate(masks, edges, threshold=0.5, classes=[4, 7])) == 2
+    assert len(flood(masks, edges, threshold=0.5)) == 1
+    assert len(flood(masks, edges, threshold=0.5, classes=[4, 7])) == 2
 
 
 def test_the_format_is_kept():
     edges, labels = cross()
     whole = labels <= 2
     label_map = np.where(whole, 9, 0).astype(np.uint16)
-    out = trace_fast.propagate(label_map, edges, threshold=0.5)
+    out = flood(label_map, edges, threshold=0.5)
     assert out.dtype == np.uint16 and out.shape == labels.shape and len(np.unique(out[whole])) == 2
-    tensor = trace_fast.propagate(torch.from_numpy(whole)[None], torch.from_numpy(edges)[None, None], threshold=0.5)
+    tensor = flood(torch.from_numpy(whole)[None], torch.from_numpy(edges)[None, None], threshold=0.5)
     assert isinstance(tensor, torch.Tensor) and tensor.shape == (2, 40, 60)
     record = {"segmentation": whole, "area": 1, "bbox": [0, 0, 1, 1], "predicted_iou": 0.5, "stability_score": 0.7}
-    first, second = trace_fast.propagate([record], edges, threshold=0.5)
+    first, second = flood([record], edges, threshold=0.5)
     # it was measured on the whole
     assert not {"stability_score"} & {*first, *second}
     assert first["predicted_iou"] + second["predicted_iou"] == pytest.approx(0.5)
     assert first["area"] == first["segmentation"].sum() > 500
 
 
-@pytest.mark.parametrize("mode", ["flood", "walk"])
+@pytest.mark.parametrize("mode", ["fit", "flood", "walk"])
 @pytest.mark.parametrize("masks", [np.zeros((0, 40, 60), bool), [], np.zeros((40, 60), np.int32)], ids=str)
 def test_no_masks_stay_none(masks, mode):
     out = trace_fast.propagate(masks, cross()[0], threshold=0.5, mode=mode)
@@ -214,6 +218,107 @@ def test_a_walk_leaves_the_pixels_of_another_class():
     out = trace_fast.propagate(mask, np.zeros((40, 60), np.float32), threshold=0.5, mode="walk", classes=[2, 1, 2])
     assert len(out) == 2 and np.array_equal(out[1], mask[1])
     assert not (out[0] & mask[1]).any() and out[0].sum() > mask[[0, 2]].sum()
+
+
+def smooth_object(radius=1.0):
+    """Return the edges (H, W) around an ellipse, some of them missing, and the ellipse."""
+    rows, columns = np.mgrid[:270, :390]
+    disc = ((rows - 132) / 90) ** 2 + ((columns - 189) / 135) ** 2 < radius**2
+    height, width = disc.shape
+    edges = np.zeros((height, width), np.float32)
+    edges[:-1] = np.maximum(edges[:-1], disc[1:] != disc[:-1])
+    edges[:, :-1] = np.maximum(edges[:, :-1], disc[:, 1:] != disc[:, :-1])
+    edges *= 0.5
+    edges[120:128] = 0
+    return edges, disc
+
+
+def on_grid(mask, step=15):
+    """Return a mask as a network of coarse tokens draws it."""
+    small = mask.reshape(mask.shape[0] // step, step, -1, step).mean((1, 3)) > 0.5
+    return small.repeat(step, 0).repeat(step, 1)
+
+
+def test_masks_without_edges_come_back_unchanged():
+    _, disc = smooth_object()
+    apart = on_grid(disc)
+    apart[:8, :8] = apart[-9:, -9:] = True
+    masks = np.stack([disc, on_grid(disc), apart, np.zeros_like(disc), np.ones_like(disc)])
+    scores = torch.linspace(0.1, 0.9, 5)
+    out = trace_fast.propagate(MaskSet(torch.from_numpy(masks), scores), np.zeros(disc.shape))
+    assert np.array_equal(out.masks, masks) and torch.equal(out.scores, scores)
+
+
+def test_two_halves_without_an_edge_stay_two():
+    edges, labels = cross()
+    edges[:20, 30] = edges[21:, 30] = 0
+    halves = np.stack([labels == 1, labels == 2])
+    out = trace_fast.propagate(halves, edges / 2)
+    assert np.array_equal(out & (edges == 0), halves & (edges == 0))
+    # the paper's way makes one mask of them
+    assert len(flood(halves, edges / 2, threshold=0.4)) == 1
+
+
+def test_a_coarse_outline_moves_to_a_broken_edge():
+    edges, disc = smooth_object()
+    coarse = on_grid(disc)
+    (out,) = trace_fast.propagate(coarse[None], edges)
+    assert iou(coarse, disc) < 0.95
+    assert iou(out, disc) > 0.97
+    # two coarse masks share the pixels between them
+    first, second = trace_fast.propagate(np.stack([coarse, ~coarse]), edges)
+    assert iou(first, disc) > 0.97 and iou(second, ~disc) > 0.97
+    assert (first ^ second).all()
+
+
+def test_an_outline_moves_no_farther_than_its_pieces_are_long():
+    edges, _ = smooth_object()
+    inner = on_grid(smooth_object(0.7)[1])
+    assert np.array_equal(trace_fast.propagate(inner[None], edges)[0], inner)
+
+
+def test_an_outline_of_single_pixels_stays():
+    edges, disc = smooth_object()
+    shifted = np.roll(disc, 3, 1)
+    assert np.array_equal(trace_fast.propagate(shifted[None], edges)[0], shifted)
+
+
+def test_unconnected_parts_with_edges_around_are_split():
+    edges = np.zeros((60, 90), np.float32)
+    for left in (9, 49):
+        edges[9:41, left : left + 32] = 0.4
+        edges[10:40, left + 1 : left + 31] = 0
+    mask = np.zeros((1, 60, 90), bool)
+    mask[:, 10:40, 10:40] = mask[:, 10:40, 50:80] = True
+    masks = MaskSet(torch.from_numpy(mask), torch.tensor([0.8]))
+    out = trace_fast.propagate(masks, edges)
+    assert len(out.masks) == 2 and not (out.masks[0] & out.masks[1]).any()
+    torch.testing.assert_close(out.scores, torch.tensor([0.4, 0.4]))
+    # weaker edges than the threshold are none
+    assert len(trace_fast.propagate(masks, edges, threshold=0.5).masks) == 1
+    # a part that is too small stays
+    assert len(trace_fast.propagate(masks, edges, min_area=1000).masks) == 1
+
+
+def test_certain_edges_split_and_join():
+    edges, labels = cross()
+    (first, second), third = trace_fast.propagate((labels <= 2)[None], edges), labels == 3
+    off = edges == 0
+    assert np.array_equal(first & off, (labels == 1) & off) and np.array_equal(second & off, (labels == 2) & off)
+    halves = np.stack([third, third])
+    halves[0, :, 14:], halves[1, :, :14] = False, False
+    (out,) = trace_fast.propagate(halves, edges)
+    assert np.array_equal(out & off, third & off)
+    # what is certain is beside nothing: half as strong edges neither split nor join
+    assert np.array_equal(trace_fast.propagate((labels <= 2)[None], edges / 2) & off, (labels <= 2)[None] & off)
+    assert len(trace_fast.propagate(halves, edges / 2)) == 2
+    assert len(trace_fast.propagate(halves, edges, classes=[1, 2])) == 2
+
+
+def test_the_other_modes_need_a_threshold():
+    for mode in ("flood", "walk"):
+        with pytest.raises(ValueError, match=f"propagate: threshold must be given with mode {mode}, got None"):
+            trace_fast.propagate(np.ones((1, 4, 5), bool), np.zeros((4, 5)), mode=mode)
 
 
 def test_instances_are_the_regions():
@@ -310,7 +415,7 @@ def test_seeds_are_inside_and_farthest_from_edges():
 def test_threads_do_not_change_the_result(threads):
     generator = torch.Generator().manual_seed(1)
     edges, masks = torch.rand(60, 70, generator=generator), torch.rand(5, 60, 70, generator=generator) < 0.6
-    for mode, share in (("flood", 0), ("walk", ROUNDED_SHARE)):
+    for mode, share in (("fit", 0), ("flood", 0), ("walk", ROUNDED_SHARE)):
         out = trace_fast.propagate(masks, edges, threshold=0.8, mode=mode, min_area=3)
         torch.set_num_threads(1)
         expected = trace_fast.propagate(masks, edges, threshold=0.8, mode=mode, min_area=3)
@@ -335,20 +440,20 @@ def test_the_regions_of_a_barrier_are_found_once_for_all_classes(monkeypatch):
     monkeypatch.setattr(
         ops, "label_regions", lambda barrier, real=ops.label_regions: calls.append(barrier) or real(barrier)
     )
-    out = trace_fast.propagate(masks, edges, threshold=0.59, min_area=5, cover=0.2)
-    # the parts of all masks, and the regions
-    assert [len(barrier) for barrier in calls] == [80, 1]
-    assert torch.equal(calls[1][0], torch.from_numpy(edges >= np.float32(0.59)))
+    out = flood(masks, edges, threshold=0.59, min_area=5, cover=0.2)
+    # the parts of each mask within its box, and the regions
+    assert [barrier.shape == (1, *edges.shape) for barrier in calls] == [False] * 80 + [True]
+    assert torch.equal(calls[-1][0], torch.from_numpy(edges >= np.float32(0.59)))
     assert len(out.masks) > 80
 
 
 def test_classes_are_propagated_as_if_alone():
     edges, masks = many_classes()
-    out = trace_fast.propagate(masks, edges, threshold=0.59, min_area=5, cover=0.2)
+    out = flood(masks, edges, threshold=0.59, min_area=5, cover=0.2)
     for label in masks.classes.unique():
         chosen = masks.classes == label
         alone = MaskSet(masks.masks[chosen], masks.scores[chosen], masks.classes[chosen])
-        alone = trace_fast.propagate(alone, edges, threshold=0.59, min_area=5, cover=0.2)
+        alone = flood(alone, edges, threshold=0.59, min_area=5, cover=0.2)
         assert torch.equal(alone.masks, out.masks[out.classes == label])
         torch.testing.assert_close(alone.scores, out.scores[out.classes == label])
 
@@ -360,7 +465,7 @@ def run_all(edges, masks, *, threshold=0.4, min_area=None, k=3, **options):
     scores = torch.linspace(0.9, 0.3, len(masks), dtype=torch.float32, device="cpu")
     ranked = trace_fast.instances(edges, k=k, min_area=min_area)
     tensors = [stack, strengths, *ranked, seeds.points, seeds.boxes, seeds.radius]
-    for mode in ("flood", "walk"):
+    for mode in ("fit", "flood", "walk"):
         mask_set = MaskSet(torch.from_numpy(masks), scores)
         out = trace_fast.propagate(mask_set, edges, threshold=threshold, mode=mode, min_area=min_area, **options)
         tensors += [out.masks, out.scores]
@@ -423,7 +528,7 @@ def test_defaults_of_torch_do_not_matter(noisy, request):
     request.getfixturevalue("odd_defaults")
     assert_same(run_all(edges, masks), before)
     for nothing in ([], masks[:0], np.zeros(edges.shape, np.int32)):
-        assert len(trace_fast.propagate(nothing, edges, threshold=0.5)) == len(nothing)
+        assert len(flood(nothing, edges, threshold=0.5)) == len(nothing)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +537,7 @@ def test_defaults_of_torch_do_not_matter(noisy, request):
         ({"threshold": 0}, ValueError, "threshold must be above 0 and at most 1, got 0"),
         ({"threshold": np.float32("nan")}, ValueError, "threshold must be above 0 and at most 1, got nan"),
         ({"threshold": "0.5"}, TypeError, "threshold must be a number, got str"),
-        ({"mode": "swim"}, ValueError, "mode must be flood or walk, got 'swim'"),
+        ({"mode": "swim"}, ValueError, "mode must be fit, flood or walk, got 'swim'"),
         ({"iou": 2}, ValueError, "iou must be from 0 to 1, got 2"),
         ({"cover": -1}, ValueError, "cover must be from 0 to 1, got -1"),
         ({"min_area": 0}, ValueError, "min_area must be at least 1, got 0"),

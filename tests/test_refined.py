@@ -137,8 +137,8 @@ def test_other_masks_are_refined_anew(data, baseline, tmp_path):
     truth = run.read_truth(photos)
     method = open_method(f"lines:{data / 'lines'}")
     merged = coco.read_results(baseline)
-    split = refined.refine_all(photos, truth, merged, method, tmp_path, threshold=0.5)
-    again = refined.refine_all(photos, truth, split, method, tmp_path, threshold=0.5)
+    split = refined.refine_all(photos, truth, merged, method, tmp_path, threshold=0.5, mode="flood")
+    again = refined.refine_all(photos, truth, split, method, tmp_path, threshold=0.5, mode="flood")
     assert sum(len(image.instances) for image in split.images.values()) == 9
     assert sum(len(image.instances) for image in again.images.values()) == 9
     for number, image in truth.images.items():
@@ -152,14 +152,15 @@ def test_masks_are_completed_as_the_mode_says(call, data, baseline, tmp_path):
     edges = open_method(f"lines:{data / 'lines'}").edges(photos[0])
     masks = coco.read_results(baseline).images[1].masks()
     results = {}
-    for mode in ("flood", "walk"):
-        assert call(*words, f"lines:{data / 'lines'}", "--mode", mode).exit_code == 0
+    for mode in ("fit", "flood", "walk"):
+        options = ["--mode", mode, "--threshold", "0.5"]
+        assert call(*words, f"lines:{data / 'lines'}", *options).exit_code == 0
         (path,) = {*(tmp_path / "out" / "refined").glob("*/001.json")} - results.keys()  # in another folder
         results[path] = [mask["area"] for mask in json.loads(path.read_bytes())["masks"]]
         expected = propagate(masks, edges, threshold=0.5, mode=mode).sum((1, 2)).tolist()
         assert sorted(results[path]) == sorted(expected)
-    flooded, walked = results.values()
-    assert flooded != walked
+    fitted, flooded, walked = results.values()
+    assert flooded != walked and fitted != walked
 
 
 @pytest.mark.slow
@@ -225,6 +226,10 @@ def test_results_beside_a_table(data, baseline):
         (
             ["--table", "components", "--baseline", "merged.json", "--method", "mini@0"],
             'methods must be one MODEL without a timestep for table="components", got mini@0',
+        ),
+        (
+            ["--method", "sobel", "--table", "backbones", "--baseline", "merged.json", "--mode", "walk"],
+            "threshold must be given with another mode than fit, got None",
         ),
         (
             ["--method", "sobel", "--threshold", "0.1", "--threshold", "0.2"],

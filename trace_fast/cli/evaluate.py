@@ -60,10 +60,13 @@ def run_evaluate(
         typer.Option(
             min=0,
             max=1,
-            help="Strength from which an edge separates masks, for --table. Give one, or one for each --method.",
+            help="Strength from which an edge separates masks, for --table. Give one, or one for each --method. Modes "
+            "other than fit need it.",
         ),
-    ] = [0.5],  # noqa: B006
-    mode: Annotated[Literal["flood", "walk"], typer.Option(help="The way in which --table completes masks.")] = "flood",
+    ] = [],  # noqa: B006
+    mode: Annotated[
+        Literal["fit", "flood", "walk"], typer.Option(help="The way in which --table refines masks.")
+    ] = "fit",
     truth: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +115,7 @@ def run_evaluate(
             results,
             table=table,
             baseline=baseline,
-            threshold=threshold,
+            threshold=threshold or None,
             mode=mode,
             truth=truth,
             ignore=ignore,

@@ -38,11 +38,16 @@ def run_segment(
     model: Annotated[str, typer.Option(help="Model of the edges, as in `trace-fast edges`.")] = "mini",
     threshold: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Strength from which an edge separates masks. The default is the model's own."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Strength from which an edge separates masks. The default is the model's own or, to fit the masks of "
+            "--masks, 0.15.",
+        ),
     ] = None,
     mode: Annotated[
-        Literal["flood", "walk"], typer.Option(help="The way in which the masks of --masks are completed.")
-    ] = "flood",
+        Literal["fit", "flood", "walk"], typer.Option(help="The way in which the masks of --masks are refined.")
+    ] = "fit",
     device: Device = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write the masks drawn over the image.")] = False,
 ) -> None:
@@ -79,7 +84,9 @@ def run_segment(
             stack, _ = trace_fast.instances(edges, threshold=barrier)
             labels = paint_labels(stack, range(1, len(stack) + 1)).cpu().numpy()
         else:
-            labels = trace_fast.propagate(given_labels, edges.cpu(), threshold=barrier, mode=mode)
+            # masks that are fitted speak for weaker edges
+            strength = threshold if mode == "fit" else barrier
+            labels = trace_fast.propagate(given_labels, edges.cpu(), threshold=strength, mode=mode)
         if labels.max(initial=0) > 65535:
             raise ValueError(f"segment: masks must be at most 65535 for a map of 16 bits, got label {labels.max()}")
         visualize.write_picture(paths[""], Image.fromarray(labels.astype(np.uint16)))

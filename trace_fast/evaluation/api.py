@@ -36,8 +36,8 @@ def evaluate(
     *,
     table: str | None = None,
     baseline: str | Path | None = None,
-    threshold: float | Sequence[float] = 0.5,
-    mode: str = "flood",
+    threshold: float | Sequence[float] | None = None,
+    mode: str = "fit",
     truth: str | Path | None = None,
     ignore: Sequence[int] = (CROWD,),
     distance: float = DISTANCE,
@@ -66,7 +66,8 @@ def evaluate(
             steps of one MODEL (a fixed timestep, t*, its student where it has one); None scores the edges.
         baseline: JSON file of COCO results, with `table`.
         threshold: strength in (0, 1] from which an edge separates masks, with `table`; one, or one for each method.
-        mode: "flood" or "walk", the way in which masks are completed, with `table`; see `trace_fast.propagate`.
+            None is that of `trace_fast.propagate`; modes other than "fit" need one.
+        mode: "fit", "flood" or "walk", the way in which masks are refined, with `table`; see `trace_fast.propagate`.
         truth: ground truth, a folder of label maps, of folders of mask files or of BSDS .mat files, or a COCO JSON
             file, below `data` or anywhere; None is the first that exists of inst, panoptic, masks, ground_truth,
             groundTruth.
@@ -96,7 +97,7 @@ def evaluate(
     files = _name_results(results)
     checks.choice("evaluate", "suppression", suppression, *SUPPRESSIONS)
     _check_choices(named, files, table, baseline, limit)
-    thresholds = _repeat_threshold(threshold, len(named))
+    thresholds = _repeat_threshold(threshold, len(named), optional=table is None or mode == "fit")
     annotations = _read_results(files, baseline)
     dataset = open_dataset(data, truth, ignore)
     opened = _open_methods(named, device)
@@ -168,8 +169,14 @@ def _check_choices(named: Sized, files: Sized, table: str | None, baseline: Any,
         raise ValueError(f"evaluate: limit must be at least 1 or None, got {limit}")
 
 
-def _repeat_threshold(threshold: float | Sequence[float], count: int) -> list[float]:
-    """Return the threshold of each method."""
+def _repeat_threshold(
+    threshold: float | Sequence[float] | None, count: int, *, optional: bool
+) -> Sequence[float | None]:
+    """Return the threshold of each method; None may stand for a default where it is optional."""
+    if threshold is None:
+        if not optional:
+            raise ValueError("evaluate: threshold must be given with another mode than fit, got None")
+        return [None] * count
     thresholds = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
     if not all(0 < value <= 1 for value in thresholds):
         raise ValueError(f"evaluate: threshold must be above 0 and at most 1, got {thresholds}")
@@ -239,7 +246,7 @@ def _score_panoptic(annotations: Mapping[str, Annotations], dataset: DataSet) ->
 def _score_masks(
     photos: Sequence[Photo],
     annotations: Mapping[str, Annotations],
-    refining: Sequence[tuple[Method, float]],
+    refining: Sequence[tuple[Method, float | None]],
     mode: str,
     folder: Path,
 ) -> dict[str, MaskScores]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from trace_fast.masks.coco import ImageInstances, Instances, encode_masks
 
-__all__ = ["MaskScores", "mask_ap"]
+__all__ = ["MaskScores", "compare_masks", "mask_ap"]
 
 FASTER, ORIGINAL = "faster-coco-eval", "pycocotools"
 
@@ -118,6 +118,45 @@ def mask_ap(
     intervals = _intervals(_evaluate(pairs, ORIGINAL), resamples, seed) if resamples else None
     figures = np.where(stats < 0, np.nan, stats).tolist()
     return MaskScores(**dict(zip(NAMES, figures, strict=True)), intervals=intervals)
+
+
+def compare_masks(
+    truth: Instances, before: Instances, after: Instances, *, resamples: int = 200, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """Return by how much average precision and recall differ between two sets of masks of the same images.
+
+    Args:
+        truth: instances of all images.
+        before: results of some or all of these images.
+        after: other results.
+        resamples: number of resamples of the images, drawn with replacement, each for both results.
+        seed: seed of the resamples.
+
+    Returns:
+        The difference, after minus before, and the ends of its 95 % interval, for "ap" and "ar100".
+
+    Raises:
+        ValueError: results are of images that the truth lacks, or of another size; or `resamples` is below 1.
+
+    Example:
+        >>> whole = encode_masks(np.ones((1, 2, 3), dtype=bool), id=7)
+        >>> truth, nothing = Instances({7: whole}, {}), Instances({}, {})
+        >>> compare_masks(truth, nothing, truth)["ar100"]
+        (1.0, 1.0, 1.0)
+    """
+    if resamples < 1:
+        raise ValueError(f"compare_masks: resamples must be at least 1, got {resamples}")
+    matches = []
+    for results in (before, after):
+        _check_images(truth, results)
+        pairs = [(truth.images[number], results.images.get(number)) for number in sorted(truth.images)]
+        matches.append(_Matches(_evaluate(pairs, ORIGINAL), 0))
+    random, count = np.random.default_rng(seed), len(truth.images)
+    draws = [np.ones(count, int), *(random.multinomial(count, np.full(count, 1 / count)) for _ in range(resamples))]
+    figures = [[(one.precision(times).mean(), one.recall(times, 100)) for one in matches] for times in draws]
+    differences = np.diff(np.array(figures), axis=1)[:, 0]  # (1 + resamples, 2)
+    low, high = np.nanquantile(differences[1:], (0.025, 0.975), axis=0)
+    return {name: (float(differences[0, k]), float(low[k]), float(high[k])) for k, name in enumerate(("ap", "ar100"))}
 
 
 def _index_images(images: Iterable[ImageInstances]) -> Instances:

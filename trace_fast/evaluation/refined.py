@@ -30,8 +30,8 @@ def refine_all(
     method: Method,
     folder: Path,
     *,
-    threshold: float,
-    mode: str = "flood",
+    threshold: float | None,
+    mode: str = "fit",
 ) -> coco.Instances:
     """Propagate the masks of every photo by a method's edges; finished photos are read from files of an earlier run.
 

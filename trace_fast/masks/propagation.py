@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast import ops
-from trace_fast.io.arrays import mask_areas
+from trace_fast.io.arrays import mask_areas, mask_boxes
 from trace_fast.io.images import read_edge_map
+from trace_fast.masks.fitting import THRESHOLD, Part, draw_parts, fit_masks
 from trace_fast.masks.formats import MaskSet, keep_visible, open_masks
+from trace_fast.masks.hierarchy import Hierarchy, Nodes
 from trace_fast.ops import checks
 from trace_fast.reference import STRENGTHS, whole_strengths
 
@@ -50,8 +52,8 @@ def propagate(
     masks: Any,
     edges: Any,
     *,
-    threshold: float,
-    mode: str = "flood",
+    threshold: float | None = None,
+    mode: str = "fit",
     iou: float = 0.5,
     classes: Sequence[int] | Tensor | None = None,
     min_area: int | None = None,
@@ -63,29 +65,43 @@ def propagate(
 ) -> Any:
     """Split, complete and merge masks along the edges of their image.
 
-    Boundary-Guided Propagation, the third stage of TRACE, takes three steps:
+    Boundary-Guided Propagation, the third stage of TRACE. By default each mask is decided on its own, by the hierarchy
+    of regions that `instances` ranks, and edges change it only where they contradict it:
+
+    1. Its outline moves to edges nearby if it was drawn on a coarse grid, as those of vision transformers are: if the
+       straight pieces of the outline are 5 pixels long on average. The mask takes the regions of which it covers 60 %
+       and leaves those of which it covers no more than 40 %, where this moves the outline by at most 3/4 of such a
+       piece and 2 % of the image's diagonal.
+    2. It is split into its unconnected parts, where edges are around them, and at objects: regions with an outline that
+       is stronger than all inside by 0.9, as only edges that are certain have.
+    3. Parts of one object that cover a share of `cover` of it together become the object.
+
+    The paper's steps are those of the modes "flood" and "walk":
 
     1. Each mask is split into its connected parts off the edges. Parts smaller than `min_area` are joined to the
-       nearest larger part. The score of a part is its mask's score times its share of the mask's area.
-    2. Each part is completed up to the edges, by flood fill or by random walk; see `mode`.
-    3. Masks whose IoU is above `iou` are united until there are none (`ops.merge_masks`); the highest score is kept.
+       nearest larger part.
+    2. Each part is completed up to the edges, by flood fill or by random walk.
+    3. Masks whose IoU is above `iou` are united until there are none (`ops.merge_masks`).
+
+    The score of a part is its mask's score times its share of the mask's area; masks that become one keep the highest.
 
     Args:
         masks: masks of one image in any format that `trace_fast.masks.open_masks` reads, such as a (M, H, W) bool array
             or tensor, a list of masks, a label map or COCO results.
         edges: (H, W), (1, H, W) or (1, 1, H, W) float array or tensor in [0, 1], such as `trace_fast.edges` returns.
-        threshold: edge strength, above 0 and at most 1, from which an edge separates; for example the one of ODS that
+        threshold: edge strength, above 0 and at most 1, from which an edge separates. None is 0.15 with "fit", where
+            masks speak for an edge and it may be weak. The other modes need it, for example the one of ODS that
             `trace-fast evaluate` reports.
-        mode: "flood" fills the region that the edges enclose if all parts together cover a share of `cover` of it.
-            "walk" spreads each part by IRNet's random walk (radius 5, beta 10, 256 steps, on an image of at most 128
-            pixels a side): it passes through gaps in the edges, but no farther than the walk goes. Where no edge
-            divides two classes, pixels of neither class go to the class whose walk is denser there.
-        iou: intersection over union above which masks are united, in [0, 1].
+        mode: "fit", "flood" or "walk". "flood" fills the region that the edges enclose if all parts together cover a
+            share of `cover` of it. "walk" spreads each part by IRNet's random walk (radius 5, beta 10, 256 steps, on an
+            image of at most 128 pixels a side): it passes through gaps in the edges, but no farther than the walk goes.
+            Where no edge divides two classes, pixels of neither class go to the class whose walk is denser there.
+        iou: intersection over union above which "flood" and "walk" unite masks, in [0, 1].
         classes: (M,) integers; masks are completed and united within a class only. None takes the classes of the masks,
             if they have any.
         min_area: area of the smallest part, in pixels; None is 0.05 % of the image.
-        cover: smallest covered share of a region that "flood" fills, in [0, 1]. A gap in the edges joins an object to
-            its surroundings, and the masks cover little of such a region.
+        cover: smallest covered share of an object or, with "flood", of a region that is filled, in [0, 1]. A gap in the
+            edges joins an object to its surroundings, and the masks cover little of such a region.
         exclusive: remove overlaps, as `trace_fast.masks.keep_visible` does: smaller masks lie on top.
         ignore: labels of a label map that are void; see `trace_fast.masks.open_masks`.
         label_divisor: of a label map whose labels are class * label_divisor + instance; see `open_masks`.
@@ -103,13 +119,12 @@ def propagate(
     Example:
         >>> mask, edges = np.ones((1, 9, 7), bool), np.zeros((9, 7), np.float32)
         >>> edges[4] = 1
-        >>> propagate(mask, edges, threshold=0.5, min_area=1).sum((1, 2))
+        >>> propagate(mask, edges, min_area=1).sum((1, 2))
         array([35, 28])
     """
     edge_map = read_edge_map("propagate", edges)
+    threshold = _choose_threshold(mode, threshold)
     barrier, min_area = _find_barrier("propagate", edge_map, threshold, min_area)
-    if mode not in ("flood", "walk"):
-        raise ValueError(f"propagate: mode must be flood or walk, got {mode!r}")
     for name, value in (("iou", iou), ("cover", cover)):
         checks.number("propagate", name, value, 0, 1)
     size = edge_map.shape[0], edge_map.shape[1]
@@ -122,16 +137,56 @@ def propagate(
             raise ValueError(f"propagate: classes must be ({count},), got {tuple(mask_classes.shape)}")
     if not count:
         return restore(mask_set, [])
-    edge_map, barrier = edge_map.to(device), barrier.to(device)
+    if mode == "fit":
+        parts = fit_masks(mask_set, mask_classes, edge_map.cpu(), float(threshold), min_area, float(cover))
+        scored = mask_set.scores is not None
+        # the result takes as much memory
+        del mask_set
+        result, sources = _draw_parts(parts, size, scored, mask_classes, device)
+    else:
+        edge_map, barrier = edge_map.to(device), barrier.to(device)
+        options = {"mode": mode, "iou": iou, "min_area": min_area, "cover": float(cover)}
+        result, sources = _propagate_fragments(mask_set, mask_classes, edge_map, barrier, **options)
+    return restore(*_remove_overlaps(result, sources) if exclusive else (result, sources))
 
+
+def _draw_parts(
+    parts: Sequence[Part], size: tuple[int, int], scored: bool, classes: Tensor | None, device: torch.device
+) -> tuple[MaskSet, list[list[int]]]:
+    """Return fitted masks of a size, with scores if asked for, and the indices of the masks that each comes from."""
+    scores = torch.tensor([part.score for part in parts], dtype=torch.float32, device=device) if scored else None
+    firsts = torch.tensor([part.sources[0] for part in parts], dtype=torch.int64, device=device)
+    masks = draw_parts(parts, size).to(device)
+    return MaskSet(masks, scores, None if classes is None else classes[firsts]), [part.sources for part in parts]
+
+
+def _remove_overlaps(result: MaskSet, sources: Sequence[list[int]]) -> tuple[MaskSet, list[list[int]]]:
+    """Return masks without overlaps, those that are hidden left out, and the sources of the others."""
+    visible, indices = keep_visible(result.masks)
+    fields = (None if field is None else field[indices] for field in (result.scores, result.classes))
+    return MaskSet(visible, *fields), [sources[index] for index in indices.tolist()]
+
+
+def _propagate_fragments(
+    mask_set: MaskSet,
+    classes: Tensor | None,
+    edges: Tensor,
+    barrier: Tensor,
+    *,
+    mode: str,
+    iou: float,
+    min_area: int,
+    cover: float,
+) -> tuple[MaskSet, list[list[int]]]:
+    """Propagate masks as the paper does, and return the indices of the masks that each of the result comes from."""
     fragments = split_masks(mask_set.masks, barrier, min_area)
     sources = fragments.sources
     scores = mask_areas(fragments.masks).float() / mask_areas(mask_set.masks)[sources].clamp(min=1)
     if mask_set.scores is not None:
         scores = scores * mask_set.scores[sources]
-    labels = torch.zeros_like(sources) if mask_classes is None else mask_classes[sources]
+    labels = torch.zeros_like(sources) if classes is None else classes[sources]
     if mode == "walk":
-        fragments = replace(fragments, masks=complete_by_walk(fragments.masks, edge_map, labels))
+        fragments = replace(fragments, masks=complete_by_walk(fragments.masks, edges, labels))
     # once for all classes
     regions = find_regions(barrier) if mode == "flood" else None
     united_masks: list[Tensor] = []
@@ -141,7 +196,7 @@ def propagate(
         members = (labels == label).nonzero()[:, 0]
         parts = fragments.masks[members]
         if regions is not None:
-            parts = complete_by_flood(parts, regions, float(cover))
+            parts = complete_by_flood(parts, regions, cover)
         united, group, best = ops.merge_masks(parts, iou, scores[members].float())
         assert best is not None
         united_masks.append(united)
@@ -152,14 +207,9 @@ def propagate(
     result = MaskSet(
         torch.cat(united_masks)[order],
         None if mask_set.scores is None else torch.cat(united_scores)[order],
-        None if mask_classes is None else torch.stack([labels[groups[k][0]] for k in order]),
+        None if classes is None else torch.stack([labels[groups[k][0]] for k in order]),
     )
-    members_of = [sources[groups[k]].unique().tolist() for k in order]
-    if exclusive:
-        visible, indices = keep_visible(result.masks)
-        fields = (None if field is None else field[indices] for field in (result.scores, result.classes))
-        result, members_of = MaskSet(visible, *fields), [members_of[index] for index in indices.tolist()]
-    return restore(result, members_of)
+    return result, [sources[groups[k]].unique().tolist() for k in order]
 
 
 def instances(
@@ -352,63 +402,13 @@ def cut_regions(edges: Tensor, threshold: float, barrier: Tensor, min_area: int)
     return Regions(labels, filled, sizes)
 
 
-@dataclass(frozen=True)
-class Hierarchy:
-    """The tree in which the basins of an edge map merge: n leaves, and then n - 1 unions of two, on the CPU.
-
-    Attributes:
-        parents: (2n - 1,) int64, the node of which each is a part, always a later one; the last is its own.
-        levels: (2n - 1,) float32, strength of the boundary at which the parts of a node merged, 0 for a leaf.
-    """
-
-    parents: Tensor
-    levels: Tensor
-
-    @staticmethod
-    def of(edges: Tensor) -> tuple[Tensor, Hierarchy]:
-        """Return the basin of each pixel, (H, W) int64 from 0, and the hierarchy of edges (H, W) float32."""
-        labels = ops.watershed(edges[None])[0][0]
-        parents, levels = ops.merge_tree(labels, edges)
-        return labels.long() - 1, Hierarchy(parents.cpu().long(), levels.cpu())
-
-    def cut(self, least: float) -> Tensor:
-        """Return the largest node of a level below `least` that contains each leaf, (n,) int64."""
-        tops = list(range(len(self.parents)))
-        parents, below = self.parents.tolist(), (self.levels < least).tolist()
-        for node in reversed(range(len(tops) - 1)):
-            if below[parents[node]]:
-                tops[node] = tops[parents[node]]
-        return torch.tensor(tops[: len(tops) // 2 + 1], dtype=torch.int64, device="cpu")
-
-    def order(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Order the leaves so that those of every node follow each other.
-
-        Returns:
-            The place of each leaf, (n,) int64; and for each node the first place of its leaves and the one behind the
-            last, (2n - 1,) int64 each.
-        """
-        nodes, parents = len(self.parents), self.parents.tolist()
-        counts = [1] * (nodes // 2 + 1) + [0] * (nodes // 2)
-        for node in range(nodes - 1):
-            counts[parents[node]] += counts[node]
-        first, taken = [0] * nodes, [0] * nodes
-        for node in reversed(range(nodes - 1)):
-            first[node] = first[parents[node]] + taken[parents[node]]
-            taken[parents[node]] += counts[node]
-        start, sizes = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (first, counts))
-        return start[: nodes // 2 + 1], start, start + sizes
-
-
 def _rank_regions(edges: Tensor, k: int, min_area: int) -> tuple[Tensor, Tensor]:
     """Return at most k nodes of the hierarchy of edges as masks, and their scores; see `instances`."""
     basins, tree = Hierarchy.of(edges)
-    places, start, stop = tree.order()
-    position = places.to(edges.device)[basins]  # (H, W) the leaf of each pixel, by its place
-    # sums over the leaves up to each place, exact in whole strengths
-    sums = torch.zeros(2, len(places) + 1, dtype=torch.int64, device="cpu")
-    pixels = torch.stack([torch.ones_like(basins), whole_strengths(edges).long()]).flatten(1).cpu()
-    sums = sums.index_add_(1, position.flatten().cpu() + 1, pixels).cumsum(1)
-    areas, strengths = sums[:, stop] - sums[:, start]
+    nodes = Nodes.of(basins, tree)
+    areas, start, stop = (torch.from_numpy(values) for values in (nodes.areas, nodes.start, nodes.stop))
+    # sums of whole strengths are exact
+    strengths = torch.from_numpy(nodes.sums(whole_strengths(edges).cpu().numpy()))
     scores = (tree.levels[tree.parents] - strengths / (areas * STRENGTHS).double()).clamp(0, 1).float()
     # the last node is the whole image
     candidates = ((areas >= min_area) & (scores > 0))[:-1].nonzero()[:, 0]
@@ -423,9 +423,7 @@ def _rank_regions(edges: Tensor, k: int, min_area: int) -> tuple[Tensor, Tensor]
         smaller, larger = areas[candidates].minimum(areas[best]), areas[candidates].maximum(areas[best])
         candidates = candidates[~nested | (smaller <= DUPLICATE * larger)]
         candidates = candidates[candidates != best]
-    masks = torch.stack([(position >= start[node]) & (position < stop[node]) for node in chosen]) if chosen else None
-    none = torch.zeros((0, *edges.shape), dtype=torch.bool, device=edges.device)
-    return none if masks is None else masks, scores[chosen].to(edges.device)
+    return torch.from_numpy(nodes.draw_all(chosen)).to(edges.device), scores[chosen].to(edges.device)
 
 
 def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
@@ -443,24 +441,36 @@ def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
     Returns:
         At least one fragment of each mask, in the order of the masks; those of one mask do not overlap.
     """
-    parts, counts = ops.label_regions(~masks | barrier)
     pieces: list[Tensor] = []
     sources: list[int] = []
-    for index, (mask, labels, count) in enumerate(zip(masks, parts, counts.tolist(), strict=True)):
-        areas = torch.bincount(labels.flatten(), minlength=count + 1)
-        areas[0] = 0
-        large = (areas >= min_area).nonzero()[:, 0]
-        if len(large) > 1:
-            numbers = areas.new_zeros(count + 1)
-            numbers[large] = torch.arange(1, len(large) + 1, device=large.device)
-            grown = ops.flood_fill(numbers[labels.long()].int()[None], ~mask[None])[0]
-            # pixels of the mask that no fragment reaches within it go to the first
-            grown = torch.where(mask & (grown == 0), 1, grown)
-            pieces += [grown == k for k in range(1, len(large) + 1)]
-        else:
-            pieces.append(mask)
-        sources += [index] * max(len(large), 1)
+    for index, (mask, (left, top, right, bottom)) in enumerate(zip(masks, mask_boxes(masks).tolist(), strict=True)):
+        inside = mask[top:bottom, left:right]
+        fragments = _split_mask(inside, barrier[top:bottom, left:right], min_area) if inside.numel() else [inside]
+        for fragment in fragments:
+            piece = mask
+            if len(fragments) > 1:
+                piece = torch.zeros_like(mask)
+                piece[top:bottom, left:right] = fragment
+            pieces.append(piece)
+            sources.append(index)
     return Fragments(torch.stack(pieces), torch.tensor(sources, dtype=torch.int64, device=masks.device))
+
+
+def _split_mask(mask: Tensor, barrier: Tensor, min_area: int) -> list[Tensor]:
+    """Split one mask (H, W), within its box; see `split_masks`."""
+    parts, counts = ops.label_regions((~mask | barrier)[None])
+    count, labels = int(counts), parts[0]
+    areas = torch.bincount(labels.flatten(), minlength=count + 1)
+    areas[0] = 0
+    large = (areas >= min_area).nonzero()[:, 0]
+    if len(large) < 2:
+        return [mask]
+    numbers = areas.new_zeros(count + 1)
+    numbers[large] = torch.arange(1, len(large) + 1, device=large.device)
+    grown = ops.flood_fill(numbers[labels.long()].int()[None], ~mask[None])[0]
+    # pixels of the mask that no fragment reaches within it go to the first
+    grown = torch.where(mask & (grown == 0), 1, grown)
+    return [grown == k for k in range(1, len(large) + 1)]
 
 
 def complete_by_flood(fragments: Tensor, regions: Regions, cover: float) -> Tensor:
@@ -513,6 +523,15 @@ def complete_by_walk(fragments: Tensor, edges: Tensor, classes: Tensor, size: in
         density[index == k].amax(0).masked_fill(fragments[index == k].any(0), torch.inf) for k in range(len(labels))
     ]
     return fragments | (reached & (torch.stack(claims).argmax(0) == index[:, None, None]))
+
+
+def _choose_threshold(mode: str, threshold: float | None) -> float:
+    """Return the threshold of a mode, both checked."""
+    if mode not in ("fit", "flood", "walk"):
+        raise ValueError(f"propagate: mode must be fit, flood or walk, got {mode!r}")
+    if threshold is None and mode != "fit":
+        raise ValueError(f"propagate: threshold must be given with mode {mode}, got None")
+    return THRESHOLD if threshold is None else threshold
 
 
 def _find_barrier(op: str, edges: Tensor, threshold: float, min_area: int | None) -> tuple[Tensor, int]:

@@ -119,8 +119,11 @@ def open_masks(
     if options.size not in (None, (height, width)):
         raise ValueError(f"open_masks: masks must be of size {options.size}, got {(height, width)}")
 
+    # not the masks themselves, so that a caller can free their memory before the result takes as much
+    count, scores = len(mask_set.masks), mask_set.scores
+
     def restore(result: MaskSet, groups: Sequence[Sequence[int]]) -> Any:
-        return write(result, _choose_best(mask_set, result, groups))
+        return write(result, _choose_best(count, (height, width), scores, result, groups))
 
     return mask_set, restore
 
@@ -142,21 +145,22 @@ def _check_options(size: Any, ignore: Any, label_divisor: int | None, cut: float
     return Options(size, ignore, label_divisor, cut)
 
 
-def _choose_best(mask_set: MaskSet, result: MaskSet, groups: Sequence[Sequence[int]]) -> list[int]:
-    """Check the groups of a result, and choose the mask of each with the highest score."""
-    count = len(mask_set.masks)
+def _choose_best(
+    count: int, size: tuple[int, ...], scores: Tensor | None, result: MaskSet, groups: Sequence[Sequence[int]]
+) -> list[int]:
+    """Check the groups of a result of masks of a size, and choose the mask of each with the highest score."""
     if len(groups) != len(result.masks):
         raise ValueError(f"restore: groups must be {len(result.masks)}, one for each mask, got {len(groups)}")
-    size, result_size = tuple(mask_set.masks.shape[1:]), tuple(result.masks.shape[1:])
+    result_size = tuple(result.masks.shape[1:])
     if size != result_size:
         raise ValueError(f"restore: result must be of size {size}, got {result_size}")
-    scores = [0.0] * count if mask_set.scores is None else mask_set.scores.tolist()
+    values = [0.0] * count if scores is None else scores.tolist()
     best = []
     for group in groups:
         members = sorted(int(index) for index in group)
         if not members or members[0] < 0 or members[-1] >= count:
             raise ValueError(f"restore: groups must hold indices of {count} masks, got {members}")
-        best.append(max(members, key=scores.__getitem__))
+        best.append(max(members, key=values.__getitem__))
     return best
 
 
