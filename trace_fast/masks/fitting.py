@@ -23,12 +23,12 @@ __all__ = ["THRESHOLD", "Part", "draw_parts", "fit_masks"]
 Box = tuple[slice, slice]
 
 THRESHOLD = 0.15  # mean strength from which a boundary separates regions: masks speak for it, so it may be weak
-SHARE = 0.6  # of a region, from which a mask takes it; a mask leaves a region of which it covers 1 - SHARE or less
+SHARE = 0.7  # of a region, from which a mask takes it; a mask leaves a region of which it covers 1 - SHARE or less
 COARSE = 5.0  # mean length of the straight pieces of an outline from which it was drawn on a coarse grid, in pixels
 REACH = 0.75  # farthest that a coarse outline moves, in such lengths
 FARTHEST = 0.02  # farthest that any outline moves, as a share of the image's diagonal
 CONTRAST = 0.8  # how much stronger the outline of an object is than all inside, so that it splits and joins masks
-COVERED = 0.8  # smallest share of an object inside a mask, for it to be split off
+COVERED = 0.5  # smallest share of an object inside a mask, for it to be split off
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Fitter:
     def fill(self, number: int, parts: Sequence[Part], cover: float) -> Part | None:
         """Return what parts with one home become: the object, if they cover a share of it together."""
         node = self.objects[number]
-        whole = self.nodes.draw(node)
+        whole = self.nodes.make_mask(node)
         covered = np.zeros_like(whole)
         for part in parts:
             covered[part.box] |= part.pixels()
@@ -121,9 +121,9 @@ class Fitter:
         changed = np.where(mask, left[regions], taken[regions])
         # in a region all changes are near the outline, or none is made
         far = changed & ~_is_near_outline(mask, min(round(REACH * length), self.farthest))
-        kept = np.zeros(len(self.areas), bool)
-        kept[regions[far]] = True
-        moved = mask ^ (changed & ~kept[regions])
+        unchanged = np.zeros(len(self.areas), bool)
+        unchanged[regions[far]] = True
+        moved = mask ^ (changed & ~unchanged[regions])
         return moved if moved.any() else mask
 
     def _split(self, mask: np.ndarray, box: Box) -> list[np.ndarray]:
@@ -133,7 +133,7 @@ class Fitter:
         for number in np.flatnonzero(inside >= COVERED * self.nodes.areas[self.objects]):
             # what is left is a part, too
             if left - inside[number] >= self.min_area:
-                part = rest & self.nodes.draw(self.objects[number], box)
+                part = rest & self.nodes.make_mask(self.objects[number], box)
                 rest, left = rest & ~part, left - inside[number]
                 parts.append(part)
         return parts + self._separate(rest, box)

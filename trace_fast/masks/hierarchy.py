@@ -105,13 +105,13 @@ class Nodes:
         leaves = np.bincount(self.places[box][mask], minlength=len(self.start) // 2 + 1)
         return sum_leaves(leaves, self.start[nodes], self.stop[nodes])
 
-    def draw(self, node: int, box: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
+    def make_mask(self, node: int, box: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
         """Return a node as a mask, bool and cropped to a box."""
         # places before the first become large numbers
         offsets = (self.places[box] - np.int32(self.start[node])).view(np.uint32)
         return offsets < np.uint32(self.stop[node] - self.start[node])
 
-    def draw_all(self, nodes: Sequence[int]) -> np.ndarray:
+    def make_masks(self, nodes: Sequence[int]) -> np.ndarray:
         """Return nodes as masks (k, H, W) bool."""
         height, width = self.places.shape
         masks = np.zeros((len(nodes), height, width), bool)
@@ -122,7 +122,7 @@ class Nodes:
         for mask, node in zip(masks, nodes, strict=True):
             leaves = slice(self.start[node], self.stop[node])
             box = np.s_[first[leaves].min() : last[leaves].max() + 1, :]
-            mask[box] = self.draw(node, box)
+            mask[box] = self.make_mask(node, box)
         return masks
 
 

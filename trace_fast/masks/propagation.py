@@ -69,11 +69,11 @@ def propagate(
     of regions that `instances` ranks, and edges change it only where they contradict it:
 
     1. Its outline moves to edges nearby if it was drawn on a coarse grid, as those of vision transformers are: if the
-       straight pieces of the outline are 5 pixels long on average. The mask takes the regions of which it covers 60 %
-       and leaves those of which it covers no more than 40 %, where this moves the outline by at most 3/4 of such a
+       straight pieces of the outline are 5 pixels long on average. The mask takes the regions of which it covers 70 %
+       and leaves those of which it covers no more than 30 %, where this moves the outline by at most 3/4 of such a
        piece and 2 % of the image's diagonal.
     2. It is split into its unconnected parts, where edges are around them, and at objects: regions with an outline that
-       is stronger than all inside by 0.9, as only edges that are certain have.
+       is stronger than all inside by 0.8, as only edges that are certain have.
     3. Parts of one object that cover a share of `cover` of it together become the object.
 
     The paper's steps are those of the modes "flood" and "walk":
@@ -423,7 +423,7 @@ def _rank_regions(edges: Tensor, k: int, min_area: int) -> tuple[Tensor, Tensor]
         smaller, larger = areas[candidates].minimum(areas[best]), areas[candidates].maximum(areas[best])
         candidates = candidates[~nested | (smaller <= DUPLICATE * larger)]
         candidates = candidates[candidates != best]
-    return torch.from_numpy(nodes.draw_all(chosen)).to(edges.device), scores[chosen].to(edges.device)
+    return torch.from_numpy(nodes.make_masks(chosen)).to(edges.device), scores[chosen].to(edges.device)
 
 
 def split_masks(masks: Tensor, barrier: Tensor, min_area: int) -> Fragments:
