@@ -84,6 +84,7 @@ class TestCocoResults:
                     "counts": api.encode(np.asfortranarray(MASKS[0], "u1"))["counts"].decode(),
                 },
                 "bbox": [0, 0, 2, 2],
+                "area": 3,
                 "score": 0.5,
             }
         ]

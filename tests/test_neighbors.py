@@ -23,21 +23,23 @@ WHOLE = np.zeros((1, 48, 64), dtype=bool)  # a mask over both sides of the edge
 WHOLE[0, 1:47, 1:63] = True
 
 
+def make_predictor():
+    """Make a predictor of segment-anything with random weights and small layers."""
+    sam = require("segment_anything.modeling")
+    torch.manual_seed(0)
+    transformer = sam.TwoWayTransformer(depth=1, embedding_dim=8, mlp_dim=16, num_heads=2)
+    model = sam.Sam(
+        sam.ImageEncoderViT(img_size=64, patch_size=16, embed_dim=16, depth=1, num_heads=2, out_chans=8, window_size=0),
+        sam.PromptEncoder(embed_dim=8, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4),
+        sam.MaskDecoder(transformer_dim=8, transformer=transformer, iou_head_depth=2, iou_head_hidden_dim=8),
+    )
+    return require("segment_anything").SamPredictor(model.eval())
+
+
 class TestSegmentAnything:
     @pytest.fixture
     def predictor(self):
-        """Make a predictor of SAM with random weights and small layers."""
-        sam = require("segment_anything.modeling")
-        torch.manual_seed(0)
-        transformer = sam.TwoWayTransformer(depth=1, embedding_dim=8, mlp_dim=16, num_heads=2)
-        model = sam.Sam(
-            sam.ImageEncoderViT(
-                img_size=64, patch_size=16, embed_dim=16, depth=1, num_heads=2, out_chans=8, window_size=0
-            ),
-            sam.PromptEncoder(embed_dim=8, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4),
-            sam.MaskDecoder(transformer_dim=8, transformer=transformer, iou_head_depth=2, iou_head_hidden_dim=8),
-        )
-        predictor = require("segment_anything").SamPredictor(model.eval())
+        predictor = make_predictor()
         predictor.set_image(PHOTO)
         return predictor
 

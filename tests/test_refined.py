@@ -249,7 +249,7 @@ def test_segment_draws_what_edges_enclose(call, data, tmp_path):
     result = call("segment", data / "images", "-o", "out", "--overlay", "--threshold", "0.3")
     assert result.exit_code == 0, result.output
     labels = np.asarray(Image.open(tmp_path / "out" / "001.png"))
-    assert labels.shape == (48, 64) and labels.max() >= 1
+    assert labels.shape == (48, 64) and labels.dtype == np.uint8 and labels.max() >= 1
     assert np.asarray(Image.open(tmp_path / "out" / "001_overlay.png")).shape == (48, 64, 3)
     assert len(list((tmp_path / "out").iterdir())) == 8
 
@@ -265,7 +265,7 @@ def test_segment_separates_where_the_model_does_best(call, data, tmp_path):
 
 @pytest.mark.slow
 def test_segment_keeps_the_masks_of_a_file(call, data, tmp_path):
-    words = ["segment", data / "images" / "001.png", "-o", "out", "--masks", data / "inst" / "001.png"]
+    words = ["segment", data / "images" / "001.png", "-o", "out", "--masks", data / "inst" / "001.png", "--bits", 16]
     assert call(*words, "--threshold", "1").exit_code == 0
     labels, masks = (np.asarray(Image.open(path)) for path in (tmp_path / "out" / "001.png", data / "inst" / "001.png"))
     assert labels.dtype == np.uint16
@@ -275,7 +275,7 @@ def test_segment_keeps_the_masks_of_a_file(call, data, tmp_path):
     expected = propagate(masks, trace_fast.edges(data / "images" / "001.png"), threshold=1, mode="walk")
     assert np.array_equal(walked, expected) and not np.array_equal(walked, labels)
     result = call("segment", data / "images", "-o", "out", "--masks", data / "inst" / "001.png")
-    assert result.exit_code == 2 and "--masks must be of one image, got 4" in result.output
+    assert result.exit_code == 2 and "--masks must be of one image, or a folder, got 4" in result.output
 
 
 def test_drawn_masks_have_outlines_and_colors():
@@ -324,6 +324,9 @@ def test_segment_refuses_files_that_are_no_label_maps(call, data):
     result = call(*words, "cut.png")
     assert result.exit_code == 2 and "--masks must be a readable picture, got 'cut.png': " in result.stderr
     assert not os.path.exists("out")
-    result = call(*words, "many.tif")
-    assert result.exit_code == 1 and "segment: masks must be at most 65535 for a map of 16 bits, got" in result.stderr
+    for bits, most in ((8, 254), (16, 65534)):
+        result = call(*words, "many.tif", "--bits", bits)
+        message = f"segment: masks must be at most {most} for a map of {bits} bits, got label 131072"
+        assert result.exit_code == 1 and message in result.stderr
+        assert result.stderr.endswith(": give --bits 16\n") == (bits == 8)
     assert os.listdir("out") == []

@@ -10,20 +10,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from safetensors import SafetensorError
 
 from trace_fast.io.pictures import MAX_PIXELS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trace_fast import Detector, TraceOutput, Tracer
+
 __all__ = [
     "FAILURES",
     "Device",
+    "Dtype",
     "Inputs",
+    "Model",
+    "Noising",
+    "Offload",
     "OutputFolder",
+    "Seed",
+    "Size",
+    "Stage",
+    "Timestep",
     "describe",
     "list_images",
+    "load_edge_finder",
     "open_folder",
     "parse_size",
     "parse_timestep",
@@ -41,10 +55,46 @@ Inputs = Annotated[list[Path], typer.Argument(metavar="IN", help="Image files, a
 OutputFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to. It is created where it is missing.")
 ]
+Model = Annotated[
+    str, typer.Option(help="Name that `trace-fast models` shows, repository of the hub (owner/name), or local folder.")
+]
+Stage = Annotated[
+    Literal["1", "2"] | None,
+    typer.Option(help="1 for the search, 2 for the one-step student. The default is the student where there is one."),
+]
+Timestep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="iep|INT",
+        help="Timestep that the search reads, 0 to 999, or iep to find it. The default is the model's own.",
+    ),
+]
+Noising = Annotated[
+    Literal["inversion", "gaussian"] | None,
+    typer.Option(help="The way in which the search adds noise to an image. The default is the model's own."),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="Device to run on, such as cuda:1. The default is the GPU where there is one, else the CPU."),
 ]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="HxW", help="Processing size in pixels, such as 512x768. The default is the model's own."),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        help="Data type of the weights. The default is bfloat16 on a GPU, and float32 on the CPU and for mini."
+    ),
+]
+Offload = Annotated[
+    Literal["model", "sequential"] | None,
+    typer.Option(
+        help="Keep the weights in main memory, for a small GPU, and move them to the GPU model by model, or layer by "
+        "layer (sequential)."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the Gaussian noise.")]
 
 
 def refuse(reason: str) -> NoReturn:
@@ -101,6 +151,53 @@ def parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
     return height, width
 
 
+def load_edge_finder(
+    model: str,
+    stage: str | None,
+    timestep: str | None,
+    noising: str | None,
+    device: str | None,
+    size: str | None,
+    dtype: str | None,
+    offload: str | None,
+    seed: int,
+    curve: bool = False,
+) -> tuple[Tracer | Detector, Callable[[Tensor], tuple[Tensor, TraceOutput | None]]]:
+    """Load the model that the options choose.
+
+    Returns:
+        The model, and a function from an image (1, 3, H, W) to its edges (1, 1, H, W) and, where an option of the
+        search is given, its whole output.
+    """
+    choices = {"timestep": parse_timestep(timestep), "noising": noising, "return_kl": curve or None}
+    search: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    height_and_width = parse_size(size)
+    if stage == "2" and search:
+        refuse("--timestep, --noising and --curve are options of the search: give --stage 1 with them")
+
+    import torch
+
+    import trace_fast
+
+    with refuse_failures():
+        loaded: Any = trace_fast.load(
+            model,
+            stage=1 if search else None if stage is None else int(stage),
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            size=height_and_width,
+            offload=offload,
+        )
+
+    def find_edges(photo: Tensor) -> tuple[Tensor, TraceOutput | None]:
+        if not search:
+            return loaded.edges(photo, seed=seed), None
+        traced = loaded(photo, seed=seed, **search)
+        return traced.edges, traced
+
+    return loaded, find_edges
+
+
 def list_images(inputs: list[Path]) -> list[Path]:
     """Return the files as they are, whatever their ending, and the image files of the folders; each file once."""
     from trace_fast.io.folders import describe_left_out, is_picture
@@ -143,9 +240,19 @@ def plan_results(images: list[Path], output: Path, suffixes: list[str]) -> dict[
 
 
 def write_results(
-    results: dict[Path, dict[str, Path]], output: Path, write: Callable[[Path, dict[str, Path]], None]
+    results: dict[Path, dict[str, Path]],
+    output: Path,
+    write: Callable[[Path, dict[str, Path]], None],
+    finish: Callable[[], None] | None = None,
 ) -> None:
-    """Write the results of each image; report the images that fail, and do the others all the same."""
+    """Write the results of each image; report the images that fail, and do the others all the same.
+
+    Args:
+        results: the files of each image, by suffix.
+        output: the folder, for the message.
+        write: writes the files of an image.
+        finish: writes what all images share, after the last.
+    """
     from tqdm import tqdm
 
     failures = 0
@@ -156,6 +263,9 @@ def write_results(
         except FAILURES as error:
             failures += 1
             tqdm.write(f"trace-fast: {image}: {describe(error)}", file=sys.stderr)
+    if finish is not None:
+        with refuse_failures():
+            finish()
     typer.echo(f"{len(results) - failures} of {len(results)} written to {output}")
     if failures:
         raise typer.Exit(1)

@@ -216,8 +216,8 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
     """
     folder = Path(folder)
     truth_path = _find_truth(folder, truth)
-    places = ["images", truth_path.stem.rpartition("_")[2]] if truth_path.suffix == ".json" else ["images"]
-    images = next((folder / place for place in places if (folder / place).is_dir()), folder)
+    names = ["images", truth_path.stem.rpartition("_")[2]] if truth_path.suffix == ".json" else ["images"]
+    images = next((folder / name for name in names if (folder / name).is_dir()), folder)
     files = sorted(path for path in images.iterdir() if is_picture(path.name)) if images.is_dir() else []
     if truth_path.suffix == ".json":
         return _open_json(truth_path, images, files)

@@ -56,9 +56,9 @@ def write_coco_results(
 ) -> None:
     """Write masks as a list of results of COCO's form.
 
-    Each mask becomes one result with image_id, category_id, segmentation as compressed RLE, bbox XYWH in pixels, and
-    score. If results have a bbox, pycocotools uses its area as the mask's, which moves masks between its small, medium
-    and large sizes; `trace_fast.evaluation` uses the area of the mask.
+    Each mask becomes one result with image_id, category_id, segmentation as compressed RLE, bbox XYWH and area in
+    pixels, and score. If results have a bbox, pycocotools uses its area as the mask's, which moves masks between its
+    small, medium and large sizes; `trace_fast.evaluation` uses the area of the mask.
 
     Args:
         path: the JSON file; replaced if it exists.
@@ -87,7 +87,7 @@ def write_coco_results(
             (
                 record
                 for i, masks, scores in triples
-                for record in _make_records(op, i, masks, scores, category_id, exclusive)
+                for record in _make_records(op, i, masks, scores, category_id, exclusive, with_area=True)
             ),
         )
 

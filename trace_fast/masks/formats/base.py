@@ -106,13 +106,15 @@ def read_binary(values: np.ndarray | Tensor, name: str, cut: float | None = None
         raise TypeError(f"open_masks: {name} must be bool, or integers or floats that are 0 or 1, got {values.dtype}")
     if isinstance(values, Tensor):
         check_values(f"open_masks: {name}", values)
+    inside: Any
     if dtype == "bool":
         # not a copy: bytes of 0 and 255 that are viewed as bool must become 0 and 1
         inside = values.clone() if isinstance(values, Tensor) else np.not_equal(values, False)
     else:
         is_soft = cut is not None and dtype in FLOAT_DTYPES
-        inside = values > cut if is_soft else values == highest(values)
-        is_bad = values != values if is_soft else ~(inside | (values == 0))
+        inside = values > (cut or 0.0) if is_soft else values == highest(values)
+        # of soft masks, NaN differs from itself
+        is_bad: Any = values != values if is_soft else ~(inside | (values == 0))
         if is_bad.any():
             hint = "" if is_soft or dtype not in FLOAT_DTYPES else "; soft masks need a cut"
             required = "numbers" if is_soft else "0 or 1"

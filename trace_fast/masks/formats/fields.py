@@ -234,7 +234,7 @@ def _number_tracks(tracker_ids: np.ndarray, best: list[int]) -> np.ndarray:
 
 def _round(labels: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Convert a map of floats that are whole numbers to integers."""
-    whole = labels.long() if isinstance(labels, Tensor) else labels.astype(np.int64)
-    if not bool((whole == labels).all()):
+    whole: Any = labels.long() if isinstance(labels, Tensor) else labels.astype(np.int64)
+    if not (whole == labels).all():
         raise ValueError("open_masks: segmentation must be of whole numbers, got others")
     return whole

@@ -28,6 +28,7 @@ from trace_fast.masks.formats.base import (
 from trace_fast.ops import checks
 
 __all__ = [
+    "find_void",
     "is_label_map",
     "is_panoptic",
     "keep_visible",
@@ -150,14 +151,8 @@ def read_label_picture(picture: Any, options: Options) -> tuple[MaskSet, Write]:
 def read_label_map(label_map: np.ndarray | Tensor, options: Options) -> tuple[MaskSet, Write]:
     """Read a label map (H, W); pixels of void are in no mask, and are written as they were."""
     labels = convert_labels("open_masks", "masks", label_map)
-    values = labels.unique()
-    custom = VOID.get(dtype_name(label_map))
-    if options.ignore is not None:
-        void = set(options.ignore)
-    else:
-        # a map whose only label is 255 is the picture of a mask
-        void = {custom} if custom is not None and (custom < 0 or int((values > 0).sum()) > 1) else set()
-    known = [label for label in values.tolist() if label not in void and label != 0]
+    custom, void = VOID.get(dtype_name(label_map)), find_void(label_map, options.ignore)
+    known = [label for label in labels.unique().tolist() if label not in void and label != 0]
     if known and known[0] < 0:
         raise ValueError(f"open_masks: masks must be labels of at least 0, or listed in ignore, got {known[0]}")
     checks.memory("open_masks", "masks", labels, len(known) * labels.numel())
@@ -179,6 +174,16 @@ def read_label_map(label_map: np.ndarray | Tensor, options: Options) -> tuple[Ma
 
     masks = labels == torch.tensor(known, dtype=torch.int64, device=labels.device)[:, None, None]
     return MaskSet(masks, classes=None if classes is None else _as_tensor(classes, labels)), write
+
+
+def find_void(label_map: np.ndarray | Tensor, ignore: Collection[int] | None) -> set[int]:
+    """Return the labels of a map that are void: those given or, where None, what the dtype has by custom."""
+    if ignore is not None:
+        return set(ignore)
+    custom = VOID.get(dtype_name(label_map))
+    labels = np.unique(label_map.cpu().numpy() if isinstance(label_map, Tensor) else label_map)
+    # a map whose only label is 255 is the picture of a mask
+    return {custom} if custom is not None and (custom < 0 or np.count_nonzero(labels > 0) > 1) else set()
 
 
 def read_panoptic(pair: Sequence[Any], options: Options) -> tuple[MaskSet, Write]:
@@ -218,7 +223,9 @@ def read_panoptic(pair: Sequence[Any], options: Options) -> tuple[MaskSet, Write
             if number not in written and (written_map == number).any():
                 fields = {"id": number} if values is None else {"id": number, "score": values[k]}
                 written[number] = {**segments[index], **_measure(written_map == number, segments[index]), **fields}
-        return type(pair)((convert_like(written_map, segment_map), type(segments)(written.values())))
+        infos = tuple(written.values()) if isinstance(segments, tuple) else list(written.values())
+        converted = convert_like(written_map, segment_map)
+        return (converted, infos) if isinstance(pair, tuple) else [converted, infos]
 
     return mask_set, write
 

@@ -77,7 +77,7 @@ def read_records(records: Sequence[Mapping[str, Any]], options: Options) -> tupl
                 record.pop("id", None)
             used.add(index)
             written.append(record)
-        return type(records)(written)
+        return tuple(written) if isinstance(records, tuple) else written
 
     return mask_set, write
 
