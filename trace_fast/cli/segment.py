@@ -91,7 +91,7 @@ def run_segment(
     ] = False,
     bits: Annotated[
         Literal["8", "16"],
-        typer.Option(help="8 for a label map with a palette, for at most 255 masks; 16 for one without."),
+        typer.Option(help="8 for a label map with a palette, for at most 254 masks; 16 for one without."),
     ] = "8",
     coco: Annotated[
         Path | None,
