@@ -21,7 +21,7 @@ def main(results: str, photos: str, refined: str) -> None:
     def refine(masks: np.ndarray, scores: np.ndarray, image_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         (photo,) = Path(photos).glob(f"{image_id:012}.*")
         mask_set = MaskSet(torch.from_numpy(masks), torch.from_numpy(scores).float())
-        mask_set = propagate(mask_set, model(photo), threshold=model.region_threshold)
+        mask_set = propagate(mask_set, model(photo))
         return mask_set.masks, mask_set.scores
 
     refine_results(results, refined, refine)

@@ -18,18 +18,18 @@ from trace_fast.masks import paint_labels, semantic_masks, write_palette
 def main(photo: str, masks: str, refined: str) -> None:
     """Read the masks by the ending of their file, refine them, and write them likewise."""
     model = trace_fast.load("mini")
-    edges, threshold = model(photo), model.region_threshold
+    edges = model(photo)
     ending = Path(masks).suffix
     if ending == ".npy":
         fields = np.load(masks, allow_pickle=True).item()
-        np.save(refined, trace_fast.propagate(fields, edges, threshold=threshold), allow_pickle=True)
+        np.save(refined, trace_fast.propagate(fields, edges), allow_pickle=True)
     elif ending == ".pt":
         fields = torch.load(masks, weights_only=False)
-        torch.save(trace_fast.propagate(fields, edges, threshold=threshold, cut=0.5), refined)
+        torch.save(trace_fast.propagate(fields, edges, cut=0.5), refined)
     else:
         class_map = np.array(Image.open(masks))
         tags = [tag for tag in np.unique(class_map).tolist() if 0 < tag < 255]
-        mask_set = trace_fast.propagate(semantic_masks(class_map, tags), edges, threshold=threshold)
+        mask_set = trace_fast.propagate(semantic_masks(class_map, tags), edges)
         painted = paint_labels(mask_set.masks, mask_set.classes.tolist()).numpy()
         write_palette(refined, np.where(class_map == 255, 255, painted))
 

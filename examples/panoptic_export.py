@@ -19,7 +19,7 @@ def main(photo: str, classes: str, out: str) -> None:
     class_map = np.array(Image.open(classes))
     tags = [tag for tag in np.unique(class_map).tolist() if 0 < tag < 255]
     model = trace_fast.load("mini")
-    masks = trace_fast.propagate(semantic_masks(class_map, tags), model(photo), threshold=model.region_threshold)
+    masks = trace_fast.propagate(semantic_masks(class_map, tags), model(photo))
     Path(out).mkdir(exist_ok=True)
     write_panoptic(
         Path(out) / "panoptic.json",

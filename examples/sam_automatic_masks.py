@@ -21,7 +21,7 @@ def main(photo: str, checkpoint: str, out: str, kind: str = "vit_b", **options: 
     records = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **options).generate(image)
 
     model = trace_fast.load("mini")
-    records = trace_fast.propagate(records, model(image), threshold=model.region_threshold)
+    records = trace_fast.propagate(records, model(image))
     with open(out, "w") as file:
         json.dump(records, file)
 

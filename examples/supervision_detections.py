@@ -25,7 +25,7 @@ def main(photo: str, picture: str) -> None:
     """Draw the detections, refined: boxes, classes, tracks and further data follow their masks."""
     image = np.array(Image.open(photo).convert("RGB"))
     model = trace_fast.load("mini")
-    detections = trace_fast.propagate(detect(image), model(image), threshold=model.region_threshold)
+    detections = trace_fast.propagate(detect(image), model(image))
     Image.fromarray(sv.MaskAnnotator().annotate(image.copy(), detections)).save(picture)
 
 

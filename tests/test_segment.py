@@ -124,7 +124,7 @@ class TestCocoResults:
 
 class TestMasks:
     def test_a_folder_with_void(self, call):
-        words = ("--edges", "edges", "--masks", "merged", "--threshold", 0.5)
+        words = ("--edges", "edges", "--masks", "merged", "--mode", "flood")
         assert call(*words, "--coco", "results.json").exit_code == 0
         mode, labels = read("out/007.png")
         assert mode == "P" and (labels[:2] == 255).all()
