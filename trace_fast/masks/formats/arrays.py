@@ -124,11 +124,13 @@ def read_entries(entries: Sequence[Any], options: Options, allow_polygons: bool 
     return torch.stack(masks) if masks else torch.zeros(0, *(size or (0, 0)), dtype=torch.bool, device="cpu")
 
 
-def write_entries(masks: Tensor, likes: Sequence[Any]) -> list[Any]:
-    """Write masks (K, H, W) bool, each in the form of an entry that was read."""
+def write_entries(masks: Sequence[Tensor] | Tensor, likes: Sequence[Any]) -> list[Any]:
+    """Write masks (H, W) bool, each in the form of an entry that was read."""
     is_encoded = [not (isinstance(like, (np.ndarray, Tensor)) or is_picture(like)) for like in likes]
     others = [index for index, encoded in enumerate(is_encoded) if encoded]
-    encoded = iter(rle.encode_rles("open_masks", masks[others].cpu().numpy()) if others else ())
+    encoded = iter(
+        rle.encode_rles("open_masks", np.stack([masks[index].cpu().numpy() for index in others])) if others else ()
+    )
     written: list[Any] = []
     for mask, like in zip(masks, likes, strict=True):
         if isinstance(like, (np.ndarray, Tensor)):

@@ -191,8 +191,11 @@ def read_classes(name: str, classes: Any, count: int) -> Tensor:
 
 def find_changed(mask_set: MaskSet, result: MaskSet, best: list[int]) -> list[bool]:
     """Tell of each mask of a result whether it differs from the mask that it comes from."""
-    sources = mask_set.masks[best].to(result.masks.device)
-    return (result.masks != sources).flatten(1).any(1).tolist() if best else []
+    # one by one: a stack of the sources would take as much memory as all masks
+    return [
+        not torch.equal(mask, mask_set.masks[index].to(mask.device))
+        for mask, index in zip(result.masks, best, strict=True)
+    ]
 
 
 def update_scores(exact: Tensor, mask_set: MaskSet, result: MaskSet, best: list[int]) -> Tensor:

@@ -57,7 +57,8 @@ def read_records(records: Sequence[Mapping[str, Any]], options: Options) -> tupl
         # other encodings of a mask stay as they are, where it does
         encodings = [segmentations[index] for index in best]
         chosen = [k for k, old in enumerate(encodings) if is_changed[k] or isinstance(old, (np.ndarray, Tensor))]
-        rewritten = dict(zip(chosen, write_entries(result.masks[chosen], [encodings[k] for k in chosen]), strict=True))
+        written_masks = write_entries([result.masks[k] for k in chosen], [encodings[k] for k in chosen])
+        rewritten = dict(zip(chosen, written_masks, strict=True))
         areas = mask_areas(result.masks).tolist()
         boxes = to_xywh(mask_boxes(result.masks, last=score_key == "predicted_iou")).tolist()
         used: set[int] = set()
