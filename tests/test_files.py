@@ -1,13 +1,18 @@
-"""trace_fast.io.files: a file that is replaced keeps its permissions."""
+"""trace_fast.io.files: permissions are kept, a full disk is named, and equal content has equal bytes."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import stat
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import write_atomically, write_tensors
 
 
 def read_mode(path):
@@ -37,3 +42,40 @@ def test_new_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert read_mode(tmp_path / "a") == 0o640
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(tmp_path, number):
+    with (
+        pytest.raises(OSError, match=r"distill: the disk must have room for a.png, got .* in the folder") as refusal,
+        write_atomically(tmp_path / "a.png", "distill"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert (refusal.value.errno, refusal.value.filename) == (number, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_disappears_is_named(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match="out"), write_atomically(folder / "a.png", "distill") as file:
+        file.write(b"new")
+        next(folder.iterdir()).unlink()
+        folder.rmdir()
+
+
+def test_tensors_follow_from_their_content(tmp_path):
+    tensors = {"b": torch.arange(3), "a": torch.rand(2, 3), "c": torch.zeros(0, 2, dtype=torch.bool)}
+    metadata = {f"name {index}": "value \N{LATIN SMALL LETTER E WITH ACUTE}" * index for index in range(12)}
+    files = [io.BytesIO() for _ in range(2)]
+    write_tensors(files[0], tensors, metadata)
+    write_tensors(files[1], tensors, dict(reversed(metadata.items())))
+    content = files[0].getvalue()
+    assert content == files[1].getvalue()
+    stored = load(content)
+    assert stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name]) for name in tensors)
+    (tmp_path / "a").write_bytes(content)
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == metadata
+    # aligned as those of safetensors itself
+    assert int.from_bytes(content[:8], "little") % 8 == 0 and len(content) % 8 == len(save(tensors, metadata)) % 8

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from trace_fast.cli.common import OutputFolder, open_folder, refuse_failures
+from trace_fast.io.claims import claim_folder
 
 __all__ = ["run_demo"]
 
@@ -16,5 +17,5 @@ def run_demo(output: OutputFolder = Path("demo")) -> None:
     from trace_fast import demo
 
     open_folder(output)
-    with refuse_failures():
+    with refuse_failures(), claim_folder(output, "demo"):
         typer.echo(demo.run(output))

@@ -26,6 +26,7 @@ from trace_fast.cli.common import (
     require_package,
     write_results,
 )
+from trace_fast.io.claims import claim_folder
 
 __all__ = ["run_edges"]
 
@@ -70,4 +71,5 @@ def run_edges(
         if curve and traced is not None:
             visualize.plot_curve(traced, paths["_curve"])
 
-    write_results(results, output, write)
+    with refuse_failures(), claim_folder(output, "edges"):
+        write_results(results, output, write)

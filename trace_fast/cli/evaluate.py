@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from trace_fast.cli.common import Device, open_folder, refuse_failures, require_package
+from trace_fast.io.claims import claim_folder
 
 __all__ = ["run_evaluate"]
 
@@ -108,7 +109,7 @@ def run_evaluate(
 
     from trace_fast.evaluation import evaluate
 
-    with refuse_failures():
+    with refuse_failures(), claim_folder(output, "evaluate"):
         report = evaluate(
             data,
             method,

@@ -32,6 +32,7 @@ from trace_fast.cli.common import (
     require_package,
     write_results,
 )
+from trace_fast.io.claims import claim_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +166,8 @@ def run_segment(
             records.append((ids[image], _encode(mask_set.masks), mask_set.scores))
 
     finish = None if coco is None else functools.partial(write_coco_results, coco, records)
-    write_results(results, output, write, finish)
+    with refuse_failures(), claim_folder(output, "segment"):
+        write_results(results, output, write, finish)
 
 
 def _list_label_files(masks: Path | None, images: list[Path]) -> dict[Path, Path]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-__all__ = ["write_atomically", "write_files"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["write_atomically", "write_files", "write_tensors"]
+
+# of disks, and of users who have used their share of one
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @contextmanager
@@ -26,6 +34,7 @@ def write_atomically(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO
 
     Raises:
         FileNotFoundError: the folder of path does not exist.
+        OSError: the folder cannot be written to, or its disk is full; the message names it.
 
     Example:
         >>> with write_atomically("scores.json", "evaluate") as file:
@@ -47,8 +56,12 @@ def write_atomically(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO
         if mode is not None:
             os.chmod(part, mode)
         os.replace(part, path)
-    except BaseException:  # Ctrl-C included
-        part.unlink(missing_ok=True)
+    except BaseException as error:  # Ctrl-C included
+        with suppress(OSError):  # such as a folder that is gone
+            part.unlink()
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            reason = f"{op}: the disk must have room for {path.name}, got {error.strerror!r} in the folder"
+            raise OSError(error.errno, reason, str(path.parent)) from error
         raise
 
 
@@ -66,3 +79,22 @@ def write_files(folder: Path, contents: Mapping[str, bytes], op: str) -> None:
     for name, content in contents.items():
         with write_atomically(folder / name, op) as file:
             file.write(content)
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes follow from its content: safetensors itself shuffles metadata.
+
+    Args:
+        file: to write to.
+        tensors: by name, contiguous.
+        metadata: by name.
+    """
+    from safetensors.torch import save
+
+    content = memoryview(save(dict(tensors), dict(metadata)))
+    data = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:data])) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(content[data:])

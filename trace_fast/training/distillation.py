@@ -605,7 +605,8 @@ def distill(config: DistillConfig) -> Path:
         FileNotFoundError: the folder of photos does not exist.
         ValueError: photos are damaged (the message lists them all) or too few, the output folder holds a run of another
             configuration, or the model cannot be distilled.
-        RuntimeError: the device is not present, or memory is too small for the model.
+        RuntimeError: the device is not present, memory is too small for the model, or another run writes to the output
+            folder.
 
     Example:
         >>> folder = distill(DistillConfig(images=Path("photos"), output=Path("run"), size=(96, 128)))
@@ -626,26 +627,27 @@ def distill(config: DistillConfig) -> Path:
         return tracer
 
     scenes = list_scenes(config.scenes) if config.scenes is not None else []
-    config.output.mkdir(parents=True, exist_ok=True)
-    divergences, helper = config.open_divergences(photos), config.open_helper(photos)
-    missing = divergences.list_missing()
-    unseen = [] if helper is None else helper.list_missing()
-    read_progress(config.output / STATE, config.describe_run(), "distill")  # refused before the search, not after it
-    if missing or unseen:
-        searches = []
-        if missing:
-            find = make_search(config, load_tracer(config.teacher_size or config.size))
-            searches.append((divergences, missing, find))
-        if helper is not None and unseen:
-            searches.append((helper, unseen, load_helper(config, process.device)))
-        damaged = refuse_damaged(list(dict.fromkeys(missing + unseen)), config.skip_bad, process)
-        photos = [photo for photo in photos if photo not in damaged]
-        take_photos(config, photos)
-        for shards, part, find in searches:
-            shards.write(find, [photo for photo in part if photo not in damaged], config.shard, process.share)
-        del searches, find  # frees memory for the student
-        process.wait()
-    return Distillation(config, load_tracer(config.size), photos, process, scenes).run()
+    with process.claim(config.output, "distill"):
+        divergences, helper = config.open_divergences(photos), config.open_helper(photos)
+        missing = divergences.list_missing()
+        unseen = [] if helper is None else helper.list_missing()
+        # refused before the search, not after it
+        read_progress(config.output / STATE, config.describe_run(), "distill")
+        if missing or unseen:
+            searches = []
+            if missing:
+                find = make_search(config, load_tracer(config.teacher_size or config.size))
+                searches.append((divergences, missing, find))
+            if helper is not None and unseen:
+                searches.append((helper, unseen, load_helper(config, process.device)))
+            damaged = refuse_damaged(list(dict.fromkeys(missing + unseen)), config.skip_bad, process)
+            photos = [photo for photo in photos if photo not in damaged]
+            take_photos(config, photos)
+            for shards, part, find in searches:
+                shards.write(find, [photo for photo in part if photo not in damaged], config.shard, process.share)
+            del searches, find  # frees memory for the student
+            process.wait()
+        return Distillation(config, load_tracer(config.size), photos, process, scenes).run()
 
 
 def make_search(config: DistillConfig, teacher: Tracer) -> Callable[[Tensor], Tensor]:

@@ -435,7 +435,6 @@ class Pretraining:
     def run(self) -> None:
         """Train to the end or to the limit of time, from the state in the output folder if there is one."""
         config = self.config
-        config.output.mkdir(parents=True, exist_ok=True)
         for name, value in (self.state.resume() or {}).items():
             setattr(self, name, value)
         loader = DataLoader(
@@ -500,7 +499,7 @@ def pretrain(config: PretrainConfig) -> Path:
         FileNotFoundError: the folder of photos does not exist.
         ValueError: photos are damaged, the output folder holds a run of another configuration, or the weights to start
             from do not fit.
-        RuntimeError: the device is not present.
+        RuntimeError: the device is not present, or another run writes to the output folder.
 
     Example:
         >>> folder = pretrain(PretrainConfig(photos=Path("photos"), output=Path("run"), images=88_000))
@@ -509,5 +508,7 @@ def pretrain(config: PretrainConfig) -> Path:
     process = Process.connect(config.device, "pretrain")
     if (smallest := min(config.batch, config.large_batch)) < process.count:
         raise ValueError(f"pretrain: batch must be at least the {process.count} processes, got {smallest} in a step")
-    Pretraining(config, process).run()
+    run = Pretraining(config, process)
+    with process.claim(config.output, "pretrain"):
+        run.run()
     return config.output / "final"

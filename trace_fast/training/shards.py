@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import write_atomically, write_tensors
 from trace_fast.training.data import PhotoFile
 from trace_fast.training.state import require_same
 
@@ -101,7 +100,7 @@ class Shards:
                 keys = json.dumps([photo.key for photo in part])
                 name = hashlib.sha256(json.dumps([self.source, keys]).encode()).hexdigest()[:32]
                 with write_atomically(self.folder / f"{name}.safetensors", "distill") as file:
-                    file.write(save(maps, {"teacher": self.source, "photographs": keys}))
+                    write_tensors(file, maps, {"teacher": self.source, "photographs": keys})
 
     def read(self, index: int) -> Tensor:
         """Return the map of a photo by its index in the list, as it was stored.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from trace_fast.io.files import write_atomically
+from trace_fast.io.claims import claim_folder
+from trace_fast.io.files import write_atomically, write_tensors
 from trace_fast.ops import checks
 
 __all__ = ["Process", "State", "list_differences", "read_progress", "require_same", "trapezoid"]
@@ -80,6 +82,21 @@ class Process:
     def share(self) -> slice:
         """The slice of a batch, or of a list of files, that this process works on."""
         return slice(self.index, None, self.count)
+
+    @contextmanager
+    def claim(self, folder: Path, op: str) -> Iterator[None]:
+        """Create a folder and keep other runs that write to it out, for all processes of this run.
+
+        Args:
+            folder: to write to.
+            op: named in errors.
+
+        Raises:
+            RuntimeError: another run writes to the folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with claim_folder(folder, op) if self.index == 0 else nullcontext():
+            yield
 
     def wait(self) -> None:
         """Wait until every process has called this."""
@@ -213,9 +230,9 @@ class State:
     def save(self, progress: Mapping[str, Any]) -> None:
         """Write the state, with the progress, for `resume` to read."""
         metadata = {"progress": json.dumps(progress), "config": self.identity}
-        content = save({name: value.contiguous() for name, value in self.tensors().items()}, metadata)
+        tensors = {name: value.contiguous() for name, value in self.tensors().items()}
         with write_atomically(self.path, self.op) as file:
-            file.write(content)
+            write_tensors(file, tensors, metadata)
 
     def resume(self) -> dict[str, Any] | None:
         """Load the state from the file and return its progress, or None if there is no file.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trace_fast.io.claims import claim_folder
 from trace_fast.io.files import write_files
 from trace_fast.io.folders import is_picture
 from trace_fast.io.pictures import read_picture
@@ -104,13 +105,21 @@ def write_scenes(config: ScenesConfig) -> Path:
     Raises:
         FileNotFoundError: the folder of photos does not exist.
         ValueError: the output folder has scenes of other options or photos, or a photo is damaged.
+        RuntimeError: another run writes to the output folder.
 
     Example:
         >>> write_scenes(ScenesConfig(output=Path("scenes"), count=8, size=96))  # doctest: +SKIP
         PosixPath('scenes')
     """
     files = [] if config.photos is None else shuffle_photos(list_photos(config.photos), config.seed)
-    files = files[: config.most_photos]
+    config.output.mkdir(parents=True, exist_ok=True)
+    with claim_folder(config.output, "scenes"):
+        _write_missing(config, files[: config.most_photos])
+    return config.output
+
+
+def _write_missing(config: ScenesConfig, files: list[PhotoFile]) -> None:
+    """Draw the scenes that are missing, with colors of these photos."""
     identity = _describe(config, files)
     path = config.output / DESCRIPTION
     if path.is_file():
@@ -134,7 +143,6 @@ def write_scenes(config: ScenesConfig) -> Path:
     ) as bar:
         for done in _run_chunks(write, chunks, config.workers):
             bar.update(done)
-    return config.output
 
 
 def load_photos(files: list[PhotoFile]) -> np.ndarray:
