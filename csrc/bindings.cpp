@@ -6,12 +6,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "common.h"
 #include "trace_fast.h"
 
 namespace py = pybind11;
@@ -109,23 +111,46 @@ void call(void (*function)(Args...), const char* name, Args... args) {
   function(args...);
 }
 
-// Adds a function to the module: the version for the instruction set in use, or the only one. It releases the GIL.
+unsigned long main_thread = 0;  // the only one in which Python runs handlers of signals
+
+// Runs the handlers of signals that have come; returns false if one has raised.
+bool check_signals() {
+  const py::gil_scoped_acquire acquired;
+  return PyErr_CheckSignals() == 0;
+}
+
+// Calls an op without the GIL; a signal whose handler raises, as that of Ctrl-C, ends it.
+void run_op(const std::function<void()>& op) {
+  bool interrupted = false;
+  const bool signals = PyThread_get_thread_ident() == main_thread;
+  {
+    const py::gil_scoped_release released;
+    try {
+      run_interruptible(
+          signals ? &check_signals : nullptr,
+          [](const void* context) { (*static_cast<const std::function<void()>*>(context))(); }, &op);
+    } catch (const Interrupted&) {
+      interrupted = true;
+    }
+  }
+  if (interrupted) throw py::error_already_set();
+}
+
+// Adds a function to the module: the version for the instruction set in use, or the only one.
 template <class... Args, class... Others>
 void bind(py::module_& module, const char* name, void (*first)(Args...), Others... others) {
   const std::array<void (*)(Args...), 1 + sizeof...(others)> versions = {first, others...};
-  module.def(
-      name,
-      [name, versions](typename Argument<Args>::Python... args) {
-        const size_t version = versions.size() == 1 ? 0 : static_cast<size_t>(chosen.second);
-        call(versions[version], name, Argument<Args>::convert(args)...);
-      },
-      py::call_guard<py::gil_scoped_release>());
+  module.def(name, [name, versions](typename Argument<Args>::Python... args) {
+    const size_t version = versions.size() == 1 ? 0 : static_cast<size_t>(chosen.second);
+    run_op([&] { call(versions[version], name, Argument<Args>::convert(args)...); });
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native core; see csrc/trace_fast.h.";
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const auto& set : supported()) names.push_back(set.first);

@@ -960,8 +960,10 @@ class TestShards:
 
 class TestErrors:
     @pytest.mark.slow
-    @pytest.mark.parametrize(("name", "count"), [("labels", 1), ("state", 3), ("lora", 3)])
-    def test_a_full_disk_is_reported_and_complete_files_stay(self, config, call, monkeypatch, name, count):
+    @pytest.mark.parametrize(
+        ("name", "folder", "count"), [("labels", "labels", 1), ("state", "", 3), ("lora", "student", 3)]
+    )
+    def test_a_full_disk_is_reported_and_complete_files_stay(self, config, call, monkeypatch, name, folder, count):
         original = os.replace
 
         def fail(source, target):
@@ -974,7 +976,8 @@ class TestErrors:
             patch.setattr(files.os, "replace", fail)
             result = call()
         assert result.exit_code == 2 and result.stdout == ""
-        assert result.stderr.endswith("trace-fast: [Errno 28] No space left on device\n")
+        assert "[Errno 28]" in result.stderr and "the disk must have room for" in result.stderr
+        assert result.stderr.endswith(f"'{config.output / folder}'\n")
         assert "Traceback" not in result.stderr
         before = list_shards(config)
         assert len(before) == count and not list(config.output.rglob("*.part"))

@@ -167,6 +167,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config):
 
     interrupted = replace(config, output=config.output.with_name("interrupted"))
     run = Pretraining(interrupted, Process.connect("cpu", "pretrain"))
+    interrupted.output.mkdir()
     step, steps = run.train_step, []
 
     def stop_after_five(batch):

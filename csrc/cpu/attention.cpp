@@ -251,6 +251,7 @@ void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, cons
     float* const block_queries = packed_queries.data + thread * kBlockRows * channels;
     float* const block_logits = logits.data + thread * kBlockRows * columns;
     for (int64_t map = image * heads; map < (image + 1) * heads; ++map) {
+      check_interrupt();
       pack_queries(query + (map * tokens + first) * channels, rows, channels, scale, block_queries);
       multiply_block(block_queries, packed_keys.data + map * columns * channels, channels, rows, columns, block_logits,
                      columns);
@@ -368,6 +369,7 @@ void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, con
     fill(map_value_sums, keys * wide_columns, 0);
 
     for (int64_t first = 0; first < tokens; first += kBlockRows) {
+      check_interrupt();
       const int64_t rows = tokens - first < kBlockRows ? tokens - first : kBlockRows;
       const int64_t row = map * tokens + first;
       pack_queries(query + row * channels, rows, channels, scale, block_queries);
@@ -445,6 +447,7 @@ void accumulate_resized<TRACE_FAST_ISA>(float* total, const float* attention, in
     float* const ring = rings.data + thread * 2 * width * kStrip;
     int64_t ready = 0;
     for (int64_t y = 0; y < target_height; ++y) {
+      check_interrupt();
       const Interpolant& down = query_down[y];
       // the coarse queries of one grid row, at these fine keys, replace those of two grid rows above
       for (; ready <= down.high; ++ready)

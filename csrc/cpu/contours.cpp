@@ -122,10 +122,12 @@ struct Thinner {
   // Runs one pass, and returns whether it changed anything.
   bool sweep(const Bits& image, int32_t pass) const {
     bool changed = false;
+    Pace pace;
     Word* above = rows + frame.guard;  // as it was before this pass
     Word* here = above + frame.stride;
     std::memset(rows, 0, words(frame) * sizeof(Word));
     for (int64_t y = 0; y < frame.height; ++y) {
+      pace.spend(16 * frame.words);
       Word* const row = image.row(y);
       std::memcpy(here, row, frame.words * sizeof(Word));
       if (std::max({changes[y], changes[y + 1], changes[y + 2]}) >= pass - 2) {
@@ -155,7 +157,9 @@ struct Thinner {
 struct Disc {
   explicit Disc(double distance)
       : reach(static_cast<int64_t>(distance)), side(2 * reach + 1), halves(side), costs(side * side) {
+    Pace pace;
     for (int64_t y = -reach; y <= reach; ++y) {
+      pace.spend(16 * side);
       int64_t half = -1;
       for (int64_t x = 0; x <= reach && static_cast<double>(y * y + x * x) <= distance * distance; ++x) half = x;
       halves.data[y + reach] = half;
@@ -163,6 +167,9 @@ struct Disc {
         costs.data[(y + reach) * side + x + reach] = std::lround(std::sqrt(static_cast<double>(y * y + x * x)) * kUnit);
     }
   }
+
+  // Returns the work of a call of find, in the units of Pace.
+  int64_t work() const { return 4 * side * (side / 64 + 1); }
 
   // Calls body(y, x, cost) for each pixel set within the distance until one call returns true; returns whether one did.
   template <class Body>
@@ -219,7 +226,9 @@ struct Matcher {
 
     // the nearest pixel, or a free one among equally near ones; most pixels keep this partner
     int64_t num_waiting = 0;
+    Pace pace;
     first.for_each([&](int64_t y, int64_t x) {
+      pace.spend(disc.work());
       const int32_t here = index(y, x);
       int64_t nearest = kNever;
       int32_t choice = -1;
@@ -238,7 +247,7 @@ struct Matcher {
       else if (nearest < kNever)
         waiting[num_waiting++] = here;
     });
-    for (int64_t i = 0; i < num_waiting; ++i) assign(waiting[i], static_cast<int32_t>(i + 1));
+    for (int64_t i = 0; i < num_waiting; ++i) assign(waiting[i], static_cast<int32_t>(i + 1), pace);
 
     first.for_each([&](int64_t y, int64_t x) {
       if (partners[index(y, x)] >= 0) open.reset(y, x);
@@ -250,10 +259,11 @@ struct Matcher {
 
   // Gives root a partner by the cheapest path, along which others change theirs. If no path leads to a free pixel, one
   // of the pixels on the way stays without a partner for good: the one whose loss costs least.
-  void assign(int32_t root, int32_t search) {
+  void assign(int32_t root, int32_t search, Pace& pace) {
     int64_t heaped = 0, settled = 0, spent = 0, end = kNever;
     int32_t here = root, loser = root, goal = -1;
     for (;;) {
+      pace.spend(disc.work() + 64);
       // spent is the cost of the path to here, less the cost of its present partner
       if (kNever - spent < end) end = kNever - spent, loser = here;
       disc.find(left, here / frame.width, here % frame.width, [&](int64_t row, int64_t column, int64_t cost) {
@@ -560,7 +570,9 @@ void count_matches<TRACE_FAST_ISA>(const float* edges, const uint8_t* truths, co
     plane(a).fill([&](int64_t i) { return truths[a * frame.pixels + i] != 0; });
     truth_pixels += count(plane(a));
   }
+  Pace pace;
   near_truth.fill([&](int64_t i) {
+    pace.spend(annotators * disc.work());
     for (int64_t a = 0; a < annotators; ++a)
       if (disc.find(plane(a), i / width, i % width, is_near)) return true;
     return false;
@@ -571,6 +583,7 @@ void count_matches<TRACE_FAST_ISA>(const float* edges, const uint8_t* truths, co
   parallel_for(num_thresholds, num_threads, [&](int64_t index, int thread) {
     const Bits detected = space.plane(thread, 0), matched = space.plane(thread, 1);
     const float threshold = thresholds[index];
+    Pace own_pace;
     detected.fill([&](int64_t i) { return edges[i] >= threshold; });
     if (thinning) space.thinner(thread).thin(detected);
 
@@ -585,6 +598,7 @@ void count_matches<TRACE_FAST_ISA>(const float* edges, const uint8_t* truths, co
       for (int64_t i = 0; i < frame.size; ++i)
         matched.memory[i] |= detected.memory[i] & ~matcher.unpaired_a().memory[i];
       plane(a).for_each([&](int64_t y, int64_t x) {
+        own_pace.spend(disc.work());
         row[5] += disc.find(detected, y, x, is_near);
         if (matcher.unpaired_b().test(y, x)) return;
         ++row[0];

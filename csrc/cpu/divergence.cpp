@@ -33,8 +33,10 @@ template <bool kKl, bool kAbdiv>
 double sweep(const float* previous, const float* current, int64_t height, int64_t width, int64_t stride,
              int64_t columns, float* ring, float* scores) {
   double total = 0;
+  Pace pace;
   for (int64_t y = 0; y < height; ++y) {
     for (int64_t x = 0; x < width; ++x) {
+      pace.spend(columns);
       const int64_t token = y * width + x;
       const float* const p = kKl ? previous + token * stride : nullptr;
       const float* const q = current + token * stride;

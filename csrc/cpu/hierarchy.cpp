@@ -36,6 +36,7 @@ inline void each_neighbor(int32_t pixel, int32_t height, int32_t width, const Bo
 int32_t label_minima(const int32_t* heights, int32_t height, int32_t width, int32_t* labels, int32_t* queue) {
   const int32_t pixels = height * width;
   int32_t count = 0;
+  Pace pace;
   for (int32_t pixel = 0; pixel < pixels; ++pixel) labels[pixel] = kNone;
   for (int32_t first = 0; first < pixels; ++first) {
     if (labels[first] != kNone) continue;
@@ -43,13 +44,15 @@ int32_t label_minima(const int32_t* heights, int32_t height, int32_t width, int3
     bool lowest = true;
     queue[size++] = first;
     labels[first] = 0;
-    for (int32_t i = 0; i < size; ++i)
+    for (int32_t i = 0; i < size; ++i) {
+      pace.spend(16);
       each_neighbor(queue[i], height, width, [&](int32_t neighbor) {
         if (heights[neighbor] < heights[first]) lowest = false;
         if (heights[neighbor] != heights[first] || labels[neighbor] != kNone) return;
         labels[neighbor] = 0;
         queue[size++] = neighbor;
       });
+    }
     if (!lowest) continue;
     ++count;
     for (int32_t i = 0; i < size; ++i) labels[queue[i]] = count;
@@ -62,6 +65,7 @@ int32_t label_minima(const int32_t* heights, int32_t height, int32_t width, int3
 void find_depths(const int32_t* heights, int32_t height, int32_t width, int32_t* depths, int32_t* plateau,
                  int32_t* queue) {
   const int32_t pixels = height * width;
+  Pace pace;
   for (int32_t pixel = 0; pixel < pixels; ++pixel) depths[pixel] = kNone;
   for (int32_t first = 0; first < pixels; ++first) {
     if (depths[first] != kNone) continue;
@@ -70,6 +74,7 @@ void find_depths(const int32_t* heights, int32_t height, int32_t width, int32_t*
     plateau[size++] = first;
     depths[first] = 0;
     for (int32_t i = 0; i < size; ++i) {
+      pace.spend(32);
       bool inside = true;
       each_neighbor(plateau[i], height, width, [&](int32_t neighbor) {
         lowest &= heights[neighbor] >= heights[first];
@@ -100,6 +105,7 @@ void find_depths(const int32_t* heights, int32_t height, int32_t width, int32_t*
 template <class Key>
 void sort_pixels(const int32_t* from, int32_t pixels, int32_t most, int32_t* to, const Key& key) {
   const Array<int32_t> starts(most + 2);
+  check_interrupt();
   for (int32_t value = 0; value < most + 2; ++value) starts[value] = 0;
   for (int32_t pixel = 0; pixel < pixels; ++pixel) ++starts[key(pixel) + 1];
   for (int32_t value = 0; value < most; ++value) starts[value + 1] += starts[value];
@@ -129,6 +135,7 @@ int32_t flood_image(const float* edges, int32_t height, int32_t width, int32_t* 
   }
   const int32_t count = label_minima(heights.data, height, width, labels, queue.data);
 
+  Pace pace;
   for (int32_t start = 0, end; start < pixels; start = end) {
     const int32_t level = heights[order[start]];
     // a pixel takes over the label of the lowest one beside it; where it is reached in the present step, its label is
@@ -136,6 +143,7 @@ int32_t flood_image(const float* edges, int32_t height, int32_t width, int32_t* 
     int32_t size = 0;
     for (end = start; end < pixels && heights[order[end]] == level; ++end) {
       const int32_t pixel = order[end];
+      pace.spend(32);
       if (labels[pixel] != 0) continue;
       int32_t label = 0, lowest = level;
       each_neighbor(pixel, height, width, [&](int32_t neighbor) {
@@ -202,7 +210,11 @@ class Boundaries {
       boundaries_[index].mean = mean(boundaries_[index]);
       put(size_++, index);
     }
-    for (int32_t place = size_ / 2 - 1; place >= 0; --place) sift_down(place);
+    Pace pace;
+    for (int32_t place = size_ / 2 - 1; place >= 0; --place) {
+      pace.spend(64);
+      sift_down(place);
+    }
   }
 
   // Removes a boundary from the table and the heap.
@@ -316,8 +328,10 @@ class Boundaries {
 // Calls body(pixel, neighbor) for each pair of pixels of different labels, in raster order, the right one first.
 template <class Body>
 inline void each_pair(const int32_t* labels, int64_t height, int64_t width, const Body& body) {
+  Pace pace;
   for (int64_t y = 0, pixel = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x, ++pixel) {
+      pace.spend(16);
       if (x + 1 < width && labels[pixel] != labels[pixel + 1]) body(pixel, pixel + 1);
       if (y + 1 < height && labels[pixel] != labels[pixel + width]) body(pixel, pixel + width);
     }
@@ -372,6 +386,7 @@ void merge_tree<TRACE_FAST_ISA>(const int32_t* labels, const float* edges, int64
     for (const int32_t slot : boundaries[index].regions) append(regions[slot], slot, index);
   boundaries.build_heap();
 
+  Pace pace;
   for (int32_t node = 0; node < count; ++node) levels[node] = 0;
   for (int32_t node = static_cast<int32_t>(count); node < 2 * count - 1; ++node) {
     const int32_t weakest = boundaries.weakest();
@@ -382,6 +397,7 @@ void merge_tree<TRACE_FAST_ISA>(const int32_t* labels, const float* edges, int64
     boundaries.remove(weakest);
     Region &gone = regions[from], &kept = regions[to];
     for (int32_t index = gone.head, next; index != kNone; index = next) {
+      pace.spend(256);
       next = boundaries[index].next[boundaries[index].regions[1] == from];
       if (boundaries[index].place != kNone && !boundaries.move(index, from, to)) append(kept, to, index);
     }

@@ -302,6 +302,7 @@ struct Seed {
 // Sorts by label, least significant byte first; pixels of the same label stay in order.
 void sort(List<Seed>& seeds, List<Seed>& spare) {
   for (int shift = 0; shift < 32; shift += 8) {
+    check_interrupt();
     int64_t ends[257] = {};
     const auto byte = [&](int64_t i) { return seeds.data[i].label >> shift & 255; };
     for (int64_t i = 0; i < seeds.size; ++i) ++ends[byte(i) + 1];
@@ -368,8 +369,10 @@ void advance(const Ground& ground, const Front& front, Front& next) {
 // are in this order too, and the first label to reach a pixel is the lowest.
 void grow(const Ground& ground, bool diagonal) {
   List<Seed> seeds, spare;
+  Pace pace;
   for (int64_t y = 0; y < ground.height; ++y)
     for (int64_t x = 0; x < ground.width; x += 64) {
+      pace.spend(64);
       const int64_t inside = ground.width - x;
       uint64_t beside = 0;
       for (int step = 0; step < (diagonal ? 8 : 4); ++step)
@@ -390,6 +393,7 @@ void grow(const Ground& ground, bool diagonal) {
     if (i + 1 == seeds.size || seeds.data[i + 1].label != label) front.groups.push({label, i + 1});
   }
   while (front.positions.size > 0) {
+    pace.spend(16 * front.positions.size);
     (diagonal ? advance<8> : advance<4>)(ground, front, next);
     front.positions.swap(next.positions);
     front.groups.swap(next.groups);
@@ -461,8 +465,11 @@ struct Walk {
   // Calls body(index in a mask of this layout, index in the image) for each pixel.
   template <class Body>
   void for_pixels(const Body& body) const {
-    for (int64_t y = 0; y < height; ++y)
+    Pace pace;
+    for (int64_t y = 0; y < height; ++y) {
+      pace.spend(16 * width);
       for (int64_t x = 0; x < width; ++x) body(y * pitch + x, y * width + x);
+    }
   }
 
   int64_t count_ahead() const {
@@ -489,7 +496,9 @@ void step(const Walk& walk, float* masks, bool up) {
   float* const to = masks + walk.origin + (up ? 0 : walk.shift);
   // how many floats ahead to prefetch at each vector
   const int64_t part = walk.pairs * walk.stride > kCached ? 2 * walk.stride * kLanes / walk.width : 0;
+  Pace pace;
   for (int64_t pair = 0; pair < walk.pairs; ++pair) {
+    pace.spend(walk.width * (walk.both + walk.upper + walk.lower));
     const int64_t y = 2 * (up ? pair : walk.pairs - 1 - pair);
     for (int64_t x = 0; x < walk.width; x += kLanes) {
       const float* const here = from + y * pitch + x;
@@ -560,8 +569,10 @@ Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, do
   });
   const Array<int64_t> offsets(radius * (2 * reach + 1));  // of the steps ahead in a row of affinities
   int64_t offset = 0;
+  Pace pace;
   for_ahead([&](int64_t dy, int64_t dx) {
-    for (int64_t row = 0; row < height; ++row)
+    for (int64_t row = 0; row < height; ++row) {
+      pace.spend(width * radius);
       for (int64_t i = 0; i < width; i += kLanes) {
         const float* const from = powers + row * pitch + i;
         vec lowest = load(from);
@@ -573,6 +584,7 @@ Walk::Walk(const float* edges, int64_t height, int64_t width, int64_t radius, do
             }
         store(affinities + row * stride + offset + i, lowest);
       }
+    }
     offsets[dy * (2 * reach + 1) + dx + reach] = offset;
     offset += pitch;
   });
@@ -765,6 +777,7 @@ void merge_masks<TRACE_FAST_ISA>(const uint8_t* masks, int64_t count, int64_t he
       if (parents[mask] != mask) return;
       for (int64_t other = mask + 1; other < count; ++other)
         if (roots[other] == other && parents[other] == mask) {
+          check_interrupt();
           unions.add(mask, other);
           grown[mask] = 1;
         }
@@ -789,6 +802,7 @@ void unite_masks<TRACE_FAST_ISA>(const uint8_t* masks, const int64_t* groups, in
     bool first = true;
     for (int64_t mask = 0; mask < count; ++mask) {
       if (groups[mask] != group) continue;
+      check_interrupt();
       const uint8_t* const from = masks + mask * pixels;
       if (first)
         std::memcpy(united, from, pixels);

@@ -10,19 +10,21 @@ __all__ = ["array_to_tensor", "check_values", "dtype_name", "mask_areas", "mask_
 
 
 def check_values(subject: str, values: Tensor) -> None:
-    """Require a tensor that has values, which those of the meta device and of a fake mode have not.
+    """Require a dense tensor that has values, which those of the meta device and of a fake mode have not.
 
     Args:
         subject: function and argument, for the message, such as "edges: image".
         values: any tensor.
 
     Raises:
-        ValueError: the tensor has no values.
+        ValueError: the tensor has no values, or is sparse.
     """
     from torch._subclasses.fake_tensor import FakeTensor
 
     if values.is_meta or isinstance(values, FakeTensor):
         raise ValueError(f"{subject} must have values, got a tensor of the meta device or of a fake mode")
+    if values.layout != torch.strided:
+        raise ValueError(f"{subject} must be dense, got {str(values.layout).removeprefix('torch.')}")
 
 
 def array_to_tensor(array: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -257,13 +258,16 @@ def read_edge_maps(op: str, edges: np.ndarray | Tensor) -> Tensor:
         raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}")
     if dtype_name(edges) not in FLOAT_DTYPES:
         raise TypeError(f"{op}: edges must be float16, bfloat16, float32 or float64, got {dtype_name(edges)}")
+    if isinstance(edges, Tensor):
+        check_values(f"{op}: edges", edges)
+    if edges.ndim >= 2 and math.prod(edges.shape[-2:]) > MAX_PIXELS:
+        raise ValueError(f"{op}: edges must have at most {MAX_PIXELS} pixels, got shape {tuple(edges.shape)}")
     values = (edges.detach() if isinstance(edges, Tensor) else array_to_tensor(edges)).to(torch.float32)
     maps = values[:, 0] if values.ndim == 4 and values.shape[1] == 1 else values[None] if values.ndim == 2 else values
     if maps.ndim != 3 or not maps.numel():
         raise ValueError(
             f"{op}: edges must be (H, W), (B, H, W) or (B, 1, H, W) and not empty, got shape {tuple(values.shape)}"
         )
-    check_values(f"{op}: edges", maps)
     return _clamp_to_unit(f"{op}: edges must be finite and in [0, 1]", maps)
 
 
@@ -301,6 +305,7 @@ def _from_torch(image: Tensor) -> Tensor:
         raise TypeError(
             f"edges: image must be a tensor of uint8, uint16, float16, bfloat16, float32 or float64, got {image.dtype}"
         )
+    check_values("edges: image", image)
     shape = tuple(image.shape)
     planes = image[None, None] if image.ndim == 2 else image[None] if image.ndim == 3 else image
     if planes.ndim != 4 or planes.shape[1] not in (1, 3, 4):
@@ -396,7 +401,6 @@ def _to_unit(planes: Tensor) -> Tensor:
         return values / 255
     if planes.dtype == torch.uint16:
         return values / 65535
-    check_values("edges: image", values)
     return _clamp_to_unit("edges: image must be finite and in [0, 1] as a float", values)
 
 

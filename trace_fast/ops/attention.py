@@ -1,6 +1,7 @@
 """Self-attention maps, averaged over heads and blocks or resampled; and readouts that never form the map."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = ["accumulate_attention", "accumulate_resized", "attention_map", "reado
 
 _FEATURES = (torch.float32, torch.float16, torch.bfloat16)
 _TOTALS = (torch.float32, torch.bfloat16)
+_FACTORS = (torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)  # kernels take them as float32
 
 
 @register(cuda="triton")
@@ -29,6 +31,7 @@ def attention_map(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
         RuntimeError: query or key requires grad; there is no gradient.
     """
     sizes = _check_features("attention_map", query, key, scale)
+    checks.memory("attention_map", "query", query, 4 * sizes["B"] * sizes["N"] ** 2)
     total = torch.zeros(sizes["B"], sizes["N"], sizes["N"], dtype=torch.float32, device=query.device)
     accumulate_attention(total, query, key, 1.0, scale)
     return total
@@ -52,7 +55,7 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     checks.tensor(op, "total", total, "B N N", {letter: sizes[letter] for letter in "BN"}, *_TOTALS)
     checks.same_device(op, query=query, total=total)
     checks.contiguous(op, "total", total)
-    checks.number(op, "weight", weight)
+    checks.number(op, "weight", weight, *_FACTORS)
     _check_no_gradient(op, query=query, key=key)
     backend = dispatch.choose(op, query.device.type)
     if backend == "reference":
@@ -84,6 +87,7 @@ def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = No
     checks.same_device(op, query=query, values=values)
     if sizes["C"] > 64:
         raise ValueError(f"{op}: values must be at most 64 columns wide, got {sizes['C']}")
+    checks.memory(op, "query", query, 4 * math.prod(query.shape[:3]) * (sizes["C"] + 1))
     backend = dispatch.choose(op, query.device.type)
     if backend == "reference":
         return reference.readout(query, key, values, scale)
@@ -112,7 +116,7 @@ def accumulate_resized(
     checks.grid(op, *target, total.shape[1])
     checks.same_device(op, attention=attention, total=total)
     checks.contiguous(op, "total", total)
-    checks.number(op, "weight", weight)
+    checks.number(op, "weight", weight, *_FACTORS)
     backend = dispatch.choose(op, attention.device.type)
     if backend == "reference":
         reference.accumulate_resized(total, attention, size, target, weight)
@@ -134,6 +138,7 @@ def resize_attention(attention: Tensor, size: tuple[int, int], target: tuple[int
     """
     _check_map("resize_attention", attention, size, target)
     fine_tokens = target[0] * target[1]
+    checks.memory("resize_attention", "attention", attention, 4 * len(attention) * fine_tokens**2)
     total = attention.new_zeros(len(attention), fine_tokens, fine_tokens)
     accumulate_resized(total, attention, size, target, 1.0)
     return total
@@ -148,7 +153,9 @@ def _check_features(op: str, query: Tensor, key: Tensor, scale: float | None) ->
     if sizes["d"] > 256:
         raise ValueError(f"{op}: query must be at most 256 channels per head, got {sizes['d']}")
     if scale is not None:
-        checks.number(op, "scale", scale)
+        checks.number(op, "scale", scale, *_FACTORS)
+    # both, and a packed copy of one, in float32
+    checks.memory(op, "query", query, 12 * query.numel())
     return sizes
 
 
@@ -156,6 +163,8 @@ def _check_map(op: str, attention: Tensor, size: tuple[int, int], target: tuple[
     """Check a map, its grid and a finer grid, and return the sizes."""
     sizes: dict[str, int] = {}
     checks.tensor(op, "attention", attention, "B N N", sizes, torch.float32)
+    checks.pair(op, "size", size)
+    checks.pair(op, "target", target)
     checks.grid(op, *size, attention.shape[1])
     if target[0] < size[0] or target[1] < size[1]:
         raise ValueError(f"{op}: target must be at least {tuple(size)}, got {tuple(target)}")
@@ -189,7 +198,7 @@ def _accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: flo
         query, key, wide_total = query.float().contiguous(), key.float().contiguous(), total.float()
         batch, heads, tokens, channels = query.shape
         pointers = wide_total.data_ptr(), query.data_ptr(), key.data_ptr()
-        threads = torch.get_num_threads()
+        threads = dispatch.count_threads()
         _C.cpu.accumulate_attention(*pointers, batch, heads, tokens, channels, weight, scale, threads)
         _round_total(wide_total, total)
 
@@ -219,7 +228,7 @@ def _accumulate_resized(
     else:
         from trace_fast import _C
 
-        wide_total, threads = total.float(), torch.get_num_threads()
+        wide_total, threads = total.float(), dispatch.count_threads()
         _C.cpu.accumulate_resized(
             wide_total.data_ptr(), attention.data_ptr(), len(total), *size, *target, weight, threads
         )
@@ -261,7 +270,7 @@ def _readout(query: Tensor, key: Tensor, values: Tensor, scale: float, backend: 
         lse = parts.new_empty(batch, heads, tokens)
         query, key, values = (tensor.float().contiguous() for tensor in (query, key, values))
         inputs, outputs = (query.data_ptr(), key.data_ptr(), values.data_ptr()), (parts.data_ptr(), lse.data_ptr())
-        threads = torch.get_num_threads()
+        threads = dispatch.count_threads()
         _C.cpu.readout(*inputs, batch, heads, tokens, channels, columns, scale, *outputs, threads)
     return parts.mean(1), parts, lse
 
@@ -292,7 +301,7 @@ def _readout_backward(
         features = query.data_ptr(), key.data_ptr(), values.data_ptr(), lse.data_ptr()
         outputs = grad_query.data_ptr(), grad_key.data_ptr(), grad_values.data_ptr()
         sizes = batch, heads, tokens, channels, columns
-        threads = torch.get_num_threads()
+        threads = dispatch.count_threads()
         _C.cpu.readout_backward(grad.data_ptr(), delta.data_ptr(), *features, *sizes, scale, *outputs, threads)
         grad_query, grad_key = grad_query.to(dtype), grad_key.to(dtype)
     return grad_query, grad_key, grad_values.sum((0, 1))

@@ -7,6 +7,8 @@ range or device.
 import contextlib
 import math
 import os
+import reprlib
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,10 +24,14 @@ __all__ = [
     "integer",
     "memory",
     "number",
+    "pair",
     "same_device",
     "stack",
     "tensor",
 ]
+
+MOST_FLOAT = sys.float_info.max
+MOST_SIDE = 2**31 - 1  # of a grid or an image
 
 # bytes of memory of this machine, infinity where they are not known
 MEMORY: float = math.inf
@@ -50,6 +56,9 @@ def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int],
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a {accepted} tensor, got {type(value).__name__}")
         raise TypeError(f"{op}: {name} must be {accepted}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout != torch.strided or value.device.type == "meta":
+        kind = "one on the meta device" if value.device.type == "meta" else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{op}: {name} must be a dense tensor with values, got {kind}")
     letters, bound = shape.split(), sizes.copy()
     fits = value.ndim == len(letters)
     for letter, size in zip(letters, value.shape, strict=False):
@@ -96,7 +105,7 @@ def memory(op: str, name: str, value: Tensor, size: int) -> None:
         _fit(op, name, tuple(value.shape), size)
 
 
-def stack(op: str, name: str, shape: tuple[int, int, int]) -> None:
+def stack(op: str, name: str, shape: tuple[int, ...]) -> None:
     """Require masks (M, H, W) that fit into memory, before they are allocated."""
     _fit(op, name, shape, math.prod(shape))
 
@@ -125,11 +134,26 @@ def number(op: str, name: str, value: float, least: float | None = None, most: f
         raise ValueError(f"{op}: {name} must be from {least} to {most}, got {value}")
     if least is not None and not value >= least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    # integers of Python have no bounds, those of floats are known
+    if not -MOST_FLOAT <= value <= MOST_FLOAT:
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def pair(op: str, name: str, value: tuple[int, int]) -> None:
+    """Require (height, width), two integers that are at least 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{op}: {name} must be (height, width), got {reprlib.repr(value)}")
+    for side in value:
+        integer(op, name, side, 1, MOST_SIDE)
 
 
 def choice(op: str, name: str, value: Any, *accepted: Any) -> None:
     """Require one of a few values."""
-    if value not in accepted:
+    try:
+        known = bool(value in accepted)
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors have no single truth
+        known = False
+    if not known:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(str, accepted))}, got {value}")
 
 

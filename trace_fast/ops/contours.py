@@ -28,6 +28,9 @@ def suppress_nonmaxima(edges: Tensor, method: str = "bsds") -> Tensor:
     """
     checks.tensor("suppress_nonmaxima", "edges", edges, "B H W", {}, torch.float32)
     checks.choice("suppress_nonmaxima", "method", method, *SUPPRESSIONS)
+    checks.image("suppress_nonmaxima", "edges", edges)
+    # the result, and four maps of one image
+    checks.memory("suppress_nonmaxima", "edges", edges, 4 * edges.numel() + 16 * edges[0].numel() if len(edges) else 0)
     if _choose("suppress_nonmaxima", edges=edges) == "reference":
         return reference.suppress_nonmaxima(edges, method)
     from trace_fast import _C
@@ -35,7 +38,7 @@ def suppress_nonmaxima(edges: Tensor, method: str = "bsds") -> Tensor:
     edges = edges.contiguous()
     batch, height, width = edges.shape
     suppressed = torch.empty_like(edges)
-    threads = torch.get_num_threads()
+    threads = dispatch.count_threads()
     like_bsds = method == "bsds"
     _C.cpu.suppress_nonmaxima(edges.data_ptr(), batch, height, width, like_bsds, suppressed.data_ptr(), threads)
     return suppressed
@@ -53,6 +56,8 @@ def thin(mask: Tensor) -> Tensor:
         ValueError: mask is not (B, H, W), or not on the CPU.
     """
     checks.tensor("thin", "mask", mask, "B H W", {}, torch.bool)
+    checks.image("thin", "mask", mask)
+    checks.memory("thin", "mask", mask, mask.numel())
     if _choose("thin", mask=mask) == "reference":
         return reference.thin(mask)
     from trace_fast import _C
@@ -60,7 +65,7 @@ def thin(mask: Tensor) -> Tensor:
     mask = mask.contiguous()
     batch, height, width = mask.shape
     thinned = torch.empty_like(mask)
-    _C.cpu.thin(mask.data_ptr(), batch, height, width, thinned.data_ptr(), torch.get_num_threads())
+    _C.cpu.thin(mask.data_ptr(), batch, height, width, thinned.data_ptr(), dispatch.count_threads())
     return thinned
 
 
@@ -79,7 +84,9 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
     sizes: dict[str, int] = {}
     checks.tensor(op, "detected", detected, "B H W", sizes, torch.bool)
     checks.tensor(op, "truth", truth, "B H W", sizes, torch.bool)
+    checks.image(op, "detected", detected)
     distance = _limit_distance(op, distance, sizes["H"], sizes["W"])
+    checks.memory(op, "detected", detected, 2 * detected.numel() + _matching_bytes(sizes["H"], sizes["W"], distance))
     if _choose(op, detected=detected, truth=truth) == "reference":
         return reference.match_contours(detected, truth, distance)
     from trace_fast import _C
@@ -88,7 +95,7 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
     batch, height, width = truth.shape
     matched = torch.empty_like(detected), torch.empty_like(truth)
     inputs, outputs = (detected.data_ptr(), truth.data_ptr()), (matched[0].data_ptr(), matched[1].data_ptr())
-    _C.cpu.match_contours(*inputs, batch, height, width, distance, *outputs, torch.get_num_threads())
+    _C.cpu.match_contours(*inputs, batch, height, width, distance, *outputs, dispatch.count_threads())
     return matched
 
 
@@ -116,12 +123,20 @@ def count_matches(
     """
     op = "count_matches"
     sizes: dict[str, int] = {}
-    thresholds = torch.as_tensor(thresholds, dtype=torch.float32)
+    if not isinstance(thresholds, Tensor):
+        for threshold in thresholds:
+            checks.number(op, "thresholds", threshold)
+        thresholds = torch.tensor(list(thresholds), dtype=torch.float32)
     checks.tensor(op, "edges", edges, "H W", sizes, torch.float32)
     checks.tensor(op, "truths", truths, "A H W", sizes, torch.bool)
     checks.tensor(op, "thresholds", thresholds, "T", sizes, torch.float32)
+    checks.image(op, "edges", edges)
     distance = _limit_distance(op, distance, sizes["H"], sizes["W"])
+    # a byte of the groups and a bit for each pixel of the annotators
+    needed = truths.numel() + truths.numel() // 8 + _matching_bytes(sizes["H"], sizes["W"], distance)
+    checks.memory(op, "truths", truths, needed)
     checks.integer(op, "num_groups", num_groups, 1, 256)
+    checks.choice(op, "thinning", thinning, False, True)
     ignored = torch.zeros_like(edges, dtype=torch.bool) if ignored is None else ignored
     groups = torch.zeros_like(truths, dtype=torch.uint8) if groups is None else groups
     checks.tensor(op, "ignored", ignored, "H W", sizes, torch.bool)
@@ -152,7 +167,7 @@ def count_matches(
     annotators, height, width = truths.shape
     lengths = annotators, height, width, len(thresholds), num_groups
     outputs = counts.data_ptr(), by_group.data_ptr()
-    _C.cpu.count_matches(*maps, *lengths, distance, thinning, *outputs, torch.get_num_threads())
+    _C.cpu.count_matches(*maps, *lengths, distance, thinning, *outputs, dispatch.count_threads())
     return counts, by_group
 
 
@@ -170,3 +185,8 @@ def _limit_distance(op: str, distance: float, height: int, width: int) -> float:
     if not 0 <= distance < float("inf"):
         raise ValueError(f"{op}: distance must be finite and >= 0, got {distance}")
     return float(min(distance, math.hypot(height, width)))
+
+
+def _matching_bytes(height: int, width: int, distance: float) -> int:
+    """Return the bytes that the matching of two images takes: 48 for a pixel, and 8 for a pixel of the disc."""
+    return 48 * height * width + 8 * (2 * int(distance) + 1) ** 2

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from trace_fast import reference
 
 try:
@@ -20,7 +22,7 @@ except ImportError as error:  # the extension is not built: the reference can st
     _build_error = error
 _CUDA = _build_error is None and _C.has_cuda()
 
-__all__ = ["CUDA_BACKENDS", "Backends", "backends", "choose", "register"]
+__all__ = ["CUDA_BACKENDS", "Backends", "backends", "choose", "count_threads", "register"]
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -52,6 +54,27 @@ def register(*, cuda: Literal["triton", "native", "cpu", "unavailable"]) -> Call
         return op
 
     return declare
+
+
+_started = False  # whether threads may wait for work, which torch and the native core share
+
+
+def count_threads() -> int:
+    """Return the number of threads for a call of the native core: that of torch, whose threads it uses."""
+    global _started
+    threads = torch.get_num_threads()
+    _started |= threads > 1
+    return threads
+
+
+def _stay_alone() -> None:
+    """Compute on one thread from now on: a forked process has none of the other threads, and would wait for them."""
+    if _started:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stay_alone)
 
 
 class Backends(dict[str, dict[str, str]]):

@@ -87,7 +87,7 @@ def _step_kl(previous: Tensor, current: Tensor, backend: str) -> Tensor:
     previous, current = previous.float().contiguous(), current.float().contiguous()
     batch, tokens, _ = current.shape
     kl = current.new_empty(batch)
-    _C.cpu.step_kl(previous.data_ptr(), current.data_ptr(), batch, tokens, kl.data_ptr(), torch.get_num_threads())
+    _C.cpu.step_kl(previous.data_ptr(), current.data_ptr(), batch, tokens, kl.data_ptr(), dispatch.count_threads())
     return kl
 
 
@@ -107,7 +107,7 @@ def _abdiv(attention: Tensor, height: int, width: int, backend: str) -> Tensor:
     attention = attention.float().contiguous()
     batch = attention.shape[0]
     scores = attention.new_empty(batch, height, width)
-    _C.cpu.abdiv(attention.data_ptr(), batch, height, width, scores.data_ptr(), torch.get_num_threads())
+    _C.cpu.abdiv(attention.data_ptr(), batch, height, width, scores.data_ptr(), dispatch.count_threads())
     return scores
 
 
@@ -127,7 +127,7 @@ def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int, b
     previous, current = previous.float().contiguous(), current.float().contiguous()
     batch = current.shape[0]
     kl, scores = current.new_empty(batch), current.new_empty(batch, height, width)
-    threads = torch.get_num_threads()
+    threads = dispatch.count_threads()
     pointers = previous.data_ptr(), current.data_ptr()
     _C.cpu.step_kl_abdiv(*pointers, batch, height, width, kl.data_ptr(), scores.data_ptr(), threads)
     return kl, scores

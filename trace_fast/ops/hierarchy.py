@@ -78,7 +78,7 @@ def _watershed(edges: Tensor) -> tuple[Tensor, Tensor]:
     host, (batch, height, width) = edges.cpu().contiguous(), edges.shape
     labels, counts = host.new_empty(host.shape, dtype=torch.int32), host.new_empty(batch, dtype=torch.int32)
     outputs = labels.data_ptr(), counts.data_ptr()
-    _C.cpu.watershed(host.data_ptr(), batch, height, width, *outputs, torch.get_num_threads())
+    _C.cpu.watershed(host.data_ptr(), batch, height, width, *outputs, dispatch.count_threads())
     return labels.to(edges.device), counts.to(edges.device)
 
 

@@ -146,7 +146,7 @@ def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
         _C.cuda.label_roots(*inputs, labels.data_ptr(), _queue(barrier.device))
         return reference.number_roots(labels, barrier)
     counts = barrier.new_empty(batch, dtype=torch.int32)
-    _C.cpu.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), torch.get_num_threads())
+    _C.cpu.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), dispatch.count_threads())
     return labels, counts
 
 
@@ -168,7 +168,7 @@ def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier
         scratch = keys.data_ptr(), fronts.data_ptr(), seeds.new_empty(3).data_ptr()
         _C.cuda.flood_fill(*inputs, labels.data_ptr(), *scratch, _queue(seeds.device))
     else:
-        _C.cpu.flood_fill(*inputs, labels.data_ptr(), torch.get_num_threads())
+        _C.cpu.flood_fill(*inputs, labels.data_ptr(), dispatch.count_threads())
     return labels
 
 
@@ -184,7 +184,7 @@ def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: 
     masks, edges, (batch, count, height, width) = masks.contiguous(), edges.contiguous(), masks.shape
     if masks.is_cuda:
         return _walk_on_cuda(masks, edges, radius, beta, steps)
-    walked, threads = masks.new_empty(masks.shape), torch.get_num_threads()
+    walked, threads = masks.new_empty(masks.shape), dispatch.count_threads()
     pointers, sizes = (masks.data_ptr(), edges.data_ptr()), (batch, count, height, width)
     _C.cpu.random_walk(*pointers, *sizes, radius, beta, steps, walked.data_ptr(), threads)
     return walked
@@ -226,7 +226,7 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
     if masks.is_cuda:
         return reference.group_masks(masks, iou, _shared_on_cuda)
     groups = masks.new_empty(count, dtype=torch.int64)
-    _C.cpu.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), torch.get_num_threads())
+    _C.cpu.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), dispatch.count_threads())
     return groups
 
 
@@ -258,7 +258,7 @@ def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
         _C.cuda.unite_masks(*inputs, merged.data_ptr(), _queue(masks.device))
     else:
         merged = masks.new_empty(unions, height, width)
-        _C.cpu.unite_masks(*inputs, unions, merged.data_ptr(), torch.get_num_threads())
+        _C.cpu.unite_masks(*inputs, unions, merged.data_ptr(), dispatch.count_threads())
     return merged
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trace_fast.io.arrays import check_values, dtype_name
+from trace_fast.ops import checks
 
 __all__ = [
     "INTEGER_DTYPES",
@@ -106,6 +107,7 @@ def read_binary(values: np.ndarray | Tensor, name: str, cut: float | None = None
         raise TypeError(f"open_masks: {name} must be bool, or integers or floats that are 0 or 1, got {values.dtype}")
     if isinstance(values, Tensor):
         check_values(f"open_masks: {name}", values)
+    checks.stack("open_masks", name, tuple(values.shape))
     inside: Any
     if dtype == "bool":
         # not a copy: bytes of 0 and 255 that are viewed as bool must become 0 and 1
