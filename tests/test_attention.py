@@ -482,3 +482,34 @@ def test_gradients_are_off_under_no_grad(device):
     query, key = (x.to(device) for x in random_features(1, 2, 6, 4))
     with torch.no_grad():
         assert not ops.attention_map(query.requires_grad_(), key).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (6, TypeError, r"size must be \(height, width\), got 6"),
+        ((2, 3, 1), TypeError, r"size must be \(height, width\), got \(2, 3, 1\)"),
+        ((2.0, 3), TypeError, "size must be an int, got float"),
+        ((2, 2**64), ValueError, "size must be from 1 to 2147483647, got 18446744073709551616"),
+    ],
+)
+def test_grids_are_two_integers(size, error, message):
+    with pytest.raises(error, match=f"resize_attention: {message}"):
+        ops.resize_attention(torch.eye(6)[None], size, (4, 6))
+
+
+@pytest.mark.parametrize("number", [1e39, -1e39, math.inf, math.nan, 10**400])
+@pytest.mark.parametrize("name", ["weight", "scale"])
+def test_factors_are_finite_in_float32(number, name):
+    query = torch.zeros(1, 1, 6, 2)
+    factors = {"weight": 1.0, "scale": 1.0, name: number}
+    with pytest.raises(ValueError, match=f"accumulate_attention: {name} must be"):
+        ops.accumulate_attention(torch.zeros(1, 6, 6), query, query, **factors)
+
+
+def test_maps_beyond_the_memory_are_refused():
+    query = torch.zeros(1, 1, 1, 2).expand(1, 1, 10**8, 2)
+    with pytest.raises(ValueError, match=r"attention_map: query must be small enough for .* of memory"):
+        ops.attention_map(query, query)
+    with pytest.raises(ValueError, match=r"resize_attention: attention must be small enough for .* of memory"):
+        ops.resize_attention(torch.eye(6)[None], (2, 3), (20_000, 30_000))

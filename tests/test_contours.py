@@ -339,3 +339,13 @@ def test_numbers_of_groups_out_of_range(groups):
     edges, truths = torch.zeros(3, 4), torch.zeros(1, 3, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match=f"count_matches: num_groups must be from 1 to 256, got {groups}"):
         ops.count_matches(edges, truths, [0.5], 2, num_groups=groups)
+
+
+@pytest.mark.parametrize("op", ["thin", "suppress_nonmaxima", "match_contours"])
+def test_images_beyond_the_memory_are_refused(op):
+    # they take no memory themselves
+    for shape, message in (((1, 10**9, 10**9), "must be fewer than 2.31 pixels"), ((10**9, 1000, 1000), "of memory")):
+        image = torch.zeros(1, dtype=torch.float32 if op == "suppress_nonmaxima" else torch.bool).expand(shape)
+        more = (image, 1.0) if op == "match_contours" else ()
+        with pytest.raises(ValueError, match=f"{op}: .*{message}"):
+            getattr(ops, op)(image, *more)

@@ -247,3 +247,12 @@ def test_unknown_choice_raises(monkeypatch):
 def test_unknown_instruction_set_raises():
     with pytest.raises(ValueError, match=r"name must be one of instruction_sets\(\), got mmx"):
         _C.set_instruction_set("mmx")
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_tensors_without_values_and_sparse_ones_are_refused(op):
+    arguments, options = example(op)
+    for change, message in ((lambda x: x.to("meta"), "meta"), (torch.Tensor.to_sparse, "must be dense")):
+        changed = [change(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        with pytest.raises((TypeError, ValueError), match=message):
+            getattr(ops, op)(*changed, **options)

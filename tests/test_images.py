@@ -691,3 +691,17 @@ class TestResize:
 def test_import_leaves_pillow_alone():
     code = "import sys, trace_fast.io.images as _; sys.exit('PIL' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("change", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_tensors_without_values_and_sparse_ones_are_refused(change, dtype):
+    with pytest.raises(ValueError, match=r"edges: image must (have values|be dense)"):
+        read_image(change(torch.zeros(3, 16, 24, dtype=dtype)))
+    with pytest.raises(ValueError, match=r"overlay: edges must (have values|be dense)"):
+        read_edge_map("overlay", change(torch.zeros(16, 24)))
+
+
+def test_edges_of_too_many_pixels_are_refused_before_they_are_copied():
+    with pytest.raises(ValueError, match=r"overlay: edges must have at most .* pixels, got shape"):
+        read_edge_map("overlay", torch.zeros(1).expand(10**9, 10**9))

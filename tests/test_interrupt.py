@@ -41,6 +41,14 @@ ARGUMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    """Let Ctrl-C raise even where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after(seconds):
     """Send Ctrl-C to this process, and return the list to which its time is added."""
     times = []

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 import torch
@@ -107,6 +108,8 @@ class Detector(EdgeModel):
         try:
             config, weights = upgrade_student(json.loads((folder / CONFIG).read_text()), load_weights(folder / DECODER))
             base, base_revision = config["base"]["model"], config["base"].get("revision")
+            if not isinstance(base, str) or not isinstance(base_revision, (str, NoneType)):
+                raise TypeError(f"base must have a model and a revision that are text, got {config['base']}")
             timestep, scale, options = config["timestep"], config.get("scale", 1.0), config["decoder"]
             checks.integer(CONFIG, "timestep", timestep, 0, STEPS - 1)
             checks.number(CONFIG, "scale", scale, 0, MOST_SCALE)

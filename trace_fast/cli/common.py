@@ -204,7 +204,9 @@ def list_images(inputs: list[Path]) -> list[Path]:
 
     images: list[Path] = []
     for path in inputs:
-        if path.is_dir():
+        with refuse_failures():  # such as of a name that is too long
+            is_folder = path.is_dir()
+        if is_folder:
             with refuse_failures():
                 entries = sorted(path.iterdir())
                 left_out = describe_left_out(entries)

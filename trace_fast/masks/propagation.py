@@ -547,4 +547,5 @@ def _smallest_area(op: str, edges: Tensor, min_area: int | None) -> int:
     if min_area is None:
         min_area = max(1, round(edges.numel() * MIN_SHARE))
     checks.integer(op, "min_area", min_area, 1)
-    return int(min_area)
+    # an area beyond the image is as good as any other
+    return min(int(min_area), edges.numel() + 1)

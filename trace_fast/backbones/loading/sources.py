@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ def find_source(model: str | Path, *, revision: str | None = None, local_files_o
     if model in embedded_models():
         return folder_source(name, EMBEDDED / name)
     if isinstance(model, str) and model in MODELS:
+        if Path(model).is_dir():
+            warnings.warn(
+                f"load: model {model!r} is taken as the name of a model, not as the folder; './{model}' is the folder",
+                stacklevel=2,
+            )
         kind = Kind.ENCODER if MODELS[model].encoder else Kind.PIPELINE
         return Source(name, kind, Files(MODELS[model].repository, revision, local_files_only))
     if Path(model).is_dir():
