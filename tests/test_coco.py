@@ -538,6 +538,32 @@ class TestReadAnnotations:
         assert read_annotations(tmp_path / "results.json", results=True) == read_results(results(rle(RUNS)))
         assert len(parsed) == 2
 
+    @pytest.mark.parametrize("segmentation", [[], [[]], [POLYGON[:-1]], rle([1]), None, 3])
+    def test_bad_records_are_left_out(self, tmp_path, segmentation):
+        data = annotated(rle(RUNS), segmentation, [POLYGON])
+        data["images"].append({**data["images"][0], "id": 4})
+        data["annotations"][2]["image_id"] = 4
+        (tmp_path / "truth.json").write_text(json.dumps(data))
+        (tmp_path / "results.json").write_text(json.dumps(results(rle(RUNS), segmentation, rle(RUNS))))
+        for name, as_results in (("truth", False), ("results", True)):
+            path = tmp_path / f"{name}.json"
+            if segmentation == [[]] and not as_results:  # polygons without a point cover none
+                continue
+            with pytest.raises(ValueError, match="1 problem in"):
+                read_annotations(path, results=as_results)
+            instances = read_annotations(path, results=as_results, skip_bad=True)
+            assert len(instances.left_out) == 1 and "[1]: " in instances.left_out[0]
+            if as_results:
+                assert [len(image.instances) for image in instances.images.values()] == [2]
+            else:
+                # the image with a bad annotation is left out, and the other one is whole
+                assert list(instances.images) == [4] and len(instances.images[4].instances) == 1
+
+    def test_missing_lists_are_no_bad_records(self, tmp_path):
+        (tmp_path / "x.json").write_text('{"annotations": 3, "images": []}')
+        with pytest.raises(ValueError, match="annotations must be a list"):
+            read_annotations(tmp_path / "x.json", skip_bad=True)
+
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"annotations": [1]}', '{"annotations": 3}'])
     def test_the_file_of_a_problem_is_named(self, tmp_path, text):
         (tmp_path / "x.json").write_text(text)

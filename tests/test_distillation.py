@@ -937,6 +937,13 @@ class TestShards:
         one, two = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
         assert len(one) == 3 and one == two
 
+    def test_a_folder_that_disappears_while_it_is_used_is_noticed(self, config):
+        photos = list_in_order(config)
+        shards = config.open_divergences(photos)
+        assert not shards.rows
+        with pytest.raises(ValueError, match=r"^distill: labels_dir must keep its files while they are used, got one "):
+            shards.read(0)
+
     def test_a_file_that_is_replaced_while_it_is_used_is_noticed(self, config):
         distill(config)
         photos = list_in_order(config)

@@ -330,3 +330,22 @@ def test_segment_refuses_files_that_are_no_label_maps(call, data):
         assert result.exit_code == 1 and message in result.stderr
         assert result.stderr.endswith(": give --bits 16\n") == (bits == 8)
     assert os.listdir("out") == []
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(call, data, tmp_path):
+    (tmp_path / "nothing.json").write_text("[]")
+    result = call("evaluate", "--data", data, "--results", "nothing.json", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert read(tmp_path / "out")["nothing"]["ap"] == 0
+
+
+def test_bad_results_are_left_out_and_named(call, data, baseline, tmp_path):
+    entries = json.loads(baseline.read_text())
+    entries[1]["segmentation"] = []
+    (tmp_path / "bad.json").write_text(json.dumps(entries))
+    command = ("evaluate", "--data", data, "--results", "bad.json", "-o", "out")
+    result = call(*command)
+    assert result.exit_code == 2 and "[1]: segmentation must be" in result.stderr
+    result = call(*command, "--skip-bad")
+    assert result.exit_code == 0 and "note: left out of bad: results[1]: segmentation must be" in result.stderr
+    assert 0 < read(tmp_path / "out")["bad"]["ap"] < 1

@@ -92,7 +92,9 @@ def run_evaluate(
     ] = "bsds",
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first images, this number of them.")] = None,
     device: Device = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that have a problem.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images and results that have a problem.")
+    ] = False,
 ) -> None:
     """Score edge maps against instance boundaries, and masks against instances.
 

@@ -77,7 +77,7 @@ def evaluate(
             "bsds". See `trace_fast.ops.suppress_nonmaxima`.
         limit: number of images to score, the first; None is all.
         device: where named models run; None is the GPU where there is one, else the CPU.
-        skip_bad: leave images out that have a problem, instead of raising.
+        skip_bad: leave out images and results that have a problem, instead of raising.
         cache: folder where the counts of each image are kept, so that an interrupted call continues where it was; None
             keeps nothing.
 
@@ -98,10 +98,11 @@ def evaluate(
     checks.choice("evaluate", "suppression", suppression, *SUPPRESSIONS)
     _check_choices(named, files, table, baseline, limit)
     thresholds = _repeat_threshold(threshold, len(named), optional=table is None or mode == "fit")
-    annotations = _read_results(files, baseline)
-    dataset = open_dataset(data, truth, ignore)
+    annotations = _read_results(files, baseline, skip_bad)
+    dataset = open_dataset(data, truth, ignore, skip_bad)
     opened = _open_methods(named, device)
     photos, notes = _select_photos(dataset, opened, limit, skip_bad)
+    notes += _describe_left_out(annotations)
     if not photos:
         raise ValueError(f"evaluate: data must hold an image with contours, got none in '{data}'")
 
@@ -185,17 +186,19 @@ def _repeat_threshold(
     return thresholds if len(thresholds) == count else thresholds * count
 
 
-def _read_results(files: Mapping[str, Path], baseline: str | Path | None) -> dict[str, Annotations]:
+def _read_results(files: Mapping[str, Path], baseline: str | Path | None, skip_bad: bool) -> dict[str, Annotations]:
     """Read the baseline, if there is one, and the files of results, in this order."""
     annotations: dict[str, Annotations] = {}
     if baseline is not None:
         name = Path(baseline).stem
         if name in files:
             raise ValueError(f"evaluate: results must have other names than the baseline, got {name}")
-        annotations[name] = coco.read_annotations(baseline, results=True)
+        annotations[name] = coco.read_annotations(baseline, results=True, skip_bad=skip_bad)
         if isinstance(annotations[name], coco.Panoptic):
             raise ValueError(f"evaluate: baseline must be a file of masks, got panoptic segments in '{baseline}'")
-    return annotations | {name: coco.read_annotations(file, results=True) for name, file in files.items()}
+    for name, file in files.items():
+        annotations[name] = coco.read_annotations(file, results=True, skip_bad=skip_bad)
+    return annotations
 
 
 def _open_methods(named: Sequence[tuple[str | None, Any]], device: str | None) -> list[Method]:
@@ -222,6 +225,15 @@ def _select_photos(
             f"evaluate: data must be free of problems, got {count}; skip_bad leaves these images out:\n  {lines}"
         )
     return photos, notes + problems
+
+
+def _describe_left_out(annotations: Mapping[str, Annotations]) -> list[str]:
+    """Return a note for each result that was left out, and write them to stderr."""
+    instances = {name: entry for name, entry in annotations.items() if isinstance(entry, coco.Instances)}
+    notes = [f"left out of {name}: {line}" for name, entry in instances.items() for line in entry.left_out]
+    for note in notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
+    return notes
 
 
 def _score_method(
@@ -267,6 +279,7 @@ def _score_masks(
 def _select_images(name: str, results: coco.Instances, truth: coco.Instances) -> coco.Instances:
     """Return the results of those images that the truth has."""
     images = {number: image for number, image in results.images.items() if number in truth.images}
-    if not images:
+    # a detector that finds nothing has results, too: their AP is 0
+    if results.images and not images:
         raise ValueError(f"evaluate: results must be of these photos, got none of their ids in '{name}'")
     return coco.Instances(images, {})

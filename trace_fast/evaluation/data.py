@@ -189,7 +189,12 @@ def pack_layers(masks: Iterable[np.ndarray], shape: tuple[int, int]) -> np.ndarr
     return np.stack(layers)
 
 
-def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Sequence[int] = (CROWD,)) -> DataSet:
+def open_dataset(
+    folder: str | Path,
+    truth: str | Path | None = None,
+    ignore: Sequence[int] = (CROWD,),
+    skip_bad: bool = False,
+) -> DataSet:
     """List the photographs of a folder that have ground truth; their pixels are read when they are asked for.
 
     Args:
@@ -202,6 +207,7 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
             NAME.png of one channel, or of three as COCO encodes panoptic segments; folders NAME of one mask a file;
             NAME.mat of BSDS500.
         ignore: labels of maps that are crowd or void.
+        skip_bad: leave out the images of a JSON file that have a bad annotation, with a note, instead of raising.
 
     Returns:
         The photos, with what is wrong with the folder and what is left out.
@@ -220,7 +226,7 @@ def open_dataset(folder: str | Path, truth: str | Path | None = None, ignore: Se
     images = next((folder / name for name in names if (folder / name).is_dir()), folder)
     files = sorted(path for path in images.iterdir() if is_picture(path.name)) if images.is_dir() else []
     if truth_path.suffix == ".json":
-        return _open_json(truth_path, images, files)
+        return _open_json(truth_path, images, files, skip_bad)
     return _open_folder(truth_path, images, files, tuple(ignore))
 
 
@@ -270,10 +276,10 @@ def _group_by_name(paths: Iterable[Path], kind: str) -> tuple[dict[str, list[Pat
     return groups, [f"{name}: {len(group)} {kind} of that name" for name, group in groups.items() if len(group) > 1]
 
 
-def _open_json(path: Path, images: Path, files: list[Path]) -> DataSet:
+def _open_json(path: Path, images: Path, files: list[Path], skip_bad: bool) -> DataSet:
     """List the photographs of a JSON file, of instances or of panoptic segments."""
     _, problems = _group_by_name(files, "image files")
-    annotations = coco.read_annotations(path)
+    annotations = coco.read_annotations(path, skip_bad=skip_bad)
     photos = []
     for entry in annotations.images.values():
         image = images / entry.file_name
@@ -289,7 +295,9 @@ def _open_json(path: Path, images: Path, files: list[Path]) -> DataSet:
     times = Counter(photo.name for photo in photos)
     problems += [f"{name}: listed {count} times" for name, count in times.items() if count > 1]
     photos = sorted((photo for photo in photos if times[photo.name] == 1), key=lambda photo: photo.name)
-    return DataSet(photos, problems, [], annotations if isinstance(annotations, coco.Panoptic) else None)
+    if isinstance(annotations, coco.Panoptic):
+        return DataSet(photos, problems, [], annotations)
+    return DataSet(photos, problems, [f"left out with its image: {line}" for line in annotations.left_out])
 
 
 def _find_listed_contours(image: coco.ImageSegments | coco.ImageInstances) -> Contours:

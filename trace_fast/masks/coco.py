@@ -119,11 +119,13 @@ class Instances:
         images: images by id, including those without an instance, which a list of results does not have.
         categories: names by id, as far as the file has them.
         notes: oddities that are no problems, each with its count.
+        left_out: problems of records that were left out, a line each.
     """
 
     images: dict[int, ImageInstances]
     categories: dict[int, str]
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,16 +256,20 @@ def read_panoptic(path: str | os.PathLike[str] | Mapping[str, Any], png_folder: 
     return _parse_panoptic(op, *load_json(op, path), Path(png_folder))
 
 
-def read_annotations(path: str | os.PathLike[str], *, results: bool = False) -> Instances | Panoptic:
+def read_annotations(
+    path: str | os.PathLike[str], *, results: bool = False, skip_bad: bool = False
+) -> Instances | Panoptic:
     """Read a JSON file of COCO's form, panoptic segments or masks; it is parsed once.
 
     Args:
         path: a JSON file. If an annotation has segments_info, the file is panoptic, and its PNG files are in the folder
             of the same name without the ending: panoptic_val2017 for panoptic_val2017.json.
         results: read masks as results, as `read_results` does, instead of as annotations, as `read_instances` does.
+        skip_bad: leave out results that have a problem and, of a ground truth, the images of annotations that have one.
+            Files of panoptic segments, and files without the lists that they need, raise all the same.
 
     Returns:
-        The panoptic segments or the instances.
+        The panoptic segments or the instances; `Instances.left_out` says what was left out.
 
     Raises:
         ValueError: the file is not JSON or has problems, which are all listed.
@@ -280,7 +286,7 @@ def read_annotations(path: str | os.PathLike[str], *, results: bool = False) -> 
     entries = content.get("annotations") if isinstance(content, Mapping) else None
     if isinstance(entries, list) and any(isinstance(entry, Mapping) and "segments_info" in entry for entry in entries):
         return _parse_panoptic(op, content, name, Path(path).with_suffix(""))
-    return parse_instances(op, content, name, as_results=results)
+    return parse_instances(op, content, name, as_results=results, skip_bad=skip_bad)
 
 
 def encode_masks(
@@ -352,7 +358,7 @@ def load_json(op: str, path: Any, or_list: bool = False) -> tuple[Any, str]:
     return content, name
 
 
-def parse_instances(op: str, content: Any, name: str, *, as_results: bool = False) -> Instances:
+def parse_instances(op: str, content: Any, name: str, *, as_results: bool = False, skip_bad: bool = False) -> Instances:
     """Read the instances of an object or, as results, also of a list; messages call it `name`."""
     api = import_mask_api(op)
     is_list = isinstance(content, list)
@@ -366,6 +372,7 @@ def parse_instances(op: str, content: Any, name: str, *, as_results: bool = Fals
         images = {number: ImageInstances(number, *size, []) for number, size in sizes.items()}
     categories = _read_category_names(content, problems)
     ids: set[int] = set()
+    bad: list[tuple[str, Any]] = []  # the problem and the image of each bad record
     for location, entry in _list_entries(content, "results" if is_list else "annotations", problems):
         try:
             if is_list:
@@ -381,10 +388,16 @@ def parse_instances(op: str, content: Any, name: str, *, as_results: bool = Fals
                 notes["instances of a category without a name"] += nameless
                 image.instances.append(instance)
         except ValueError as problem:
-            problems.append(f"{location}: {problem}")
+            bad.append((f"{location}: {problem}", entry.get("image_id")))
     _exchange_others(images, {} if is_list else sizes, notes)
+    lines = tuple(line for line, _ in bad)
+    if not skip_bad:
+        _raise_problems(op, name, [*problems, *lines])
     _raise_problems(op, name, problems)
-    return Instances(images, categories, _format_notes(notes))
+    if not as_results:  # an image without one of its annotations is another ground truth
+        incomplete = [number for _, number in bad]
+        images = {number: image for number, image in images.items() if number not in incomplete}
+    return Instances(images, categories, _format_notes(notes), lines)
 
 
 def _exchange_others(
