@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 # two processes, one thread each (tests/conftest.py)
 PARALLEL := -n 2
+MINUTES := 10
+POINTS := 300
+# disks that are full or read-only are mounted, which takes the rights of root
+DISKS := $(if $(filter 0,$(shell id -u)),,--no-disks)
 
 # releases of diffusers, each with the transformers and peft of its time
 MATRIX := 0.32.2/4.48.3/0.14.0 0.35.2/4.57.1/0.17.1 0.38.0/4.57.1/0.17.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build lint test-fast test test-robust test-matrix bench gpu sanitize clean
+.PHONY: help demo build lint test-fast test test-robust test-matrix fuzz kill bench gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -50,6 +54,12 @@ test-matrix: build ## run the tests of capture with older releases of diffusers
 	  $$folder/bin/python -m pytest -q -p no:cacheprovider tests/test_backbones.py tests/test_conditioning.py; \
 	done
 
+fuzz: build ## give hostile inputs to the package for MINUTES=10, and count what becomes of them
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
+
+kill: build ## kill POINTS=300 runs of commands at random moments, run them again and compare; root can fill disks, too
+	$(BIN)/python tests/fuzz/kill.py --points $(POINTS) $(DISKS)
+
 bench: build ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -57,14 +67,16 @@ gpu: build ## test, tune and measure on the GPU at hand
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh backbones
 
-sanitize: build ## run the tests of the native core with the address and undefined-behavior sanitizers
+sanitize: build ## run the native core with the address and undefined-behavior sanitizers: its tests, and hostile inputs
 	TRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
+	export PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"; \
 	for threads in 1 2; do \
-	  OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  $(BIN)/pytest tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py tests/test_regions.py \
+	  OMP_NUM_THREADS=$$threads $(BIN)/pytest \
+	    tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py tests/test_regions.py \
 	    -x -s -k '(native or contours) and not large' || exit 1; \
-	done
+	done; \
+	$(BIN)/python tests/fuzz/run.py --target ops --inputs 1000 --seed 0
 
 clean: ## remove what was made: environment, builds, demo
 	rm -rf build demo dist $(VENV) *.egg-info trace_fast/_C*.so

@@ -50,6 +50,24 @@ def test_edges_and_segment(photos):
     assert list_images([photos]) == [photos / "a.jpg"]
 
 
+def test_training_counts_what_it_leaves_out(photos, capsys):
+    (photos / "more").mkdir()
+    shutil.copy(photos / "a.jpg", photos / "more" / "b.heic")
+    (photos / "notes").write_text("")
+    (photos / "more" / "c.jpg").symlink_to("nowhere")
+    with tarfile.open(photos / "more.tar", "w") as archive:
+        archive.add(photos / "a.jpg", "d.txt")
+        archive.add(photos / "._a.jpg", "._d.txt")
+    assert [photo.name for photo in list_photos(photos)] == ["a.jpg"]
+    assert capsys.readouterr().err == (
+        f"trace-fast: left out of '{photos}': 3 files of other formats (.heic, .txt, no ending); convert HEIC to JPEG "
+        "or PNG; 1 that is no file, such as a link to nothing\n"
+    )
+    (photos / "a.jpg").unlink()
+    with pytest.raises(ValueError, match=r"got none in .*: left out 3 files of other formats"):
+        list_photos(photos)
+
+
 def test_training(photos):
     with tarfile.open(photos / "more.tar", "w") as archive:
         archive.add(photos / "a.jpg", "./b.jpg")

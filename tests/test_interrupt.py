@@ -101,7 +101,7 @@ def test_other_threads_are_not_asked():
     masks, edges, walked = random(2, 24, 40), random(24, 40), []
     thread = threading.Thread(target=lambda: walked.append(ops.random_walk(masks, edges, 5, 10, 5_000)))
     thread.start()
-    interrupt_after(0)
+    interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
         time.sleep(60)
     thread.join()

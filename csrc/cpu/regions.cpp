@@ -632,7 +632,10 @@ void walk_image(const float* masks, const float* edges, int64_t count, int64_t h
       const float* const from = masks + (first + mask) * height * width;
       walk.for_pixels([&](int64_t at, int64_t pixel) { start[at] = from[pixel] * passing(edges[pixel]); });
     }
-    for (int64_t i = 0; i < steps; ++i) kStep[together - 1](walk, walking, i % 2 == 0);
+    for (int64_t i = 0; i < steps; ++i) {
+      check_interrupt();
+      kStep[together - 1](walk, walking, i % 2 == 0);
+    }
     for (int64_t mask = 0; mask < together; ++mask) {
       const float* const end = walking + mask * walk.size + walk.origin + (steps % 2 == 0 ? walk.shift : 0);
       float* const to = walked + (first + mask) * height * width;

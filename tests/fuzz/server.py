@@ -154,8 +154,10 @@ def _work(target: Target, seeds: Sequence[int], level: int, folder: Path, sender
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    # sanitizers reserve more than any limit
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     home = os.getcwd()
     for seed in seeds:

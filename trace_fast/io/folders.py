@@ -40,11 +40,12 @@ def is_picture(path: str | PurePath) -> bool:
     return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_litter(path)
 
 
-def describe_left_out(entries: Iterable[Path]) -> str:
-    """Return what is left out of the entries of a folder that is read without its subfolders, and why.
+def describe_left_out(entries: Iterable[Path], members: Iterable[str] = ()) -> str:
+    """Return what is left out of the entries of a folder, and of members of archives in it, and why.
 
     Args:
-        entries: of the folder. Litter is not counted.
+        entries: of the folder, with those of its subfolders if these are read. Litter is not counted.
+        members: names of files in archives that are no pictures.
 
     Returns:
         One line; empty where nothing is left out.
@@ -53,7 +54,7 @@ def describe_left_out(entries: Iterable[Path]) -> str:
         >>> describe_left_out([Path("a.heic"), Path("a.jpg"), Path("notes.txt")])  # doctest: +SKIP
         '2 files of other formats (.heic, .txt); convert HEIC to JPEG or PNG'
     """
-    endings: Counter[str] = Counter()
+    endings = Counter(PurePath(member).suffix.lower() or "no ending" for member in members)
     subfolders = broken = 0
     for entry in entries:
         if is_litter(entry.name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from trace_fast.io.folders import is_litter, is_picture
+from trace_fast.io.folders import describe_left_out, is_litter, is_picture
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import open_picture
 from trace_fast.training.state import Process
@@ -60,7 +61,7 @@ class PhotoFile:
 
 
 def list_photos(folder: Path) -> list[PhotoFile]:
-    """Return all photos of a folder, sorted by name.
+    """Return all photos of a folder, sorted by name; files that are left out are counted on stderr.
 
     Args:
         folder: searched with its subfolders and the tar files in them.
@@ -72,23 +73,38 @@ def list_photos(folder: Path) -> list[PhotoFile]:
     if not folder.is_dir():
         raise FileNotFoundError(f"photos must be a folder of image or tar files, got {str(folder)!r}")
     photos: list[PhotoFile] = []
+    others: list[Path] = []  # files that are no photos
+    other_members: list[str] = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
+        if is_litter(name) or path.is_dir():
+            continue
         if is_picture(name) and path.is_file():
             photos.append(PhotoFile(name, path, length=path.stat().st_size))
-        elif path.suffix == ".tar" and not is_litter(name):
-            try:
-                with tarfile.open(path, "r:") as archive:
-                    photos += [
-                        PhotoFile(f"{name}/{member.name}", path, member.offset_data, member.size)
-                        for member in archive
-                        if member.isfile() and is_picture(member.name)
-                    ]
-            except tarfile.TarError as error:
-                raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error
+        elif path.suffix == ".tar" and path.is_file():
+            members = _list_members(path)
+            pictures = [member for member in members if is_picture(member.name)]
+            photos += [PhotoFile(f"{name}/{file.name}", path, file.offset_data, file.size) for file in pictures]
+            other_members += [member.name for member in members if not is_picture(member.name)]
+        else:
+            others.append(path)
+    left_out = describe_left_out(others, other_members)
     if not photos:
-        raise ValueError(f"photos must be a folder with image files, got none in {str(folder)!r}")
+        reason = f": left out {left_out}" if left_out else ""
+        raise ValueError(f"photos must be a folder with image files, got none in {str(folder)!r}{reason}")
+    # one of several processes that train together
+    if left_out and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"trace-fast: left out of {str(folder)!r}: {left_out}", file=sys.stderr)
     return sorted(photos, key=lambda photo: photo.name)
+
+
+def _list_members(path: Path) -> list[tarfile.TarInfo]:
+    """Return the files of an archive, without litter."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return [member for member in archive if member.isfile() and not is_litter(member.name)]
+    except tarfile.TarError as error:
+        raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error
 
 
 def shuffle_photos(photos: Sequence[PhotoFile], seed: int) -> list[PhotoFile]:
