@@ -23,6 +23,7 @@ from trace_fast.cli.common import (
     load_edge_finder,
     open_folder,
     plan_results,
+    refuse_failures,
     require_package,
     write_results,
 )
