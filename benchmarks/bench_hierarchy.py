@@ -5,9 +5,11 @@ import functools
 import numpy as np
 import pytest
 import scipy.ndimage
+import skimage.graph
 import torch
 from skimage.segmentation import watershed
 
+import trace_fast
 from trace_fast import ops, reference
 
 
@@ -59,3 +61,34 @@ def bench_merge_tree(side, provider, measure):
     }[provider]
     np.testing.assert_allclose(np.sort(call()), np.sort(merge_by_higra(labels.numpy(), heights)), atol=1e-3)
     measure(f"merge_tree, {side} x {side}", provider, call)
+
+
+@pytest.mark.parametrize("mode", ["fit", "flood"])
+def bench_propagate(mode, measure):
+    edges, masks = make_edges(640)[:480], np.zeros((20, 480, 640), bool)
+    rng = np.random.default_rng(0)
+    for mask in masks:
+        (top, left), (height, width) = rng.integers(0, 20, 2), rng.integers(3, 15, 2)
+        mask[16 * top : 16 * (top + height), 16 * left : 16 * (left + width)] = True
+    options = {"threshold": 0.4} if mode == "flood" else {}
+    call = functools.partial(trace_fast.propagate, masks, edges, mode=mode, **options)
+    result = call()
+    assert result.dtype == bool
+    assert result.any((1, 2)).all()
+    assert mode == "flood" or np.array_equal(trace_fast.propagate(masks, 0 * edges), masks)
+    measure("propagate, 20 masks, 480 x 640", mode, call)
+
+
+@pytest.mark.parametrize("provider", ["native", "scikit-image, RAG"])
+def bench_instances(provider, measure):
+    edges = make_edges(512)
+    heights = edges.double().numpy()
+
+    def cut_graph():
+        labels = watershed(heights, connectivity=1)
+        graph = skimage.graph.rag_boundary(labels, heights)
+        return skimage.graph.cut_threshold(labels, graph, 0.3)
+
+    call = {"native": lambda: trace_fast.instances(edges)[0], "scikit-image, RAG": cut_graph}[provider]
+    assert len(call()) > 1
+    measure("instances, 512 x 512", provider, call)

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trace_fast.evaluation import masks
-from trace_fast.evaluation.masks import MaskScores, mask_ap
+from trace_fast.evaluation.masks import MaskScores, compare_masks, mask_ap
 from trace_fast.masks.coco import ImageInstances, Instance, Instances, encode_masks, read_instances, read_results
 
 HEIGHT, WIDTH = 110, 130  # room for a large instance
@@ -317,3 +317,26 @@ class TestBootstrap:
         results = [(square(0, 0) if hit else np.zeros((0, 30, 40), bool), np.ones(int(hit))) for hit in hits]
         low, high = mask_ap([square(0, 0)] * 100, results, resamples=2000).intervals["ar100"]
         assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.36 * 0.64 / 100), rel=0.06)
+
+
+def test_differences_are_those_of_the_scores():
+    random = np.random.default_rng(5)
+    truth, before, after = {}, {}, {}
+    for number in range(1, 9):
+        masks = np.zeros((3, 40, 60), bool)
+        for mask, (top, left) in zip(masks, random.integers(0, 20, (3, 2)), strict=True):
+            mask[top : top + 15, left : left + 25] = True
+        truth[number] = encode_masks(masks, id=number)
+        before[number] = encode_masks(np.roll(masks, 4, 1), random.random(3), id=number)
+        after[number] = encode_masks(np.roll(masks, number % 3, 2), random.random(3), id=number)
+    truth, before, after = (Instances(images, {}) for images in (truth, before, after))
+    changes = compare_masks(truth, before, after)
+    for name, (change, low, high) in changes.items():
+        assert change == pytest.approx(getattr(mask_ap(truth, after), name) - getattr(mask_ap(truth, before), name))
+        assert 0 < low < change < high
+    # resamples are paired: a result never differs from itself
+    assert set(compare_masks(truth, before, before).values()) == {(0.0, 0.0, 0.0)}
+    with pytest.raises(ValueError, match="compare_masks: resamples must be at least 1, got 0"):
+        compare_masks(truth, before, after, resamples=0)
+    with pytest.raises(ValueError, match="mask_ap: results must be of images of the truth"):
+        compare_masks(Instances({1: truth.images[1]}, {}), before, after)

@@ -1,5 +1,8 @@
 """Boundary-Guided Propagation: splitting, completing and merging masks; masks and seeds from edges alone."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 import trace_fast
 from trace_fast import ops, reference
 from trace_fast.masks import propagation
+from trace_fast.masks.fitting import draw_parts
 from trace_fast.masks.formats import MaskSet
 
 # pixels that rounding may move across a threshold of the random walk
@@ -313,6 +317,27 @@ def test_certain_edges_split_and_join():
     assert np.array_equal(trace_fast.propagate((labels <= 2)[None], edges / 2) & off, (labels <= 2)[None] & off)
     assert len(trace_fast.propagate(halves, edges / 2)) == 2
     assert len(trace_fast.propagate(halves, edges, classes=[1, 2])) == 2
+
+
+def test_many_masks_take_little_memory(monkeypatch):
+    edges, disc = smooth_object()
+    masks = np.repeat(disc[None], 40, 0)
+    alive = []
+
+    def draw(parts, size):
+        tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
+        alive.extend(tensor for tensor in tensors if tensor.shape == masks.shape)
+        return draw_parts(parts, size)
+
+    monkeypatch.setattr(propagation, "draw_parts", draw)
+    tracemalloc.start()
+    out = trace_fast.propagate(masks, edges)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(out, masks)
+    # the copy that was read is gone before the result is drawn, and meanwhile each pixel is a bit
+    assert not alive
+    assert peak < 1.5 * masks.nbytes
 
 
 def test_the_other_modes_need_a_threshold():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from degrade import degrade, group_touching
 from PIL import Image
+from propagation import draw_on_grid, make_sets
 from typer.testing import CliRunner
 
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
@@ -349,3 +350,17 @@ def test_bad_results_are_left_out_and_named(call, data, baseline, tmp_path):
     result = call(*command, "--skip-bad")
     assert result.exit_code == 0 and "note: left out of bad: results[1]: segmentation must be" in result.stderr
     assert 0 < read(tmp_path / "out")["bad"]["ap"] < 1
+
+
+def test_masks_with_known_faults(data):
+    photo = open_dataset(data).photos[0]
+    truth = photo.instances().masks()
+    sets = make_sets(photo, truth)
+    assert list(sets) == ["united", "grid", "felzenszwalb", "saliency"]
+    assert np.array_equal(sets["united"].masks.numpy(), truth.any(0)[None])
+    assert all(len(masks.scores) == len(masks.masks) for masks in sets.values())
+    assert (sets["felzenszwalb"].masks.sum(0) == 1).all()
+    # 48 x 64 pixels are 3 x 4 tokens; the smallest instance covers none by half
+    drawn = draw_on_grid(truth)
+    assert drawn.shape == (2, 48, 64)
+    assert np.array_equal(drawn, drawn[:, 8::16, 8::16].repeat(16, 1).repeat(16, 2))
