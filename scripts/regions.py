@@ -57,8 +57,8 @@ def main() -> None:
         if not image.instances:
             continue
         truth[image.id] = image
-        found = {method.name: trace_fast.instances(method.edges(photo)) for method in methods}
-        masks = {name: (stack.numpy(), scores.numpy()) for name, (stack, scores) in found.items()}
+        ranked = {method.name: trace_fast.instances(method.edges(photo)) for method in methods}
+        masks = {name: (stack.numpy(), scores.numpy()) for name, (stack, scores) in ranked.items()}
         baselines = find_baselines(read_image(photo.image)[0].permute(1, 2, 0).numpy())
         masks |= {name: list_regions(labels) for name, labels in baselines.items()}
         for name, (stack, scores) in masks.items():

@@ -324,12 +324,12 @@ def test_many_masks_take_little_memory(monkeypatch):
     masks = np.repeat(disc[None], 40, 0)
     alive = []
 
-    def draw(parts, size):
+    def look(parts, size):
         tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
         alive.extend(tensor for tensor in tensors if tensor.shape == masks.shape)
         return draw_parts(parts, size)
 
-    monkeypatch.setattr(propagation, "draw_parts", draw)
+    monkeypatch.setattr(propagation, "draw_parts", look)
     tracemalloc.start()
     out = trace_fast.propagate(masks, edges)
     peak = tracemalloc.get_traced_memory()[1]

@@ -114,12 +114,8 @@ class Detector(EdgeModel):
             checks.integer(CONFIG, "timestep", timestep, 0, STEPS - 1)
             checks.number(CONFIG, "scale", scale, 0, MOST_SCALE)
             # not those of the base, whose edges are others
-            thresholds = {"contour": 0.5, "region": 0.5} | config.get("thresholds", {})
-            chosen = Settings(
-                size=tuple(config["size"]),
-                contour_threshold=thresholds["contour"],
-                region_threshold=thresholds["region"],
-            )
+            thresholds = {f"{name}_threshold": value for name, value in ({} | config.get("thresholds", {})).items()}
+            chosen = Settings(size=tuple(config["size"]), **thresholds)
             adapter = load_weights(folder / ADAPTER)
             empty_prompt = load_weights(folder / EMPTY_PROMPT) if (folder / EMPTY_PROMPT).is_file() else None
         except (KeyError, TypeError, ValueError, OSError) as error:
