@@ -1,7 +1,8 @@
 """Write masks with known faults and edges without any, to measure boundary-guided propagation apart from edges.
 
     python scripts/degrade.py --data ../shared/data/dev_coco -o build/degraded
-    trace-fast evaluate --data ../shared/data/dev_coco --table backbones --baseline build/degraded/degraded.json \
+    trace-fast evaluate --data ../shared/data/dev_coco --table backbones --mode flood --threshold 0.5 \
+        --baseline build/degraded/degraded.json \
         --method oracle=lines:build/degraded/oracle --method canny ... -o build/propagation
 
 Instances that touch become one mask; every other instance of at least 200 pixels is cut in two along a random line, a
