@@ -1,5 +1,7 @@
 """Ridges, thinning and matching of contours, on each instruction set, against the reference and libraries."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -349,3 +351,16 @@ def test_images_beyond_the_memory_are_refused(op):
         more = (image, 1.0) if op == "match_contours" else ()
         with pytest.raises(ValueError, match=f"{op}: .*{message}"):
             getattr(ops, op)(image, *more)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "error", "message"),
+    [
+        (0.5, TypeError, "must be numbers, got float"),
+        (["a"], TypeError, "must be a number, got str"),
+        ([math.inf], ValueError, "must be finite"),
+    ],
+)
+def test_thresholds_are_numbers(thresholds, error, message):
+    with pytest.raises(error, match=f"count_matches: thresholds {message}"):
+        ops.count_matches(torch.ones(3, 4), random_mask(1, 3, 4), thresholds, 1.0)

@@ -183,6 +183,7 @@ def draw_op(random: np.random.Generator, level: int) -> tuple[str, dict[str, Any
 # ops whose results are compared in numbers: which pixels are matched is not unique, and ridges depend on rounding
 COUNTED = ("match_contours",)
 LOOSE = ("suppress_nonmaxima",)
+UNIQUE = [0, 1, 5]  # columns of count_matches
 
 
 def copy_arguments(arguments: dict[str, Any], double: bool = False) -> dict[str, Any]:
@@ -207,6 +208,9 @@ def compare_op(name: str, out: Any, expected: Any) -> None:
         if one.numel() == 0 and other.numel() == 0:
             continue
         require(one.shape == other.shape, f"{name}: shape {tuple(one.shape)}, expected {tuple(other.shape)}")
+        if name == "count_matches" and one.ndim == 2 and one.shape[1] == 6:
+            # the partners of several annotators are not unique, and neither is how many pixels have one
+            one, other = one[:, UNIQUE], other[:, UNIQUE]
         if name in COUNTED:
             require(one.sum() == other.sum(), f"{name}: {int(one.sum())} pixels, expected {int(other.sum())}")
         elif not one.is_floating_point():
@@ -230,6 +234,8 @@ def native_ops(random: np.random.Generator, level: int, folder: Path) -> None:
     plain = all(type(value) is torch.Tensor for value in exact.values() if isinstance(value, torch.Tensor))
     plain = plain and all(value.numel() < 2**30 for value in exact.values() if isinstance(value, torch.Tensor))
     finite = all(not isinstance(value, float) or np.isfinite(value) for value in exact.values())
+    # the reference would walk through every step of a radius that an op limits
+    finite = finite and not (isinstance(exact.get("radius"), int) and exact["radius"] > 100)
     copies = copy_arguments(exact, double=True) if plain else {}
     with refusals(rf"^{name}: \w"):
         out = getattr(ops, name)(**arguments)

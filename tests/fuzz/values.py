@@ -167,7 +167,7 @@ def distort_tensor(random: np.random.Generator, tensor: Tensor) -> Tensor:
     ]
     try:
         return choose(random, ways)(tensor)
-    except (NotImplementedError, TypeError):  # torch has no such way for this dtype
+    except (IndexError, NotImplementedError, TypeError):  # there is no such way for this shape or dtype
         return tensor
 
 

@@ -1,7 +1,7 @@
 """Contours of edge maps, for scoring: ridges, thinning, and matching with a truth. On the CPU alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -124,6 +124,8 @@ def count_matches(
     op = "count_matches"
     sizes: dict[str, int] = {}
     if not isinstance(thresholds, Tensor):
+        if not isinstance(thresholds, Iterable):
+            raise TypeError(f"{op}: thresholds must be numbers, got {type(thresholds).__name__}")
         for threshold in thresholds:
             checks.number(op, "thresholds", threshold)
         thresholds = torch.tensor(list(thresholds), dtype=torch.float32)
@@ -181,10 +183,14 @@ def _choose(op: str, **tensors: Tensor) -> str:
 
 def _limit_distance(op: str, distance: float, height: int, width: int) -> float:
     """Require a finite length, and return it or, if it is less, the image's diagonal, which no pair exceeds."""
-    checks.number(op, "distance", distance)
-    if not 0 <= distance < float("inf"):
+    diagonal = math.hypot(height, width)
+    # an integer may be beyond all floats
+    if isinstance(distance, int) and distance > diagonal:
+        return diagonal
+    if isinstance(distance, float) and not 0 <= distance < float("inf"):
         raise ValueError(f"{op}: distance must be finite and >= 0, got {distance}")
-    return float(min(distance, math.hypot(height, width)))
+    checks.number(op, "distance", distance, 0)
+    return float(min(distance, diagonal))
 
 
 def _matching_bytes(height: int, width: int, distance: float) -> int:
