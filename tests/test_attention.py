@@ -489,8 +489,8 @@ def test_gradients_are_off_under_no_grad(device):
     [
         (6, TypeError, r"size must be \(height, width\), got 6"),
         ((2, 3, 1), TypeError, r"size must be \(height, width\), got \(2, 3, 1\)"),
-        ((2.0, 3), TypeError, "size must be an int, got float"),
-        ((2, 2**64), ValueError, "size must be from 1 to 2147483647, got 18446744073709551616"),
+        ((2.0, 3), TypeError, "height must be an int, got float"),
+        ((2, 2**64), ValueError, "width must be from 1 to 2147483647, got 18446744073709551616"),
     ],
 )
 def test_grids_are_two_integers(size, error, message):

@@ -142,8 +142,8 @@ def pair(op: str, name: str, value: tuple[int, int]) -> None:
     """Require (height, width), two integers that are at least 1."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{op}: {name} must be (height, width), got {reprlib.repr(value)}")
-    for side in value:
-        integer(op, name, side, 1, MOST_SIDE)
+    for side, length in zip(("height", "width"), value, strict=True):
+        integer(op, side, length, 1, MOST_SIDE)
 
 
 def choice(op: str, name: str, value: Any, *accepted: Any) -> None:
