@@ -140,8 +140,8 @@ class Fitter:
 
     def _separate(self, mask: np.ndarray, box: Box) -> list[np.ndarray]:
         """Return the connected parts of a mask that are large and have edges around; the others go to the largest."""
-        labels, counts = ops.label_regions(torch.from_numpy(~mask)[None])
-        count, labels = int(counts), labels[0].numpy()
+        numbered, counts = ops.label_regions(torch.from_numpy(~mask)[None])
+        count, labels = int(counts), numbered[0].numpy()
         if count == 1:
             return [mask]
         areas = np.bincount(labels[mask], minlength=count + 1)
@@ -227,7 +227,7 @@ def _measure_pieces(mask: np.ndarray) -> float:
     """Return the mean length of the straight pieces of the outline of a mask, in pixels."""
     across, down = mask[:, 1:] ^ mask[:, :-1], mask[1:] ^ mask[:-1]
     corners = np.count_nonzero(across[1:] ^ across[:-1])
-    return (np.count_nonzero(across) + np.count_nonzero(down)) / max(corners, 1)
+    return (np.count_nonzero(across) + np.count_nonzero(down)) / max(int(corners), 1)
 
 
 def _is_near_outline(mask: np.ndarray, reach: int) -> np.ndarray:

@@ -145,8 +145,9 @@ def propagate(
         result, sources = _draw_parts(parts, size, scored, mask_classes, device)
     else:
         edge_map, barrier = edge_map.to(device), barrier.to(device)
-        options = {"mode": mode, "iou": iou, "min_area": min_area, "cover": float(cover)}
-        result, sources = _propagate_fragments(mask_set, mask_classes, edge_map, barrier, **options)
+        result, sources = _propagate_fragments(
+            mask_set, mask_classes, edge_map, barrier, mode=mode, iou=iou, min_area=min_area, cover=float(cover)
+        )
     return restore(*_remove_overlaps(result, sources) if exclusive else (result, sources))
 
 
