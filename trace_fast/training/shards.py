@@ -109,14 +109,16 @@ class Shards:
             ValueError: the file does not have the photo any longer, since something has replaced it.
         """
         key = self.photos[index].key
-        path, row = self.rows.get(key, (self.folder, 0))
-        file, keys = self._open(path) if key in self.rows else (None, [])
-        if keys[row : row + 1] != [key]:
-            raise ValueError(
-                f"distill: labels_dir must keep its files while they are used, got one without {key!r} in {str(path)!r}"
-            )
-        tensor: Tensor = file.get_tensor(str(row))
-        return tensor
+        path = self.folder
+        if key in self.rows:
+            path, row = self.rows[key]
+            file, keys = self._open(path)
+            if keys[row : row + 1] == [key]:
+                tensor: Tensor = file.get_tensor(str(row))
+                return tensor
+        raise ValueError(
+            f"distill: labels_dir must keep its files while they are used, got one without {key!r} in {str(path)!r}"
+        )
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (one object a run)
     def _open(self, path: Path) -> tuple[Any, list[str]]:
