@@ -49,14 +49,20 @@ def student(results: dict[str, Any]) -> str:
     return grouped(results, SPEED, lambda group: group.startswith("the student"))
 
 
-def ablations(results: dict[str, Any] | None) -> str:
-    """Return the scores of students with one choice changed, best first."""
-    if results is None:
-        return "Not run to its end yet: `scripts/ablations.py` fills the table."
-    rows = sorted(results["rows"].items(), key=lambda row: -row[1]["ods"])
-    lines = ["| | ODS | OIS | AP | clDice |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, row in rows:
-        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in ("ods", "ois", "ap", "cldice")) + " |")
+def ablations(results: dict[str, Any]) -> str:
+    """Return the scores of students with one choice changed, best last, and paired differences to the first."""
+    first = next(name for name in results["methods"] if name not in results["differences"])
+    lines = [
+        f"| | ODS | OIS | AP | clDice | ODS above {first} | 95 % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in sorted(results["methods"].items(), key=lambda item: item[1]["ods"]):
+        difference = ["", ""]
+        if name != first:
+            value, low, high = results["differences"][name]["ods"]
+            difference = [f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+        cells = [f"{row[key]:.3f}" for key in ("ods", "ois", "ap", "cldice")] + difference
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"{results['photos']} photographs; commit `{results['commit'][:7]}`; `{results['command']}`."]
     return "\n".join(lines)
 
@@ -317,6 +323,7 @@ TABLES = (
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("README.md", "student", "speed-cpu.json", student),
     ("benchmarks/README.md", "ablations", "ablations.json", ablations),
+    ("benchmarks/README.md", "ablations-rest", "ablations-rest.json", ablations),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),

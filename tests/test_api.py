@@ -209,8 +209,8 @@ class TestLoad:
         edges = model.edges(pixels, seed=0)
         assert edges.shape == (1, 1, 50, 70) and edges.dtype == torch.float32
         assert torch.equal(model.resized((64, 96)).edges(pixels), edges)
-        larger = model.resized((96, 64))
-        assert larger.size == (96, 64) and model.size == (64, 96)
+        larger = model.resized((96, 128))
+        assert larger.size == (96, 128) and model.size == (64, 96)
         assert larger.backbone.network is model.backbone.network
         assert not torch.equal(larger.edges(pixels), edges)
         results = model([photograph, Image.fromarray(photograph)])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 
 from trace_fast import Detector, reference
 from trace_fast import decoder as module
-from trace_fast.backbones import fetch_student
+from trace_fast.backbones import load_backbone
 from trace_fast.decoder import (
     AttentionReadout,
     ConvDecoder,
@@ -356,46 +355,35 @@ class TestMakeDecoder:
 
 
 class TestUpgrade:
-    """Folders of format 1; the embedded student is one."""
+    """Folders of earlier formats."""
 
     @pytest.fixture
-    def folder(self):
-        folder = fetch_student("mini")
-        config = json.loads((folder / "config.json").read_text())
-        assert "format" not in config and "level" in config
-        return folder
+    def student(self, tmp_path):
+        """Return a student with the paper's decoder, and write it in format 1."""
+        backbone = load_backbone("mini", device="cpu", size=(48, 64))
+        decoder = make_decoder("conv", backbone.finest_grid())
+        config = {"format": 3, "base": {"model": "mini"}, "size": [48, 64], "timestep": 20, "decoder": {"name": "conv"}}
+        detector = Detector(backbone, decoder, timestep=20, config=config)
+        detector.save_pretrained(tmp_path)
+        del config["format"], config["timestep"]
+        (tmp_path / "config.json").write_text(json.dumps(config | {"level": 20}))
+        return detector
 
-    @pytest.fixture
-    def image(self):
-        """Return a disk on a gradient, (1, 3, 40, 56), the same on every machine."""
-        rows, columns = np.mgrid[:40, :56]
-        disk = (rows - 18) ** 2 + (columns - 24) ** 2 < 150
-        return torch.from_numpy(np.stack([rows * 4, columns * 3, 60 + 130 * disk]) / 255).float()[None]
-
-    def test_names_by_hand(self):
-        weights = {name: torch.zeros(1) for name in ("values", "tokens.0.bias", "join.1.weight", "draw.3.bias")}
-        config, renamed = upgrade_student({"level": 20, "decoder": {"name": "pixels"}}, weights)
-        assert config == {"format": 2, "timestep": 20, "decoder": {"name": "pixels"}}
-        assert list(renamed) == ["values", "tokens.0.bias", "fuse.1.weight", "refine.3.bias"]
-        assert all(value is weight for value, weight in zip(renamed.values(), weights.values(), strict=True))
-        again = upgrade_student(config, renamed)
-        assert again[0] == config and list(again[1]) == list(renamed)
-
-    def test_edges_are_those_of_the_version_that_wrote_it(self, folder, image):
-        # made by the last version that wrote format 1; instruction sets differ by 3.3e-7
-        expected = torch.from_numpy(np.load(Path(__file__).parent / "data" / "embedded_student_edges.npy"))
-        edges = Detector.from_pretrained(folder, device="cpu").edges(image)
-        assert edges.std() > 0.05
-        assert_close(edges, expected, rtol=0, atol=3e-6)
-
-    def test_the_current_format_gives_the_same_edges(self, folder, image, tmp_path):
-        detector = Detector.from_pretrained(folder, device="cpu")
+    def test_the_first_format_gives_the_same_edges(self, student, tmp_path):
+        image = torch.rand(1, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+        detector = Detector.from_pretrained(tmp_path, device="cpu")
+        assert detector.timestep == 20
+        assert_close(detector.edges(image), student.edges(image), rtol=0, atol=1e-6)
         detector.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        assert config["format"] == 2 and config["timestep"] == 0 and "level" not in config
-        assert torch.equal(Detector.from_pretrained(tmp_path, device="cpu").edges(image), detector.edges(image))
+        assert config["format"] == 3 and config["timestep"] == 20 and "level" not in config
 
-    @pytest.mark.parametrize("version", [0, 3, "2"])
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_the_decoder_with_another_activation(self, version):
+        with pytest.raises(ValueError, match=f"its format must be 3, got {version}, in which"):
+            upgrade_student({"format": version, "decoder": {"name": "pixels"}}, {})
+
+    @pytest.mark.parametrize("version", [0, 4, "2", 1.5, None])
     def test_an_unknown_format(self, version):
-        with pytest.raises(ValueError, match=f"its format must be 1 to 2, got {version!r}; install a newer trace_fast"):
+        with pytest.raises(ValueError, match=f"its format must be 1 to 3, got {version!r}; install a newer trace_fast"):
             upgrade_student({"format": version}, {})

@@ -723,13 +723,11 @@ class TestInitFrom:
         config["level"] = config.pop("timestep")
         del config["format"]
         (old / "config.json").write_text(json.dumps(config))
+        if second.decoder == "pixels":
+            with pytest.raises(ValueError, match="its format must be 3, got 1, in which the decoder pixels had one"):
+                make_run(replace(second, init_from=old))
+            return
         weights = load_file(old / "decoder.safetensors")
-        names = {"fuse": "join", "refine": "draw"}
-        renamed = {}
-        for name, value in weights.items():
-            module, dot, rest = name.partition(".")
-            renamed[names.get(module, module) + dot + rest] = value
-        save_file(renamed, old / "decoder.safetensors")
         run = make_run(replace(second, init_from=old))
         assert all(torch.equal(x, weights[name]) for name, x in run.decoder.state_dict().items())
 

@@ -37,7 +37,7 @@ __all__ = [
     "upgrade_student",
 ]
 
-FORMAT = 2  # of a student's folder, in its config.json; see upgrade_student
+FORMAT = 3  # of a student's folder, in its config.json; see upgrade_student
 
 Grid = tuple[int, int]
 
@@ -248,10 +248,7 @@ class PixelDecoder(Decoder):
             ReplicatePadConv(channels, channels),
             nn.GELU(),
         )
-        # a second GELU follows that of `fuse`, because the embedded student was trained with both
-        self.refine = nn.Sequential(
-            nn.GELU(), ReplicatePadConv(channels + few, few), nn.GELU(), ReplicatePadConv(few, 1)
-        )
+        self.refine = nn.Sequential(ReplicatePadConv(channels + few, few), nn.GELU(), ReplicatePadConv(few, 1))
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `make_decoder` without the grid."""
@@ -491,26 +488,26 @@ def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
 def upgrade_student(config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and decoder weights of a student's folder in the current format.
 
-    In format 1, of folders without a format number, the timestep is called "level", and the modules `fuse` and `refine`
-    of the decoder "join" and "draw". The embedded student is in this format.
+    In format 1, of folders without a format number, the timestep is called "level". Up to format 2 the decoder `pixels`
+    had one activation more, so that its weights fit no longer.
 
     Args:
         config: content of config.json.
         weights: content of decoder.safetensors.
 
     Raises:
-        ValueError: the format is not known.
+        ValueError: the format is not known, or the decoder is not that of today.
     """
     config = dict(config)
     version = config.get("format", 1)
     if version == FORMAT:
         return config, weights
-    if version != 1:
+    if version not in range(1, FORMAT):
         raise ValueError(f"its format must be 1 to {FORMAT}, got {version!r}; install a newer trace_fast")
-    names = {"level": "timestep", "join": "fuse", "draw": "refine"}
-    config = {"format": FORMAT} | {names.get(name, name): value for name, value in config.items()}
-    renamed = {}
-    for name, value in weights.items():
-        module, dot, rest = name.partition(".")
-        renamed[names.get(module, module) + dot + rest] = value
-    return config, renamed
+    if config.get("decoder", {}).get("name") == "pixels":
+        raise ValueError(
+            f"its format must be {FORMAT}, got {version}, in which the decoder pixels had one activation more; distill "
+            "it again"
+        )
+    config = {"timestep" if name == "level" else name: value for name, value in config.items()}
+    return config | {"format": FORMAT}, weights

@@ -13,7 +13,7 @@ from trace_fast.tracer import Tracer
 
 __all__ = ["PHOTOS", "run"]
 
-PHOTOS = ("coffee", "chelsea", "astronaut", "rocket", "camera", "stereo_motorcycle")  # scikit-image carries them
+PHOTOS = ("coffee", "chelsea", "rocket", "stereo_motorcycle", "astronaut", "camera")  # scikit-image carries them
 
 
 def run(output: Path) -> Path:
@@ -30,7 +30,7 @@ def run(output: Path) -> Path:
 
     Example:
         >>> run(Path("demo")).name
-        'grid.png'
+        'grid.jpg'
     """
     try:
         from skimage import data
@@ -59,5 +59,5 @@ def run(output: Path) -> Path:
             f"{name}: {width} x {height} pixels, edges in {seconds:.2f} s, KL curve peaks at timestep {peak} -> "
             f"{output / f'{name}_panel.png'}"
         )
-    visualize.write_picture(output / "grid.png", visualize.grid(pairs, 2))
-    return output / "grid.png"
+    visualize.write_picture(output / "grid.jpg", visualize.grid(pairs, 2))
+    return output / "grid.jpg"

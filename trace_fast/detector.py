@@ -379,7 +379,11 @@ class StudentPass(nn.Module):
         self.backbone, self.decoder, self.timestep = backbone, decoder, timestep
 
     def forward(self, images: Tensor, photo: Tensor | None) -> Tensor:
-        """Return logits (B, 1, h, w) of images (B, 3, *size) and, where the decoder sees it, of the photo itself.
+        """Return logits (B, 1, h, w) of images (B, 3, *size) and, where the decoder sees it, of the photo itself."""
+        return self.decoder(self.read(images), photo)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return what the decoder reads from the attention of images (B, 3, *size): (B, N, C) float32.
 
         The network stops after the last attention that is read.
         """
@@ -394,7 +398,7 @@ class StudentPass(nn.Module):
         timestep = constant((self.timestep,), images.device).expand(len(images))
         with contextlib.suppress(StopForward), self.backbone.capture(on_attention):
             self.backbone.predict(self.backbone.encode(images), timestep)
-        return self.decoder(readout.result(), photo)
+        return readout.result()
 
 
 class CompilablePass(StudentPass):
@@ -422,12 +426,12 @@ class CompilablePass(StudentPass):
         if self.readout is not None:
             self.readout.on_attention(index, query, key)
 
-    def forward(self, images: Tensor, photo: Tensor | None) -> Tensor:
-        """Return logits (B, 1, h, w), as `StudentPass` does."""
+    def read(self, images: Tensor) -> Tensor:
+        """Return (B, N, C) float32, as `StudentPass` does."""
         readout = self.readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
         self.backbone.predict(self.backbone.encode(images), self.timesteps.expand(len(images)))
         self.readout = None
-        return self.decoder(readout.result(), photo)
+        return readout.result()
 
 
 def use_channels_last(module: nn.Module) -> None:

@@ -681,12 +681,12 @@ def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor
     def average(photo: Tensor) -> Tensor:
         shape = (photo.shape[-2], photo.shape[-1])
         copies = torch.cat([photo, photo.flip(-1)]).to(device)
-        images = resize(copies, detector.size)
+        readout = student.read(resize(copies, detector.size))
         target = decoder.photo_size(shape, detector.size) or decoder.grid
         maps: list[Tensor] = []
         for scale in HELPER_SCALES:
             size = decoder.photo_size(shape, (round(scale * height), round(scale * width)))
-            logits = student(images, None if size is None else resize(copies, size)).float()
+            logits = decoder(readout, None if size is None else resize(copies, size)).float()
             maps.append(resize(logits, target).sigmoid())
         edges = torch.stack(maps).mean(0)
         return ((edges[:1] + edges[1:].flip(-1)) / 2 * 255).round().byte()
