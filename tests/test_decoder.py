@@ -360,7 +360,7 @@ class TestUpgrade:
     @pytest.fixture
     def student(self, tmp_path):
         """Return a student with the paper's decoder, and write it in format 1."""
-        backbone = load_backbone("mini", device="cpu", size=(48, 64))
+        backbone = load_backbone("mini", device=torch.device("cpu"), size=(48, 64))
         decoder = make_decoder("conv", backbone.finest_grid())
         config = {"format": 3, "base": {"model": "mini"}, "size": [48, 64], "timestep": 20, "decoder": {"name": "conv"}}
         detector = Detector(backbone, decoder, timestep=20, config=config)
