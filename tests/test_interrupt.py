@@ -44,6 +44,7 @@ ARGUMENTS = {
 @pytest.fixture(autouse=True)
 def handler():
     """Let Ctrl-C raise even where the tests run in the background, which ignores it."""
+    ops.thin(blobs(8, 8))  # the first op imports parts of torch, which a later one could not import again
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -66,16 +67,16 @@ def interrupt_after(seconds):
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_ops_end_at_once(name, threads):
     arguments = ARGUMENTS[name]()
-    times = interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
+        times = interrupt_after(0.2)  # in the block: a busy machine may take longer than that to enter it
         getattr(ops, name)(*arguments)
     assert time.monotonic() - times[0] < LATENCY
 
 
 def test_a_walk_ends_at_once_and_the_next_op_runs():
     masks, edges = random(2, 24, 40), random(24, 40)
-    times = interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
+        times = interrupt_after(0.2)
         ops.random_walk(masks, edges, 5, 10, 2**31 - 1)
     assert time.monotonic() - times[0] < LATENCY
     assert torch.isfinite(ops.random_walk(masks, edges, 5, 10, 3)).all()
@@ -101,8 +102,8 @@ def test_other_threads_are_not_asked():
     masks, edges, walked = random(2, 24, 40), random(24, 40), []
     thread = threading.Thread(target=lambda: walked.append(ops.random_walk(masks, edges, 5, 10, 5_000)))
     thread.start()
-    interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
+        interrupt_after(0.2)
         time.sleep(60)
     thread.join()
     assert torch.equal(walked[0], ops.random_walk(masks, edges, 5, 10, 5_000))
