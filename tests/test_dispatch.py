@@ -250,9 +250,8 @@ def test_unknown_instruction_set_raises():
 
 
 @pytest.mark.parametrize("op", ops.__all__)
-def test_tensors_without_values_and_sparse_ones_are_refused(op):
+def test_sparse_tensors_are_refused(op):
     arguments, options = example(op)
-    for change, message in ((lambda x: x.to("meta"), "meta"), (torch.Tensor.to_sparse, "must be dense")):
-        changed = [change(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-        with pytest.raises((TypeError, ValueError), match=message):
-            getattr(ops, op)(*changed, **options)
+    changed = [x.to_sparse() if isinstance(x, torch.Tensor) else x for x in arguments]
+    with pytest.raises((TypeError, ValueError), match="must be dense"):
+        getattr(ops, op)(*changed, **options)

@@ -419,9 +419,13 @@ class TestSources:
         monkeypatch.chdir(tmp_path)
         source = find_source("mini")
         assert (source.kind, source.files.location, source.student) == (Kind.NETWORK, str(MINI), str(MINI / "student"))
-        source = find_source("sdxl", revision="main")
+        warning = "model 'sdxl' is taken as the name of a model, not as the folder"
+        with pytest.warns(UserWarning, match=warning):
+            source = find_source("sdxl", revision="main")
+        with pytest.warns(UserWarning, match=warning):
+            assert not has_student("sdxl")
         assert (source.kind, source.files.location) == (Kind.PIPELINE, "stabilityai/stable-diffusion-xl-base-1.0")
-        assert source.files.revision == "main" and not has_student("sdxl")
+        assert source.files.revision == "main"
         assert find_source("dinov2-b").kind is Kind.ENCODER
         for name, kind in (("mini", Kind.ENCODER), ("sdxl", Kind.PIPELINE)):
             for folder in (Path(name), f"./{name}"):

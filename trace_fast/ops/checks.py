@@ -129,6 +129,8 @@ def number(op: str, name: str, value: float, least: float | None = None, most: f
     """Require a real number, of Python or numpy, within bounds if there are any."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, Integral):
+        value = float(value)  # bounds do not fit in numpy's shorter floats
     if most is not None and least is not None and not least <= value <= most:
         raise ValueError(f"{op}: {name} must be from {least} to {most}, got {value}")
     if least is not None and not value >= least:

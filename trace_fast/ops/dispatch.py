@@ -122,7 +122,7 @@ def choose(op: str, device: str) -> str:
     An op asks once per call and hands the answer on to its kernel.
 
     Raises:
-        ValueError: TRACE_FAST_BACKEND is none of reference, native, triton, or device is "meta".
+        ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
         RuntimeError: the implementation is not available; the message names the command or variable that helps.
     """
     forced = os.environ.get("TRACE_FAST_BACKEND", "")
@@ -139,8 +139,6 @@ def choose(op: str, device: str) -> str:
         backend = "native"
     elif device == "cuda" and (on_cuda == "triton" or _CUDA):
         backend = on_cuda
-    elif device == "meta":
-        raise ValueError(f"{op}: tensors must have values, got those of the meta device")
     else:
         backend = "reference"
     if backend == "native":
