@@ -322,23 +322,26 @@ def test_certain_edges_split_and_join():
 def test_many_masks_take_little_memory(monkeypatch):
     edges, disc = smooth_object()
     masks = np.repeat(disc[None], 40, 0)
-    alive = []
+    alive, peaks = [], []
 
     def look(parts, size):
+        peaks.append(tracemalloc.get_traced_memory()[1])
         tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
         alive.extend(tensor for tensor in tensors if tensor.shape == masks.shape)
+        del tensors
+        tracemalloc.reset_peak()  # the list of all objects of a long test run is large
         return draw_parts(parts, size)
 
     trace_fast.propagate(masks[:1], edges)  # what is imported once takes memory, too
     monkeypatch.setattr(propagation, "draw_parts", look)
     tracemalloc.start()
     out = trace_fast.propagate(masks, edges)
-    peak = tracemalloc.get_traced_memory()[1]
+    peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
     assert np.array_equal(out, masks)
     # the copy that was read is gone before the result is drawn, and meanwhile each pixel is a bit
     assert not alive
-    assert peak < 1.5 * masks.nbytes
+    assert max(peaks) < 1.5 * masks.nbytes
 
 
 def test_the_other_modes_need_a_threshold():
