@@ -34,7 +34,7 @@ lint: build ## check format, types, stubs and words; change nothing
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/python scripts/terms.py
 
-test-fast: build ## run the tests that are not slow, in less than a minute
+test-fast: build ## run the tests that are not slow, in about a minute
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" tests
 
 test: build ## run all tests
