@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +65,7 @@ def make_sets(photo: Photo, truth: np.ndarray) -> dict[str, MaskSet]:
     """Return the masks of each set for a photograph and its true masks (M, H, W), M at least 1."""
     assert photo.image is not None
     image = read_image(photo.image)[0].numpy()
-    least = max(20, round(MIN_SHARE * image[0].size))
-    regions = felzenszwalb(image.transpose(1, 2, 0), scale=300, sigma=0.8, min_size=least)
+    regions = find_regions(image.transpose(1, 2, 0))
     salient, scores = find_salient(image)
     sets = {
         "united": truth.any(0)[None],
@@ -75,6 +74,12 @@ def make_sets(photo: Photo, truth: np.ndarray) -> dict[str, MaskSet]:
     }
     masks = {name: MaskSet(torch.from_numpy(stack), torch.ones(len(stack))) for name, stack in sets.items()}
     return masks | {"saliency": MaskSet(torch.from_numpy(salient), torch.from_numpy(scores).float())}
+
+
+def find_regions(image: np.ndarray) -> np.ndarray:
+    """Return Felzenszwalb's regions of color, (H, W) from 0, of an image (H, W, 3) in [0, 1]."""
+    least = max(20, round(MIN_SHARE * image[..., 0].size))
+    return felzenszwalb(image, scale=300, sigma=0.8, min_size=least)
 
 
 def open_source(text: str) -> tuple[str, Callable[[Photo], np.ndarray], float]:
@@ -125,19 +130,29 @@ def write_row(name: str, scores: MaskScores, changes: dict[str, tuple[float, flo
     return f"| {' | '.join(cells)} |"
 
 
+def add_photo_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `list_photos`."""
+    parser.add_argument("--data", type=Path, required=True, help="The data set, as for `trace-fast evaluate`.")
+    parser.add_argument("--first", type=int, default=0, help="The first photograph, by name.")
+    parser.add_argument("--every", type=int, default=1, help="Steps between photographs.")
+
+
+def list_photos(options: argparse.Namespace) -> Iterable[Photo]:
+    """Return the photographs that the options choose, with progress."""
+    return tqdm(open_dataset(options.data).photos[options.first :: options.every], unit="photo", disable=None)
+
+
 def main() -> None:
     """Measure every photograph that is not measured yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    add_photo_options(parser)
     parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
-    parser.add_argument("--first", type=int, default=0, help="The first photograph, by name.")
-    parser.add_argument("--every", type=int, default=1, help="Steps between photographs.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     sources = [open_source(text) for text in options.method]
     truth, results = {}, {}
-    for photo in tqdm(open_dataset(options.data).photos[options.first :: options.every], unit="photo", disable=None):
+    for photo in list_photos(options):
         file = options.output / f"{photo.name}.json"
         if not file.exists():
             content = json.dumps(measure(photo, sources))

@@ -10,15 +10,14 @@ first; and `graph cut`, scikit-image's normalized cut of 400 superpixels, likewi
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
+from propagation import add_photo_options, find_regions, list_photos
 from skimage.graph import cut_normalized, rag_mean_color
-from skimage.segmentation import felzenszwalb, slic
-from tqdm import tqdm
+from skimage.segmentation import slic
 
 import trace_fast
-from trace_fast.evaluation import mask_ap, open_dataset, open_method
+from trace_fast.evaluation import mask_ap, open_method
 from trace_fast.io.images import read_image
 from trace_fast.masks import coco
 
@@ -34,7 +33,7 @@ def find_baselines(image: np.ndarray) -> dict[str, np.ndarray]:
     """Return the label maps of an image (H, W, 3) by methods that need no edges."""
     superpixels = slic(image, 400, start_label=1)
     return {
-        "felzenszwalb": felzenszwalb(image, scale=300, sigma=0.8, min_size=max(20, image[..., 0].size // 2000)),
+        "felzenszwalb": find_regions(image),
         "graph cut": cut_normalized(superpixels, rag_mean_color(image, superpixels, mode="similarity", sigma=0.3)),
     }
 
@@ -42,15 +41,13 @@ def find_baselines(image: np.ndarray) -> dict[str, np.ndarray]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    add_photo_options(parser)
     parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC")
-    parser.add_argument("--first", type=int, default=0, help="The first photograph, by name.")
-    parser.add_argument("--every", type=int, default=1, help="Steps between photographs.")
     options = parser.parse_args()
     methods = [open_method(spec) for spec in options.method]
     truth: dict[int, coco.ImageInstances] = {}
     results: dict[str, dict[int, coco.ImageInstances]] = {}
-    for photo in tqdm(open_dataset(options.data).photos[options.first :: options.every], unit="photo", disable=None):
+    for photo in list_photos(options):
         assert photo.instances is not None
         assert photo.image is not None
         image = photo.instances()

@@ -460,7 +460,7 @@ def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
     """Create a decoder with random weights.
 
     Args:
-        name: "conv" or "pixels", see `DECODERS`.
+        name: a key of `DECODERS`.
         grid: (h, w) of the map in tokens.
         options: other arguments of the decoder's class.
 

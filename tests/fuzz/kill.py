@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # before anything imports torch: a child has one thread
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,6 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 from PIL import Image
 from safetensors import safe_open
+from tables import print_table
 from targets import make_small_network
 
 from trace_fast.cli import app
@@ -175,7 +175,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the last run has printed."""
+        """Return the text that the last run has printed."""
         return self.folder / f"{self.name}.log"
 
     def start(self, output: Path) -> int:
@@ -286,13 +286,6 @@ def describe_refusal(status: int, text: str, may_succeed: bool) -> list[str]:
 
 
 FAULTS = {"disk full": fill_disk, "read-only": forbid_writing, "folder removed": remove_folder, "two runs": write_twice}
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Print rows under a header."""
-    table = [header, *(tuple(map(str, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table), flush=True)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from server import FAULTS, Result, Target, run_cases
+from tables import print_table
 from targets import TARGETS
 
 BATCH = 100  # inputs of a child
@@ -54,7 +55,7 @@ def fuzz(minutes: float, inputs: int, first: int, names: list[str], keep: Path) 
                     failures.add(kind)
                     keep_smallest(targets[name], result, level, Path(folder, "again"), keep)
             if batch % 20 == 19:
-                print_table(counts)
+                print_counts(counts)
     return counts
 
 
@@ -79,14 +80,12 @@ def keep_smallest(target: Target, result: Result, level: int, case: Path, keep: 
     print(f"{target.name}: {result.outcome}: {smallest.message} -> {path}", flush=True)
 
 
-def print_table(counts: dict[str, Counter[str]]) -> None:
+def print_counts(counts: dict[str, Counter[str]]) -> None:
     """Print the counts by target."""
     rows = [(name, sum(row.values()), *(row[outcome] for outcome in OUTCOMES)) for name, row in counts.items()]
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
-    header = ("target", "inputs", "accepted", "refused", "crashes", "hangs", "silently wrong", "unclear errors")
-    table = [header, *(tuple(map(str, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table), flush=True)
+    names = ("target", "inputs", "accepted", "refused", "crashes", "hangs", "silently wrong", "unclear errors")
+    print_table(names, rows)
 
 
 def main() -> int:
@@ -106,7 +105,7 @@ def main() -> int:
             print(result)
         return 0
     counts = fuzz(options.minutes, options.inputs, first, options.target, options.keep)
-    print_table(counts)
+    print_counts(counts)
     return int(any(row[fault] for row in counts.values() for fault in FAULTS))
 
 

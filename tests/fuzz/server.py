@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of an input: "accepted", "refused", or one of `FAULTS` with a message."""
+    """The outcome of an input: "accepted", "refused", or one of `FAULTS` with a message."""
 
     seed: int
     outcome: str

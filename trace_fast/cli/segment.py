@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_segment"]
 
-THRESHOLD = 0.5  # of edge maps whose model is not known
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # of files in a folder of label maps
 
 
@@ -154,7 +153,7 @@ def run_segment(
         if save_edges is not None:
             visualize.write_png(save_edges / f"{image.stem}.png", edge_map, 16)
         if image in label_files:
-            # masks that are fitted speak for weaker edges
+            # beside the outline of a mask that is fitted, weaker edges are trusted, too
             options = {"threshold": threshold if mode == "fit" else barrier, "mode": mode, "min_area": min_area}
             mask_set, labels, void = _complete_masks(label_files[image], ignore, edge_map, top, options)
         else:
@@ -219,6 +218,7 @@ def _open_edge_maps(folder: Path) -> tuple[Callable[[Tensor, Path], Tensor], flo
     """Return a function that reads the edge map of an image from a folder, and a threshold."""
     import torch
 
+    from trace_fast.backbones import Settings
     from trace_fast.evaluation.methods import read_map
 
     if not folder.is_dir():
@@ -231,7 +231,7 @@ def _open_edge_maps(folder: Path) -> tuple[Callable[[Tensor, Path], Tensor], flo
             raise ValueError(f"segment: edges must be of the image's size {size}, got {got} in '{folder}'")
         return edge_map
 
-    return read_edges, THRESHOLD
+    return read_edges, Settings.region_threshold  # nothing is known of their model
 
 
 def _encode(masks: Tensor) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ __all__ = ["THRESHOLD", "Part", "draw_parts", "fit_masks"]
 
 Box = tuple[slice, slice]
 
-THRESHOLD = 0.15  # mean strength from which a boundary separates regions: masks speak for it, so it may be weak
+THRESHOLD = 0.15  # mean strength from which a boundary separates regions: it may be weak, since masks confirm it
 SHARE = 0.7  # of a region, from which a mask takes it; a mask leaves a region of which it covers 1 - SHARE or less
 COARSE = 5.0  # mean length of the straight pieces of an outline from which it was drawn on a coarse grid, in pixels
 REACH = 0.75  # farthest that a coarse outline moves, in such lengths

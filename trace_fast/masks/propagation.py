@@ -90,7 +90,7 @@ def propagate(
             or tensor, a list of masks, a label map or COCO results.
         edges: (H, W), (1, H, W) or (1, 1, H, W) float array or tensor in [0, 1], such as `trace_fast.edges` returns.
         threshold: edge strength, above 0 and at most 1, from which an edge separates. None is 0.15 with "fit", where
-            masks speak for an edge and it may be weak. The other modes need it, for example the one of ODS that
+            masks confirm an edge, which may be weak. The other modes need it, for example the one of ODS that
             `trace-fast evaluate` reports.
         mode: "fit", "flood" or "walk". "flood" fills the region that the edges enclose if all parts together cover a
             share of `cover` of it. "walk" spreads each part by IRNet's random walk (radius 5, beta 10, 256 steps, on an

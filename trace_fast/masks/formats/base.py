@@ -1,4 +1,4 @@
-"""What all formats share: `MaskSet`, the options of reading, and checks of masks, scores and classes."""
+"""The base of all formats: `MaskSet`, the options of reading, and checks of masks, scores and classes."""
 
 from __future__ import annotations
 
