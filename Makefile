@@ -15,7 +15,7 @@ DISKS := $(if $(filter 0,$(shell id -u)),,--no-disks)
 MATRIX := 0.32.2/4.48.3/0.14.0 0.35.2/4.57.1/0.17.1 0.38.0/4.57.1/0.17.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build lint test-fast test test-robust test-matrix fuzz kill bench gpu sanitize clean
+.PHONY: help demo build lint test-fast test test-robust test-matrix fuzz kill bench gpu sanitize sanitize-threads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +77,11 @@ sanitize: build ## run the native core with the address and undefined-behavior s
 	    -x -s -k '(native or contours) and not large' || exit 1; \
 	done; \
 	$(BIN)/python tests/fuzz/run.py --target ops --inputs 1000 --seed 0
+
+sanitize-threads: ## run the bodies of the GPU kernels in threads on the CPU, with the sanitizer of data races
+	mkdir -p build
+	c++ -std=c++17 -O1 -g -fsanitize=thread tests/regions_threads.cpp -o build/regions_threads
+	build/regions_threads
 
 clean: ## remove what was made: environment, builds, demo
 	rm -rf build demo dist $(VENV) *.egg-info trace_fast/_C*.so

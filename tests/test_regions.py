@@ -691,7 +691,7 @@ def bodies(tmp_path_factory):
         pytest.skip("needs a C++ compiler")
     library = tmp_path_factory.mktemp("bodies") / "bodies.so"
     source = ROOT / "tests" / "regions_bodies.cpp"
-    subprocess.run(["c++", "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    subprocess.run(["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", source, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -706,7 +706,7 @@ def test_gpu_labels_on_the_cpu(bodies, connectivity, height, width, seed):
     barrier = make_batch(height, width, seed, batch=1).contiguous()
     order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed)).int()
     roots = torch.empty(1, height, width, dtype=torch.int32)
-    bodies.label(*addresses(barrier, order), height, width, connectivity == 8, *addresses(roots))
+    bodies.label(*addresses(barrier, order), height, width, connectivity == 8, 2, *addresses(roots))
     for result, expected in zip(
         reference.number_roots(roots, barrier), reference.label_regions(barrier, connectivity), strict=True
     ):
@@ -733,7 +733,7 @@ def test_gpu_walk_on_the_cpu(bodies, grid, radius):
     ahead = torch.tensor(reference.neighbor_steps(radius), dtype=torch.int32).view(-1, 2)
     walked, affinities = torch.empty_like(masks), torch.empty(len(ahead), *grid)
     sizes = [ctypes.c_int64(size) for size in (len(ahead), *grid)]
-    bodies.walk(*addresses(start, powers, ahead), *sizes, *addresses(affinities, walked))
+    bodies.walk(*addresses(start, powers, ahead), *sizes, 2, *addresses(affinities, walked))
     exact = reference.random_walk(masks.double(), edges.double(), radius, steps=1)
     assert_no_worse(walked, exact, reference.random_walk(masks, edges, radius, steps=1))
 
