@@ -21,6 +21,19 @@ template <Isa isa>
 void accumulate_attention(float* total, const float* query, const float* key, int64_t batch, int64_t heads,
                           int64_t tokens, int64_t channels, float weight, float scale, int num_threads);
 
+// Writes softmax(scale * query key^T) value of each head.
+// query, key, value (batch, heads, tokens, channels); mixed (batch, tokens, heads, channels).
+// Holds packed copies of key and value and, per thread, one block of rows.
+template <Isa isa>
+void attend(const float* query, const float* key, const float* value, int64_t batch, int64_t heads, int64_t tokens,
+            int64_t channels, float scale, float* mixed, int num_threads);
+
+// Does what accumulate_attention and attend do, from one softmax.
+template <Isa isa>
+void attend_and_accumulate(float* total, const float* query, const float* key, const float* value, int64_t batch,
+                           int64_t heads, int64_t tokens, int64_t channels, float weight, float scale, float* mixed,
+                           int num_threads);
+
 // Writes softmax(scale * query key^T) values for each head, and log2 of the row sums of exp(scale * query key^T).
 // query, key (batch, heads, tokens, channels); values (tokens, columns); parts (batch, heads, tokens, columns);
 // lse (batch, heads, tokens). Holds a packed copy of key and values and, per thread, one block of rows.
@@ -137,6 +150,8 @@ void unite_masks(const uint8_t* masks, const int64_t* groups, int64_t count, int
 // The names of the entry points above: bindings.cpp makes each of them a function of trace_fast._C.cpu.
 #define TRACE_FAST_ENTRY_POINTS(X) \
   X(accumulate_attention)          \
+  X(attend)                        \
+  X(attend_and_accumulate)         \
   X(readout)                       \
   X(readout_backward)              \
   X(accumulate_resized)            \

@@ -39,6 +39,8 @@ def inputs(device):
     return {
         "accumulate_attention strided": (total, strided(query), strided(key), 0.5, 0.25),
         "accumulate_attention half": (total.bfloat16(), query.half(), key.bfloat16(), 0.5, 0.25),
+        "attend": (query, key, query),
+        "attend half": (query.half(), strided(key).half(), query.half(), total.bfloat16(), 0.5, 0.25),
         "accumulate_resized strided": (fine.bfloat16(), current.mT, (2, 3), (4, 6), 0.5),
         "step_kl strided": (previous.mT, current.bfloat16()),
         "abdiv strided": (current.mT, 3, 2),

@@ -32,6 +32,7 @@ ARGUMENTS = {
         random(1, 16, 6000, 32, seed=1),
         1.0,
     ),
+    "attend": lambda: tuple(random(1, 16, 6000, 64, seed=seed) for seed in range(3)),
     "readout": lambda: (random(1, 32, 6000, 64), random(1, 32, 6000, 64, seed=1), random(6000, 64)),
     "accumulate_resized": lambda: (torch.zeros(1, 6400, 6400), random(1, 1600, 1600), (40, 40), (80, 80), 1.0),
     "random_walk": lambda: (random(2, 64, 96), random(64, 96), 5, 10, 2**31 - 1),

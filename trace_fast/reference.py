@@ -17,6 +17,7 @@ __all__ = [
     "abdiv",
     "accumulate_attention",
     "accumulate_resized",
+    "attend",
     "attention_map",
     "count_matches",
     "flood_fill",
@@ -92,6 +93,43 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
         wide_total.add_((query[:, head] @ key[:, head].mT).softmax(-1), alpha=weight / heads)
     if wide_total is not total:
         total.copy_(wide_total)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    total: Tensor | None = None,
+    weight: float = 1.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute the self-attention of one block, and add its map to a running total, from the same probabilities.
+
+    softmax(scale Q K^T) V of every head, as `scaled_dot_product_attention` returns it. With a total, the map of a block
+    costs little more than the block itself, where `accumulate_attention` computes logits and exponentials once more.
+
+    Args:
+        query: (B, H, N, d) float.
+        key: (B, H, N, d) float.
+        value: (B, H, N, d) float.
+        total: (B, N, N) float, updated in place as by `accumulate_attention`; None adds no map.
+        weight: factor of this block in the total.
+        scale: factor of the logits; None is 1 / sqrt(d).
+
+    Returns:
+        (B, H, N, d), dtype of query.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 4, 6, 8)
+        >>> attend(query, key, value, total=torch.zeros(1, 6, 6), weight=0.5).shape
+        torch.Size([1, 4, 6, 8])
+    """
+    if total is not None:
+        accumulate_attention(total, query, key, weight, scale)
+    wide = _sum_dtype(query)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    logits = query.to(wide) * scale @ key.to(wide).mT
+    return (logits.softmax(-1) @ value.to(wide)).to(query.dtype)
 
 
 def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = None) -> Tensor:

@@ -47,29 +47,30 @@ void pack_queries(const float* query, int64_t rows, int64_t channels, float fact
   }
 }
 
-// out (kTileRows, kTileColumns) = left (depth, kTileRows)^T right (depth, kTileColumns), or += where kAdd.
-template <bool kAdd>
-inline void multiply_tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
-                          int64_t depth, float* out, int64_t out_stride) {
-  vec sums[kTileRows][kTileVecs] = {};
+// out (kTileRows, kVecs vectors) = left (kTileRows, depth) right (depth, kVecs vectors), or += where kAdd.
+// The strides of left are those of a row and of a step in depth; the others are those of a row.
+template <bool kAdd, int64_t kVecs = kTileVecs>
+inline void multiply_tile(const float* left, int64_t left_row, int64_t left_depth, const float* right,
+                          int64_t right_stride, int64_t depth, float* out, int64_t out_stride) {
+  vec sums[kTileRows][kVecs] = {};
   if (kAdd)
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kTileVecs; ++v) sums[r][v] = load(out + r * out_stride + v * kLanes);
-  for (int64_t c = 0; c < depth; ++c, left += left_stride, right += right_stride) {
-    vec columns[kTileVecs];
+      for (int64_t v = 0; v < kVecs; ++v) sums[r][v] = load(out + r * out_stride + v * kLanes);
+  for (int64_t c = 0; c < depth; ++c, left += left_depth, right += right_stride) {
+    vec columns[kVecs];
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVecs; ++v) columns[v] = load(right + v * kLanes);
+    for (int64_t v = 0; v < kVecs; ++v) columns[v] = load(right + v * kLanes);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kTileVecs; ++v) sums[r][v] += left[r] * columns[v];
+      for (int64_t v = 0; v < kVecs; ++v) sums[r][v] += left[r * left_row] * columns[v];
   }
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVecs; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
+    for (int64_t v = 0; v < kVecs; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
 }
 
 // out (rows, columns of stride) = packed queries (rows, channels) times packed keys (columns, channels)^T.
@@ -77,8 +78,20 @@ inline void multiply_block(const float* queries, const float* keys, int64_t chan
                            float* out, int64_t stride) {
   for (int64_t j = 0; j < columns; j += kTileColumns)
     for (int64_t r = 0; r < rows; r += kTileRows)
-      multiply_tile<false>(queries + r * channels, kTileRows, keys + j * channels, kTileColumns, channels,
+      multiply_tile<false>(queries + r * channels, 1, kTileRows, keys + j * channels, kTileColumns, channels,
                            out + r * stride + j, stride);
+}
+
+// out (rows, width) = masses (rows, columns of stride) times values (columns, width), from vector c on; width is whole
+// vectors.
+template <int64_t kVecs = kTileVecs>
+inline void multiply_values(const float* masses, int64_t stride, const float* values, int64_t columns, int64_t width,
+                            int64_t rows, float* out, int64_t c = 0) {
+  for (; c + kVecs * kLanes <= width; c += kVecs * kLanes)
+    for (int64_t r = 0; r < rows; r += kTileRows)
+      multiply_tile<false, kVecs>(masses + r * stride, stride, 1, values + c, width, columns, out + r * width + c,
+                                  width);
+  if constexpr (kVecs > 1) multiply_values<kVecs - 1>(masses, stride, values, columns, width, rows, out, c);
 }
 
 // sums (kTileRows, kTileDots of sums_stride, kLanes) += left (kTileRows, columns) times kTileDots channels of packed
@@ -148,14 +161,11 @@ inline void differentiate(const float* masses, int64_t columns, float mean, floa
   for (int64_t j = 0; j < columns; j += kLanes) store(slopes + j, load(masses + j) * (load(slopes + j) - mean));
 }
 
-// total (tokens) += weight * softmax of logits (tokens), which are overwritten up to the next whole panel.
-inline void add_softmax(float* logits, int64_t tokens, float weight, float* total) {
-  const int64_t columns = round_up(tokens, kTileColumns);
-  mask_padding(logits, tokens, columns);
-  const float factor = weight / exponentiate(logits, columns, top_logit(logits, columns));
+// total (tokens) += factor * masses (tokens).
+inline void add_row(const float* masses, int64_t tokens, float factor, float* total) {
   int64_t j = 0;
-  for (; j + kLanes <= tokens; j += kLanes) store(total + j, load(total + j) + factor * load(logits + j));
-  for (; j < tokens; ++j) total[j] += factor * logits[j];
+  for (; j + kLanes <= tokens; j += kLanes) store(total + j, load(total + j) + factor * load(masses + j));
+  for (; j < tokens; ++j) total[j] += factor * masses[j];
 }
 
 // rows (tokens, channels) = the panel of packed (kTileRows-padded channels, kTileColumns), transposed.
@@ -225,23 +235,27 @@ void interpolate_keys(const float* row, int64_t width, const Interpolant* down, 
   }
 }
 
-}  // namespace
-
-template <>
-void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, const float* key, int64_t batch,
-                                          int64_t heads, int64_t tokens, int64_t channels, float weight, float scale,
-                                          int num_threads) {
+// Adds the map to total, and writes what the heads mix of value to mixed; either may be null. See the entry points.
+void attend_blocks(float* total, float* mixed, const float* query, const float* key, const float* value, int64_t batch,
+                   int64_t heads, int64_t tokens, int64_t channels, float weight, float scale, int num_threads) {
   const int64_t columns = round_up(tokens, kTileColumns);
   const int64_t panels = columns / kTileColumns;
   const int64_t blocks = round_up(tokens, kBlockRows) / kBlockRows;
+  const int64_t width = mixed == nullptr ? 0 : round_up(channels, kLanes);
   const Scratch packed_keys(batch * heads * columns * channels);
+  const Scratch padded_values(batch * heads * columns * width);
   const Scratch packed_queries(num_threads * kBlockRows * channels);
   const Scratch logits(num_threads * kBlockRows * columns);
+  const Scratch products(num_threads * kBlockRows * width);
 
   parallel_for(batch * heads * panels, num_threads, [&](int64_t item, int) {
-    const int64_t map = item / panels;
-    pack_panel(key + map * tokens * channels, tokens, channels, item % panels,
-               packed_keys.data + map * columns * channels);
+    const int64_t map = item / panels, panel = item % panels;
+    pack_panel(key + map * tokens * channels, tokens, channels, panel, packed_keys.data + map * columns * channels);
+    if (mixed == nullptr) return;
+    // values of keys that only fill a panel are 0, as their masses are
+    for (int64_t j = panel * kTileColumns; j < (panel + 1) * kTileColumns; ++j)
+      pad_row(value + (map * tokens + j) * channels, j < tokens ? channels : 0, 1,
+              padded_values.data + (map * columns + j) * width, width);
   });
 
   parallel_for(batch * blocks, num_threads, [&](int64_t item, int thread) {
@@ -249,16 +263,52 @@ void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, cons
     const int64_t first = item % blocks * kBlockRows;
     const int64_t rows = tokens - first < kBlockRows ? tokens - first : kBlockRows;
     float* const block_queries = packed_queries.data + thread * kBlockRows * channels;
-    float* const block_logits = logits.data + thread * kBlockRows * columns;
+    float* const masses = logits.data + thread * kBlockRows * columns;
+    float* const block_products = products.data + thread * kBlockRows * width;
     for (int64_t map = image * heads; map < (image + 1) * heads; ++map) {
       check_interrupt();
       pack_queries(query + (map * tokens + first) * channels, rows, channels, scale, block_queries);
-      multiply_block(block_queries, packed_keys.data + map * columns * channels, channels, rows, columns, block_logits,
+      multiply_block(block_queries, packed_keys.data + map * columns * channels, channels, rows, columns, masses,
                      columns);
-      for (int64_t r = 0; r < rows; ++r)
-        add_softmax(block_logits + r * columns, tokens, weight / heads, total + (image * tokens + first + r) * tokens);
+      float factors[kBlockRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const row = masses + r * columns;
+        mask_padding(row, tokens, columns);
+        factors[r] = 1 / exponentiate(row, columns, top_logit(row, columns));
+        if (total != nullptr)
+          add_row(row, tokens, weight / heads * factors[r], total + (image * tokens + first + r) * tokens);
+      }
+      if (mixed == nullptr) continue;
+      multiply_values(masses, columns, padded_values.data + map * columns * width, columns, width, rows,
+                      block_products);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const out = mixed + ((image * tokens + first + r) * heads + map % heads) * channels;
+        for (int64_t c = 0; c < channels; ++c) out[c] = factors[r] * block_products[r * width + c];
+      }
     }
   });
+}
+
+}  // namespace
+
+template <>
+void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, const float* key, int64_t batch,
+                                          int64_t heads, int64_t tokens, int64_t channels, float weight, float scale,
+                                          int num_threads) {
+  attend_blocks(total, nullptr, query, key, nullptr, batch, heads, tokens, channels, weight, scale, num_threads);
+}
+
+template <>
+void attend<TRACE_FAST_ISA>(const float* query, const float* key, const float* value, int64_t batch, int64_t heads,
+                            int64_t tokens, int64_t channels, float scale, float* mixed, int num_threads) {
+  attend_blocks(nullptr, mixed, query, key, value, batch, heads, tokens, channels, 0, scale, num_threads);
+}
+
+template <>
+void attend_and_accumulate<TRACE_FAST_ISA>(float* total, const float* query, const float* key, const float* value,
+                                           int64_t batch, int64_t heads, int64_t tokens, int64_t channels, float weight,
+                                           float scale, float* mixed, int num_threads) {
+  attend_blocks(total, mixed, query, key, value, batch, heads, tokens, channels, weight, scale, num_threads);
 }
 
 template <>
@@ -392,10 +442,10 @@ void readout_backward<TRACE_FAST_ISA>(const float* grad, const float* delta, con
           differentiate(block_masses + r * keys + chunk, width, delta[row + r], block_slopes + r * kChunk);
         for (int64_t j = 0; j < width; j += kTileColumns) {
           for (int64_t c = 0; c < channels; c += kTileRows)
-            multiply_tile<true>(query_rows + c, wide_channels, block_slopes + j, kChunk, rows,
+            multiply_tile<true>(query_rows + c, 1, wide_channels, block_slopes + j, kChunk, rows,
                                 map_key_sums + (chunk + j) * wide_channels + c * kTileColumns, kTileColumns);
           for (int64_t c = 0; c < columns; c += kTileRows)
-            multiply_tile<true>(grad_rows + c, wide_columns, block_masses + chunk + j, keys, rows,
+            multiply_tile<true>(grad_rows + c, 1, wide_columns, block_masses + chunk + j, keys, rows,
                                 map_value_sums + (chunk + j) * wide_columns + c * kTileColumns, kTileColumns);
         }
         for (int64_t c = 0; c < channels; c += kTileDots)

@@ -106,13 +106,16 @@ def draw_op(random: np.random.Generator, level: int) -> tuple[str, dict[str, Any
     b = min(b, 3)
     n = h * w
     name = choose(random, ops.__all__)
-    if name in ("attention_map", "accumulate_attention", "readout"):
+    if name in ("attention_map", "accumulate_attention", "attend", "readout"):
         heads, d = int(random.integers(1, 4)), int(random.integers(1, 40))
         n = min(n, 120)
         query, key = (torch.from_numpy(random.standard_normal((b, heads, n, d))).float() for _ in range(2))
         arguments = {"query": query, "key": key}
         if name == "accumulate_attention":
             arguments = {"total": floats(random, b, n, n), **arguments, "weight": float(random.random())}
+        if name == "attend":
+            arguments["value"] = torch.from_numpy(random.standard_normal((b, heads, n, d))).float()
+            arguments["total"] = choose(random, (None, floats(random, b, n, n)))
         if name == "readout":
             arguments["values"] = floats(random, n, int(random.integers(1, 65)))
         return name, {**arguments, "scale": choose(random, (None, 0.5, 2.0))}

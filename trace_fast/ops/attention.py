@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trace_fast import reference
 from trace_fast.ops import checks, dispatch
 from trace_fast.ops.dispatch import register
 
-__all__ = ["accumulate_attention", "accumulate_resized", "attention_map", "readout", "resize_attention"]
+__all__ = ["accumulate_attention", "accumulate_resized", "attend", "attention_map", "readout", "resize_attention"]
 
 _FEATURES = (torch.float32, torch.float16, torch.bfloat16)
 _TOTALS = (torch.float32, torch.bfloat16)
@@ -66,6 +67,52 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
 
 
 @register(cuda="triton")
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    total: Tensor | None = None,
+    weight: float = 1.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Run the fastest implementation of `trace_fast.reference.attend`.
+
+    Note:
+        query, key and value are of one dtype, float32, float16 or bfloat16, with any strides, d at most 256. total is
+        float32 or bfloat16, and contiguous. Sums are float32, and memory beside total and the result is O(N). On a CPU
+        nothing is rounded to half precision but the result, a view of (B, N, H, d): a network joins the heads without a
+        copy. On a GPU `scaled_dot_product_attention` computes the result, and `accumulate_attention` the map.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices differ from each other, d is too large, or total is not contiguous.
+        RuntimeError: query, key or value requires grad; there is no gradient.
+    """
+    op = "attend"
+    sizes = _check_features(op, query, key, scale)
+    checks.tensor(op, "value", value, "B H N d", sizes, *_FEATURES)
+    _check_dtypes(op, query, key=key, value=value)
+    checks.same_device(op, query=query, value=value)
+    if total is not None:
+        checks.tensor(op, "total", total, "B N N", {letter: sizes[letter] for letter in "BN"}, *_TOTALS)
+        checks.same_device(op, query=query, total=total)
+        checks.contiguous(op, "total", total)
+    checks.number(op, "weight", weight, *_FACTORS)
+    _check_no_gradient(op, query=query, key=key, value=value)
+    backend = dispatch.choose(op, query.device.type)
+    if backend == "reference":
+        return reference.attend(query, key, value, total, weight, scale)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if backend == "triton":
+        if total is not None:
+            _accumulate_attention(total, query, key, float(weight), scale, backend)
+        return functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    if total is None:
+        return _attend(query, key, value, scale)
+    return _attend_and_accumulate(total, query, key, value, float(weight), scale)
+
+
+@register(cuda="triton")
 def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
     """Run the fastest implementation of `trace_fast.reference.readout`.
 
@@ -80,9 +127,7 @@ def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = No
     """
     op = "readout"
     sizes = _check_features(op, query, key, scale)
-    if query.dtype != key.dtype:
-        expected, actual = (str(features.dtype).removeprefix("torch.") for features in (query, key))
-        raise TypeError(f"{op}: key must be {expected} like query, got {actual}")
+    _check_dtypes(op, query, key=key)
     checks.tensor(op, "values", values, "N C", sizes, *_FEATURES)
     checks.same_device(op, query=query, values=values)
     if sizes["C"] > 64:
@@ -159,6 +204,15 @@ def _check_features(op: str, query: Tensor, key: Tensor, scale: float | None) ->
     return sizes
 
 
+def _check_dtypes(op: str, query: Tensor, **others: Tensor) -> None:
+    """Require other features of the dtype of query."""
+    expected = str(query.dtype).removeprefix("torch.")
+    for name, features in others.items():
+        if features.dtype != query.dtype:
+            actual = str(features.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: {name} must be {expected} like query, got {actual}")
+
+
 def _check_map(op: str, attention: Tensor, size: tuple[int, int], target: tuple[int, int]) -> dict[str, int]:
     """Check a map, its grid and a finer grid, and return the sizes."""
     sizes: dict[str, int] = {}
@@ -206,6 +260,47 @@ def _accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: flo
 @_accumulate_attention.register_fake
 def _(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float, backend: str) -> None:
     pass
+
+
+@torch.library.custom_op("trace_fast::attend", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    from trace_fast import _C
+
+    mixed, features = _widen(query, key, value)
+    pointers = (tensor.data_ptr() for tensor in features)
+    _C.cpu.attend(*pointers, *query.shape, scale, mixed.data_ptr(), dispatch.count_threads())
+    return mixed.to(query.dtype).transpose(1, 2)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+
+
+@torch.library.custom_op("trace_fast::attend_and_accumulate", mutates_args=("total",))
+def _attend_and_accumulate(
+    total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float
+) -> Tensor:
+    from trace_fast import _C
+
+    (mixed, features), wide_total = _widen(query, key, value), total.float()
+    pointers = (tensor.data_ptr() for tensor in (wide_total, *features))
+    _C.cpu.attend_and_accumulate(
+        *pointers, *query.shape, weight, scale, mixed.data_ptr(), dispatch.count_threads()
+    )
+    _round_total(wide_total, total)
+    return mixed.to(query.dtype).transpose(1, 2)
+
+
+@_attend_and_accumulate.register_fake
+def _(total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float) -> Tensor:
+    return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _widen(*features: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return memory for what attention mixes, (B, N, H, d), and features as the native core takes them."""
+    mixed = torch.empty(features[0].transpose(1, 2).shape, dtype=torch.float32)
+    return mixed, [tensor.float().contiguous() for tensor in features]
 
 
 @torch.library.custom_op("trace_fast::accumulate_resized", mutates_args=("total",))
