@@ -106,6 +106,44 @@ def title(op, device, model, shape):
     return f"{op}, {model}: {shape.heads} x {shape.tokens} x {shape.channels}"
 
 
+def attend_in_turn(query, key, value, total):
+    """Attend with torch, and compute all logits again for the map."""
+    ops.accumulate_attention(total, query, key, 1.0)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def attend_eager(query, key, value, total):
+    return reference.attend(query, key, value, total)
+
+
+ATTENDS = {
+    "eager": attend_eager,
+    "accumulate_attention and scaled_dot_product_attention": attend_in_turn,
+    "scaled_dot_product_attention, no map": lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v),
+    "ours, no map": lambda q, k, v, _: ops.attend(q, k, v),
+    "ours": ops.attend,
+}
+
+
+@pytest.mark.parametrize("provider", ATTENDS)
+@pytest.mark.parametrize(("device", "model", "shape"), [case for case in CASES if case[0] == "cpu"], ids=str)
+def bench_attend(device, model, shape, provider, measure):
+    query, key = features(device, shape)
+    total = torch.zeros(1, shape.tokens, shape.tokens)
+    call = functools.partial(ATTENDS[provider], query, key, key, total)
+    out, sums = call(), total.clone()
+    exact, eager = (torch.zeros(total.shape, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    outs = reference.attend(*(x.double() for x in (query, key, key)), exact), attend_eager(query, key, key, eager)
+    if "scaled" in provider:  # rounds in another order
+        torch.testing.assert_close(out.double(), outs[0], rtol=1e-3, atol=1e-3)
+    else:
+        assert_no_worse(out, *outs)
+    if "no map" not in provider:
+        assert_no_worse(sums, exact, eager)
+    work = {"flop": 4 * shape.heads * shape.tokens**2 * shape.channels}
+    measure(title("attend", device, model, shape), provider.replace("ours", "native"), call, device=device, **work)
+
+
 COLUMNS = 9  # a 3 x 3 convolution over the map
 
 

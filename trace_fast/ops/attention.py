@@ -285,9 +285,7 @@ def _attend_and_accumulate(
 
     (mixed, features), wide_total = _widen(query, key, value), total.float()
     pointers = (tensor.data_ptr() for tensor in (wide_total, *features))
-    _C.cpu.attend_and_accumulate(
-        *pointers, *query.shape, weight, scale, mixed.data_ptr(), dispatch.count_threads()
-    )
+    _C.cpu.attend_and_accumulate(*pointers, *query.shape, weight, scale, mixed.data_ptr(), dispatch.count_threads())
     _round_total(wide_total, total)
     return mixed.to(query.dtype).transpose(1, 2)
 
