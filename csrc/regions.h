@@ -11,26 +11,53 @@
 
 namespace trace_fast {
 
-// Lowers *slot to value if value is less, atomically on a GPU, and returns its old value.
+// Many threads read and write the links of a forest at once: each access is atomic, in no particular order.
+TRACE_FAST_SHARED int32_t read_link(const int32_t* slot) {
+#if defined(__CUDA_ARCH__)
+  return *static_cast<const volatile int32_t*>(slot);
+#else
+  return __atomic_load_n(slot, __ATOMIC_RELAXED);
+#endif
+}
+
+TRACE_FAST_SHARED void write_link(int32_t* slot, int32_t value) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<volatile int32_t*>(slot) = value;
+#else
+  __atomic_store_n(slot, value, __ATOMIC_RELAXED);
+#endif
+}
+
+// Lowers *slot to value if value is less, and returns its old value.
 TRACE_FAST_SHARED int32_t fetch_min(int32_t* slot, int32_t value) {
 #if defined(__CUDA_ARCH__)
   return atomicMin(slot, value);
 #else
-  const int32_t old = *slot;
-  if (value < old) *slot = value;
+  int32_t old = read_link(slot);
+  while (value < old && !__atomic_compare_exchange_n(slot, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return old;
 #endif
 }
 
 // Returns the root of item, the lowest item of its set: a parent is lower than its children, a root its own parent.
-// Every item on the way is linked to its grandparent; concurrent threads write ancestors too, whatever the order.
+// Every item on the way is linked to its grandparent. Threads that unite sets may do so at once, since a link to an
+// ancestor, however far from the root, keeps a set together.
 TRACE_FAST_SHARED int32_t find_root(int32_t* parents, int32_t item) {
-  for (int32_t parent = parents[item];;) {
-    const int32_t grandparent = parents[parent];
+  for (int32_t parent = read_link(parents + item);;) {
+    const int32_t grandparent = read_link(parents + parent);
     if (grandparent == parent) return parent;
-    parents[item] = grandparent;
+    write_link(parents + item, grandparent);
     item = parent, parent = grandparent;
   }
+}
+
+// Links item to its root, once all sets are united. Many threads may call it at once, each for items of its own. It
+// writes no other link: a shorter way to an ancestor would replace the root that another thread has just written.
+TRACE_FAST_SHARED void link_to_root(int32_t* parents, int32_t item) {
+  int32_t root = read_link(parents + item);
+  for (int32_t parent; (parent = read_link(parents + root)) != root;) root = parent;
+  write_link(parents + item, root);
 }
 
 // Unites the sets of a and b. Many threads may call it at once (Playne and Hawick, 2018).

@@ -713,6 +713,12 @@ def test_gpu_labels_on_the_cpu(bodies, connectivity, height, width, seed):
         assert torch.equal(result, expected)
 
 
+def test_gpu_threads_leave_the_root_in_every_link_of_a_chain(bodies):
+    parents = (torch.arange(65536) - 1).clamp(min=0).int()
+    bodies.flatten(*addresses(parents), len(parents), 16)
+    assert parents.count_nonzero() == 0
+
+
 def test_gpu_neighbors_on_the_cpu(bodies):
     height, width = 3, 5
     there = torch.empty(height * width, 8, dtype=torch.int32)

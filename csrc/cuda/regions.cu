@@ -55,7 +55,7 @@ __global__ void unite_pixels(const uint8_t* barrier, int64_t pixels, int32_t wid
 }
 
 __global__ void flatten(int32_t* roots, int64_t pixels) {
-  for (int64_t i = first_item(); i < pixels; i += item_stride()) roots[i] = find_root(roots, static_cast<int32_t>(i));
+  for (int64_t i = first_item(); i < pixels; i += item_stride()) link_to_root(roots, static_cast<int32_t>(i));
 }
 
 // The order of labels at a pixel: the lower distance comes first, then the lower label.
