@@ -78,16 +78,12 @@ struct Argument<int> {
 };
 
 #if defined(TRACE_FAST_CUDA)
-constexpr bool kCuda = true;
-
 // Queues by device and stream.
 template <>
 struct Argument<cuda::Queue> {
   using Python = std::pair<int, uintptr_t>;
   static cuda::Queue convert(const Python& queue) { return {queue.first, reinterpret_cast<void*>(queue.second)}; }
 };
-#else
-constexpr bool kCuda = false;
 #endif
 
 template <class T>
@@ -158,14 +154,16 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("instruction_set", [] { return chosen.first; });
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"));
-  m.def("has_cuda", [] { return kCuda; });
 
   py::module_ cpu = m.def_submodule("cpu", "The kernels for the CPU.");
 #define BIND(op) bind(cpu, #op, VERSIONS(op));
   TRACE_FAST_ENTRY_POINTS(BIND)
   py::module_ gpu = m.def_submodule("cuda", "The kernels for a GPU, if they are built.");
 #if defined(TRACE_FAST_CUDA)
+  m.def("has_cuda", &cuda::is_available);
 #define BIND_CUDA(op) bind(gpu, #op, cuda::op);
   TRACE_FAST_CUDA_ENTRY_POINTS(BIND_CUDA)
+#else
+  m.def("has_cuda", [] { return false; });
 #endif
 }

@@ -180,6 +180,9 @@ struct Queue {
   void* stream;
 };
 
+// Returns whether every GPU of this machine, of which there is one at least, and its driver can run the kernels.
+bool is_available();
+
 // Writes, for each pixel, the index within its image of the first pixel of its region; on the barrier, its own index.
 // barrier, roots (batch, height, width).
 void label_roots(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, int32_t* roots,

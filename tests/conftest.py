@@ -76,7 +76,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("TRACE_FAST_BACKEND", name)
     if instruction_set == "cuda":
         if not _C.has_cuda():
-            pytest.skip("needs a build with TRACE_FAST_CUDA=1")
+            pytest.skip("needs a build with TRACE_FAST_CUDA=1, and a GPU")
         yield torch.device("cuda", torch.cuda.current_device())
     elif name == "native":
         before = _C.instruction_set()

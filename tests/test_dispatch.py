@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from op_examples import COPIED_OPS, CPU_OPS, NATIVE_OPS, TRITON_OPS, example, kernel_modules
+from torch.utils._pytree import tree_map_only
 
 import trace_fast
 from trace_fast import _C, ops, reference
@@ -86,12 +87,14 @@ class TestDeclaration:
 
 
 class TestTable:
-    def test_by_default(self, instruction_set, monkeypatch):
+    @pytest.mark.parametrize("has_cuda", [False, True])
+    def test_by_default(self, instruction_set, has_cuda, monkeypatch):
+        monkeypatch.setattr(dispatch, "has_cuda", lambda: has_cuda)
         monkeypatch.delenv("TRACE_FAST_BACKEND", raising=False)
         monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
         table = trace_fast.backends()
         cuda = dict.fromkeys(TRITON_OPS, "triton") | dict.fromkeys(CPU_OPS, "unavailable")
-        cuda |= dict.fromkeys(NATIVE_OPS, "native (cuda)" if _C.has_cuda() else "reference")
+        cuda |= dict.fromkeys(NATIVE_OPS, "native (cuda)" if has_cuda else "native (cpu)")
         cuda |= dict.fromkeys(COPIED_OPS, "native (cpu)")
         assert table == {op: {"cpu": f"native ({instruction_set})", "cuda": cuda[op]} for op in ops.__all__}
         assert str(table).splitlines()[0].split() == ["op", "cpu", "cuda"]
@@ -101,9 +104,11 @@ class TestTable:
         cuda = dict.fromkeys(ops.__all__, "reference") | dict.fromkeys(CPU_OPS, "unavailable")
         assert trace_fast.backends() == {op: {"cpu": "reference", "cuda": cuda[op]} for op in ops.__all__}
 
-    def test_native_forced(self, instruction_set, monkeypatch):
+    @pytest.mark.parametrize("has_cuda", [False, True])
+    def test_native_forced(self, instruction_set, has_cuda, monkeypatch):
+        monkeypatch.setattr(dispatch, "has_cuda", lambda: has_cuda)
         monkeypatch.setenv("TRACE_FAST_BACKEND", "native")
-        cuda = dict.fromkeys(NATIVE_OPS, "native (cuda)" if _C.has_cuda() else "unavailable")
+        cuda = dict.fromkeys(NATIVE_OPS, "native (cuda)" if has_cuda else "native (cpu)")
         cuda |= dict.fromkeys(COPIED_OPS, "native (cpu)")
         expected = {
             op: {"cpu": f"native ({instruction_set})", "cuda": cuda.get(op, "unavailable")} for op in ops.__all__
@@ -191,15 +196,29 @@ class TestMissing:
         else:
             with pytest.raises(RuntimeError, match=r"\w+: there is no native kernel on meta; unset TRACE_FAST_BACKEND"):
                 run(op, "meta")
-        monkeypatch.setattr(dispatch, "_CUDA", False)
-        messages = dict.fromkeys(NATIVE_OPS, "the native core is built without CUDA; build it")
-        messages |= dict.fromkeys(TRITON_OPS, "there is no native kernel on cuda")
+        messages = dict.fromkeys(TRITON_OPS, "there is no native kernel on cuda")
         messages |= dict.fromkeys(CPU_OPS, "there is no kernel on cuda; move the tensors to the cpu")
-        if op in COPIED_OPS:
+        if op in COPIED_OPS + NATIVE_OPS:
             assert dispatch.choose(op, "cuda") == "native"
             return
         with pytest.raises(RuntimeError, match=f"{op}: {messages[op]}"):
             dispatch.choose(op, "cuda")
+
+    def test_cuda_kernels(self, monkeypatch):
+        elsewhere = torch.empty(2, 3, device="meta")
+        monkeypatch.setattr(dispatch, "has_cuda", lambda: True)
+        assert dispatch.for_core(elsewhere) is elsewhere
+        monkeypatch.setattr(dispatch, "has_cuda", lambda: False)
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            dispatch.for_core(elsewhere)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("op", COPIED_OPS + NATIVE_OPS)
+    def test_cuda_kernels_of_tensors_on_a_gpu(self, op, monkeypatch, launched):
+        monkeypatch.setattr(dispatch, "has_cuda", lambda: False)
+        result, expected = run(op, "cuda"), run(op)
+        assert set(launched) == {"native"}
+        torch.testing.assert_close(result, tree_map_only(torch.Tensor, torch.Tensor.cuda, expected), rtol=0, atol=0)
 
     @pytest.mark.parametrize("op", TRITON_OPS)
     def test_triton_kernel_of_a_device(self, op, monkeypatch):

@@ -756,3 +756,14 @@ def test_gpu_kernels_compile(architecture, tmp_path):
     assert done.stderr.count("Compiling entry function") == 10
     assert done.stderr.count("0 bytes spill stores") == 10
     assert cubin.stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.cuda.is_available(), reason="needs nvcc, and no GPU")
+def test_gpu_kernels_that_are_built_need_a_gpu(tmp_path):
+    program, source = tmp_path / "program", tmp_path / "program.cpp"
+    header, kernels = ROOT / "csrc" / "trace_fast.h", ROOT / "csrc" / "cuda" / "regions.cu"
+    source.write_text(f'#include "{header}"\nint main() {{ return trace_fast::cuda::is_available(); }}\n')
+    command = ["nvcc", "-std=c++17", "-DTRACE_FAST_CUDA", "-arch=sm_90", source, kernels, "-o", program]
+    subprocess.run(command, check=True)
+    assert subprocess.run([program], check=False).returncode == 0

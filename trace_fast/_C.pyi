@@ -3,7 +3,7 @@
 from typing import Any
 
 # the functions of trace_fast.h by name, with the same arguments in the same order; nothing is returned. Those of cuda
-# are there if has_cuda(): addresses are of a GPU's memory, and a queue is (index of the device, cudaStream_t)
+# are there if they are built: addresses are of a GPU's memory, and a queue is (index of the device, cudaStream_t)
 cpu: Any
 cuda: Any
 
@@ -17,4 +17,4 @@ def set_instruction_set(name: str) -> None:
     """Use another of `instruction_sets()`."""
 
 def has_cuda() -> bool:
-    """Return whether the kernels for a GPU are built."""
+    """Return whether the kernels for a GPU are built, and run on every GPU of this machine and under its driver."""

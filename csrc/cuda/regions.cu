@@ -15,6 +15,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// the lowest major compute capability that setup.py builds for
+constexpr int kOldest = 8;
+
 // masks for which a thread computes a pixel at once, reading the affinities once
 constexpr int kTogether = 4;
 
@@ -152,6 +155,19 @@ __global__ void unite_bytes(const uint8_t* masks, const int64_t* groups, int64_t
 }
 
 }  // namespace
+
+bool is_available() {
+  // an error means that there is no driver or no GPU, or that the driver is older than this runtime
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) return false;
+  for (int device = 0; device < devices; ++device) {
+    int major = 0, cooperative = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+    if (major < kOldest || !cooperative) return false;
+  }
+  return devices > 0;
+}
 
 void label_roots(const uint8_t* barrier, int64_t batch, int64_t height, int64_t width, bool diagonal, int32_t* roots,
                  Queue queue) {

@@ -4,6 +4,7 @@ TRACE_FAST_BACKEND=reference|native|triton forces one implementation for every o
 missing raises, and nothing falls back silently: `backends()` shows which implementation runs.
 """
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from trace_fast import reference
 
@@ -20,9 +22,8 @@ try:
     _build_error = None
 except ImportError as error:  # the extension is not built: the reference can still be asked for
     _build_error = error
-_CUDA = _build_error is None and _C.has_cuda()
 
-__all__ = ["CUDA_BACKENDS", "Backends", "backends", "choose", "count_threads", "register"]
+__all__ = ["CUDA_BACKENDS", "Backends", "backends", "choose", "count_threads", "for_core", "has_cuda", "register"]
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -37,8 +38,8 @@ def register(*, cuda: Literal["triton", "native", "cpu", "unavailable"]) -> Call
     holds what it adds, in sections after a first paragraph that is not taken over: dtypes (Note) and errors (Raises).
 
     Args:
-        cuda: what runs on a GPU: "triton", "native" (the kernels in csrc/cuda, or the reference where they are not
-            built), "cpu" (the native core on the CPU, on copies) or "unavailable" (the op runs on the CPU alone).
+        cuda: what runs on a GPU: "triton", "native" (the kernels in csrc/cuda, or as "cpu" where they do not run),
+            "cpu" (the native core on the CPU, on copies) or "unavailable" (the op runs on the CPU alone).
 
     Returns:
         A decorator that returns the function itself.
@@ -54,6 +55,17 @@ def register(*, cuda: Literal["triton", "native", "cpu", "unavailable"]) -> Call
         return op
 
     return declare
+
+
+@functools.cache
+def has_cuda() -> bool:
+    """Return whether the native core's kernels for a GPU run here, as found out once: they may not even be built."""
+    return _build_error is None and torch.cuda.is_available() and _C.has_cuda()
+
+
+def for_core(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor where the native core computes: a GPU if its kernels run there, or else the CPU."""
+    return (tensor if has_cuda() else tensor.cpu()).contiguous()
 
 
 _started = False  # whether threads may wait for work, which torch and the native core share
@@ -108,7 +120,7 @@ def backends() -> Backends:
         except RuntimeError:
             return "unavailable"
         if backend == "native":
-            if device == "cuda" and CUDA_BACKENDS[op] == "cpu":
+            if device == "cuda" and (CUDA_BACKENDS[op] == "cpu" or not has_cuda()):
                 return "native (cpu)"
             return f"native ({_C.instruction_set() if device == 'cpu' else device})"
         return "triton (interpreted)" if backend == "triton" and device == "cpu" else backend
@@ -137,7 +149,7 @@ def choose(op: str, device: str) -> str:
         backend = forced
     elif device == "cpu":
         backend = "native"
-    elif device == "cuda" and (on_cuda == "triton" or _CUDA):
+    elif device == "cuda":
         backend = on_cuda
     else:
         backend = "reference"
@@ -156,11 +168,6 @@ def _check_native(op: str, device: str) -> None:
         raise RuntimeError(
             f"{op}: the native core is not built ({_build_error}); "
             "run `pip install .` again or set TRACE_FAST_BACKEND=reference"
-        )
-    if device == "cuda" and not _CUDA:
-        raise RuntimeError(
-            f"{op}: the native core is built without CUDA; "
-            "build it with TRACE_FAST_CUDA=1 or set TRACE_FAST_BACKEND=reference"
         )
 
 

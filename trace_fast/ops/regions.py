@@ -139,7 +139,8 @@ def _queue(device: torch.device) -> tuple[int, int]:
 def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     from trace_fast import _C
 
-    barrier, (batch, height, width), diagonal = barrier.contiguous(), barrier.shape, connectivity == 8
+    device, barrier = barrier.device, dispatch.for_core(barrier)
+    (batch, height, width), diagonal = barrier.shape, connectivity == 8
     labels = barrier.new_empty(barrier.shape, dtype=torch.int32)
     inputs = barrier.data_ptr(), batch, height, width, diagonal
     if barrier.is_cuda:
@@ -147,7 +148,7 @@ def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
         return reference.number_roots(labels, barrier)
     counts = barrier.new_empty(batch, dtype=torch.int32)
     _C.cpu.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), dispatch.count_threads())
-    return labels, counts
+    return labels.to(device), counts.to(device)
 
 
 @_label_regions.register_fake
@@ -160,7 +161,8 @@ def _(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
 def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) -> Tensor:
     from trace_fast import _C
 
-    seeds, barrier, (batch, height, width) = seeds.contiguous(), barrier.contiguous(), seeds.shape
+    device, seeds, barrier = seeds.device, dispatch.for_core(seeds), dispatch.for_core(barrier)
+    batch, height, width = seeds.shape
     labels, diagonal = seeds.new_empty(seeds.shape), connectivity == 8
     inputs = seeds.data_ptr(), barrier.data_ptr(), batch, height, width, diagonal, claim_barrier
     if seeds.is_cuda:
@@ -169,7 +171,7 @@ def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier
         _C.cuda.flood_fill(*inputs, labels.data_ptr(), *scratch, _queue(seeds.device))
     else:
         _C.cpu.flood_fill(*inputs, labels.data_ptr(), dispatch.count_threads())
-    return labels
+    return labels.to(device)
 
 
 @_flood_fill.register_fake
@@ -181,13 +183,14 @@ def _(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) ->
 def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
     from trace_fast import _C
 
-    masks, edges, (batch, count, height, width) = masks.contiguous(), edges.contiguous(), masks.shape
+    device, masks, edges = masks.device, dispatch.for_core(masks), dispatch.for_core(edges)
+    batch, count, height, width = masks.shape
     if masks.is_cuda:
         return _walk_on_cuda(masks, edges, radius, beta, steps)
     walked, threads = masks.new_empty(masks.shape), dispatch.count_threads()
     pointers, sizes = (masks.data_ptr(), edges.data_ptr()), (batch, count, height, width)
     _C.cpu.random_walk(*pointers, *sizes, radius, beta, steps, walked.data_ptr(), threads)
-    return walked
+    return walked.to(device)
 
 
 def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
@@ -222,12 +225,12 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
     """Return the index of the union that contains each mask, (M,) int64."""
     from trace_fast import _C
 
-    masks, (count, height, width) = masks.contiguous(), masks.shape
+    device, masks, (count, height, width) = masks.device, dispatch.for_core(masks), masks.shape
     if masks.is_cuda:
         return reference.group_masks(masks, iou, _shared_on_cuda)
     groups = masks.new_empty(count, dtype=torch.int64)
     _C.cpu.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), dispatch.count_threads())
-    return groups
+    return groups.to(device)
 
 
 def _shared_on_cuda(masks: Tensor) -> Tensor:
@@ -251,7 +254,8 @@ def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
     """Return the union of the masks (M, H, W) of each group (M,) int64, (unions, H, W)."""
     from trace_fast import _C
 
-    masks, groups, (count, height, width) = masks.contiguous(), groups.contiguous(), masks.shape
+    device, masks, groups = masks.device, dispatch.for_core(masks), dispatch.for_core(groups)
+    count, height, width = masks.shape
     inputs = masks.data_ptr(), groups.data_ptr(), count, height * width
     if masks.is_cuda:
         merged = masks.new_zeros(unions, height, width)
@@ -259,7 +263,7 @@ def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
     else:
         merged = masks.new_empty(unions, height, width)
         _C.cpu.unite_masks(*inputs, unions, merged.data_ptr(), dispatch.count_threads())
-    return merged
+    return merged.to(device)
 
 
 @_unite_masks.register_fake
