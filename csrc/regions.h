@@ -52,8 +52,8 @@ TRACE_FAST_SHARED int32_t find_root(int32_t* parents, int32_t item) {
   }
 }
 
-// Links item to its root, once all sets are united. Many threads may call it at once, each for items of its own. It
-// writes no other link: a shorter way to an ancestor would replace the root that another thread has just written.
+// Links item to its root, once all sets are united. Many threads may call it at once, each for other items. It writes
+// no other link: a shorter way to an ancestor would replace the root that another thread has just written.
 TRACE_FAST_SHARED void link_to_root(int32_t* parents, int32_t item) {
   int32_t root = read_link(parents + item);
   for (int32_t parent; (parent = read_link(parents + root)) != root;) root = parent;

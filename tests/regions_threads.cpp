@@ -1,4 +1,4 @@
-// Runs the bodies of the GPU kernels in many threads, for `make sanitize-threads`: a program of its own, so that the
+// Runs the bodies of the GPU kernels in many threads, for `make sanitize-threads`: a program apart, so that the
 // sanitizer sees nothing else. It exits with 1 if a result is not that of one thread.
 #include <algorithm>
 #include <cstdio>

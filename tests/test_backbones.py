@@ -15,6 +15,7 @@ from tiny import FAMILIES, SIZE, language, pipeline
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import wrap_pipeline
+from trace_fast.backbones.base import default_dtype
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
 
 
@@ -88,6 +89,30 @@ def test_capture_changes_no_bit_of_the_output(family):
     assert torch.equal(plain, prediction)
     assert plain.shape == backbone.encode(torch.rand(2, 3, *SIZE)).shape and plain.isfinite().all()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.network.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_under_autocast_they_have_its_dtype(family):
+    _, backbone = make(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, outputs = captured(backbone)
+    assert {x.dtype for _, *inputs in outputs for x in inputs} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [
+        ("cuda", (9, 0), "bfloat16"),
+        ("cuda", (8, 0), "bfloat16"),
+        ("cuda", (7, 5), "float16"),
+        ("cpu", (9, 0), "float32"),
+    ],
+)
+def test_weights_are_in_half_precision_that_the_gpu_computes_in(device, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert default_dtype(torch.device(device)) == getattr(torch, dtype)
 
 
 def test_aggregated_map_is_the_definition(family):

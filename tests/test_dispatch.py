@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ def run(op, device="cpu"):
     """Run an op on the example of its documentation."""
     arguments, options = example(op, device)
     return getattr(ops, op)(*arguments, **options)
+
+
+def fake_gpu(monkeypatch, major, minor):
+    """Let torch see a GPU of a compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor))
 
 
 class SpiedKernel:
@@ -242,6 +249,18 @@ class TestMissing:
         with pytest.raises(RuntimeError, match=f"{op}: triton is not installed"):
             dispatch.choose(op, "cuda")
         assert trace_fast.backends()[op]["cuda"] == "unavailable"
+
+    @pytest.mark.parametrize("op", TRITON_OPS)
+    def test_gpu_that_triton_runs_on(self, op, monkeypatch):
+        fake_gpu(monkeypatch, 7, 5)
+        monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+        assert dispatch.choose(op, "cuda") == trace_fast.backends()[op]["cuda"] == "reference"
+        monkeypatch.setenv("TRACE_FAST_BACKEND", "triton")
+        match = f"{op}: triton needs a GPU of compute capability 8.0 or above, got 7.5; unset TRACE_FAST_BACKEND"
+        with pytest.raises(RuntimeError, match=match):
+            dispatch.choose(op, "cuda")
+        fake_gpu(monkeypatch, 8, 0)
+        assert dispatch.choose(op, "cuda") == "triton"
 
     @pytest.mark.parametrize("op", ops.__all__)
     def test_native_core(self, op, monkeypatch):

@@ -44,7 +44,8 @@ def load(
         stage: 1 for the search (`Tracer`), 2 for the student (`Detector`); None is 2 where the model has or is a
             student, else 1.
         device: where to run; None is the GPU where there is one, else the CPU.
-        dtype: of the weights; None is bfloat16 on a GPU, and float32 on the CPU and for networks of this package.
+        dtype: of the weights; None is bfloat16 on a GPU (float16 before compute capability 8.0), and float32 on the CPU
+            and for networks of this package.
         size: processing size in pixels, (height, width); None is the model's own, or the one that a student was trained
             at.
         offload: for a card that is too small. "model" keeps the weights in main memory and moves autoencoder and

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trace_fast.backbones.capture import AttentionLayout, Capture, CaptureError, OnAttention
 from trace_fast.backbones.schedule import Schedule
 from trace_fast.io.pictures import MAX_PIXELS
+from trace_fast.ops.dispatch import LEAST_CAPABILITY, get_capability
 
 __all__ = [
     "NOISINGS",
@@ -29,6 +30,7 @@ __all__ = [
     "check_noising",
     "check_timestep",
     "constant",
+    "default_dtype",
     "get_device",
     "get_dtype",
     "load_weights",
@@ -238,6 +240,13 @@ def get_device(network: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return resting
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of weights on a device: bfloat16 on a GPU, float16 on one without bfloat16, else float32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if get_capability(device) >= LEAST_CAPABILITY else torch.float16
 
 
 def get_dtype(network: Any) -> torch.dtype:

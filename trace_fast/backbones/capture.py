@@ -185,7 +185,7 @@ class Capture:
         self._handles.append(module.register_forward_hook(finish))
 
     def _image_part(self, index: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image's tokens of query and key, with a key for every head."""
+        """Return the image's tokens of query and key, with a key for every head, in the dtype of the products."""
         count = self.tokens[index]
         if query.shape[2] < count:
             raise RuntimeError(
@@ -194,6 +194,10 @@ class Capture:
             )
         if (sharing := query.shape[1] // key.shape[1]) > 1:  # heads that share a key
             key = key.repeat_interleave(sharing, 1)
+        # norms stay in float32, and attention itself casts what they give
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key = query.to(dtype), key.to(dtype)
         image = self.backbone.image_tokens(count)
         return query[:, :, image], key[:, :, image]
 

@@ -84,7 +84,8 @@ Size = Annotated[
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(
-        help="Data type of the weights. The default is bfloat16 on a GPU, and float32 on the CPU and for mini."
+        help="Data type of the weights. The default is bfloat16 on a GPU (float16 before compute capability 8.0), and "
+        "float32 on the CPU and for mini."
     ),
 ]
 Offload = Annotated[

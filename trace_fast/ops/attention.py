@@ -58,7 +58,7 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     checks.contiguous(op, "total", total)
     checks.number(op, "weight", weight, *_FACTORS)
     _check_no_gradient(op, query=query, key=key)
-    backend = dispatch.choose(op, query.device.type)
+    backend = dispatch.choose(op, query.device)
     if backend == "reference":
         reference.accumulate_attention(total, query, key, weight, scale)
     else:
@@ -99,7 +99,7 @@ def attend(
         checks.contiguous(op, "total", total)
     checks.number(op, "weight", weight, *_FACTORS)
     _check_no_gradient(op, query=query, key=key, value=value)
-    backend = dispatch.choose(op, query.device.type)
+    backend = dispatch.choose(op, query.device)
     if backend == "reference":
         return reference.attend(query, key, value, total, weight, scale)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
@@ -133,7 +133,7 @@ def readout(query: Tensor, key: Tensor, values: Tensor, scale: float | None = No
     if sizes["C"] > 64:
         raise ValueError(f"{op}: values must be at most 64 columns wide, got {sizes['C']}")
     checks.memory(op, "query", query, 4 * math.prod(query.shape[:3]) * (sizes["C"] + 1))
-    backend = dispatch.choose(op, query.device.type)
+    backend = dispatch.choose(op, query.device)
     if backend == "reference":
         return reference.readout(query, key, values, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -162,7 +162,7 @@ def accumulate_resized(
     checks.same_device(op, attention=attention, total=total)
     checks.contiguous(op, "total", total)
     checks.number(op, "weight", weight, *_FACTORS)
-    backend = dispatch.choose(op, attention.device.type)
+    backend = dispatch.choose(op, attention.device)
     if backend == "reference":
         reference.accumulate_resized(total, attention, size, target, weight)
     else:

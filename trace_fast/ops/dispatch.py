@@ -23,9 +23,22 @@ try:
 except ImportError as error:  # the extension is not built: the reference can still be asked for
     _build_error = error
 
-__all__ = ["CUDA_BACKENDS", "Backends", "backends", "choose", "count_threads", "for_core", "has_cuda", "register"]
+__all__ = [
+    "CUDA_BACKENDS",
+    "LEAST_CAPABILITY",
+    "Backends",
+    "backends",
+    "choose",
+    "count_threads",
+    "for_core",
+    "get_capability",
+    "has_cuda",
+    "register",
+]
 
 Op = TypeVar("Op", bound=Callable[..., Any])
+
+LEAST_CAPABILITY = 8.0  # the compute capability from which a GPU has bfloat16, and Triton's kernels run on it
 
 # by op, what runs on a GPU; filled by `register`
 CUDA_BACKENDS: dict[str, str] = {}
@@ -104,7 +117,8 @@ def backends() -> Backends:
     Returns:
         {op: {"cpu" | "cuda": "native (<instruction set>)" | "native (cuda)" | "native (cpu)" | "triton" |
         "triton (interpreted)" | "reference" | "unavailable"}}; "native (cpu)" of a GPU copies its tensors to the CPU
-        and back. Print it for a table. The column of a GPU is filled in even where there is none.
+        and back, and "reference" is what a GPU before compute capability 8.0 has in the place of "triton". Print it for
+        a table. The column of a GPU is that of the current one, and filled in even where there is none.
 
     Raises:
         ValueError: TRACE_FAST_BACKEND is none of reference, native, triton.
@@ -128,8 +142,8 @@ def backends() -> Backends:
     return Backends({op: {device: describe(op, device) for device in ("cpu", "cuda")} for op in sorted(CUDA_BACKENDS)})
 
 
-def choose(op: str, device: str) -> str:
-    """Return the implementation of `op` on a type of device: "native", "triton" or "reference".
+def choose(op: str, device: torch.device | str) -> str:
+    """Return the implementation of `op` on a device: "native", "triton" or "reference".
 
     An op asks once per call and hands the answer on to its kernel.
 
@@ -140,24 +154,32 @@ def choose(op: str, device: str) -> str:
     forced = os.environ.get("TRACE_FAST_BACKEND", "")
     if forced not in ("", "reference", "native", "triton"):
         raise ValueError(f"{op}: TRACE_FAST_BACKEND must be reference, native or triton, got {forced}")
-    on_cuda = CUDA_BACKENDS[op]
-    if on_cuda == "unavailable" and device != "cpu":
-        raise RuntimeError(f"{op}: there is no kernel on {device}; move the tensors to the cpu")
-    if on_cuda == "cpu" and device == "cuda":
-        device = "cpu"
+    on_cuda, device = CUDA_BACKENDS[op], torch.device(device)
+    if on_cuda == "unavailable" and device.type != "cpu":
+        raise RuntimeError(f"{op}: there is no kernel on {device.type}; move the tensors to the cpu")
+    if on_cuda == "cpu" and device.type == "cuda":
+        device = torch.device("cpu")
     if forced:
         backend = forced
-    elif device == "cpu":
+    elif device.type == "cpu":
         backend = "native"
-    elif device == "cuda":
+    elif device.type == "cuda" and (on_cuda != "triton" or get_capability(device) >= LEAST_CAPABILITY):
         backend = on_cuda
     else:
         backend = "reference"
     if backend == "native":
-        _check_native(op, device)
+        _check_native(op, device.type)
     elif backend == "triton":
         _check_triton(op, device)
     return backend
+
+
+def get_capability(device: torch.device) -> float:
+    """Return the compute capability of a GPU, such as 9.0; `LEAST_CAPABILITY` where there is no GPU."""
+    if not torch.cuda.is_available():
+        return LEAST_CAPABILITY
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major + properties.minor / 10
 
 
 def _check_native(op: str, device: str) -> None:
@@ -171,18 +193,23 @@ def _check_native(op: str, device: str) -> None:
         )
 
 
-def _check_triton(op: str, device: str) -> None:
-    """Raise RuntimeError if Triton cannot compute `op` on a type of device."""
+def _check_triton(op: str, device: torch.device) -> None:
+    """Raise RuntimeError if Triton cannot compute `op` on a device."""
     if CUDA_BACKENDS[op] != "triton":
         raise RuntimeError(f"{op}: there is no triton kernel; unset TRACE_FAST_BACKEND")
     if not _has_triton():
         raise RuntimeError(
             f"{op}: triton is not installed; run `pip install triton` or set TRACE_FAST_BACKEND=reference"
         )
-    if device != "cuda" and not (device == "cpu" and _interprets()):
+    if device.type != "cuda" and not (device.type == "cpu" and _interprets()):
         raise RuntimeError(
-            f"{op}: there is no triton kernel on {device}; unset TRACE_FAST_BACKEND, "
+            f"{op}: there is no triton kernel on {device.type}; unset TRACE_FAST_BACKEND, "
             "or set TRITON_INTERPRET=1 before Python starts to have kernels interpreted on the cpu"
+        )
+    if device.type == "cuda" and get_capability(device) < LEAST_CAPABILITY:
+        raise RuntimeError(
+            f"{op}: triton needs a GPU of compute capability {LEAST_CAPABILITY} or above, got "
+            f"{get_capability(device)}; unset TRACE_FAST_BACKEND"
         )
 
 

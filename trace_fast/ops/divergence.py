@@ -24,7 +24,7 @@ def step_kl(previous: Tensor, current: Tensor) -> Tensor:
         ValueError: shapes or devices differ from each other.
     """
     _check_pair("step_kl", previous, current)
-    backend = dispatch.choose("step_kl", current.device.type)
+    backend = dispatch.choose("step_kl", current.device)
     if backend == "reference":
         return reference.step_kl(previous, current)
     return _step_kl(previous, current, backend)
@@ -43,7 +43,7 @@ def abdiv(attention: Tensor, height: int, width: int) -> Tensor:
     """
     checks.tensor("abdiv", "attention", attention, "B N N", {}, *_MAPS)
     checks.grid("abdiv", height, width, attention.shape[1])
-    backend = dispatch.choose("abdiv", attention.device.type)
+    backend = dispatch.choose("abdiv", attention.device)
     if backend == "reference":
         return reference.abdiv(attention, height, width)
     return _abdiv(attention, height, width, backend)
@@ -62,7 +62,7 @@ def step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int) ->
     """
     _check_pair("step_kl_abdiv", previous, current)
     checks.grid("step_kl_abdiv", height, width, current.shape[1])
-    backend = dispatch.choose("step_kl_abdiv", current.device.type)
+    backend = dispatch.choose("step_kl_abdiv", current.device)
     if backend == "reference":
         return reference.step_kl_abdiv(previous, current, height, width)
     return _step_kl_abdiv(previous, current, height, width, backend)

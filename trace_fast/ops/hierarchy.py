@@ -32,7 +32,7 @@ def watershed(edges: Tensor) -> tuple[Tensor, Tensor]:
     checks.image(op, "edges", edges)
     # the labels, and heights, depths, order and queue of each image, if there are as many threads
     checks.memory(op, "edges", edges, 20 * edges.numel())
-    if dispatch.choose(op, edges.device.type) == "reference":
+    if dispatch.choose(op, edges.device) == "reference":
         return reference.watershed(edges)
     return _watershed(edges)
 
@@ -59,7 +59,7 @@ def merge_tree(labels: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{op}: labels must be fewer than 2^30 pixels, got {sizes['H']} * {sizes['W']}")
     # at most two boundaries begin at a pixel
     checks.memory(op, "labels", labels, 2 * BOUNDARY * pixels)
-    backend = dispatch.choose(op, labels.device.type)
+    backend = dispatch.choose(op, labels.device)
     low, count = (int(bound) for bound in labels.aminmax())
     if low < 1 or count > pixels:
         raise ValueError(f"{op}: labels must be from 1 to n, got {low} to {count} on {pixels} pixels")

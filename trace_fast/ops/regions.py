@@ -31,7 +31,7 @@ def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tenso
     # the labels, and the words and the runs of one image, of which a row has at most half as many as pixels
     runs = height * (width + 1) // 2
     checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 8 * height * (width // 64 + 1) + 4 * runs)
-    backend = dispatch.choose(op, barrier.device.type)
+    backend = dispatch.choose(op, barrier.device)
     if backend == "reference":
         return reference.label_regions(barrier, connectivity)
     return _label_regions(barrier, connectivity)
@@ -58,7 +58,7 @@ def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barr
     checks.choice(op, "claim_barrier", claim_barrier, False, True)
     # the labels, and a byte for each pixel of one image
     checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
-    backend = dispatch.choose(op, seeds.device.type)
+    backend = dispatch.choose(op, seeds.device)
     if backend == "reference":
         return reference.flood_fill(seeds, barrier, connectivity, claim_barrier)
     return _flood_fill(seeds, barrier, connectivity, bool(claim_barrier))
@@ -92,7 +92,7 @@ def random_walk(masks: Tensor, edges: Tensor, radius: int = 5, beta: float = 10,
     # half a disc of affinities for each pixel of an image, and of a margin around it
     pixels = (sizes["H"] + radius) * (sizes["W"] + 15 + radius)
     checks.memory(op, "masks", masks, 4 * masks.numel() + 6 * (radius - 1) ** 2 * pixels)
-    backend = dispatch.choose(op, masks.device.type)
+    backend = dispatch.choose(op, masks.device)
     if backend == "reference":
         return reference.random_walk(masks, edges, radius, beta, steps)
     if not shared_edges:
@@ -120,7 +120,7 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
         checks.tensor(op, "scores", scores, "M", sizes, torch.float32, torch.float64, torch.float16, torch.bfloat16)
         checks.same_device(op, masks=masks, scores=scores)
     checks.memory(op, "masks", masks, masks.numel() + masks.numel() // 8)
-    backend = dispatch.choose(op, masks.device.type)
+    backend = dispatch.choose(op, masks.device)
     if backend == "reference":
         return reference.merge_masks(masks, iou, scores)
     groups = _merge_masks(masks, float(iou))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trace_fast.backbones.base import Backbone
+from trace_fast.backbones.base import Backbone, default_dtype
 from trace_fast.backbones.loading.encoders import load_encoder
 from trace_fast.backbones.loading.hub import checkpoint_errors, hub_errors
 from trace_fast.backbones.loading.memory import OFFLOADS, to_device
@@ -42,8 +42,8 @@ def load_backbone(
     Args:
         model: see `find_source`.
         device: where it runs.
-        dtype: of the weights, float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU and for
-            networks of this package.
+        dtype: of the weights, float32, bfloat16 or float16; default bfloat16 on a GPU (float16 before compute
+            capability 8.0), float32 on the CPU and for networks of this package.
         size: processing size in pixels, (height, width); None is the model's own.
         offload: None, "model" or "sequential", see `to_device`.
         revision: branch, tag or commit of a repository.
@@ -68,7 +68,7 @@ def load_backbone(
     check_options(dtype, offload)
     source = find_source(model, revision=revision, local_files_only=local_files_only)
     check_base(source)
-    precision = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    precision = dtype or default_dtype(device)
     if source.kind is Kind.NETWORK:
         backbone = load_network(source, size)
         backbone.network.eval().requires_grad_(False).to(dtype or torch.float32)
