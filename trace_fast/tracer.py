@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
@@ -22,6 +21,7 @@ from trace_fast.backbones.capture import run_captured, unwrap_compiled
 from trace_fast.io.images import error_context, read_image, resize
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
+from trace_fast.ops.constants import cache_constants
 
 if TYPE_CHECKING:
     from trace_fast.io.images import ImageLike
@@ -482,7 +482,7 @@ class Tracer(EdgeModel):
         return (torch.cuda.mem_get_info(self.device)[0] + cached - offloaded) // 2
 
 
-@functools.lru_cache(maxsize=64)  # a CUDA graph reads the noise at its first address
+@cache_constants(maxsize=64)
 def unit_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return standard normal float32 numbers, the same on every device, copied there once."""
     random = torch.Generator().manual_seed(seed)

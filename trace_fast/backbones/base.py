@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from trace_fast.backbones.capture import AttentionLayout, Capture, CaptureError, OnAttention
 from trace_fast.backbones.schedule import Schedule
 from trace_fast.io.pictures import MAX_PIXELS
+from trace_fast.ops.constants import cache_constants
 from trace_fast.ops.dispatch import LEAST_CAPABILITY, get_capability
 
 __all__ = [
@@ -222,7 +222,7 @@ class Backbone(abc.ABC):
         return Capture(self, on_attention, self.settings.blocks if blocks is None else blocks)
 
 
-@functools.lru_cache(maxsize=64)
+@cache_constants(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Return numbers (N,) on a device, copied there once: a copy makes the host wait, and breaks a graph."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from trace_fast.ops.constants import cache_constants
 
 __all__ = ["RectifiedFlow", "Schedule", "VariancePreserving"]
 
@@ -139,7 +140,7 @@ class RectifiedFlow:
         return sample - self.sigma(timestep) * prediction
 
 
-@functools.lru_cache(maxsize=16)
+@cache_constants(maxsize=16)
 def _cumulative_products(schedule: VariancePreserving, device: torch.device) -> Tensor:
     """Return the product abar at every timestep, (steps,) float32, computed in float64 and copied once."""
     power = 0.5 if schedule.scaled else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from trace_fast.backbones.base import Settings, constant, get_device
 from trace_fast.backbones.capture import Capture, OnAttention
 from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
+from trace_fast.ops.constants import cache_constants
 
 __all__ = ["CLIPBackbone", "QwenBackbone", "qwen_patches", "qwen_size"]
 
@@ -129,7 +129,7 @@ def qwen_patches(pixels: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     return patches.flatten(5).flatten(0, 4), grid
 
 
-@functools.lru_cache(maxsize=16)
+@cache_constants(maxsize=16)
 def raster_places(height: int, width: int, merge: int, window: int, device: torch.device) -> Tensor:
     """Return where each patch of the raster stands in Qwen2.5-VL's sequence of one image.
 

@@ -1,6 +1,5 @@
 """Self-attention maps, averaged over heads and blocks or resampled; and readouts that never form the map."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.nn import functional
 
 from trace_fast import reference
 from trace_fast.ops import checks, dispatch
+from trace_fast.ops.constants import cache_constants
 from trace_fast.ops.dispatch import register
 
 __all__ = ["accumulate_attention", "accumulate_resized", "attend", "attention_map", "readout", "resize_attention"]
@@ -342,7 +342,7 @@ def _(
     pass
 
 
-@functools.lru_cache(maxsize=64)
+@cache_constants(maxsize=64)
 def _bilinear_sums(size: tuple[int, int], target: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return `reference.bilinear_sums` in float32, cached: they are the same at every timestep."""
     return reference.bilinear_sums(size, target, torch.empty(0, dtype=torch.float32, device=device))

@@ -1,12 +1,11 @@
 """Regions and masks: labeling, growth and random walks between edges, and merging of overlapping masks."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from trace_fast import reference
 from trace_fast.ops import checks, dispatch
+from trace_fast.ops.constants import cache_constants
 from trace_fast.ops.dispatch import register
 
 __all__ = ["flood_fill", "label_regions", "merge_masks", "random_walk"]
@@ -209,7 +208,7 @@ def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps:
     return walked if steps % 2 == 0 else others
 
 
-@functools.lru_cache(maxsize=8)
+@cache_constants(maxsize=8)
 def _neighbor_steps(radius: int, device: torch.device) -> Tensor:
     """Return `reference.neighbor_steps`, (K, 2) int32, cached on the device."""
     return torch.tensor(reference.neighbor_steps(radius), dtype=torch.int32, device=device).view(-1, 2)
