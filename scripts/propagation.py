@@ -1,12 +1,13 @@
 """Measure what edges do to masks: four sets of masks with known faults, before and after `trace_fast.propagate`.
 
-    python scripts/propagation.py --data ../shared/data/dev_coco --method truth --method mini \
-        --method PiDiNet=maps:../shared/data/dev_coco/pidinet=0.5 --method canny --method none -o build/propagation
+    python scripts/propagation.py --data ../shared/data/dev_coco --method truth=0.5 --method mini \
+        --method PiDiNet=maps:../shared/data/dev_coco/pidinet --method canny --method none -o build/propagation
 
 The sets are `united`, all true masks of a photograph as one; `grid`, true masks on a grid of 16 pixels, as networks of
 such tokens draw them; `felzenszwalb`, regions of color; `saliency`, the photograph's spectral residual. A method is one
-of `trace-fast evaluate`, with the threshold of mode "flood" behind another =; or truth, the contours of the annotators;
-or none. Masks are kept, one file a photograph: interrupt and repeat the command at any time.
+of `trace-fast evaluate`; or truth, the contours of the annotators; or none. With a threshold behind another =, mode
+"flood" is measured, too. Masks are kept, one file a photograph: interrupt the command at any time, and repeat it with
+these or other methods.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +36,6 @@ from trace_fast.masks.propagation import MIN_SHARE
 
 TOKEN = 16  # pixels
 SALIENT = 3  # times the mean saliency
-FLOOD = {"truth": 0.5, "none": 0.5, "mini": 0.44, "canny": 0.5}  # thresholds of mode "flood"
 SETS = ("united", "grid", "felzenszwalb", "saliency")
 
 
@@ -82,41 +84,68 @@ def find_regions(image: np.ndarray) -> np.ndarray:
     return felzenszwalb(image, scale=300, sigma=0.8, min_size=least)
 
 
-def open_source(text: str) -> tuple[str, Callable[[Photo], np.ndarray], float]:
-    """Return the name of a method, its edges and its threshold for mode "flood"."""
-    if text == "truth":
-        return text, lambda photo: photo.contours().lines.any(0).astype(np.float32), FLOOD[text]
-    if text == "none":
-        return text, lambda photo: np.zeros(photo.contours().ignored.shape, np.float32), FLOOD[text]
-    spec, _, threshold = (text, "", FLOOD[text]) if text in FLOOD else text.rpartition("=")
+@dataclass(frozen=True)
+class Source:
+    """A source of edges; `threshold` is the one of mode "flood", or None if that is not measured."""
+
+    name: str
+    edges: Callable[[Photo], np.ndarray]
+    threshold: float | None
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Return the options of `trace_fast.propagate` by the name of the row."""
+        flood = {} if self.threshold is None else {"flood": {"mode": "flood", "threshold": self.threshold}}
+        return {f"{self.name}, {mode}": options for mode, options in ({"fit": {}} | flood).items()}
+
+
+def open_source(text: str) -> Source:
+    """Open a source of edges, [NAME=]SPEC[=THRESHOLD]."""
+    spec, _, end = text.rpartition("=")
+    try:
+        threshold = float(end)
+    except ValueError:
+        spec, threshold = text, None
+    if spec == "truth":
+        return Source(spec, lambda photo: photo.contours().lines.any(0).astype(np.float32), threshold)
+    if spec == "none":
+        return Source(spec, lambda photo: np.zeros(photo.contours().ignored.shape, np.float32), threshold)
     method = open_method(spec)
-    return method.name, method.edges, float(threshold)
+    return Source(method.name, method.edges, threshold)
 
 
-def measure(photo: Photo, sources: Sequence[tuple[str, Callable[[Photo], np.ndarray], float]]) -> dict[str, list]:
-    """Return the masks of a photograph, before and after, by "set, method, mode", as RLE and scores."""
-    assert photo.instances is not None
-    truth = photo.instances()
-    masks = truth.masks()[[not instance.iscrowd for instance in truth.instances]]
-    if not len(masks):
-        return {}
-    edges = {name: (find(photo), threshold) for name, find, threshold in sources}
-    results = {}
-    for name, before in make_sets(photo, masks).items():
-        results[f"{name}, before, "] = before
-        for method, (strength, threshold) in edges.items():
-            results[f"{name}, {method}, fit"] = trace_fast.propagate(before, strength)
-            options = {"threshold": threshold, "mode": "flood"}
-            results[f"{name}, {method}, flood"] = trace_fast.propagate(before, strength, **options)
-    encoded = {key: coco.encode_masks(entry.masks.numpy(), entry.scores.numpy()) for key, entry in results.items()}
-    return {
-        key: [(mask.counts.decode(), mask.area, mask.score) for mask in image.instances]
-        for key, image in encoded.items()
-    }
+def encode(masks: MaskSet) -> list[tuple[str, int, float]]:
+    """Return each mask as RLE, its area and its score."""
+    image = coco.encode_masks(masks.masks.numpy(), masks.scores.numpy())
+    return [(mask.counts.decode(), mask.area, mask.score) for mask in image.instances]
 
 
-def read_masks(photo: Photo, image: coco.ImageInstances, entries: list) -> coco.ImageInstances:
-    """Return masks that `measure` has encoded."""
+def measure(photo: Photo, image: coco.ImageInstances, sources: Sequence[Source], known: dict[str, list]) -> None:
+    """Add to the encoded masks of a photograph, by "set, source, mode", those that are missing."""
+    if not known:
+        masks = image.masks()[[not instance.iscrowd for instance in image.instances]]
+        if not len(masks):
+            return
+        known |= {f"{name}, before": encode(before) for name, before in make_sets(photo, masks).items()}
+    sets = {}
+    for source in sources:
+        missing = [row for row in source.options() if f"{SETS[0]}, {row}" not in known]
+        if not missing:
+            continue
+        if not sets:
+            encoded = {name: decode(photo, image, known[f"{name}, before"]) for name in SETS}
+            scores = {name: [mask.score for mask in masks.instances] for name, masks in encoded.items()}
+            sets = {
+                name: MaskSet(torch.from_numpy(masks.masks()), torch.tensor(scores[name], dtype=torch.float32))
+                for name, masks in encoded.items()
+            }
+        edges = source.edges(photo)
+        for row in missing:
+            for name, before in sets.items():
+                known[f"{name}, {row}"] = encode(trace_fast.propagate(before, edges, **source.options()[row]))
+
+
+def decode(photo: Photo, image: coco.ImageInstances, entries: list) -> coco.ImageInstances:
+    """Return masks that `encode` has encoded."""
     instances = [coco.Instance(counts.encode(), 1, area, False, score) for counts, area, score in entries]
     return coco.ImageInstances(image.id, image.height, image.width, photo.name, instances)
 
@@ -135,15 +164,19 @@ def add_photo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="The data set, as for `trace-fast evaluate`.")
     parser.add_argument("--first", type=int, default=0, help="The first photograph, by name.")
     parser.add_argument("--every", type=int, default=1, help="Steps between photographs.")
+    parser.add_argument("--rest", action="store_true", help="Take all the others instead.")
 
 
 def list_photos(options: argparse.Namespace) -> Iterable[Photo]:
     """Return the photographs that the options choose, with progress."""
-    return tqdm(open_dataset(options.data).photos[options.first :: options.every], unit="photo", disable=None)
+    photos = open_dataset(options.data).photos
+    chosen = range(options.first, len(photos), options.every)
+    photos = [photo for index, photo in enumerate(photos) if (index in chosen) != options.rest]
+    return tqdm(photos, unit="photo", disable=None)
 
 
 def main() -> None:
-    """Measure every photograph that is not measured yet, and write the table."""
+    """Measure what is not measured yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_photo_options(parser)
     parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
@@ -151,29 +184,31 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     sources = [open_source(text) for text in options.method]
-    truth, results = {}, {}
+    truth: dict[int, coco.ImageInstances] = {}
+    results: dict[str, dict[int, coco.ImageInstances]] = {}
     for photo in list_photos(options):
         file = options.output / f"{photo.name}.json"
-        if not file.exists():
-            content = json.dumps(measure(photo, sources))
-            with write_atomically(file, "propagation") as out:
-                out.write(content.encode())
         assert photo.instances is not None
         image = photo.instances()
-        for key, entries in json.loads(file.read_bytes()).items():
+        masks = json.loads(file.read_bytes()) if file.exists() else {}
+        count = len(masks)
+        measure(photo, image, sources, masks)
+        if len(masks) > count:
+            with write_atomically(file, "propagation") as out:
+                out.write(json.dumps(masks).encode())
+        for key, entries in masks.items():
             truth[image.id] = image
-            results.setdefault(key, {})[image.id] = read_masks(photo, image, entries)
+            results.setdefault(key, {})[image.id] = decode(photo, image, entries)
     instances = coco.Instances(truth, {})
     lines = ["| masks | AP | change | AR100 | change |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in SETS:
-        before = coco.Instances(results[f"{name}, before, "], {})
-        lines.append(write_row(name, mask_ap(instances, before), None))
-        for key in (key for key in results if key.startswith(f"{name}, ") and ", before" not in key):
-            after = coco.Instances(results[key], {})
-            lines.append(write_row(key, mask_ap(instances, after), compare_masks(instances, before, after)))
-    text = "\n".join([*lines, "", f"{len(truth)} photographs."])
-    (options.output / "table.md").write_text(text + "\n")
-    print(text)
+        before = coco.Instances(results[f"{name}, before"], {})
+        lines.append(write_row(f"{name}, before", mask_ap(instances, before), None))
+        for row in (row for source in sources for row in source.options()):
+            after = coco.Instances(results[f"{name}, {row}"], {})
+            changes = compare_masks(instances, before, after)
+            lines.append(write_row(f"{name}, {row}", mask_ap(instances, after), changes))
+    print("\n".join(lines), f"{len(truth)} photographs.", sep="\n\n")
 
 
 if __name__ == "__main__":

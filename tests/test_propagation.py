@@ -319,6 +319,31 @@ def test_certain_edges_split_and_join():
     assert len(trace_fast.propagate(halves, edges, classes=[1, 2])) == 2
 
 
+def test_certain_objects_hold_small_parts_and_weak_boundaries():
+    edges, labels = cross()
+    edges[24:27, 4:7] = edges[5, 40:48] = 1  # a pocket, and a line with open ends
+    off, columns = edges == 0, np.indices(edges.shape)[1]
+    edges[25, 5] = 0
+    for label, middle in ((3, 15), (2, 45)):
+        whole = labels == label
+        halves = np.stack([whole & (columns < middle), whole & (columns >= middle)])
+        (out,) = trace_fast.propagate(halves, edges, min_area=20)
+        assert np.array_equal(out & off, whole & off)
+
+
+def test_masks_cover_an_object_together():
+    edges, labels = cross()
+    off, columns = edges == 0, np.indices(edges.shape)[1]
+    first = (labels == 3) & (columns < 20)
+    (alone,) = trace_fast.propagate(first[None], edges)
+    assert np.array_equal(alone & off, first & off)
+    # another, which lies mostly beside the object, covers the rest
+    second = (labels >= 3) & (columns >= 20) & (columns < 44)
+    out = trace_fast.propagate(np.stack([first, second]), edges)
+    assert len(out) == 2
+    assert np.array_equal(out[0] & off, (labels == 3) & off) and np.array_equal(out[1] & off, second & off)
+
+
 def test_many_masks_take_little_memory(monkeypatch):
     edges, disc = smooth_object()
     masks = np.repeat(disc[None], 40, 0)
@@ -402,9 +427,9 @@ def test_ranked_instances_by_hand():
         "left": (~corner & ~right, 0.5 - 0.75 / 28),
         "right": (right, 0.5 - 6 * 0.5 / 36),
         "corner": (corner, 0.75 - 4 * 0.75 / 8),
-    }
+    }  # twice the scores, since all are at the border
     assert torch.equal(masks, torch.stack([mask for mask, _ in expected.values()]))
-    torch.testing.assert_close(scores, torch.tensor([score for _, score in expected.values()]), rtol=0, atol=2**-16)
+    torch.testing.assert_close(2 * scores, torch.tensor([score for _, score in expected.values()]), rtol=0, atol=2**-16)
     # at most k, and no two with an IoU above 0.7
     assert torch.equal(trace_fast.instances(edges, k=3, min_area=1)[0], masks[:3])
     assert torch.equal(trace_fast.instances(edges, min_area=9)[0], masks[:3])
@@ -413,6 +438,18 @@ def test_ranked_instances_by_hand():
     shared, areas = masks @ masks.T, masks.sum(1)
     iou = shared / (areas + areas[:, None] - shared)
     assert iou.fill_diagonal_(0).max() <= 0.7
+
+
+def test_a_mask_at_the_border_counts_half():
+    edges = torch.zeros(20, 30)
+    for left in (0, 12):
+        edges[5:15, left : left + 10] = 0.8
+        edges[6:14, left + 1 : left + 9] = 0
+    masks, scores = trace_fast.instances(edges, min_area=9)
+    inside, beside = masks[:, 10, 15], masks[:, 10, 4]
+    assert inside.tolist()[0] and not beside.tolist()[0]
+    # nearly: the one beside has other pixels of the line around
+    assert 0.45 < scores[beside & ~inside].max() / scores[0] < 0.5
 
 
 @pytest.mark.parametrize("value", [0, 0.4, 1])

@@ -27,7 +27,8 @@ SHARE = 0.7  # of a region, from which a mask takes it; a mask leaves a region o
 COARSE = 5.0  # mean length of the straight pieces of an outline from which it was drawn on a coarse grid, in pixels
 REACH = 0.75  # farthest that a coarse outline moves, in such lengths
 FARTHEST = 0.02  # farthest that any outline moves, as a share of the image's diagonal
-CONTRAST = 0.8  # how much stronger the outline of an object is than all inside, so that it splits and joins masks
+OUTLINE = 0.9  # least strength of the outline of an object, which splits and joins masks: few edges are as certain
+INSIDE = 0.5  # greatest strength of a boundary inside an object
 COVERED = 0.5  # smallest share of an object inside a mask, for it to be split off
 
 
@@ -38,7 +39,7 @@ class Part:
     Attributes:
         box: rows and columns of the box in the image.
         bits: the pixels of the box in raster order, eight to a byte.
-        home: number of the object that holds most of it, or -1.
+        home: number of the object that holds more of it than any other, or -1 if more lies in no object.
         score: the score of the mask times the part's share of its area.
         sources: indices of the masks that it comes from.
     """
@@ -75,10 +76,12 @@ class Fitter:
         self.areas = np.bincount(self.regions.ravel())
         # a pixel of an edge itself may lie on the other side of an outline
         self.strength = functional.max_pool2d(edges[None], 3, 1, 1)[0].numpy()
-        contrasts = tree.contrasts().numpy()
-        objects = np.flatnonzero((contrasts >= CONTRAST) & (nodes.areas >= min_area))
+        large = nodes.areas >= min_area
+        outer, inner = tree.levels[tree.parents].numpy(), tree.inner_levels(torch.from_numpy(large)).numpy()
+        # the last node is the whole image
+        objects = np.flatnonzero((large & (outer >= OUTLINE) & (inner <= INSIDE))[:-1])
         # of objects within each other, the one with the greatest contrast
-        self.objects = _keep_apart(objects[np.argsort(-contrasts[objects], kind="stable")], nodes)
+        self.objects = _keep_apart(objects[np.argsort((inner - outer)[objects], kind="stable")], nodes)
 
     def fit(self, mask: np.ndarray, score: float, source: int) -> list[Part]:
         """Fit a mask (H, W) bool of a score, and return its parts."""
@@ -93,17 +96,19 @@ class Fitter:
         shares = [np.count_nonzero(part) / area for part in parts]
         return [self._crop(part, y, x, score * share, source) for part, share in zip(parts, shares, strict=True)]
 
-    def fill(self, number: int, parts: Sequence[Part], cover: float) -> Part | None:
-        """Return what parts with one home become: the object, if they cover a share of it together."""
-        node = self.objects[number]
-        whole = self.nodes.make_mask(node)
-        covered = np.zeros_like(whole)
+    def find_covered(self, parts: Sequence[Part], cover: float) -> set[int]:
+        """Return the numbers of the objects of which all parts together cover a share."""
+        covered = np.zeros(self.regions.shape, bool)
         for part in parts:
             covered[part.box] |= part.pixels()
-        if np.count_nonzero(covered & whole) < cover * self.nodes.areas[node]:
-            return None
-        filled = self._crop(whole, 0, 0, max(part.score for part in parts), 0)
-        return replace(filled, sources=sorted({source for part in parts for source in part.sources}))
+        shares = self.nodes.count(covered, np.s_[:, :], self.objects) / self.nodes.areas[self.objects]
+        return set(np.flatnonzero(shares >= cover).tolist())
+
+    def unite(self, parts: Sequence[Part]) -> Part:
+        """Return the object that is the home of all parts, as one part."""
+        whole = self.nodes.make_mask(self.objects[parts[0].home])
+        united = self._crop(whole, 0, 0, max(part.score for part in parts), 0)
+        return replace(united, sources=sorted({source for part in parts for source in part.sources}))
 
     def _move_outline(self, mask: np.ndarray, box: Box) -> np.ndarray:
         """Move the outline of a coarse mask, cropped to a box, to that of the regions which it covers."""
@@ -156,10 +161,10 @@ class Fitter:
         """Return a part, cropped to a box that begins at (y, x)."""
         (top, bottom), (left, right) = _find_box(mask)
         pixels, box = mask[top:bottom, left:right], np.s_[y + top : y + bottom, x + left : x + right]
-        home = -1
-        if len(self.objects):
-            inside = self.nodes.count(pixels, box, self.objects)
-            home = int(inside.argmax()) if 2 * inside.max() > np.count_nonzero(pixels) else -1
+        # the pixels in no object come first
+        inside = np.insert(self.nodes.count(pixels, box, self.objects), 0, 0)
+        inside[0] = np.count_nonzero(pixels) - inside.sum()
+        home = int(inside.argmax()) - 1
         return Part(box, np.packbits(pixels), home, score, [source])
 
 
@@ -174,7 +179,7 @@ def fit_masks(
         edges: (H, W) float32 in [0, 1], on the CPU.
         threshold: mean strength from which a boundary separates regions.
         min_area: area of the smallest part, in pixels.
-        cover: share of an object that parts cover together, if they become the object.
+        cover: share of an object that all parts of a class cover together, if those at home in it become the object.
 
     Returns:
         The parts in the order of the masks, each with the score of a mask times its share of it, or 1 times it.
@@ -182,20 +187,21 @@ def fit_masks(
     fitter = Fitter(edges, threshold, min_area)
     scores = [1.0] * len(mask_set.masks) if mask_set.scores is None else mask_set.scores.tolist()
     labels = [0] * len(scores) if classes is None else classes.tolist()
-    parts: list[Part] = []
-    for index, mask in enumerate(mask_set.masks):
-        parts += fitter.fit(mask.cpu().numpy(), scores[index], index)
-    homes: dict[tuple[int, int], list[int]] = {}
+    parts = [
+        part
+        for index, mask in enumerate(mask_set.masks)
+        for part in fitter.fit(mask.cpu().numpy(), scores[index], index)
+    ]
+    of_class: dict[int, list[Part]] = {}
+    for part in parts:
+        of_class.setdefault(labels[part.sources[0]], []).append(part)
+    covered = {label: fitter.find_covered(members, cover) for label, members in of_class.items()}
+    groups: dict[tuple[int, int], list[Part]] = {}
     for number, part in enumerate(parts):
-        if part.home >= 0:
-            homes.setdefault((part.home, labels[part.sources[0]]), []).append(number)
-    gone: set[int] = set()
-    for (home, _), members in homes.items():
-        filled = fitter.fill(home, [parts[number] for number in members], cover)
-        if filled is not None:
-            parts[members[0]] = filled
-            gone.update(members[1:])
-    return [part for number, part in enumerate(parts) if number not in gone]
+        label = labels[part.sources[0]]
+        key = (label, part.home) if part.home in covered[label] else (number, -1)
+        groups.setdefault(key, []).append(part)
+    return [members[0] if home < 0 else fitter.unite(members) for (_, home), members in groups.items()]
 
 
 def draw_parts(parts: Sequence[Part], size: tuple[int, int]) -> Tensor:

@@ -36,10 +36,7 @@ class Hierarchy:
     def cut(self, least: float) -> Tensor:
         """Return the largest node of a level below `least` that contains each leaf, (n,) int64."""
         nodes = torch.arange(len(self.parents), device="cpu")
-        tops = torch.where((self.levels < least)[self.parents], self.parents, nodes)
-        # each step doubles how far a node looks up
-        while not torch.equal(tops, further := tops[tops]):
-            tops = further
+        tops = follow(torch.where((self.levels < least)[self.parents], self.parents, nodes))
         return tops[: len(nodes) // 2 + 1]
 
     def order(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,14 +57,18 @@ class Hierarchy:
         start, sizes = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (first, counts))
         return start[: nodes // 2 + 1], start, start + sizes
 
-    def contrasts(self) -> Tensor:
-        """Return how much stronger the outline of each node is than the boundaries inside, (2n - 1,) float32.
+    def inner_levels(self, large: Tensor) -> Tensor:
+        """Return the level at which the last two large parts of each node merged, (2n - 1,) float32; 0 if none did.
 
-        It is the level at which a node merges, less that at which its parts merged; 0 for the last, the whole image.
+        Args:
+            large: (2n - 1,) bool, the nodes that count: small ones inside have strong boundaries by chance.
         """
-        contrasts = self.levels[self.parents] - self.levels
-        contrasts[-1] = 0
-        return contrasts
+        children = torch.argsort(self.parents[:-1], stable=True).reshape(-1, 2)
+        first, second = large[children].unbind(1)
+        merges = torch.arange(len(self.parents), device="cpu")
+        unions = merges[len(merges) // 2 + 1 :]
+        unions[:] = torch.where(first & second, unions, torch.where(first, *children.unbind(1)))
+        return self.levels[follow(merges)]
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,14 @@ class Nodes:
             box = np.s_[first[leaves].min() : last[leaves].max() + 1, :]
             mask[box] = self.make_mask(node, box)
         return masks
+
+
+def follow(nodes: Tensor) -> Tensor:
+    """Return the last node on the way from each one, (n,) int64, given the next of each; the last is its own."""
+    # each step doubles how far a node looks
+    while not torch.equal(nodes, further := nodes[nodes]):
+        nodes = further
+    return nodes
 
 
 def sum_leaves(values: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
