@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from trace_fast.kernels import attention, divergence  # noqa: E402
-from trace_fast.kernels.launch import INTERPRETED, MULTIPROCESSORS, Config, pick  # noqa: E402
+from trace_fast.kernels.launch import INTERPRETED, MULTIPROCESSORS, Config, check_grid, pick  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
@@ -198,9 +198,37 @@ def test_a_grid_that_does_not_fill_the_device_is_cut_smaller():
     configs = Config(128, 128, 8, 3), Config(64, 64, 4, 3), Config(32, 32, 4, 2)
     assert MULTIPROCESSORS == 132
     for side, expected in ((64, 2), (512, 2), (1024, 1), (2048, 0)):
-        programs = [(side // config.rows) ** 2 for config in configs]
-        picked = pick(configs, dict(zip(configs, programs, strict=True)).__getitem__, torch.device("cpu"))
-        assert picked == configs[expected]
+
+        def grid(config, side=side):
+            return triton.cdiv(side, config.rows), triton.cdiv(side, config.columns)
+
+        assert pick(configs, grid, (side, side), torch.device("cpu")) == configs[expected]
+
+
+def test_a_grid_that_leaves_multiprocessors_idle_at_the_end_is_cut_smaller():
+    # rows of SDXL's 20 heads on 132 multiprocessors: 160 large tiles take two turns, 320 small ones three halves
+    configs = Config(128, 128, 8, 3), Config(64, 128, 4, 3), Config(64, 64, 4, 3)
+
+    def picked(heads, tokens):
+        return pick(
+            configs, lambda config: (triton.cdiv(tokens, config.rows), heads), (tokens, tokens), torch.device("cpu")
+        )
+
+    assert picked(20, 1024) == configs[1]
+    assert picked(16, 1024) == configs[0]
+
+
+def test_a_batch_beyond_the_grid_of_a_gpu_is_refused():
+    check_grid("step_kl", 2**20, 65535, 65535)
+    with pytest.raises(ValueError, match=r"step_kl: a batch must be at most 65535 programs .* got \(1, 2, 65536\)"):
+        check_grid("step_kl", 1, 2, 65536)
+    query = torch.empty(1, device="meta").expand(65536, 1, 1, 8)
+    features = attention.Features(query, query, 1.0)
+    with pytest.raises(ValueError, match=r"readout: a batch must be at most 65535 .* got \(1, 65536\); split it"):
+        features.pick("readout", features.row_grid)
+    maps = torch.empty(65536, 1, 1, device="meta")
+    with pytest.raises(ValueError, match=r"step_kl_abdiv: a batch must be at most 65535"):
+        divergence.measure_divergence(None, maps, (1, 1))
 
 
 @triton.jit

@@ -45,6 +45,9 @@ unsigned count_blocks(int64_t items) {
   return static_cast<unsigned>(std::min<int64_t>((items + kThreads - 1) / kThreads, int64_t{1} << 20));
 }
 
+// Returns the number of rows of blocks for groups; kernels loop over the groups that exceed what a grid may have.
+unsigned count_rows(int64_t groups) { return static_cast<unsigned>(std::min<int64_t>(groups, 65535)); }
+
 __device__ int64_t first_item() { return blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; }
 __device__ int64_t item_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
@@ -117,10 +120,13 @@ __global__ void connect(const float* powers, const int32_t* ahead, int64_t reach
 
 template <int kMasks>
 __global__ void walk(const float* affinities, const int32_t* ahead, int64_t reach, const float* masks, float* walked,
-                     int64_t height, int64_t width) {
-  const int64_t pixels = height * width, first = static_cast<int64_t>(blockIdx.y) * kMasks * pixels;
-  for (int64_t i = first_item(); i < pixels; i += item_stride())
-    walk_pixel<kMasks>(affinities, ahead, reach, masks + first, walked + first, i / width, i % width, height, width);
+                     int64_t groups, int64_t height, int64_t width) {
+  const int64_t pixels = height * width;
+  for (int64_t group = blockIdx.y; group < groups; group += gridDim.y)
+    for (int64_t i = first_item(); i < pixels; i += item_stride()) {
+      const int64_t first = group * kMasks * pixels;
+      walk_pixel<kMasks>(affinities, ahead, reach, masks + first, walked + first, i / width, i % width, height, width);
+    }
 }
 
 // Packs masks into bits: each word is the vote of a warp.
@@ -219,11 +225,11 @@ void random_walk(float* masks, float* others, const float* powers, const int32_t
     const float* const from = step % 2 == 0 ? masks : others;
     float* const to = step % 2 == 0 ? others : masks;
     if (whole > 0)
-      walk<kTogether><<<dim3(count_blocks(pixels), static_cast<unsigned>(whole)), kThreads, 0, get_stream(queue)>>>(
-          affinities, ahead, reach, from, to, height, width);
+      walk<kTogether><<<dim3(count_blocks(pixels), count_rows(whole)), kThreads, 0, get_stream(queue)>>>(
+          affinities, ahead, reach, from, to, whole, height, width);
     if (rest > 0)
-      walk<1><<<dim3(count_blocks(pixels), static_cast<unsigned>(rest)), kThreads, 0, get_stream(queue)>>>(
-          affinities, ahead, reach, from + first, to + first, height, width);
+      walk<1><<<dim3(count_blocks(pixels), count_rows(rest)), kThreads, 0, get_stream(queue)>>>(
+          affinities, ahead, reach, from + first, to + first, rest, height, width);
   }
   check(cudaGetLastError());
 }

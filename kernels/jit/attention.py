@@ -7,7 +7,6 @@ float32. Launchers take tensors that trace_fast/ops/attention.py has checked.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trace_fast.kernels.launch import Config, alignment, on_device, pick
+from trace_fast.kernels.launch import Config, alignment, check_grid, on_device, pick
 
 __all__ = [
     "Features",
@@ -418,9 +417,11 @@ class Features:
         self.strides = [stride // self.align for stride in strides]  # of image, head and row, for query and key
 
     def pick(self, kernel: str, grid: Callable[[Config], tuple[int, ...]]) -> Config:
-        """Return the configuration of a kernel for heads of this size whose grid fills the device."""
+        """Return the fastest configuration of a kernel for heads of this size, on a grid."""
         configs = candidates(kernel, self.query.element_size(), self.wide + self.tail)
-        return pick(configs, lambda config: math.prod(grid(config)), self.query.device)
+        config = pick(configs, grid, (self.tokens, self.tokens), self.query.device)
+        check_grid(kernel, *grid(config))
+        return config
 
     def row_grid(self, config: Config) -> tuple[int, int]:
         """Return the grid of one program per block of rows of each head."""

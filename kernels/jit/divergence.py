@@ -8,31 +8,28 @@ a fixed order: every run gives the same bits.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trace_fast.kernels.launch import INTERPRETED, Config, on_device, pick
+from trace_fast.kernels.launch import INTERPRETED, Config, check_grid, on_device, pick
 
 __all__ = ["measure_divergence"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(2.0**-126)  # probabilities are clamped to it from below
-ON_DEVICE = tl.constexpr(not INTERPRETED)
+PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)  # whether kernels may hold NVIDIA's assembly
 
 
 @triton.jit
 def log2(x):
     """Return log2 of max(x, TINY) by one instruction, to two units in the last place; NaN gives NaN.
 
-    Triton's log2 takes 25 instructions on a device, and would limit the kernel instead of memory. The interpreter,
-    which runs in numpy, cannot execute assembly.
+    Triton's log2 takes 25 instructions on an NVIDIA GPU, and would limit the kernel instead of memory.
     """
     x = tl.maximum(x, TINY, propagate_nan=tl.PropagateNan.ALL)
-    if ON_DEVICE:
+    if PTX:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return tl.log2(x)
@@ -110,7 +107,7 @@ def finish_kernel(step_sums, score_sums, kl, scores, tokens, steps, tiles, STEP:
 # tiles of WIDTH tokens by COLUMNS keys, large tiles first
 CONFIGS = (Config(8, 256, 4, 1), Config(8, 128, 4, 1), Config(4, 128, 2, 1))
 SEGMENT = 16  # grid rows of one program; it reads two more
-WAVES = 4  # programs that a multiprocessor needs to hide the latency of memory
+RESIDENT = 4  # programs that a multiprocessor needs to hide the latency of memory
 FINISH = Config(128, 256, 4, 1)  # numbers of scores and of steps that the second kernel adds at once
 
 
@@ -129,7 +126,8 @@ def measure_divergence(
     def grid(config: Config) -> tuple[int, int, int]:
         return triton.cdiv(width, config.rows), triton.cdiv(tokens, config.columns), batch * segments
 
-    config = config or pick(CONFIGS, lambda config: math.prod(grid(config)) // WAVES, current.device)
+    config = config or pick(CONFIGS, grid, (width, tokens), current.device, RESIDENT)
+    check_grid("step_kl_abdiv", *grid(config))
     strips, tiles, _ = grid(config)
     steps = strips * tiles * segments
     flags = {"STEP": previous is not None, "ABDIV": size is not None}
