@@ -26,7 +26,7 @@ from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
 from trace_fast.decoder import AttentionReadout
-from trace_fast.detector import merge_adapter
+from trace_fast.detector import OneThread, merge_adapter
 from trace_fast.io.images import resize
 
 # of diffusers' own call of the hub
@@ -472,6 +472,55 @@ def test_the_embedded_student_compiles():
     detector = Detector.from_pretrained("mini", device="cpu")
     expected = detector.edges(image)
     assert_close(detector.compile().edges(image), expected, rtol=0, atol=1e-4)
+
+
+class CudaGraphs(torch.nn.Module):
+    """A compiled pass as CUDA graphs make it: for the thread of the first call, its output at one address."""
+
+    def __init__(self):
+        super().__init__()
+        self.thread, self.output = None, torch.zeros(1)
+
+    def forward(self, images, photo):
+        assert not torch.is_grad_enabled() and photo is None
+        self.thread = self.thread or threading.get_ident()
+        if self.thread != threading.get_ident():
+            raise AssertionError("this thread has no tree of graphs")
+        return self.output.copy_(images.sum()[None])
+
+
+def test_graphs_are_replayed_in_their_thread_whoever_calls():
+    graphs, results = CudaGraphs(), {}
+    compiled = OneThread(graphs)
+
+    def call(number):
+        results[number] = compiled(torch.full((2, 3), number), None)
+
+    for number in range(3):
+        thread = threading.Thread(target=call, args=(number,))
+        thread.start()
+        thread.join(timeout=30)
+    assert {number: result.item() for number, result in results.items()} == {0: 0, 1: 6, 2: 12}
+    assert graphs.thread not in (None, threading.get_ident())
+    with pytest.raises(AssertionError, match="no tree of graphs"), torch.no_grad():
+        graphs(torch.zeros(1), None)
+    with pytest.raises(AssertionError):  # an error of the pass is raised here
+        compiled(torch.zeros(1), torch.zeros(1))
+
+
+@pytest.mark.gpu
+def test_a_student_compiled_on_a_gpu_runs_in_any_thread():
+    detector = Detector.from_pretrained("mini", device="cuda")
+    image = torch.rand(1, 3, 64, 96)
+    expected, results = detector.edges(image), []
+    detector.compile()
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: results.append(detector.edges(image)))
+        thread.start()
+        thread.join()
+    for result in (*results, detector.edges(image)):
+        assert_close(result, expected, rtol=0, atol=1e-3)
+    assert len(results) == 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -201,7 +202,8 @@ class Detector(EdgeModel):
         """Compile the whole pass, in place, and return the detector.
 
         The first call of each batch size takes as long as compiling does. On a GPU "reduce-overhead" records a CUDA
-        graph. A compiled pass runs the network to its end, though its last part is not needed.
+        graph, and passes run in a thread of the detector, whichever thread calls. A compiled pass runs the network to
+        its end, though its last part is not needed.
 
         Args:
             mode: see `torch.compile`.
@@ -216,7 +218,8 @@ class Detector(EdgeModel):
         photo_size = self.decoder.photo_size(self.size, self.size)
         with torch.no_grad():  # once uncompiled: what the first pass sets up would cause a second compilation
             student(empty, resize(empty, photo_size) if photo_size else None)
-        self._forward = torch.compile(student, mode=mode)
+        compiled: Any = torch.compile(student, mode=mode)
+        self._forward = OneThread(compiled) if self.device.type == "cuda" else compiled
         return self
 
     def __call__(
@@ -432,6 +435,29 @@ class CompilablePass(StudentPass):
         self.backbone.predict(self.backbone.encode(images), self.timesteps.expand(len(images)))
         self.readout = None
         return readout.result()
+
+
+class OneThread(nn.Module):
+    """A compiled pass whose calls run in one thread: torch's CUDA graphs fail in any other than that of the first call.
+
+    Args:
+        compiled: the pass; called with gradients off, on the caller's stream.
+    """
+
+    def __init__(self, compiled: nn.Module):
+        super().__init__()
+        self.compiled = compiled
+        self._worker = ThreadPoolExecutor(1, "trace_fast")
+
+    def forward(self, images: Tensor, photo: Tensor | None) -> Tensor:
+        """Return what the pass returns, in memory that the next call does not write to."""
+        stream = torch.cuda.current_stream(images.device) if images.is_cuda else None
+
+        def run() -> Tensor:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                return self.compiled(images, photo).clone()
+
+        return self._worker.submit(run).result()
 
 
 def use_channels_last(module: nn.Module) -> None:
