@@ -7,19 +7,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from degrade import degrade, group_touching
 from PIL import Image
 from propagation import draw_on_grid, make_sets
+from tiny import embedded, student
 from typer.testing import CliRunner
 
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[eval]'")
+
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import trace_fast
 from trace_fast import cli
 from trace_fast.evaluation import api, evaluate, find_contours, open_dataset, open_method, refined, run
 from trace_fast.io import visualize
 from trace_fast.masks import coco
-from trace_fast.masks.export import write_coco_results, write_panoptic
+from trace_fast.masks.export import refine_results, write_coco_results, write_panoptic
+from trace_fast.masks.formats import MaskSet
 from trace_fast.masks.propagation import propagate
 
 COLORS = np.array([[40, 40, 60], [200, 60, 60], [60, 200, 60], [70, 70, 220]], np.uint8)
@@ -171,6 +177,61 @@ def test_components_of_the_embedded_model(call, data, baseline, tmp_path):
     assert result.exit_code == 0, result.output
     assert list(read(tmp_path / "out")) == ["merged", "merged + mini@0", "merged + mini@iep", "merged + mini"]
     assert "2.1 M" in (tmp_path / "out" / "masks.md").read_text()
+
+
+def score_by_pycocotools(truth, results):
+    """Return AP, AP50, AP75, AR1, AR10 and AR100 of records of results, whatever their category."""
+    oracle = COCO()
+    oracle.dataset = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "fg"}]}
+    for image in truth:
+        oracle.dataset["images"].append({"id": image.id, "height": image.height, "width": image.width})
+        for rle, instance in zip(image.rles(), image.instances, strict=True):
+            entry = {"id": 1 + len(oracle.dataset["annotations"]), "image_id": image.id, "category_id": 1, "iscrowd": 0}
+            oracle.dataset["annotations"].append(entry | {"segmentation": rle, "area": instance.area})
+    oracle.createIndex()
+    evaluator = COCOeval(oracle, oracle.loadRes(results), "segm")
+    evaluator.params.useCats = 0
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return evaluator.stats[[0, 1, 2, 6, 7, 8]].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["backbones", "components"])
+def test_tables_of_tiny_models_are_those_of_pycocotools(call, data, baseline, tmp_path, table):
+    # the fields that CutLER's detector writes
+    fields = ("image_id", "category_id", "bbox", "score", "segmentation")
+    records = {"cutler": [{name: entry[name] for name in fields} for entry in json.loads(baseline.read_text())]}
+    (tmp_path / "cutler.json").write_text(json.dumps(records["cutler"]))
+    model = embedded(tmp_path / "tiny")
+    student(model / "student", model, (32, 48))
+    specs = {"tiny@0": f"{model}@0", "tiny": str(model)}
+    methods = [f"{name}={spec}" for name, spec in specs.items()] if table == "backbones" else [f"tiny={model}"]
+    words = [word for method in methods for word in ("--method", method)]
+    words += ["--table", table, "--baseline", "cutler.json", "--threshold", "0.02", "-o", "out"]
+    result = call("evaluate", "--data", data, *words)
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "out")
+    truth = {image.id: image for image in (photo.instances() for photo in open_dataset(data).photos)}
+    for name, spec in specs.items():
+        edges = {
+            photo.instances().id: open_method(spec, device="cpu").edges(photo) for photo in open_dataset(data).photos
+        }
+
+        def refine(masks, scores, number, edges=edges):
+            masks = MaskSet(torch.from_numpy(masks), torch.from_numpy(scores).float())
+            refined = propagate(masks, edges[number], threshold=0.02)
+            return refined.masks, refined.scores
+
+        refine_results("cutler.json", tmp_path / "refined.json", refine)
+        records[f"cutler + {name}"] = json.loads((tmp_path / "refined.json").read_text())
+    assert set(rows) == {*records, *["cutler + tiny@iep"] * (table == "components")}
+    assert records["cutler + tiny@0"] != records["cutler"]
+    for name, entries in records.items():
+        expected = score_by_pycocotools(truth.values(), entries)
+        names = ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")
+        assert [rows[name][figure] for figure in names] == pytest.approx(expected), name
 
 
 @pytest.fixture

@@ -64,10 +64,10 @@ class Hierarchy:
             large: (2n - 1,) bool, the nodes that count: small ones inside have strong boundaries by chance.
         """
         children = torch.argsort(self.parents[:-1], stable=True).reshape(-1, 2)
-        first, second = large[children].unbind(1)
+        first, second = children.unbind(1)
         merges = torch.arange(len(self.parents), device="cpu")
         unions = merges[len(merges) // 2 + 1 :]
-        unions[:] = torch.where(first & second, unions, torch.where(first, *children.unbind(1)))
+        unions[:] = torch.where(large[first] & large[second], unions, torch.where(large[first], first, second))
         return self.levels[follow(merges)]
 
 
