@@ -63,13 +63,19 @@ def bench_merge_tree(side, provider, measure):
     measure(f"merge_tree, {side} x {side}", provider, call)
 
 
+def make_masks(count, height, width):
+    """Return boxes (count, height, width) bool on a grid of 16 pixels."""
+    masks, rng = np.zeros((count, height, width), bool), np.random.default_rng(0)
+    for mask in masks:
+        top, left = rng.integers(0, min(height, width) // 16 - 10, 2)
+        rows, columns = rng.integers(3, 15, 2)
+        mask[16 * top : 16 * (top + rows), 16 * left : 16 * (left + columns)] = True
+    return masks
+
+
 @pytest.mark.parametrize("mode", ["fit", "flood"])
 def bench_propagate(mode, measure):
-    edges, masks = make_edges(640)[:480], np.zeros((20, 480, 640), bool)
-    rng = np.random.default_rng(0)
-    for mask in masks:
-        (top, left), (height, width) = rng.integers(0, 20, 2), rng.integers(3, 15, 2)
-        mask[16 * top : 16 * (top + height), 16 * left : 16 * (left + width)] = True
+    edges, masks = make_edges(640)[:480], make_masks(20, 480, 640)
     options = {"threshold": 0.4} if mode == "flood" else {}
     call = functools.partial(trace_fast.propagate, masks, edges, mode=mode, **options)
     result = call()
@@ -77,6 +83,14 @@ def bench_propagate(mode, measure):
     assert result.any((1, 2)).all()
     assert mode == "flood" or np.array_equal(trace_fast.propagate(masks, 0 * edges), masks)
     measure("propagate, 20 masks, 480 x 640", mode, call)
+
+
+def bench_propagate_many(measure):
+    edges, masks = make_edges(1024), make_masks(1000, 1024, 1024)
+    call = functools.partial(trace_fast.propagate, masks, edges)
+    assert len(call()) > 900
+    # the masks themselves are 1000 MiB beside the peak
+    measure("propagate, 1,000 masks, 1024 x 1024", "fit", call)
 
 
 @pytest.mark.parametrize("provider", ["native", "scikit-image, RAG"])
