@@ -1,11 +1,13 @@
 """Children that run inputs: a crash, a hang or missing memory ends a child alone, and is counted.
 
-The parent imports everything once and runs no op, so that a child is a fork of it, in milliseconds.
+The parent imports everything once and runs no op, so that a child is a fork of it, in milliseconds. What a child has
+to import nevertheless, the parent imports after it, for the next ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import resource
 import select
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +121,9 @@ def _run_child(target: Target, seeds: Sequence[int], level: int, folder: Path) -
                 *lines, buffer = (buffer + content).split(b"\n")
                 for line in lines:
                     message = json.loads(line)
-                    if len(message) == 1:
+                    if isinstance(message, dict):
+                        _import_modules(message["modules"])
+                    elif len(message) == 1:
                         (current,) = message
                         started, spent = time.monotonic(), _processor_time(child)
                     else:
@@ -135,6 +140,13 @@ def _run_child(target: Target, seeds: Sequence[int], level: int, folder: Path) -
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if current is not None:
         yield Result(current, "hang" if reason == "hang" else "crash", f"exit status {status}")
+
+
+def _import_modules(names: Sequence[str]) -> None:
+    """Import modules; some of those of a child cannot be imported by their names alone."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def _processor_time(process: int) -> float:
@@ -159,7 +171,7 @@ def _work(target: Target, seeds: Sequence[int], level: int, folder: Path, sender
         limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    home = os.getcwd()
+    home, modules = os.getcwd(), set(sys.modules)
     for seed in seeds:
         os.write(sender, json.dumps([seed]).encode() + b"\n")
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,3 +192,4 @@ def _work(target: Target, seeds: Sequence[int], level: int, folder: Path, sender
         finally:
             os.chdir(home)
         os.write(sender, json.dumps([seed, outcome, message[:400]]).encode() + b"\n")
+    os.write(sender, json.dumps({"modules": [name for name in sys.modules if name not in modules]}).encode() + b"\n")

@@ -524,7 +524,7 @@ def make_small_network(target: Path) -> None:
 
 def distort_weights(random: np.random.Generator, path: Path) -> None:
     """Change a tensor of a file of weights."""
-    weights = load_file(path)
+    weights = load_file(path) or {"x": torch.zeros(2, 3)}
     name = choose(random, sorted(weights))
     ways: list[Callable[[torch.Tensor], torch.Tensor]] = [
         lambda x: x * float("nan"),
@@ -560,6 +560,8 @@ def propagation(random: np.random.Generator, level: int, folder: Path) -> None:
     name = choose(random, ("propagate", "instances", "seeds"))
     if name == "propagate":
         options["mode"] = choose(random, ("flood", "walk"))
+        if random.random() < 0.3:
+            options["classes"] = random.integers(0, 3, len(truth)).tolist()
     if name != "propagate" and random.random() < 0.5:
         options["min_area"] = int(random.integers(1, 9))
     if random.random() < 0.5:
@@ -572,9 +574,10 @@ def propagation(random: np.random.Generator, level: int, folder: Path) -> None:
             require(all(np.asarray(mask).shape[-2:] == (height, width) for mask in result), "size of the masks")
         elif name == "instances":
             stack, scores = trace_fast.instances(edges, **options)
-            require(stack.dtype == torch.bool and stack.shape[1:] == (height, width), "kind of the masks")
+            require(stack.dtype == torch.bool and stack.shape[1:] == edges.shape[-2:], "kind of the masks")
             require(scores.isfinite().all() and len(scores) == len(stack), "scores")
-            require(bool((stack.sum(0) <= 1).all()), "instances that overlap")
+            # without a threshold masks lie within each other
+            require(options["threshold"] is None or (stack.sum(0) <= 1).all(), "instances that overlap")
         else:
             k = int(random.integers(1, 9)) if random.random() < 0.7 else hostile(random, objects=True)
             points = trace_fast.seeds(edges, k, **options)
