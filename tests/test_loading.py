@@ -375,6 +375,19 @@ class TestCachedPrompts:
             load(tmp_path / "model")
         assert len(encoded) == 1
 
+    def test_a_user_without_a_home_can_load(self, tmp_path, encoded, monkeypatch):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        for name in ("TRACE_FAST_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+
+        def refuse():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", refuse)
+        with pytest.warns(UserWarning, match=r"cannot be kept in '.*', so that .* set TRACE_FAST_CACHE to a folder"):
+            load(tmp_path / "model")
+        assert len(encoded) == 1
+
     def test_a_damaged_part_is_one_line(self, tmp_path):
         pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
         edit_json(tmp_path / "model" / "unet" / "config.json", attention_head_dim=0, num_attention_heads=0)
@@ -561,7 +574,28 @@ class TestErrors:
 
     def test_a_class_that_is_not_of_diffusers(self, folder):
         edit_json(folder / "model_index.json", unet=["remote_code", "UNet"])
-        self.refuse(folder, r"load: unet must be a class of diffusers \d.*, got remote_code.UNet")
+        self.refuse(folder, r"load: unet must be a class of diffusers \d.*, got \[.remote_code., .UNet.\] in")
+
+    @pytest.mark.parametrize("entry", [5, ["diffusers"], ["diffusers", 7], None], ids=str)
+    def test_a_class_that_is_no_name(self, folder, entry):
+        edit_json(folder / "model_index.json", vae=entry)
+        self.refuse(folder, r"load: vae must be a class of diffusers \d.*, got ")
+
+    @pytest.mark.parametrize(
+        ("file", "name", "value"),
+        [
+            ("scheduler/scheduler_config", "prediction_type", ["epsilon"]),
+            ("scheduler/scheduler_config", "beta_schedule", {}),
+            ("scheduler/scheduler_config", "beta_start", "low"),
+            ("scheduler/scheduler_config", "beta_end", float("nan")),
+            ("vae/config", "scaling_factor", None),
+            ("vae/config", "shift_factor", "x"),
+        ],
+    )
+    def test_numbers_that_are_none(self, folder, file, name, value):
+        edit_json(folder / f"{file}.json", **{name: value})
+        with pytest.raises((TypeError, ValueError), match=r"^(load|from_pipeline): [^\n]+ must [^\n]+, got"):
+            load(folder)
 
     def test_a_pipeline_without_a_denoiser(self, folder):
         index = json.loads((folder / "model_index.json").read_text())

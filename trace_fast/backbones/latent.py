@@ -13,6 +13,7 @@ from torch import Tensor
 from trace_fast.backbones.base import Backbone, Settings, constant, get_dtype
 from trace_fast.backbones.capture import AttentionLayout, network_lock, unwrap_compiled
 from trace_fast.backbones.schedule import RectifiedFlow, Schedule
+from trace_fast.ops import checks
 
 __all__ = ["OTHERS", "PROJECTIONS", "LatentBackbone", "check_text_encoders", "get_network"]
 
@@ -123,6 +124,8 @@ class LatentBackbone(Backbone):
                 f"from_pipeline: network must take the {self.latent_channels()} channels of a latent alone, got one of "
                 f"{self.network.config.in_channels} (for inpainting, depth or another condition); take its plain model"
             )
+        checks.number("from_pipeline", "scaling_factor", self.vae.config.get("scaling_factor", 1))
+        checks.number("from_pipeline", "shift_factor", self.vae.config.get("shift_factor") or 0)
         shapes = {name: tuple(x.shape) for name, x in self.empty_prompt.items()}
         if shapes.keys() != set(self.prompt_names()) or any(shape[:1] != (1,) for shape in shapes.values()):
             names = " and ".join(self.prompt_names())

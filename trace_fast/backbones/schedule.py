@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trace_fast.ops import checks
 from trace_fast.ops.constants import cache_constants
 
 __all__ = ["RectifiedFlow", "Schedule", "VariancePreserving"]
@@ -54,21 +55,24 @@ class VariancePreserving:
         """Return the schedule that a diffusers scheduler's configuration describes, whatever its sampler.
 
         Raises:
-            ValueError: it describes another kind of schedule or prediction.
+            TypeError, ValueError: it describes another kind of schedule or prediction, or none.
         """
         config: Mapping[str, Any] = scheduler.config
         betas = config.get("beta_schedule", "linear")
-        prediction = {"epsilon": "epsilon", "v_prediction": "velocity"}.get(config.get("prediction_type", "epsilon"))
+        predicted = str(config.get("prediction_type", "epsilon"))
+        prediction = {"epsilon": "epsilon", "v_prediction": "velocity"}.get(predicted)
         if betas not in ("linear", "scaled_linear") or config.get("trained_betas") is not None or prediction is None:
             raise ValueError(
                 "load: scheduler must have linear or scaled_linear betas and predict epsilon or v_prediction, got "
-                f"{betas}, trained_betas {config.get('trained_betas')}, {config.get('prediction_type')}"
+                f"{betas}, trained_betas {config.get('trained_betas')}, {predicted}"
             )
         if missing := [name for name in ("beta_start", "beta_end", "num_train_timesteps") if name not in config]:
             kind = type(scheduler).__name__
             raise ValueError(f"load: scheduler must have {' and '.join(missing)}, got {kind} without, of another kind")
         if config["num_train_timesteps"] != cls.steps:
             raise ValueError(f"load: scheduler must have {cls.steps} timesteps, got {config['num_train_timesteps']}")
+        for name in ("beta_start", "beta_end"):
+            checks.number("load", name, config[name], 0, 1)
         return cls(
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],

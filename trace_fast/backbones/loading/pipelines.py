@@ -114,13 +114,13 @@ def check_family(kind: str, files: Files) -> None:
 
 def get_class(diffusers: Any, index: dict[str, Any], part: str, files: Files) -> Any:
     """Return the diffusers class of a part; refuse another library, since no remote code is run."""
-    library, name = index.get(part) or ("", "")
-    if library != "diffusers" or not hasattr(diffusers, name):
-        raise ValueError(
-            f"load: {part} must be a class of diffusers {diffusers.__version__}, got {library}.{name} in "
-            f"{files.location!r}"
-        )
-    return getattr(diffusers, name)
+    entry = index.get(part)
+    match entry:
+        case ["diffusers", str(name)] if hasattr(diffusers, name):
+            return getattr(diffusers, name)
+    raise ValueError(
+        f"load: {part} must be a class of diffusers {diffusers.__version__}, got {entry} in {files.location!r}"
+    )
 
 
 def count_parts(source: Source, network: str, variant: str | None) -> list[int] | None:
@@ -173,7 +173,8 @@ def encode_empty_prompt(
             raise ValueError(f"load: model must be of a pipeline of diffusers, got {index.get('_class_name')!r}")
         loaded = {name: part for name, part in vars(pipe).items() if name != "config"}
         unwanted = {name: None for name in UNWANTED if name in index}
-        pipeline = kind.from_pretrained(files.location, **loaded, **unwanted, **options)
+        with checkpoint_errors(files.location):
+            pipeline = kind.from_pretrained(files.location, **loaded, **unwanted, **options)
     with torch.no_grad():
         prompt = family.encode_empty_prompt(pipeline)
     prompt = {name: value.detach().clone().cpu().contiguous() for name, value in prompt.items()}
@@ -184,7 +185,11 @@ def encode_empty_prompt(
 
 def prompt_cache_file(files: Files, index: dict[str, Any], dtype: torch.dtype) -> Path:
     """Return the file of an embedded empty prompt: in $TRACE_FAST_CACHE, or in trace_fast in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trace_fast"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path(os.devnull)  # a user without a home: there is no such folder, and nothing is kept
+    default = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "trace_fast"
     folder = Path(os.environ.get("TRACE_FAST_CACHE") or default)
     location = str(Path(files.location).resolve()) if files.is_folder else files.location
     identity = json.dumps([location, files.revision, index, str(dtype)], sort_keys=True, default=str)
