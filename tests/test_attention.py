@@ -424,7 +424,7 @@ def test_empty_batch(device):
         (
             {"query": torch.ones(1, 2, 6, 4).requires_grad_()},
             RuntimeError,
-            "there is no gradient; detach query and key",
+            "there is no gradient; detach query or call",
         ),
     ],
 )

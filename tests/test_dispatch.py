@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from op_examples import COPIED_OPS, CPU_OPS, NATIVE_OPS, TRITON_OPS, example, kernel_modules
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import trace_fast
@@ -191,6 +192,39 @@ class TestChoice:
         # the same code; arguments are compared because some are updated in place
         torch.testing.assert_close(results, expected, rtol=0, atol=0)
         assert launched == []
+
+
+@pytest.mark.parametrize(
+    "op", ["attention_map", "accumulate_attention", "attend", "accumulate_resized", "resize_attention"]
+)
+def test_ops_without_a_gradient_name_themselves_and_the_argument(op):
+    (arguments, options), names = example(op), list(inspect.signature(getattr(ops, op)).parameters)
+    for index, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor):
+            tensors = [*arguments[:index], value.requires_grad_(), *arguments[index + 1 :]]
+            with pytest.raises(
+                RuntimeError, match=rf"^{op}: there is no gradient; detach {names[index]} or call under"
+            ):
+                getattr(ops, op)(*tensors, **options)
+            value.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("op", ops.__all__)
+def test_tensors_without_values(op, kind):
+    """An op whose steps follow the values refuses tensors that have none; others return such tensors."""
+    convert = (lambda tensor: tensor.to("meta")) if kind == "meta" else FakeTensorMode().from_tensor
+    arguments, options = tree_map_only(torch.Tensor, convert, example(op))
+    follows = op in (*CPU_OPS, "merge_masks", "merge_tree")
+    if follows or (kind == "meta" and op in ("label_regions", "flood_fill", "watershed")):
+        with pytest.raises(
+            ValueError, match=rf"^{op}: \w+ must (have values, got a tensor of|be on the cpu, got meta)"
+        ):
+            getattr(ops, op)(*arguments, **options)
+    else:
+        out = getattr(ops, op)(*arguments, **options)
+        tensors = [value for value in (out, *arguments, *options.values()) if isinstance(value, torch.Tensor)]
+        assert all(value.is_meta or isinstance(value, FakeTensor) for value in tensors)
 
 
 class TestMissing:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from trace_fast import ops
 from trace_fast.evaluation.data import GROUPS, NEIGHBORS, SIDES, SIZES, Contours
+from trace_fast.io.arrays import array_to_tensor
 
 __all__ = [
     "DISTANCE",
@@ -123,17 +123,17 @@ def count_edges(
     shape = contours.ignored.shape
     if edges.shape != shape:
         raise ValueError(f"count_edges: edges must be of the ground truth's size {shape}, got {edges.shape}")
-    ridges = torch.from_numpy(np.ascontiguousarray(edges, np.float32))
+    ridges = array_to_tensor(np.asarray(edges, np.float32))
     if suppression is not None:
         ridges = ops.suppress_nonmaxima(ridges[None], suppression)[0]
     groups = contours.groups
     matches, by_group = ops.count_matches(
         ridges,
-        torch.from_numpy(contours.lines),
+        array_to_tensor(contours.lines),
         thresholds,
         distance * float(np.hypot(*shape)),
-        ignored=torch.from_numpy(contours.ignored),
-        groups=None if groups is None else torch.from_numpy(groups),
+        ignored=array_to_tensor(contours.ignored),
+        groups=None if groups is None else array_to_tensor(groups),
         num_groups=len(GROUPS),
     )
     if groups is None:
@@ -298,10 +298,10 @@ def cldice(prediction: np.ndarray, target: np.ndarray, tolerance: float = 0.0) -
         raise ValueError(f"cldice: target must be {prediction.shape} like prediction, got {target.shape}")
     from scipy.ndimage import distance_transform_edt
 
-    masks = [np.ascontiguousarray(mask, bool) for mask in (prediction, target)]
+    masks = [np.asarray(mask, bool) for mask in (prediction, target)]
     if not all(mask.any() for mask in masks):
         return float(not any(mask.any() for mask in masks))
-    lines = [ops.thin(torch.from_numpy(mask)[None])[0].numpy() for mask in masks]
+    lines = [ops.thin(array_to_tensor(mask)[None])[0].numpy() for mask in masks]
     grown = [distance_transform_edt(~mask) <= tolerance for mask in masks]
     precision, sensitivity = grown[1][lines[0]].mean(), grown[0][lines[1]].mean()
     return float(harmonic(precision, sensitivity))

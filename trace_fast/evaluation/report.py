@@ -22,6 +22,7 @@ from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
 from trace_fast.io import visualize
+from trace_fast.io.arrays import array_to_tensor
 from trace_fast.io.files import write_atomically
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def contact_sheet(
     for index in chosen:
         photo = photos[index]
         edges = method.edges(photo)
-        ridges = torch.from_numpy(np.ascontiguousarray(edges))[None]
+        ridges = array_to_tensor(edges)[None]
         if method.suppress:
             ridges = ops.suppress_nonmaxima(ridges, suppression)
         comparison = _compare(ridges >= scores.threshold, photo, distance)
@@ -331,12 +332,12 @@ def _compare(ridges: torch.Tensor, photo: Photo, distance: float) -> np.ndarray:
     """Return right, wrong and missed pixels of ridges (1, H, W) bool in colors on white, (H, W, 3) float32."""
     contours = photo.contours()
     detected = ops.thin(ridges)
-    annotators = torch.from_numpy(contours.lines)
+    annotators = array_to_tensor(contours.lines)
     radius = distance * float(np.hypot(*ridges.shape[1:]))
     pairs = [ops.match_contours(detected, lines[None], radius) for lines in annotators]
     right = torch.stack([matched[0] for matched, _ in pairs]).any(0)
     missed = torch.stack([lines & ~matched[0] for lines, (_, matched) in zip(annotators, pairs, strict=True)]).any(0)
-    wrong = detected[0] & ~right & ~torch.from_numpy(contours.ignored)
+    wrong = detected[0] & ~right & ~array_to_tensor(contours.ignored)
     picture = np.ones((*ridges.shape[1:], 3), np.float32)
     for pixels, color in ((missed, BLUE), (wrong, RED), (right, GREEN)):
         wide = torch.nn.functional.max_pool2d(pixels[None].float(), 3, 1, 1)[0] > 0

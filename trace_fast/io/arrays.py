@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trace_fast.ops import checks
+
 __all__ = ["array_to_tensor", "check_values", "dtype_name", "mask_areas", "mask_boxes"]
 
 
@@ -19,9 +21,7 @@ def check_values(subject: str, values: Tensor) -> None:
     Raises:
         ValueError: the tensor has no values, or is sparse.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if values.is_meta or isinstance(values, FakeTensor):
+    if not checks.has_values(values):
         raise ValueError(f"{subject} must have values, got a tensor of the meta device or of a fake mode")
     if values.layout != torch.strided:
         raise ValueError(f"{subject} must be dense, got {str(values.layout).removeprefix('torch.')}")
@@ -41,6 +41,8 @@ def array_to_tensor(array: np.ndarray) -> Tensor:
         >>> array_to_tensor(np.zeros((2, 3), dtype=">f4")).shape
         torch.Size([2, 3])
     """
+    if min(array.strides, default=0) < 0:  # numpy takes such an array for contiguous where the axis has length 1
+        array = array.copy()
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 

@@ -31,9 +31,11 @@ def attention_map(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
         ValueError: shapes or devices differ from each other, or d is too large.
         RuntimeError: query or key requires grad; there is no gradient.
     """
-    sizes = _check_features("attention_map", query, key, scale)
-    checks.memory("attention_map", "query", query, 4 * sizes["B"] * sizes["N"] ** 2)
-    total = torch.zeros(sizes["B"], sizes["N"], sizes["N"], dtype=torch.float32, device=query.device)
+    op = "attention_map"
+    sizes = _check_features(op, query, key, scale)
+    _check_no_gradient(op, query=query, key=key)
+    checks.memory(op, "query", query, 4 * sizes["B"] * sizes["N"] ** 2)
+    total = query.new_zeros(sizes["B"], sizes["N"], sizes["N"], dtype=torch.float32)
     accumulate_attention(total, query, key, 1.0, scale)
     return total
 
@@ -49,7 +51,7 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices differ from each other, d is too large, or total is not contiguous.
-        RuntimeError: query or key requires grad; there is no gradient.
+        RuntimeError: query, key or total requires grad; there is no gradient.
     """
     op = "accumulate_attention"
     sizes = _check_features(op, query, key, scale)
@@ -57,7 +59,7 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     checks.same_device(op, query=query, total=total)
     checks.contiguous(op, "total", total)
     checks.number(op, "weight", weight, *_FACTORS)
-    _check_no_gradient(op, query=query, key=key)
+    _check_no_gradient(op, query=query, key=key, total=total)
     backend = dispatch.choose(op, query.device)
     if backend == "reference":
         reference.accumulate_attention(total, query, key, weight, scale)
@@ -86,7 +88,7 @@ def attend(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices differ from each other, d is too large, or total is not contiguous.
-        RuntimeError: query, key or value requires grad; there is no gradient.
+        RuntimeError: query, key, value or total requires grad; there is no gradient.
     """
     op = "attend"
     sizes = _check_features(op, query, key, scale)
@@ -97,6 +99,7 @@ def attend(
         checks.tensor(op, "total", total, "B N N", {letter: sizes[letter] for letter in "BN"}, *_TOTALS)
         checks.same_device(op, query=query, total=total)
         checks.contiguous(op, "total", total)
+        _check_no_gradient(op, total=total)
     checks.number(op, "weight", weight, *_FACTORS)
     _check_no_gradient(op, query=query, key=key, value=value)
     backend = dispatch.choose(op, query.device)
@@ -153,7 +156,7 @@ def accumulate_resized(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes or devices differ from each other, target is coarser than size, or total is not contiguous.
-        RuntimeError: attention requires grad; there is no gradient.
+        RuntimeError: attention or total requires grad; there is no gradient.
     """
     op = "accumulate_resized"
     sizes = _check_map(op, attention, size, target)
@@ -162,6 +165,7 @@ def accumulate_resized(
     checks.same_device(op, attention=attention, total=total)
     checks.contiguous(op, "total", total)
     checks.number(op, "weight", weight, *_FACTORS)
+    _check_no_gradient(op, total=total)
     backend = dispatch.choose(op, attention.device)
     if backend == "reference":
         reference.accumulate_resized(total, attention, size, target, weight)
@@ -228,9 +232,9 @@ def _check_map(op: str, attention: Tensor, size: tuple[int, int], target: tuple[
 
 def _check_no_gradient(op: str, **tensors: Tensor) -> None:
     """Require tensors without a gradient, which an update in place would drop silently."""
-    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors.values()):
-        names = " and ".join(tensors)
-        raise RuntimeError(f"{op}: there is no gradient; detach {names} or call under torch.no_grad()")
+    names = [name for name, value in tensors.items() if value.requires_grad]
+    if names and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: there is no gradient; detach {' and '.join(names)} or call under torch.no_grad()")
 
 
 def _round_total(wide_total: Tensor, total: Tensor) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "contiguous",
     "device",
     "grid",
+    "has_values",
     "image",
     "integer",
     "memory",
@@ -28,6 +29,7 @@ __all__ = [
     "same_device",
     "stack",
     "tensor",
+    "values",
 ]
 
 MOST_FLOAT = sys.float_info.max
@@ -67,6 +69,20 @@ def tensor(op: str, name: str, value: Tensor, shape: str, sizes: dict[str, int],
         where = f" with {fixed}" if fixed else ""
         raise ValueError(f"{op}: {name} must be ({', '.join(letters)}){where}, got {tuple(value.shape)}")
     sizes.update(bound)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values, which those of the meta device and of a fake mode have not."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def values(op: str, **tensors: Tensor) -> None:
+    """Require that tensors, given by name, have values, on which the shape or the steps of a result depend."""
+    for name, value in tensors.items():
+        if not has_values(value):
+            raise ValueError(f"{op}: {name} must have values, got a tensor of the meta device or of a fake mode")
 
 
 def same_device(op: str, **tensors: Tensor) -> None:
@@ -155,7 +171,7 @@ def choice(op: str, name: str, value: Any, *accepted: Any) -> None:
     except (TypeError, ValueError, RuntimeError):  # arrays and tensors have no single truth
         known = False
     if not known:
-        raise ValueError(f"{op}: {name} must be {' or '.join(map(str, accepted))}, got {value}")
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, accepted))}, got {reprlib.repr(value)}")
 
 
 def device(op: str, value: torch.device | str | None) -> torch.device:

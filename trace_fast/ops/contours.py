@@ -178,6 +178,7 @@ def _choose(op: str, **tensors: Tensor) -> str:
     for name, value in tensors.items():
         if value.device.type != "cpu":
             raise ValueError(f"{op}: {name} must be on the cpu, got {value.device}")
+    checks.values(op, **tensors)
     return dispatch.choose(op, "cpu")
 
 

@@ -33,6 +33,7 @@ def watershed(edges: Tensor) -> tuple[Tensor, Tensor]:
     # the labels, and heights, depths, order and queue of each image, if there are as many threads
     checks.memory(op, "edges", edges, 20 * edges.numel())
     if dispatch.choose(op, edges.device) == "reference":
+        checks.values(op, edges=edges)
         return reference.watershed(edges)
     return _watershed(edges)
 
@@ -60,6 +61,7 @@ def merge_tree(labels: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     # at most two boundaries begin at a pixel
     checks.memory(op, "labels", labels, 2 * BOUNDARY * pixels)
     backend = dispatch.choose(op, labels.device)
+    checks.values(op, labels=labels)
     low, count = (int(bound) for bound in labels.aminmax())
     if low < 1 or count > pixels:
         raise ValueError(f"{op}: labels must be from 1 to n, got {low} to {count} on {pixels} pixels")

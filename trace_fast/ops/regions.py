@@ -32,6 +32,7 @@ def label_regions(barrier: Tensor, connectivity: int = 4) -> tuple[Tensor, Tenso
     checks.memory(op, "barrier", barrier, 4 * barrier.numel() + 8 * height * (width // 64 + 1) + 4 * runs)
     backend = dispatch.choose(op, barrier.device)
     if backend == "reference":
+        checks.values(op, barrier=barrier)
         return reference.label_regions(barrier, connectivity)
     return _label_regions(barrier, connectivity)
 
@@ -59,6 +60,7 @@ def flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int = 4, claim_barr
     checks.memory(op, "seeds", seeds, 4 * seeds.numel() + (sizes["H"] + 2) * (sizes["W"] + 1))
     backend = dispatch.choose(op, seeds.device)
     if backend == "reference":
+        checks.values(op, seeds=seeds, barrier=barrier)
         return reference.flood_fill(seeds, barrier, connectivity, claim_barrier)
     return _flood_fill(seeds, barrier, connectivity, bool(claim_barrier))
 
@@ -120,6 +122,7 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
         checks.same_device(op, masks=masks, scores=scores)
     checks.memory(op, "masks", masks, masks.numel() + masks.numel() // 8)
     backend = dispatch.choose(op, masks.device)
+    checks.values(op, masks=masks)
     if backend == "reference":
         return reference.merge_masks(masks, iou, scores)
     groups = _merge_masks(masks, float(iou))
