@@ -276,7 +276,7 @@ def test_ignored_detections_are_not_counted():
         (
             lambda: ops.suppress_nonmaxima(torch.ones(1, 3, 4), "sobel"),
             ValueError,
-            "suppress_nonmaxima: method must be bsds or hessian, got sobel",
+            "suppress_nonmaxima: method must be 'bsds' or 'hessian', got 'sobel'",
         ),
         (
             lambda: ops.match_contours(random_mask(1, 3, 4), random_mask(1, 3, 5), 1),

@@ -1471,7 +1471,7 @@ class TestScenes:
             ({"window": 16}, "window must be at least 32, got 16"),
             ({"window": 40}, "window must be a multiple of 16 pixels, got 40"),
             ({"scenes_share": 1.1}, "scenes_share must be from 0 to 1, got 1.1"),
-            ({"loss": "mse"}, "loss must be dice or cross-entropy, got mse"),
+            ({"loss": "mse"}, "loss must be 'dice' or 'cross-entropy', got 'mse'"),
         ],
         ids=str,
     )

@@ -533,7 +533,7 @@ class TestCall:
                 {"methods": ["mini", "sobel"], "table": "components", "baseline": "x.json"},
                 "methods must be one MODEL without a timestep .*, got mini, sobel",
             ),
-            ({"methods": "sobel", "suppression": "none"}, "suppression must be bsds or hessian, got none"),
+            ({"methods": "sobel", "suppression": "none"}, "suppression must be 'bsds' or 'hessian', got 'none'"),
             ({"methods": "sobel", "limit": 0}, "limit must be at least 1 or None, got 0"),
             ({"methods": "sobel", "threshold": 0}, r"threshold must be above 0 and at most 1, got \[0\]"),
             ({"methods": "sobel", "threshold": [0.5, 1.5]}, r"threshold must be above 0 and at most 1, got \[0.5, 1.5"),

@@ -477,8 +477,12 @@ class TestConvertEdges:
         assert isinstance(convert_edges(edges.cuda(), "x.png"), np.ndarray)
 
     def test_unknown_output_type(self, edges):
-        with pytest.raises(ValueError, match=r"^edges: output_type must be 'np', 'pt', 'pil' or None, got 'numpy'$"):
+        with pytest.raises(
+            ValueError, match=r"^edges: output_type must be 'np' or 'pt' or 'pil' or None, got 'numpy'$"
+        ):
             convert_edges(edges, "x.png", "numpy")
+        with pytest.raises(ValueError, match=r"^edges: output_type must be 'np' or .*, got array"):
+            convert_edges(edges, "x.png", np.zeros(3))
 
 
 def propagate_all(edges):
@@ -685,6 +689,8 @@ class TestResize:
         for size in [(5,), (0, 6), (5, 6, 7)]:
             with pytest.raises(ValueError, match=r"^resize: size must be \(height, width\), both at least 1, got \("):
                 resize(torch.zeros(1, 3, 20, 31), size)
+        with pytest.raises(ValueError, match=rf"^resize: size must be at most {MAX_PIXELS} pixels, got 10+ x 6$"):
+            resize(torch.zeros(1, 3, 20, 31), (10**30, 6))
 
 
 @pytest.mark.slow

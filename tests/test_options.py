@@ -64,7 +64,7 @@ class TestChecks:
             ({"rate": float("inf")}, ValueError, "test: rate must be finite, got inf"),
             ({"rate": float("nan")}, ValueError, "test: rate must be at least 0, got nan"),
             ({"rate": "fast"}, TypeError, "test: rate must be a number, got str"),
-            ({"kind": "three"}, ValueError, "test: kind must be one or two, got three"),
+            ({"kind": "three"}, ValueError, "test: kind must be 'one' or 'two', got 'three'"),
         ],
         ids=str,
     )

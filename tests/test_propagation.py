@@ -146,6 +146,15 @@ def test_classes_keep_masks_apart():
     assert len(flood(masks, edges, threshold=0.5, classes=[4, 7])) == 2
 
 
+@pytest.mark.parametrize(
+    "classes", [[1.2, 1.9], [1, None], [1], [[1, 2]], 3, torch.tensor([1, 2]).to_sparse()], ids=str
+)
+def test_classes_that_are_no_integers(classes):
+    edges, labels = cross()
+    with pytest.raises((TypeError, ValueError), match=r"^propagate: classes must be"):
+        flood(np.stack([labels == 1, labels == 2]), edges, threshold=0.5, classes=classes)
+
+
 def test_the_format_is_kept():
     edges, labels = cross()
     whole = labels <= 2
@@ -603,12 +612,13 @@ def test_defaults_of_torch_do_not_matter(noisy, request):
         ({"threshold": 0}, ValueError, "threshold must be above 0 and at most 1, got 0"),
         ({"threshold": np.float32("nan")}, ValueError, "threshold must be finite, got nan"),
         ({"threshold": "0.5"}, TypeError, "threshold must be a number, got str"),
-        ({"mode": "swim"}, ValueError, "mode must be fit, flood or walk, got 'swim'"),
+        ({"mode": "swim"}, ValueError, "mode must be 'fit' or 'flood' or 'walk', got 'swim'"),
+        ({"mode": np.zeros(2)}, ValueError, "mode must be 'fit' or 'flood' or 'walk', got array"),
         ({"iou": 2}, ValueError, "iou must be from 0 to 1, got 2"),
         ({"cover": -1}, ValueError, "cover must be from 0 to 1, got -1"),
         ({"min_area": 0}, ValueError, "min_area must be at least 1, got 0"),
         ({"min_area": 1.0}, TypeError, "min_area must be an int, got float"),
-        ({"classes": [1, 2]}, ValueError, r"classes must be \(1,\), got \(2,\)"),
+        ({"classes": [1, 2]}, ValueError, r"classes must be \(1,\), one for each mask, got \(2,\)"),
         ({"edges": np.zeros((4, 6))}, ValueError, r"masks must be of size \(4, 6\), got \(4, 5\)"),
         ({"masks": "masks.png"}, TypeError, "masks"),
     ],

@@ -135,6 +135,24 @@ def test_a_search_and_a_student_of_one_network():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "mini"])
+def test_tracers_of_a_network_at_mixed_sizes(family):
+    if family == "mini":
+        backbone = load_backbone("mini", device=torch.device("cpu"), size=(32, 48))
+        tracers = [Tracer(backbone).resized(size) for size in ((32, 48), (48, 32), (16, 64))]
+    else:
+        pipe, empty_prompt = make_pipe(family)
+        tracers = [Tracer(wrap_pipeline(pipe, empty_prompt, size)) for size in (SIZE, SIZE[::-1], (32, 64))]
+    photos = [torch.rand(1, 3, 20 + 7 * index, 41 - 5 * index) for index in range(3)]
+    calls = [
+        (f"tracer {number}, photo {index}", lambda tracer=tracer, photo=photo: tracer(photo, **SCAN).edges)
+        for index, photo in enumerate(photos)
+        for number, tracer in enumerate(tracers)
+    ]
+    assert_as_alone(calls)
+
+
+@pytest.mark.slow
 def test_the_models_that_edges_keeps():
     calls = [
         (f"stage {stage} of image {index}", lambda x=image, n=stage: trace_fast.edges(x, stage=n, size=(32, 48)))

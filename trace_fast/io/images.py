@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trace_fast.io.arrays import array_to_tensor, check_values, dtype_name
 from trace_fast.io.pictures import MAX_PIXELS, decode, open_picture
+from trace_fast.ops import checks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -164,8 +165,7 @@ def check_output_type(output_type: str | None) -> None:
     Example:
         >>> check_output_type("pil")
     """
-    if output_type is not None and output_type not in OUTPUT_TYPES:
-        raise ValueError(f"edges: output_type must be 'np', 'pt', 'pil' or None, got {output_type!r}")
+    checks.choice("edges", "output_type", output_type, *OUTPUT_TYPES, None)
 
 
 def check_channel_order(channel_order: str) -> None:
@@ -180,8 +180,7 @@ def check_channel_order(channel_order: str) -> None:
     Example:
         >>> check_channel_order("bgr")
     """
-    if channel_order not in CHANNEL_ORDERS:
-        raise ValueError(f"edges: channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+    checks.choice("edges", "channel_order", channel_order, *CHANNEL_ORDERS)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -195,7 +194,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
         (B, C, height, width) of the same dtype; the image itself if it has that size already.
 
     Raises:
-        ValueError: image is not (B, C, H, W), or a side of size is below 1.
+        ValueError: image is not (B, C, H, W), or size has a side below 1 or more than `MAX_PIXELS` pixels.
 
     Example:
         >>> resize(torch.rand(2, 3, 48, 64), (30, 20)).shape
@@ -205,6 +204,8 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"resize: image must be (B, C, H, W), got shape {tuple(image.shape)}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"resize: size must be (height, width), both at least 1, got {tuple(size)}")
+    if math.prod(size) > MAX_PIXELS:
+        raise ValueError(f"resize: size must be at most {MAX_PIXELS} pixels, got {size[0]} x {size[1]}")
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)

@@ -20,6 +20,7 @@ from trace_fast.io.arrays import mask_areas, mask_boxes
 from trace_fast.io.images import read_edge_map
 from trace_fast.masks.fitting import THRESHOLD, Part, draw_parts, fit_masks
 from trace_fast.masks.formats import MaskSet, keep_visible, open_masks
+from trace_fast.masks.formats.base import read_classes
 from trace_fast.masks.hierarchy import Hierarchy, Nodes
 from trace_fast.ops import checks
 from trace_fast.reference import STRENGTHS, whole_strengths
@@ -133,9 +134,7 @@ def propagate(
     count, device = len(mask_set.masks), mask_set.masks.device
     mask_classes = mask_set.classes
     if classes is not None:
-        mask_classes = torch.as_tensor(classes, dtype=torch.int64, device=device)
-        if mask_classes.shape != (count,):
-            raise ValueError(f"propagate: classes must be ({count},), got {tuple(mask_classes.shape)}")
+        mask_classes = read_classes("propagate", "classes", classes, count).to(device)
     if not count:
         return restore(mask_set, [])
     if mode == "fit":
@@ -533,8 +532,7 @@ def complete_by_walk(fragments: Tensor, edges: Tensor, classes: Tensor, size: in
 
 def _choose_threshold(mode: str, threshold: float | None) -> float:
     """Return the threshold of a mode, both checked."""
-    if mode not in ("fit", "flood", "walk"):
-        raise ValueError(f"propagate: mode must be fit, flood or walk, got {mode!r}")
+    checks.choice("propagate", "mode", mode, "fit", "flood", "walk")
     if threshold is None and mode != "fit":
         raise ValueError(f"propagate: threshold must be given with mode {mode}, got None")
     return THRESHOLD if threshold is None else threshold

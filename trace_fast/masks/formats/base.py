@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trace_fast.io.arrays import check_values, dtype_name
+from trace_fast.io.arrays import array_to_tensor, check_values, dtype_name
 from trace_fast.ops import checks
 
 __all__ = [
@@ -121,7 +121,7 @@ def read_binary(values: np.ndarray | Tensor, name: str, cut: float | None = None
             hint = "" if is_soft or dtype not in FLOAT_DTYPES else "; soft masks need a cut"
             required = "numbers" if is_soft else "0 or 1"
             raise ValueError(f"open_masks: {name} must be {required}, got {values[is_bad][0].item()}{hint}")
-    return inside if isinstance(inside, Tensor) else torch.from_numpy(np.ascontiguousarray(inside))
+    return inside if isinstance(inside, Tensor) else array_to_tensor(inside)
 
 
 def highest(values: np.ndarray | Tensor) -> int:
@@ -174,20 +174,25 @@ def convert_scores(op: str, name: str, scores: Any, count: int) -> Tensor:
     return values
 
 
-def read_classes(name: str, classes: Any, count: int) -> Tensor:
+def read_classes(op: str, name: str, classes: Any, count: int) -> Tensor:
     """Read the classes of masks, int64, on the device of a tensor; names are numbered.
 
     Numbers that are no integers would become others, and are refused.
     """
     if not isinstance(classes, (np.ndarray, Tensor)):
-        names = list(classes)
-        is_named = all(isinstance(one, str) for one in names)
-        classes = np.array([names.index(one) for one in names] if is_named else names)
+        try:
+            names = list(classes)
+            is_named = all(isinstance(one, str) for one in names)
+            classes = np.array([names.index(one) for one in names] if is_named else names)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{op}: {name} must be integers, got {reprlib.repr(classes)}") from error
         classes = classes if len(names) else classes.astype(np.int64)
+    if isinstance(classes, Tensor):
+        check_values(f"{op}: {name}", classes)
     if dtype_name(classes) not in INTEGER_DTYPES:
-        raise TypeError(f"open_masks: {name} must be integers, got {dtype_name(classes)}")
+        raise TypeError(f"{op}: {name} must be integers, got {dtype_name(classes)}")
     if tuple(classes.shape) != (count,):
-        raise ValueError(f"open_masks: {name} must be ({count},), one for each mask, got {tuple(classes.shape)}")
+        raise ValueError(f"{op}: {name} must be ({count},), one for each mask, got {tuple(classes.shape)}")
     return classes.long() if isinstance(classes, Tensor) else torch.from_numpy(classes.astype(np.int64))
 
 

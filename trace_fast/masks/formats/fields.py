@@ -71,7 +71,7 @@ def read_fields(fields: Mapping[str, Any], options: Options) -> tuple[MaskSet, W
         scores = convert_scores("open_masks", score_key, fields[score_key], count).to(masks.device)
     classes = None
     if class_key is not None:
-        classes = read_classes(class_key, fields[class_key], count).to(masks.device)
+        classes = read_classes("open_masks", class_key, fields[class_key], count).to(masks.device)
     mask_set = MaskSet(masks, None if scores is None else scores.float(), classes)
 
     def write(result: MaskSet, best: list[int]) -> Any:
@@ -142,7 +142,9 @@ def read_detections(detections: Any, options: Options) -> tuple[MaskSet, Write]:
     scores = None
     if detections.confidence is not None:
         scores = convert_scores("open_masks", "confidence", detections.confidence, len(masks))
-    classes = None if detections.class_id is None else read_classes("class_id", detections.class_id, len(masks))
+    classes = (
+        None if detections.class_id is None else read_classes("open_masks", "class_id", detections.class_id, len(masks))
+    )
     mask_set = MaskSet(masks, None if scores is None else scores.float(), classes)
 
     def write(result: MaskSet, best: list[int]) -> Any:
@@ -181,7 +183,7 @@ def read_instances(instances: Any, options: Options) -> tuple[MaskSet, Write]:
     scores = convert_scores("open_masks", "scores", fields["scores"], len(masks)) if "scores" in fields else None
     classes = None
     if "pred_classes" in fields:
-        classes = read_classes("pred_classes", fields["pred_classes"], len(masks))
+        classes = read_classes("open_masks", "pred_classes", fields["pred_classes"], len(masks))
     mask_set = MaskSet(masks, None if scores is None else scores.float(), classes)
 
     def write(result: MaskSet, best: list[int]) -> Any:

@@ -109,7 +109,7 @@ def _read_record_classes(records: Sequence[Mapping[str, Any]], device: torch.dev
         numbers = [_read_category(record, index) for index, record in enumerate(records)]
         return torch.tensor(numbers, dtype=torch.int64, device=device)
     if "label" in records[0]:
-        return read_classes("label", _collect(records, "label"), len(records)).to(device)
+        return read_classes("open_masks", "label", _collect(records, "label"), len(records)).to(device)
     return None
 
 
