@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "kernels.jso
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90)
 CHANNELS = (40, 64, 72, 80, 128, 160, 256)
-TOKENS, HEADS, COLUMNS = 1024, 8, 9
+TOKENS, HEADS, COLUMNS, OTHERS = 1024, 8, 9, 333
 
 # why a configuration that spills stays; the first that applies
 REASONS = (
@@ -155,18 +155,23 @@ def attention_cases(dtype: torch.dtype, heads: int, tokens: int, channels: int, 
     parts, lse = torch.randn(1, heads, tokens, COLUMNS, device=device), torch.randn(1, heads, tokens, device=device)
     statistics, total = torch.stack([lse, lse.exp()]), torch.zeros(1, tokens, tokens, device=device)
     backward = functools.partial(attention.readout_backward, grad, query, key, values, parts, lse, channels**-0.5)
-    launchers = {
-        "row_statistics": (x.row_grid, functools.partial(attention.row_statistics, x)),
-        "add_probabilities": (x.tile_grid, functools.partial(attention.add_probabilities, total, x, statistics, 1.0)),
-        "readout": (x.row_grid, functools.partial(attention.readout, query, key, values, channels**-0.5)),
-        "readout_keys": (x.column_grid, backward),
-        "readout_queries": (x.row_grid, backward),
-    }
-    for kernel, (grid, launch) in launchers.items():
+    others = torch.randn(1, heads, OTHERS, channels, device=device).to(dtype)
+    add = functools.partial(attention.add_probabilities, total, x)
+    launchers = (
+        ("row_statistics", {}, x.row_grid, functools.partial(attention.row_statistics, x)),
+        ("exclude_keys", {}, x.row_grid, functools.partial(attention.exclude_keys, x, lse, others)),
+        ("add_probabilities", {}, x.tile_grid, functools.partial(add, statistics, 1.0)),
+        ("add_probabilities", {"lse": True}, x.tile_grid, functools.partial(add, lse[None], 1.0)),
+        ("readout", {}, x.row_grid, functools.partial(attention.readout, query, key, values, channels**-0.5)),
+        ("readout_keys", {}, x.column_grid, backward),
+        ("readout_queries", {}, x.row_grid, backward),
+    )
+    for kernel, variant, grid, launch in launchers:
         shipped = attention.candidates(kernel, dtype.itemsize, x.wide + x.tail)
-        extra = EXTRA[kernel] if dtype.itemsize == 2 and channels <= 80 else ()
+        extra = EXTRA.get(kernel, ()) if dtype.itemsize == 2 and channels <= 80 and not variant else ()
         for config in dict.fromkeys((*shipped, *extra)):
-            row = {"kernel": kernel, "dtype": name(dtype), "channels": channels, "shipped": config in shipped}
+            row = {"kernel": kernel, **variant, "dtype": name(dtype), "channels": channels}
+            row["shipped"] = config in shipped
             yield Case(row, config, launch, config == x.pick(kernel, grid))
 
 
@@ -212,7 +217,8 @@ def main() -> None:
     output = parser.parse_args().output
     rows = tabulate(cases())
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    columns = "tile is rows, columns, warps, stages and, where not 0, n: one exponential in n is a polynomial"
+    columns = "tile is rows, columns, warps, stages and, where not 0, n: one exponential in n is a polynomial; lse: "
+    columns += "the log-sum-exps of the rows are given"
     part = output.with_suffix(".part")
     part.write_text(f'{{"triton": "{triton.__version__}", "columns": "{columns}", "kernels": [\n  {lines}\n]}}\n')
     os.replace(part, output)

@@ -287,8 +287,9 @@ def kernels(results: dict[str, Any]) -> str:
     for row in results["kernels"]:
         if row["shipped"] and row["sm"] == 90 and row.get("channels", 0) in (0, 40, 64, 128):
             rows, columns, warps, *_ = row["tile"]
+            name = f"{row['kernel']}, log-sum-exp given" if row.get("lse") else row["kernel"]
             lines.append(
-                f"| {row['kernel']} | {row['dtype']} | {row.get('channels', '')} | {rows} x {columns} | {warps} | "
+                f"| {name} | {row['dtype']} | {row.get('channels', '')} | {rows} x {columns} | {warps} | "
                 f"{row['registers']} | {row['spilled']} | {row['shared'] / 1024:.0f} | {row.get('issued', '')} | "
                 f"{8 * row['special'] if 'special' in row else ''} |"
             )

@@ -54,8 +54,12 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the shipped configurations beside the best, and write all."""
-    for key in dict.fromkeys((row["kernel"], row["heads"], row["tokens"], row["channels"]) for row in rows):
-        group = [row for row in rows if (row["kernel"], row["heads"], row["tokens"], row["channels"]) == key]
+
+    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["kernel"], row.get("lse", False), row["heads"], row["tokens"], row["channels"]
+
+    for key in dict.fromkeys(map(identity, rows)):
+        group = [row for row in rows if identity(row) == key]
         best, picked = min(group, key=lambda row: row["median_ms"]), next(row for row in group if row["picked"])
         mark = "" if best is picked else f"  best {best['tile']} {best['median_ms']:.3f} +- {best['spread_ms']:.3f}"
         print(f"{key!s:52} shipped {picked['tile']} {picked['median_ms']:.3f} +- {picked['spread_ms']:.3f}{mark}")

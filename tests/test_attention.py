@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from op_examples import TRITON
 from torch.testing import assert_close
 
 from trace_fast import _C, ops, reference
@@ -180,6 +181,116 @@ def test_nan_is_propagated(polynomial, device, tiles):
         assert expected[1, 20].isnan().all()
         out = ops.attention_map(*(x.to(device) for x in features))
         assert torch.equal(out.isnan().cpu(), expected.isnan())
+
+
+def log_sum_exp(query, keys, scale=None):
+    """Return the logarithm of the sum of exp(logit) of each row, in float64."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return (query.double() @ keys.double().mT * scale).logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("channels", [1, 13, 40, 72, 128])
+def test_log_sum_exp_of_the_rows(channels, dtype, device):
+    query, key = (x.to(dtype) for x in random_features(2, 3, 51, channels))
+    lse = log_sum_exp(query, key)
+    # its own rounding is a relative error of the probabilities
+    error = EPS * float(lse.abs().max())
+    exact = reference.attention_map(query.double(), key.double())
+    eager = reference.attention_map(query, key)
+    # rows of another memory layout, as attention on a CPU returns them
+    lse = lse.float().mT.contiguous().mT.to(device)
+    total = torch.zeros(2, 51, 51, device=device)
+    ops.accumulate_attention(total, query.to(device), key.to(device), 1.0, lse=lse)
+    assert_no_worse(total, exact, eager, magnitude=logit_rounding(query, key) + error / EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("channels", "count"), [(13, 1), (40, 5), (72, 70), (128, 33)])
+def test_log_sum_exp_over_other_keys_too(channels, count, dtype, device, tiles):
+    tiles(16, 32)
+    query, key = (x.to(dtype) for x in random_features(2, 3, 51, channels))
+    # one tensor of all keys, as attention has them: others are a view
+    keys = torch.cat([random_features(2, 3, count, channels, 1)[1].to(dtype), key], 2)
+    lse = log_sum_exp(query, keys)
+    exact = reference.attention_map(query.double(), key.double())
+    eager = reference.attention_map(query, key)
+    total = torch.zeros(2, 51, 51, device=device)
+    query, keys, lse = query.to(device), keys.to(device), lse.float().to(device)
+    ops.accumulate_attention(total, query, keys[:, :, count:], 1.0, lse=lse, others=keys[:, :, :count])
+    magnitude = logit_rounding(query.cpu(), keys.cpu()) + float(lse.abs().max())
+    assert_no_worse(total, exact, eager, magnitude=32 * magnitude)
+
+
+def with_share(share):
+    """Return query, key, one other key that takes this share of each row's mass at scale 1, and the log-sum-exp."""
+    query, key = random_features(1, 2, share.numel(), 16)
+    query /= 80  # flat attention, whose probabilities are all compared
+    wanted = log_sum_exp(query, key, 1.0) + torch.log(share / (1 - share))
+    # a channel more, of which the key has nothing
+    query = torch.cat([query, wanted.clamp(min=-1e3)[..., None].float()], -1)
+    key = torch.cat([key, torch.zeros(*key.shape[:3], 1)], -1)
+    other = torch.zeros(1, 2, 1, 17)
+    other[..., -1] = 1
+    return query, key, other, log_sum_exp(query, torch.cat([other, key], 2), 1.0)
+
+
+def test_share_of_other_keys(device, tiles):
+    """The error of a row grows by 1 / (1 - f) for a share f of other keys, up to 32, and not at all beyond."""
+    tiles(16, 32)
+    share = torch.cat([torch.linspace(0, 0.96, 40), torch.linspace(0.968, 0.9999, 11)]).double()
+    query, key, other, lse = with_share(share)
+    exact = reference.attention_map(query.double(), key.double(), scale=1.0)
+    total = torch.zeros(1, 51, 51, device=device)
+    arguments = (x.to(device) for x in (query, key))
+    ops.accumulate_attention(total, *arguments, 1.0, scale=1.0, lse=lse.float().to(device), others=other.to(device))
+    error = ((total.cpu().double() - exact) / exact).abs().amax(-1)[0]
+    rounding = EPS * (lse.abs().amax(1)[0] + logit_rounding(query, key, 1.0) + 8)
+    assert (error <= 2 * rounding / (1 - share).clamp(min=1 / 32)).all()
+    assert (error[share > 0.97] <= 2 * rounding[share > 0.97]).all()
+
+
+@pytest.mark.parametrize("device", [TRITON], indirect=True)
+def test_the_log_sum_exp_is_used(device, tiles):
+    tiles(16, 32)
+    share = torch.linspace(0, 0.9999, 51).double()
+    query, key, other, lse = (x.to(device) for x in with_share(share))
+    lse = lse.float()
+    for others in (None, other):
+        maps = []
+        for moved in (lse, lse + 1e-3):
+            maps.append(torch.zeros(1, 51, 51, device=device))
+            ops.accumulate_attention(maps[-1], query, key, 1.0, scale=1.0, lse=moved, others=others)
+        used = ((maps[0] / maps[1]).amin(-1) > 1.0005)[0].cpu()
+        # rows of which other keys have more than 31 in 32 are summed up
+        assert torch.equal(used, torch.full_like(used, True) if others is None else share < 31 / 32)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_log_sum_exp_with_a_negative_scale_and_zero(scale, device):
+    query, key = random_features(2, 2, 51, 16)
+    keys = torch.cat([key, 2 * key[:, :, :9]], 2)
+    lse = log_sum_exp(query, keys, scale).float()
+    exact = reference.attention_map(query.double(), key.double(), scale)
+    eager = reference.attention_map(query, key, scale)
+    total = torch.zeros(2, 51, 51, device=device)
+    query, key, lse, others = (x.to(device) for x in (query, key, lse, keys[:, :, 51:]))
+    ops.accumulate_attention(total, query, key, 1.0, scale, lse, others)
+    magnitude = logit_rounding(query.cpu(), keys, scale) + float(lse.abs().max())
+    assert_no_worse(total, exact, eager, magnitude=32 * magnitude)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_nan_is_propagated_past_the_log_sum_exp(device, tiles):
+    tiles(16, 32)
+    query, key = random_features(2, 3, 51, 8)
+    query[1, 2, 20, 4] = math.nan
+    others = key[:, :, :5].clone()
+    lse = log_sum_exp(query, torch.cat([key, others], 2)).float()
+    total = torch.zeros(2, 51, 51, device=device)
+    query, key, lse, others = (x.to(device) for x in (query, key, lse, others))
+    ops.accumulate_attention(total, query, key, 1.0, lse=lse, others=others)
+    assert total[1, 20].isnan().all() and not total[0].isnan().any() and not total[1, :20].isnan().any()
 
 
 @pytest.mark.parametrize("polynomial", [2, 4])
@@ -419,6 +530,20 @@ def test_empty_batch(device):
             r"total must be \(B, N, N\) with B = 1, N = 6, got \(1, 6, 5\)",
         ),
         ({"total": torch.ones(1, 6, 6).mT}, ValueError, r"total must be contiguous, got strides \(36, 1, 6\)"),
+        ({"lse": torch.ones(1, 2, 6).half()}, TypeError, "lse must be float32, got float16"),
+        (
+            {"lse": torch.ones(1, 2, 5)},
+            ValueError,
+            r"lse must be \(B, H, N\) with B = 1, H = 2, N = 6, got \(1, 2, 5\)",
+        ),
+        ({"lse": torch.ones(1, 2, 6, device="meta")}, ValueError, "lse must be on {device} like query, got meta"),
+        ({"others": torch.ones(1, 2, 3, 4).half()}, TypeError, "others must be float32, got float16"),
+        (
+            {"others": torch.ones(1, 2, 3, 5)},
+            ValueError,
+            r"others must be \(B, H, T, d\) with B = 1, H = 2, d = 4, got \(1, 2, 3, 5\)",
+        ),
+        ({"others": torch.ones(1, 2, 3, 4, device="meta")}, ValueError, "others must be on {device} like query"),
         ({"weight": "1"}, TypeError, "weight must be a number, got str"),
         ({"scale": "1"}, TypeError, "scale must be a number, got str"),
         (

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import itertools
+import math
 from types import SimpleNamespace
 
 import diffusers
@@ -10,8 +12,10 @@ import pytest
 import torch
 import transformers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from oracle import AttentionOracle
+from op_examples import TRITON
+from oracle import AttentionOracle, assert_read_from_the_call
 from tiny import FAMILIES, SIZE, language, pipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trace_fast import Tracer, reference
 from trace_fast.backbones import wrap_pipeline
@@ -54,7 +58,7 @@ def run(backbone, oracle=None):
 def captured(backbone, forward=run):
     """Return the prediction, and (index, query, key) in the order in which blocks were read."""
     inputs = []
-    with backbone.capture(lambda *block: inputs.append(block)):
+    with backbone.capture(lambda *block: inputs.append(block[:3])):
         prediction = forward(backbone)
     return prediction, inputs
 
@@ -80,6 +84,29 @@ def test_query_and_key_are_what_the_product_receives(family):
         tokens = grids[index][0] * grids[index][1]
         assert torch.equal(query, expected_query[:, :, image(tokens)])
         assert torch.equal(key, expected_key[:, :, image(tokens)])
+
+
+def test_log_sum_exp_is_that_of_the_attention_call(family):
+    _, backbone = make(family)
+    oracle, blocks = AttentionOracle(), []
+    with backbone.capture(lambda *block: blocks.append(block)) as capture:
+        run(backbone, oracle)
+    assert capture.obstacles == [None] * FAMILIES[family].blocks
+    for block, call in zip(blocks, FAMILIES[family].calls(oracle), strict=True):
+        assert_read_from_the_call(block, call, FAMILIES[family].image(block[1].shape[2]))
+
+
+def test_projections_are_read_where_the_call_is_not(family):
+    """Compare both ways: the layers that a family declares must give what the call receives, exactly."""
+    _, backbone = make(family)
+    oracle, blocks = AttentionOracle(), []
+    with sdpa_kernel(SDPBackend.MATH), backbone.capture(lambda *block: blocks.append(block)) as capture:
+        run(backbone, oracle)
+    assert set(capture.obstacles) == {"runs on cpu, where torch chooses MATH for its attention"}
+    for (_, query, key, *more), call in zip(blocks, FAMILIES[family].calls(oracle), strict=True):
+        image = FAMILIES[family].image(query.shape[2])
+        assert torch.equal(query, call[0][:, :, image]) and torch.equal(key, call[1][:, :, image])
+        assert more == [None, None]
 
 
 def test_capture_changes_no_bit_of_the_output(family):
@@ -241,6 +268,9 @@ def test_fused_projections_are_read_too(family):
     backbone.network.fuse_qkv_projections()
     _, fused = captured(backbone)
     assert_alike(blocks, fused)
+    with sdpa_kernel(SDPBackend.MATH):  # the layers are called themselves
+        _, fused = captured(backbone)
+    assert_alike(blocks, fused)
 
 
 def test_a_sliced_attention_processor_is_left_in_place():
@@ -248,7 +278,10 @@ def test_a_sliced_attention_processor_is_left_in_place():
     _, blocks = captured(backbone)
     backbone.network.set_attention_slice(1)
     processors = dict(backbone.network.attn_processors)
-    _, sliced = captured(backbone)
+    sliced = []
+    with backbone.capture(lambda *block: sliced.append(block[:3])) as capture:
+        run(backbone)
+    assert set(capture.obstacles) == {"calls no scaled_dot_product_attention of torch"}
     assert {type(p).__name__ for p in processors.values()} == {"SlicedAttnProcessor"}
     assert backbone.network.attn_processors == processors
     assert_alike(blocks, sliced)
@@ -316,7 +349,10 @@ def test_compiled_with_capture_on(family):
         finally:
             backbone.network = network
 
-    compiled, again = captured(backbone, forward)
+    again = []
+    with backbone.capture(lambda *block: again.append(block[:3])) as capture:
+        compiled = forward(backbone)
+    assert set(capture.obstacles) == {"is compiled"}
     torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
     assert [index for index, *_ in again] == [index for index, *_ in blocks]
     assert_alike(blocks, again)
@@ -357,6 +393,51 @@ def test_the_search_never_waits_for_the_device(family):
     backbone.network.to("meta"), backbone.vae.to("meta")
     kl, abdiv = Tracer(backbone).scan(torch.empty(2, 3, *SIZE, device="meta"), timesteps=(0, 99, 499))
     assert kl.is_meta and kl.shape == (2, 2) and abdiv.shape[:2] == (2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [TRITON], indirect=True)
+@pytest.mark.parametrize("family", ["sd15", "pixart", "sd3.5-medium", "flux.1-dev", "z-image"])
+def test_logits_are_computed_twice_on_a_gpu(family, device, monkeypatch):
+    """Count the logits between tokens of the image: the network's own, and those of one pass for the map."""
+    from trace_fast.kernels import attention as kernels
+
+    _, backbone = make(family)
+    backbone.network.to(device), backbone.vae.to(device)
+    counts = {"network": 0, "row_statistics": 0, "add_probabilities": 0}
+    launchers = {name: getattr(kernels, name) for name in ("row_statistics", "add_probabilities")}
+
+    def count(name, *arguments):
+        (features,) = (x for x in arguments if isinstance(x, kernels.Features))
+        counts[name] += math.prod(features.query.shape[:3]) * features.tokens
+        return launchers[name](*arguments)
+
+    for name in launchers:
+        monkeypatch.setattr(kernels, name, functools.partial(count, name))
+
+    def record(index, query, *_):
+        counts["network"] += math.prod(query.shape[:3]) * query.shape[2]
+
+    images = torch.rand(1, 3, *SIZE, device=device)
+    with torch.no_grad(), backbone.capture(record):
+        backbone.predict(backbone.encode(images), torch.tensor([0], device=device))
+    assert not counts["row_statistics"]
+    attention = Tracer(backbone).attention(images)
+    assert counts["add_probabilities"] == counts["network"] > 0 == counts["row_statistics"]
+    expected = []
+    grids = backbone.grids(SIZE)
+    with torch.no_grad(), backbone.capture(lambda *block: expected.append(block[:3])):
+        backbone.predict(backbone.encode(images), torch.tensor([0], device=device))
+    maps = [
+        reference.resize_attention(reference.attention_map(q.double(), k.double()), grids[i], max(grids, key=math.prod))
+        for i, q, k in expected
+    ]
+    torch.testing.assert_close(attention.double(), torch.stack(maps).mean(0), rtol=1e-4, atol=1e-6)
+    # without the log-sum-exp there is a pass more
+    counts.update(row_statistics=0, add_probabilities=0)
+    with sdpa_kernel(SDPBackend.MATH):
+        Tracer(backbone).attention(images)
+    assert counts["add_probabilities"] == counts["row_statistics"] == counts["network"]
 
 
 class TestNoising:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from oracle import AttentionOracle
+from oracle import AttentionOracle, assert_read_from_the_call, log_sum_exps
 from safetensors.torch import load_file, save_file
 from tiny import dinov2, dinov3, eva, llava, qwen, timm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 import trace_fast
@@ -113,7 +114,7 @@ def run(backbone, context=None):
 def captured(backbone, context=None):
     """Return features, and (index, query, key) of the blocks that are read, in the order in which they ran."""
     inputs = []
-    with backbone.capture(lambda *block: inputs.append(block)):
+    with backbone.capture(lambda *block: inputs.append(block[:3])):
         return run(backbone, context), inputs
 
 
@@ -157,6 +158,48 @@ def test_query_and_key_are_what_the_product_receives(family):
     for (_, query, key), (expected_query, expected_key) in zip(blocks, expected, strict=True):
         assert torch.equal(query, expected_query)
         assert torch.equal(key, expected_key)
+
+
+OBSTACLES = {
+    "qwen2.5-vl": "calls attention 2 times",  # one image at a time
+    "llava-language": "masks its attention",
+    "qwen2.5-vl-language": "masks its attention",
+}
+
+
+def test_log_sum_exp_is_that_of_the_attention_call(family):
+    _, backbone = make(family)
+    oracle, blocks = AttentionOracle(), []
+    with backbone.capture(lambda *block: blocks.append(block)) as capture:
+        run(backbone, oracle)
+    assert capture.obstacles == [OBSTACLES.get(family)] * len(blocks)
+    if family in OBSTACLES:
+        assert all(block[3:] == (None, None) for block in blocks)
+        return
+    for block, call in zip(blocks, oracle.calls, strict=True):
+        assert_read_from_the_call(block, call, slice(-60, None))
+
+
+def test_projections_are_read_where_the_call_is_not(family):
+    """Compare both ways: the layers that a family declares must give what the call receives, exactly."""
+    _, backbone = make(family)
+    oracle = AttentionOracle()
+    with sdpa_kernel(SDPBackend.MATH):
+        _, blocks = captured(backbone, oracle)
+    for (_, *read), expected in zip(blocks, image_tokens(family, oracle.calls), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(read, expected, strict=True))
+
+
+def test_one_image_of_qwen_is_read_from_the_attention_call():
+    _, backbone = make("qwen2.5-vl")
+    blocks, sample = [], backbone.encode(photos()[:1])
+    with torch.no_grad(), backbone.capture(lambda *block: blocks.append(block)) as capture:
+        backbone.predict(sample, torch.zeros(1))
+    assert capture.obstacles == [None, None]
+    # rows in the order of the raster, as queries are
+    for _, query, key, lse, others in blocks:
+        torch.testing.assert_close(lse.double(), log_sum_exps(query, key), rtol=1e-6, atol=1e-5)
+        assert others is None
 
 
 def test_eager_attention_is_read_too(family):
@@ -652,7 +695,7 @@ class TestLanguage:
         with torch.no_grad(), oracle:
             expected = model(input_ids=tokens, **inputs, use_cache=False, logits_to_keep=1).logits
         blocks = []
-        with torch.no_grad(), backbone.capture(lambda *block: blocks.append(block)):
+        with torch.no_grad(), backbone.capture(lambda *block: blocks.append(block[:3])):
             assert torch.equal(backbone.predict(normalized, torch.zeros(1)), expected)
         for (_, *read), (query, key) in zip(blocks, oracle.calls[-3:], strict=True):  # the image follows one token
             assert torch.equal(read[0], query[:, :, 1:])

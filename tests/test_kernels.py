@@ -157,7 +157,7 @@ def test_table_is_what_is_compiled(compiled):
 
 def identity(row):
     """Return what distinguishes a row from the others."""
-    return row["kernel"], row["dtype"], row.get("channels"), row["sm"], tuple(row["tile"])
+    return row["kernel"], row.get("lse", False), row["dtype"], row.get("channels"), row["sm"], tuple(row["tile"])
 
 
 def test_table_has_every_kernel_and_configuration():

@@ -74,7 +74,7 @@ def test_rotary_keeps_lengths_and_sees_only_relative_positions():
 
 def test_capture_passes_on_exactly_what_attention_receives(network, backbone, sample):
     inputs = {}
-    with AttentionOracle() as oracle, backbone.capture(lambda i, q, k: inputs.update({i: (q.clone(), k.clone())})):
+    with AttentionOracle() as oracle, backbone.capture(lambda i, q, k, *_: inputs.update({i: (q.clone(), k.clone())})):
         network(sample, LEVEL)
     assert sorted(inputs) == [0, 1, 2] and len(oracle.calls) == 3
     for index, (query, key) in enumerate(oracle.calls):
@@ -124,7 +124,7 @@ def test_captured_map_is_the_networks_own(network, backbone, sample):
         attention.to_v.register_forward_hook(lambda _, __, out: values.update(v=out)),
         attention.to_out[0].register_forward_hook(lambda _, args, __: outputs.update(mixed=args[0])),
     ]
-    with backbone.capture(lambda _, q, k: inputs.update(q=q, k=k), [1]):
+    with backbone.capture(lambda _, q, k, *others: inputs.update(q=q, k=k), [1]):
         network(sample, LEVEL)
     for handle in handles:
         handle.remove()

@@ -209,7 +209,7 @@ def test_a_backward_pass_in_autograds_thread_is_read_too():
         blocks.clear()
         total = []
 
-        def on_attention(index, query, key):
+        def on_attention(index, query, key, *_):
             blocks.append(index)
             total.append((query * key).sum())
 

@@ -261,7 +261,7 @@ def test_blocks_of_several_grids_meet_on_the_finest(blocks, grid):
     maps = []
     for level in (0, 499):
         inputs = []
-        with tracer.backbone.capture(lambda _, q, k, inputs=inputs: inputs.append((q, k))), torch.no_grad():
+        with tracer.backbone.capture(lambda *block, inputs=inputs: inputs.append(block[1:3])), torch.no_grad():
             timestep = torch.full((2,), level)
             noise = torch.randn((1, 3, 20, 28), generator=torch.Generator().manual_seed(0))
             tracer.backbone.predict(tracer.backbone.schedule.noise(images * 2 - 1, noise, timestep), timestep)

@@ -116,13 +116,14 @@ class AttentionReadout:
         self.values = {grid: spread_values(values, grid, self.finest) for grid in set(self.grids)}
         self.products: dict[int, Tensor] = {}
 
-    def on_attention(self, index: int, query: Tensor, key: Tensor) -> None:
+    def on_attention(self, index: int, query: Tensor, key: Tensor, *_: Tensor | None) -> None:
         """Multiply the attention of a block with the values.
 
         Args:
             index: of the block in `grids`.
             query: (B, H, N, d) float.
             key: (B, H, N, d) of the same dtype.
+            _: what else a capture knows of the rows; one pass over the keys does without it.
         """
         product = ops.readout(query, key, self.values[self.grids[index]])
         self.products.setdefault(index, product)

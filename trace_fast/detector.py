@@ -393,8 +393,8 @@ class StudentPass(nn.Module):
         readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
         last = len(readout.grids) - 1
 
-        def on_attention(index: int, query: Tensor, key: Tensor) -> None:
-            readout.on_attention(index, query, key)
+        def on_attention(index: int, *inputs: Any) -> None:
+            readout.on_attention(index, *inputs)
             if index == last:
                 raise StopForward
 
@@ -424,10 +424,10 @@ class CompilablePass(StudentPass):
         self.readout: AttentionReadout | None = None  # of the pass that runs
         own.capture(self.on_attention).attach()
 
-    def on_attention(self, index: int, query: Tensor, key: Tensor) -> None:
+    def on_attention(self, index: int, *inputs: Any) -> None:
         """Read the attention of one block."""
         if self.readout is not None:
-            self.readout.on_attention(index, query, key)
+            self.readout.on_attention(index, *inputs)
 
     def read(self, images: Tensor) -> Tensor:
         """Return (B, N, C) float32, as `StudentPass` does."""

@@ -66,11 +66,20 @@ def attention_map(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
     return total
 
 
-def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float | None = None) -> None:
+def accumulate_attention(
+    total: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: float,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    others: Tensor | None = None,
+) -> None:
     """Add the head-mean attention map of one block to a running total, in place.
 
     total += weight * 1/H sum over heads of softmax(scale Q K^T). With weight 1/K for each of K blocks, the total is
-    the paper's aggregated map, and one (N, N) buffer serves all blocks.
+    the paper's aggregated map, and one (N, N) buffer serves all blocks. What a network's own attention knows of the
+    rows, `lse` and `others`, saves a pass over the keys on a GPU, and does not change what is computed.
 
     Args:
         total: (B, N, N) float, updated in place; half precision is rounded once per call, after the mean over heads.
@@ -78,6 +87,9 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
         key: (B, H, N, d) float.
         weight: factor of this block.
         scale: factor of the logits; None is 1 / sqrt(d).
+        lse: (B, H, N) float, the logarithm of the sum of exp(scale Q K^T) over the keys of `key` and `others`; None
+            where it is not known.
+        others: (B, H, T, d), dtype of key, keys that attention has beside `key`; None where it has none.
 
     Example:
         >>> total = torch.zeros(1, 6, 6)

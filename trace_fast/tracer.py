@@ -449,8 +449,8 @@ class Tracer(EdgeModel):
         for grid in set(grids) - {finest}:
             totals[grid] = total.new_empty(len(total), math.prod(grid), math.prod(grid))
 
-        def accumulate(index: int, query: Tensor, key: Tensor) -> None:
-            ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks))
+        def accumulate(index: int, query: Tensor, key: Tensor, lse: Tensor | None, others: Tensor | None) -> None:
+            ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks), lse=lse, others=others)
 
         def attend() -> Tensor:
             for attention in totals.values():

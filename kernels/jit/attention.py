@@ -21,12 +21,16 @@ __all__ = [
     "accumulate_attention",
     "accumulate_resized",
     "add_probabilities",
+    "exclude_keys",
     "readout",
     "readout_backward",
     "row_statistics",
 ]
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
+# the share of a row's mass that must be left where the mass of other keys is subtracted: rounding errors grow by its
+# reciprocal
+LEAST_SHARE = tl.constexpr(1 / 32)
 
 
 @triton.jit
@@ -127,14 +131,10 @@ def exponentials(x, POLYNOMIAL: tl.constexpr):
 
 
 @triton.jit
-def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, query_head, query_row, key_image,
-                          key_head, key_row, scale, CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
-                          EVEN: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                          POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Compute the maximum of each row of logits and the sum of exp2(logit - maximum), for a block of rows of a head."""
-    first = tl.program_id(0) * ROWS
-    map_, _, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
-    q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
+def sum_row(q, q_tail, key, key_row, tokens, scale, CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
+            EVEN: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+            POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Return the maximum of each row of logits and the sum of exp2(logit - maximum): two of (ROWS,) float32."""
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, tokens, COLUMNS):
@@ -146,6 +146,20 @@ def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, que
         masses = exponentials(logits * scale - higher[:, None], POLYNOMIAL)
         total = total * tl.exp2(highest - higher) + tl.sum(masses, 1)
         highest = higher
+    return highest, total
+
+
+@triton.jit
+def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, query_head, query_row, key_image,
+                          key_head, key_row, scale, CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
+                          EVEN: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                          POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Compute the maximum of each row of logits and the sum of exp2(logit - maximum), for a block of rows of a head."""
+    first = tl.program_id(0) * ROWS
+    map_, _, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
+    q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
+    highest, total = sum_row(q, q_tail, key, key_row, tokens, scale, CHANNELS, WIDE, TAIL, EVEN, ALIGN, ROWS, COLUMNS,
+                             POLYNOMIAL, PRECISION)  # fmt: skip
     row = first + tl.arange(0, ROWS)
     at = map_ * tokens + row
     tl.store(top + at, highest, row < tokens)
@@ -153,12 +167,46 @@ def row_statistics_kernel(query, key, top, mass, heads, tokens, query_image, que
 
 
 @triton.jit
+def exclude_keys_kernel(lse, query, key, others, own_lse, heads, tokens, other_tokens, query_image, query_head,
+                        query_row, key_image, key_head, key_row, others_image, others_head, others_row, scale,
+                        CHANNELS: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr,
+                        ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POLYNOMIAL: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
+    """Compute the log-sum-exp over the keys alone from that over keys and others, for a block of rows of a head.
+
+    The mass of the others is subtracted. A block of which a row has less than LEAST_SHARE left goes through the keys.
+    """
+    first = tl.program_id(0) * ROWS
+    map_, image, query, key = locate_head(query, key, heads, query_image, query_head, key_image, key_head, ALIGN)
+    others += (image * others_image + map_ % heads * others_head) * ALIGN
+    q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
+    row = first + tl.arange(0, ROWS)
+    whole = tl.load(lse + map_ * tokens + row, row < tokens, 0.0) * LOG2E
+    share = tl.full((ROWS,), 1.0, tl.float32)
+    for start in range(0, other_tokens, COLUMNS):
+        k, k_tail = load_head(others, others_row, start, other_tokens, WIDE, TAIL, CHANNELS, COLUMNS, False, ALIGN)
+        logits = multiply(q, q_tail, k, k_tail, TAIL, PRECISION)
+        logits = tl.where((start + tl.arange(0, COLUMNS) < other_tokens)[None, :], logits, float("-inf"))
+        share -= tl.sum(exponentials(logits * scale - whole[:, None], POLYNOMIAL), 1)
+    share = tl.where(row < tokens, share, 1.0)
+    own = whole + tl.log2(share)
+    if tl.min(share) < LEAST_SHARE:
+        highest, total = sum_row(q, q_tail, key, key_row, tokens, scale, CHANNELS, WIDE, TAIL, EVEN, ALIGN, ROWS,
+                                 COLUMNS, POLYNOMIAL, PRECISION)  # fmt: skip
+        own = tl.where(share < LEAST_SHARE, highest + tl.log2(total), own)
+    tl.store(own_lse + map_ * tokens + row, own / LOG2E, row < tokens)
+
+
+@triton.jit
 def add_probabilities_kernel(total, query, key, top, mass, heads, tokens, query_image, query_head, query_row,
                                 key_image, key_head, key_row, scale, weight, CHANNELS: tl.constexpr,
                                 WIDE: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
-                                ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+                                ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, LSE: tl.constexpr,
                                 POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add weight * sum over heads of the probabilities to one tile of the map; the sum stays in registers."""
+    """Add weight * sum over heads of the probabilities to one tile of the map; the sum stays in registers.
+
+    If LSE, `top` holds natural log-sum-exps, and `mass` is not read.
+    """
     # programs go through GROUP tiles of rows for each tile of columns: those that run at once share keys in the cache
     down, across = tl.cdiv(tokens, ROWS), tl.cdiv(tokens, COLUMNS)
     tile, group = tl.program_id(0), tl.program_id(0) // (GROUP * across)
@@ -177,7 +225,11 @@ def add_probabilities_kernel(total, query, key, top, mass, heads, tokens, query_
         q, q_tail = load_head(query, query_row, first, tokens, WIDE, TAIL, CHANNELS, ROWS, EVEN, ALIGN)
         k, k_tail = load_head(key, key_row, start, tokens, WIDE, TAIL, CHANNELS, COLUMNS, EVEN, ALIGN)
         highest = tl.load(top + row, row < tokens, 0.0)
-        factor = weight / tl.load(mass + row, row < tokens, 1.0)
+        factor = tl.full((ROWS,), 1.0, tl.float32) * weight
+        if LSE:
+            highest *= LOG2E
+        else:
+            factor /= tl.load(mass + row, row < tokens, 1.0)
         logits = multiply(q, q_tail, k, k_tail, TAIL, PRECISION)
         mean += exponentials(logits * scale - highest[:, None], POLYNOMIAL) * factor[:, None]
         query += query_head * ALIGN
@@ -358,6 +410,10 @@ CONFIGS: dict[int, dict[str, dict[int, tuple[Config, ...]]]] = {
             160: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
             256: (Config(64, 64, 4, 2), Config(32, 32, 4, 2)),
         },
+        "exclude_keys": {
+            160: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+            256: (Config(64, 64, 4, 2), Config(32, 32, 4, 2)),
+        },
         "add_probabilities": {
             80: (Config(128, 128, 8, 3), Config(64, 64, 4, 3)),
             128: (Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
@@ -382,6 +438,7 @@ CONFIGS: dict[int, dict[str, dict[int, tuple[Config, ...]]]] = {
     },
     4: {
         "row_statistics": {80: (Config(64, 32, 4, 2),), 256: (Config(16, 32, 4, 1),)},
+        "exclude_keys": {80: (Config(64, 32, 4, 2),), 256: (Config(16, 32, 4, 1),)},
         "add_probabilities": {80: (Config(64, 32, 4, 2),), 160: (Config(16, 32, 4, 2),), 256: (Config(16, 32, 4, 1),)},
         "readout": {80: (Config(64, 32, 4, 2),), 256: (Config(16, 16, 4, 1),)},
         "readout_keys": {64: (Config(32, 32, 4, 1),), 256: (Config(16, 16, 4, 1),)},
@@ -407,7 +464,7 @@ class Features:
             query, scale = query * (0.0 if scale == 0 else -1.0), abs(scale) or 1.0
         self.query, self.key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         self.batch, self.heads, self.tokens, self.channels = query.shape
-        self.scale = scale * LOG2E
+        self.scale = scale * LOG2E.value
         # the largest power of two in the channels, and the rest; a product needs at least 16
         self.wide = max(16, 1 << self.channels.bit_length() - 1)
         rest = self.channels - self.wide
@@ -464,23 +521,56 @@ def row_statistics(features: Features, config: Config | None = None) -> Tensor:
     return statistics
 
 
+def exclude_keys(features: Features, lse: Tensor, others: Tensor, config: Config | None = None) -> Tensor:
+    """Return the log-sum-exp (B, H, N) over the keys alone, of that over the keys and others (B, H, T, d)."""
+    x = features
+    others = others.to(x.query.dtype)
+    others = others if others.stride(-1) == 1 else others.contiguous()
+    align = alignment(x.query, x.key, others)
+    strides = [stride // align for tensor in (x.query, x.key, others) for stride in tensor.stride()[:3]]
+    config = config or x.pick("exclude_keys", x.row_grid)
+    own_lse = lse.new_empty(lse.shape)
+    exclude_keys_kernel[x.row_grid(config)](
+        lse, x.query, x.key, others, own_lse, x.heads, x.tokens, others.shape[2], *strides, x.scale,
+        **{**x.constants(config), "ALIGN": align}, POLYNOMIAL=config.polynomial,
+    )  # fmt: skip
+    return own_lse
+
+
 def add_probabilities(
     total: Tensor, features: Features, statistics: Tensor, weight: float, config: Config | None = None
 ) -> None:
-    """Add weight * head mean of the probabilities to total (B, N, N), given the statistics of the rows."""
+    """Add weight * head mean of the probabilities to total (B, N, N), given the statistics of the rows.
+
+    The statistics are those of `row_statistics`, or the log-sum-exp (1, B, H, N).
+    """
     x = features
     config = config or x.pick("add_probabilities", x.tile_grid)
     add_probabilities_kernel[x.tile_grid(config)](
-        total, x.query, x.key, *statistics, x.heads, x.tokens, *x.strides, x.scale, weight / x.heads,
-        **x.constants(config), GROUP=GROUP, POLYNOMIAL=config.polynomial,
+        total, x.query, x.key, statistics[0], statistics[-1], x.heads, x.tokens, *x.strides, x.scale, weight / x.heads,
+        **x.constants(config), GROUP=GROUP, LSE=len(statistics) == 1, POLYNOMIAL=config.polynomial,
     )  # fmt: skip
 
 
-def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float) -> None:
-    """Add the map in two passes over the keys: the statistics of the rows, then the probabilities."""
+def accumulate_attention(
+    total: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: float,
+    scale: float,
+    lse: Tensor | None = None,
+    others: Tensor | None = None,
+) -> None:
+    """Add the map in a pass over the keys, after one for the statistics of the rows unless `lse` gives them."""
     with on_device(total):
         features = Features(query, key, scale)
-        add_probabilities(total, features, row_statistics(features), weight)
+        if lse is None:
+            statistics = row_statistics(features)
+        elif others is None:
+            statistics = lse.contiguous()[None]
+        else:
+            statistics = exclude_keys(features, lse.contiguous(), others)[None]
+        add_probabilities(total, features, statistics, weight)
 
 
 def accumulate_resized(

@@ -191,7 +191,10 @@ class Backbone(abc.ABC):
         """
 
     def image_tokens(self, count: int) -> slice:
-        """Return where the image's tokens stand in what `attention_inputs` returns: at its end, by default."""
+        """Return where the image's tokens stand, at the start or at the end of what attention receives.
+
+        `attention_inputs` returns all of it, or the part that the image's own layers make.
+        """
         return slice(-count, None)
 
     def find_layout(self, module: nn.Module) -> AttentionLayout:
@@ -216,7 +219,7 @@ class Backbone(abc.ABC):
         """Return the context in which blocks pass their query and key to `on_attention`; see `Capture`.
 
         Args:
-            on_attention: called as on_attention(index, query, key).
+            on_attention: called as on_attention(index, query, key, lse, others).
             blocks: indices of the blocks that are read; None for those of the settings.
         """
         return Capture(self, on_attention, self.settings.blocks if blocks is None else blocks)

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from trace_fast.backbones.attention_call import AttentionCall, match_autocast
+
 if TYPE_CHECKING:
     from trace_fast.backbones.base import Backbone
 
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
-OnAttention = Callable[[int, Tensor, Tensor], None]
+OnAttention = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], None]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _TABLE = threading.Lock()  # of the dictionary itself
@@ -74,19 +76,27 @@ class AttentionLayout:
 class Capture:
     """Context in which self-attention modules pass their query and key to a function.
 
-    Forward hooks keep what the layers give that a family declares (`Backbone.LAYOUTS`), and the rotary embedding; the
-    family's `attention_inputs` makes of them what attention receives, exactly. Attention processors, backends and
-    configurations are neither replaced nor written to, and the hooks are removed at the end, also after an error.
+    Query, key and log-sum-exp are those of the module's call of `scaled_dot_product_attention` (`AttentionCall`). Where
+    a module makes no such call, makes one whose log-sum-exp is another, or is compiled, forward hooks keep what the
+    layers give that a family declares (`Backbone.LAYOUTS`), and the rotary embedding; the family's `attention_inputs`
+    makes of them what attention receives, exactly. Attention processors, backends and configurations are neither
+    replaced nor written to, and the hooks are removed at the end, also after an error.
 
     Only calls of the thread that entered the context are read: another thread may run the same network meanwhile, and
     neither notices the other. The lock of the network (`network_lock`) is held inside the context.
 
     Args:
         backbone: the network whose attention is read.
-        on_attention: called as on_attention(index, query, key) once for each block and forward pass, with the position
-            among `blocks` and two tensors (B, H, N, d) of the image's tokens. They are the network's own tensors: use
+        on_attention: called as on_attention(index, query, key, lse, others) once for each block and forward pass, with
+            the position among `blocks` and two tensors (B, H, N, d) of the image's tokens. lse (B, H, N) float32 is the
+            logarithm of the sum of exp(query key^T / sqrt(d)) over the keys of the image and of all others, (B, H, T,
+            d); lse is None where it is not known, others where there are none. They are the network's own tensors: use
             them before returning, and never write to them.
         blocks: indices of the blocks that are read; None for all.
+
+    Attributes:
+        obstacles: for each block that is read why its last call gave no log-sum-exp, in words that follow "it"; None
+            where it gave one.
 
     Raises:
         CaptureError: a module has layers that its family does not declare, or, at the end of the context, did not run.
@@ -101,11 +111,13 @@ class Capture:
         self.modules = [modules[block] for block in chosen]
         self.tokens = [math.prod(grids[block]) for block in chosen]
         self.captured = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
+        self.obstacles: list[str | None] = ["has not run"] * len(self.modules)
         self._layouts = [backbone.find_layout(module) for module in self.modules]
         self._lock = network_lock(backbone.network)
         self._thread = threading.local()  # torch.compile guards on what it holds, so that a graph knows its thread
         self._every_thread = False
         self._trains = False
+        self._calls: list[Any] = []  # `AttentionCall`s that are entered; their base class has no types
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -125,6 +137,7 @@ class Capture:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._leave_call()
         self._thread.inside = False
         self._lock.release()
         silent = [module for module, captured in zip(self.modules, self.captured, strict=True) if not captured]
@@ -147,7 +160,7 @@ class Capture:
 
     def _watch(self, index: int) -> None:
         """Set the hooks on one module."""
-        module, layout, backbone = self.modules[index], self._layouts[index], self.backbone
+        module, layout = self.modules[index], self._layouts[index]
         query, key = module.get_submodule(layout.query), module.get_submodule(layout.key)
         values: dict[str, Any] = {}  # of the call that runs
 
@@ -157,9 +170,9 @@ class Capture:
                 return
             values.clear()
             values["rotary"] = None if layout.rotary is None else kwargs.get(layout.rotary)
-            if layout.fused is not None and getattr(module, layout.fused, False):
-                hidden = args[0] if args else kwargs["hidden_states"]
-                query(hidden), key(hidden)  # for the hooks below
+            if not (torch.compiler.is_compiling() or self._every_thread):
+                self._calls.append(AttentionCall())
+                self._calls[-1].__enter__()
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -170,22 +183,50 @@ class Capture:
 
             return hook
 
-        def finish(*_: Any) -> None:
-            if not self._is_own_call():
-                return
-            if "query" in values and "key" in values:
-                inputs = backbone.attention_inputs(module, values["query"], values["key"], values["rotary"])
-                self.captured[index] = True
-                self.on_attention(index, *self._image_part(index, *inputs))
-            values.clear()
+        def finish(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._is_own_call():
+                call = self._leave_call()
+                if output is not None:  # as after an error
+                    self._read(index, call, values, args, kwargs)
+                values.clear()
 
         self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         self._handles.append(query.register_forward_hook(keep("query")))
         self._handles.append(key.register_forward_hook(keep("key")))
-        self._handles.append(module.register_forward_hook(finish))
+        self._handles.append(module.register_forward_hook(finish, with_kwargs=True, always_call=True))
 
-    def _image_part(self, index: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image's tokens of query and key, with a key for every head, in the dtype of the products."""
+    def _leave_call(self) -> Any:
+        """Leave the context of the attention call that runs, and return it; None if there is none."""
+        if not self._calls:
+            return None
+        call = self._calls.pop()
+        call.__exit__(None, None, None)
+        return call
+
+    def _read(
+        self,
+        index: int,
+        call: AttentionCall | None,
+        values: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Pass on what the attention of a module has received, as its call says, or else the layers before it."""
+        module, layout = self.modules[index], self._layouts[index]
+        self.obstacles[index] = "is compiled" if call is None else call.obstacle
+        if call is not None and call.inputs is not None:
+            self._pass_on(index, *call.inputs)
+            return
+        if layout.fused is not None and getattr(module, layout.fused, False):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for name in (layout.query, layout.key):
+                module.get_submodule(name)(hidden)  # for the hooks, which keep what they give
+        if "query" in values and "key" in values:
+            inputs = self.backbone.attention_inputs(module, values["query"], values["key"], values["rotary"])
+            self._pass_on(index, *map(match_autocast, inputs))  # norms stay in float32 under autocast
+
+    def _pass_on(self, index: int, query: Tensor, key: Tensor, lse: Tensor | None = None) -> None:
+        """Give the image's tokens of a block to the function, with a key for every head."""
         count = self.tokens[index]
         if query.shape[2] < count:
             raise RuntimeError(
@@ -194,12 +235,14 @@ class Capture:
             )
         if (sharing := query.shape[1] // key.shape[1]) > 1:  # heads that share a key
             key = key.repeat_interleave(sharing, 1)
-        # norms stay in float32, and attention itself casts what they give
-        if torch.is_autocast_enabled(query.device.type):
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key = query.to(dtype), key.to(dtype)
         image = self.backbone.image_tokens(count)
-        return query[:, :, image], key[:, :, image]
+        others = None
+        if lse is not None:
+            lse = lse[:, :, image]
+            if query.shape[2] > count:
+                others = key[:, :, image.stop :] if image.stop else key[:, :, : image.start]
+        self.captured[index] = True
+        self.on_attention(index, query[:, :, image], key[:, :, image], lse, others)
 
 
 def run_captured(call: Callable[[], Result]) -> Result:

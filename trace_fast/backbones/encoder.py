@@ -25,11 +25,11 @@ class EncoderBackbone(Backbone):
     The network is used as it is, on its device and in its dtype. Families say how large its patches are and how it is
     called.
 
-    The layers between projection and attention are replayed by the model's own functions, locally to each module:
-    whichever attention implementation the user chose (eager, sdpa, flash, flex, a kernel of the hub) is called under
-    its own name. An entry in transformers' `AttentionInterface` would receive the arguments of attention themselves,
-    but the interface belongs to the process, its names decide elsewhere which masks are made and whether windows are
-    cut, and eager attention does not ask it in every version.
+    Where attention is not read from its call, the layers between projection and attention are replayed by the model's
+    own functions, locally to each module: whichever attention implementation the user chose (eager, sdpa, flash, flex,
+    a kernel of the hub) is called under its own name. An entry in transformers' `AttentionInterface` would receive the
+    arguments of attention themselves, but the interface belongs to the process, its names decide elsewhere which masks
+    are made and whether windows are cut, and eager attention does not ask it in every version.
 
     Attributes:
         COLORS: mean and standard deviation of the pixels that the family was trained on.

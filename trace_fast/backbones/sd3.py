@@ -37,6 +37,10 @@ class SD3Backbone(LatentBackbone):
             module for block in blocks for module in (block.attn, getattr(block, "attn2", None)) if module is not None
         ]
 
+    def image_tokens(self, count: int) -> slice:
+        """Return where the image's tokens stand: before the text."""
+        return slice(0, count)
+
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the grid of tokens, along each side of which there are only as many as there are positions."""
         grids = super().grids(size)

@@ -91,8 +91,9 @@ class QwenBackbone(EncoderBackbone):
         window = config.window_size // merge // self.token()[0]
         places = raster_places(*self.grids(self.settings.size)[0], merge, window, get_device(self.network))
 
-        def in_raster(index: int, query: Tensor, key: Tensor) -> None:
-            on_attention(index, query[:, :, places], key[:, :, places])
+        def in_raster(index: int, query: Tensor, key: Tensor, lse: Tensor | None, others: Tensor | None) -> None:
+            rows = None if lse is None else lse[:, :, places]
+            on_attention(index, query[:, :, places], key[:, :, places], rows, others)
 
         return super().capture(in_raster, blocks)
 

@@ -41,12 +41,23 @@ def attention_map(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
 
 
 @register(cuda="triton")
-def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float | None = None) -> None:
+def accumulate_attention(
+    total: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: float,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    others: Tensor | None = None,
+) -> None:
     """Run the fastest implementation of `trace_fast.reference.accumulate_attention`.
 
     Note:
         query and key are float32, float16 or bfloat16 with any strides, d at most 256. total is float32 or bfloat16,
-        and contiguous. Sums are float32, and no map of a single head is formed.
+        and contiguous. Sums are float32, and no map of a single head is formed. lse is float32, and its error, half a
+        unit in its last place or more, is a relative error of the row's probabilities. The mass of others is subtracted
+        where it leaves a 32nd of the row's, by which errors grow at most 32 times; other rows are summed up as if lse
+        were not given. On a CPU, where it saves nothing, neither is used.
 
     Raises:
         TypeError: an argument has another type or dtype.
@@ -59,13 +70,19 @@ def accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: floa
     checks.same_device(op, query=query, total=total)
     checks.contiguous(op, "total", total)
     checks.number(op, "weight", weight, *_FACTORS)
+    if lse is not None:
+        checks.tensor(op, "lse", lse, "B H N", sizes, torch.float32)
+        checks.same_device(op, query=query, lse=lse)
+    if others is not None:
+        checks.tensor(op, "others", others, "B H T d", sizes, key.dtype)
+        checks.same_device(op, query=query, others=others)
     _check_no_gradient(op, query=query, key=key, total=total)
     backend = dispatch.choose(op, query.device)
     if backend == "reference":
-        reference.accumulate_attention(total, query, key, weight, scale)
+        reference.accumulate_attention(total, query, key, weight, scale, lse, others)
     else:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        _accumulate_attention(total, query, key, float(weight), float(scale), backend)
+        _accumulate_attention(total, query, key, float(weight), float(scale), backend, lse, others)
 
 
 @register(cuda="triton")
@@ -244,11 +261,20 @@ def _round_total(wide_total: Tensor, total: Tensor) -> None:
 
 
 @torch.library.custom_op("trace_fast::accumulate_attention", mutates_args=("total",))
-def _accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float, backend: str) -> None:
+def _accumulate_attention(
+    total: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: float,
+    scale: float,
+    backend: str,
+    lse: Tensor | None = None,
+    others: Tensor | None = None,
+) -> None:
     if backend == "triton":
         from trace_fast.kernels import attention as kernels
 
-        kernels.accumulate_attention(total, query, key, weight, scale)
+        kernels.accumulate_attention(total, query, key, weight, scale, lse, others)
     else:
         from trace_fast import _C
 
@@ -262,7 +288,16 @@ def _accumulate_attention(total: Tensor, query: Tensor, key: Tensor, weight: flo
 
 
 @_accumulate_attention.register_fake
-def _(total: Tensor, query: Tensor, key: Tensor, weight: float, scale: float, backend: str) -> None:
+def _(
+    total: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: float,
+    scale: float,
+    backend: str,
+    lse: Tensor | None = None,
+    others: Tensor | None = None,
+) -> None:
     pass
 
 
