@@ -14,18 +14,16 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from trace_fast import io, masks, ops, reference
-from trace_fast.annotator import ControlNetAnnotator
-from trace_fast.api import edges, load
-from trace_fast.backbones import models
-from trace_fast.detector import Detector
-from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
-from trace_fast.ops.dispatch import backends
-from trace_fast.tracer import TraceOutput, Tracer
-
 if TYPE_CHECKING:
-    from trace_fast import evaluation, training
+    from trace_fast import evaluation, io, masks, ops, reference, training
+    from trace_fast.annotator import ControlNetAnnotator
+    from trace_fast.api import edges, load
+    from trace_fast.backbones import models
+    from trace_fast.detector import Detector
     from trace_fast.evaluation import evaluate
+    from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
+    from trace_fast.ops.dispatch import backends
+    from trace_fast.tracer import TraceOutput, Tracer
     from trace_fast.training.distillation import DistillConfig, distill
     from trace_fast.training.mini import PretrainConfig, pretrain
 
@@ -58,14 +56,31 @@ __all__ = [
 
 __version__ = version("trace_fast")
 
-# imported when they are asked for, since they take longer; a name without a module is a subpackage
+# the module of each name, imported when it is asked for: importing the package alone is instant, and loads no torch,
+# so that a program can still set how torch's threads wait; a subpackage has no module
 _LAZY = {
-    "DistillConfig": "trace_fast.training.distillation",
-    "PretrainConfig": "trace_fast.training.mini",
-    "distill": "trace_fast.training.distillation",
-    "evaluate": "trace_fast.evaluation",
+    "ControlNetAnnotator": "annotator",
+    "Detector": "detector",
+    "DistillConfig": "training.distillation",
+    "PretrainConfig": "training.mini",
+    "Seeds": "masks.propagation",
+    "TraceOutput": "tracer",
+    "Tracer": "tracer",
+    "backends": "ops.dispatch",
+    "distill": "training.distillation",
+    "edges": "api",
+    "evaluate": "evaluation",
     "evaluation": "",
-    "pretrain": "trace_fast.training.mini",
+    "instances": "masks.propagation",
+    "io": "",
+    "load": "api",
+    "masks": "",
+    "models": "backbones",
+    "ops": "",
+    "pretrain": "training.mini",
+    "propagate": "masks.propagation",
+    "reference": "",
+    "seeds": "masks.propagation",
     "training": "",
 }
 
@@ -73,7 +88,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'trace_fast' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name] or f"trace_fast.{name}")
+    module = importlib.import_module(f"trace_fast.{_LAZY[name] or name}")
     return getattr(module, name) if _LAZY[name] else module
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import trace_fast.cli.waiting  # noqa: F401, isort: skip (before torch)
 from trace_fast.cli.backends import run_backends
 from trace_fast.cli.demo import run_demo
 from trace_fast.cli.distill import run_distill
