@@ -14,6 +14,7 @@ from trace_fast import decoder as module
 from trace_fast.backbones import load_backbone
 from trace_fast.decoder import (
     AttentionReadout,
+    BoundaryReadout,
     ConvDecoder,
     PixelDecoder,
     ReplicatePadConv,
@@ -295,6 +296,72 @@ class TestUNetDecoder:
         assert 0.01 < probability.mean() < 0.3
 
 
+class TestUNetWithAbdiv:
+    """The unet at whose output the edge probability of the map joins."""
+
+    @pytest.fixture
+    def decoder(self):
+        torch.manual_seed(0)
+        return UNetDecoder((3, 5), channels=4, abdiv=0.35)
+
+    def test_it_is_the_weighted_geometric_mean(self, decoder):
+        photo, boundary = torch.rand(1, 3, 48, 80), torch.rand(1, 15, 1)
+        edges = decoder(boundary, photo).sigmoid()
+        alone = decoder(None, photo).sigmoid()
+        enlarged = F.interpolate(boundary.view(1, 1, 3, 5), (48, 80), mode="bilinear")
+        assert_close(edges, alone**0.65 * enlarged**0.35, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("value", [0.0, 1.0])
+    @pytest.mark.parametrize("bias", [-200.0, 200.0])
+    def test_certain_attention_and_certain_photos_give_finite_logits(self, decoder, value, bias):
+        torch.nn.init.constant_(decoder.head.bias, bias)
+        assert decoder(torch.full((1, 15, 1), value), torch.rand(1, 3, 16, 32)).isfinite().all()
+
+    def test_attention_is_that_of_the_window(self, decoder):
+        boundary, photo = torch.rand(1, 15, 1), torch.rand(1, 3, 48, 80)
+        whole, part = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 0.5]])
+        logits = decoder(boundary, photo)
+        assert_close(decoder(boundary, photo, whole), logits, rtol=1e-4, atol=1e-4)
+        assert (decoder(boundary, photo, part) - logits).abs().max() > 1e-3
+
+    def test_it_reads_no_features(self, decoder):
+        assert decoder.options() == {"name": "unet", "columns": 0, "channels": 4, "detail": 2, "abdiv": 0.35}
+        assert decoder.values.shape == (15, 0) and not hasattr(decoder, "tokens")
+        assert resample_values(decoder.values, (3, 5), (6, 10)).shape == (60, 0)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"abdiv": 1.5}, "abdiv must be from 0 to 1, got 1.5"),
+            ({"abdiv": 0.5, "columns": 4}, "columns must be 0 where abdiv is given, got 4"),
+            ({"columns": 0}, "columns must be at least 1, got 0"),
+        ],
+    )
+    def test_refused_options(self, options, message):
+        with pytest.raises(ValueError, match=f"decoder unet: {message}"):
+            UNetDecoder((3, 5), **options)
+
+
+class TestBoundaryReadout:
+    GRIDS = ((2, 3), (4, 6), (2, 3))
+
+    def test_it_is_the_edge_probability_of_the_mean_map(self):
+        blocks = [random_features(2, 3, h * w, 8, seed) for seed, (h, w) in enumerate(self.GRIDS)]
+        readout = BoundaryReadout(self.GRIDS, 0.5)
+        for index, (query, key) in enumerate(blocks):
+            readout.on_attention(index, query.requires_grad_(), key)
+        maps = [reference.attention_map(query.double(), key.double()) for query, key in blocks]
+        mean = sum(reference.resize_attention(x, grid, (4, 6)) for x, grid in zip(maps, self.GRIDS, strict=True)) / 3
+        expected = 1 - torch.exp(-reference.abdiv(mean, 4, 6) / 0.5)
+        result = readout.result()
+        assert result.shape == (2, 24, 1) and not result.requires_grad
+        assert_close(result[..., 0].double(), expected.detach().flatten(1), rtol=1e-3, atol=1e-5)
+
+    def test_nothing_was_captured(self):
+        with pytest.raises(KeyError):
+            BoundaryReadout([(2, 3)], 0.5).result()
+
+
 class TestCutWindows:
     def test_the_whole_is_interpolated(self):
         features, like = torch.randn(2, 3, 4, 6), torch.empty(2, 1, 11, 15)
@@ -330,6 +397,7 @@ class TestMakeDecoder:
             ConvDecoder((4, 6)),
             PixelDecoder((4, 6), columns=8, channels=4, detail=1),
             UNetDecoder((4, 6), columns=8, channels=4, detail=1),
+            UNetDecoder((4, 6), channels=4, abdiv=0.25),
         ):
             again = make_decoder(grid=(4, 6), **decoder.options())
             again.load_state_dict(decoder.state_dict())

@@ -1411,6 +1411,25 @@ class TestScenes:
         first, second = read_weights(config), read_weights(other)
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
+    def test_abdiv_takes_the_place_of_features_of_tokens(self, config):
+        config = replace(config, rate=0.0)
+        first = distill(config)
+        second = replace(
+            config,
+            output=config.output.with_name("second"),
+            decoder_options={"channels": 4, "abdiv": 0.25},
+            init_from=first,
+        )
+        old, new = Detector.from_pretrained(first, device="cpu"), make_run(second)
+        assert new.decoder.options() == {"name": "unet", "columns": 0, "channels": 4, "detail": 2, "abdiv": 0.25}
+        photo = torch.rand(1, 3, 32, 48)
+        with torch.no_grad():
+            assert_close(new.decoder(None, photo), old.decoder(None, photo), rtol=1e-4, atol=1e-5)
+        student = Detector.from_pretrained(distill(second), device="cpu")
+        assert student.decoder.abdiv == 0.25 and student.decoder.values.shape[1] == 0
+        with pytest.raises(ValueError, match="rate must be 0 where the decoder reads ABDiv, .*, got 0.1"):
+            replace(second, rate=0.1)
+
     def test_a_student_helps_to_label(self, config, monkeypatch):
         folder = config.output.with_name("shared")
         config = replace(config, labels_dir=folder)

@@ -31,7 +31,7 @@ class Config:
     kind: str | None = option(None, help="The kind.", choices=("one", "two"))
     size: tuple[int, int] | None = option(None, help="The size.")
     timestep: str | int | None = option(None, help="The timestep.")
-    counts: dict[str, int] = option(dict, help="The counts.")
+    counts: dict[str, float] = option(dict, help="The counts.")
     skip_bad: bool = option(False, help="Skip them.", fixed=False)
 
     def __post_init__(self):

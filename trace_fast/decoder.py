@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trace_fast import ops, reference
+from trace_fast.attention import MeanAttention
 from trace_fast.ops import checks
 
 __all__ = [
     "DECODERS",
     "FORMAT",
     "AttentionReadout",
+    "BoundaryReadout",
     "ConvDecoder",
     "Decoder",
     "PixelDecoder",
@@ -144,6 +146,48 @@ class AttentionReadout:
         return torch.stack(resized).sum(0).flatten(2).mT / len(self.grids)
 
 
+class BoundaryReadout:
+    """The edge probability of the mean self-attention map of a forward pass, 1 - exp(-ABDiv / scale).
+
+    Used as `AttentionReadout` is. It has no gradient, and takes the memory of one map.
+
+    Args:
+        grids: (h, w) in tokens of every block that is captured, in order.
+        edge_scale: s of the edge probability, in nats.
+
+    Example:
+        >>> readout = BoundaryReadout([(2, 3)], edge_scale=0.1)
+        >>> readout.on_attention(0, torch.rand(1, 4, 6, 8), torch.rand(1, 4, 6, 8))
+        >>> readout.result().shape
+        torch.Size([1, 6, 1])
+    """
+
+    def __init__(self, grids: Sequence[Grid], edge_scale: float):
+        self.grids, self.edge_scale = list(grids), edge_scale
+        self.mean: MeanAttention | None = None
+
+    def on_attention(self, index: int, query: Tensor, key: Tensor, *statistics: Tensor | None) -> None:
+        """Add the map of a block; the arguments are those of `MeanAttention.on_attention`."""
+        if self.mean is None:
+            tokens = max(map(math.prod, self.grids))
+            checks.memory("student", "images", query, 4 * len(query) * tokens**2)
+            total = torch.empty(len(query), tokens, tokens, device=query.device)
+            self.mean = MeanAttention(total, self.grids)
+            self.mean.clear()
+        self.mean.on_attention(index, query.detach(), key.detach(), *statistics)
+
+    def result(self) -> Tensor:
+        """Return the edge probability (B, N, 1) float32 over the finest grid.
+
+        Raises:
+            KeyError: no block was captured.
+        """
+        if self.mean is None:
+            raise KeyError(0)
+        abdiv = ops.abdiv(self.mean.finish(), *self.mean.finest)
+        return (1 - torch.exp(-abdiv.clamp(min=0) / self.edge_scale)).flatten(1)[..., None]
+
+
 class Decoder(nn.Module):
     """The interface of a decoder, as `Detector` and `distill` use it.
 
@@ -169,6 +213,15 @@ class Decoder(nn.Module):
             size: (height, width) in pixels that the network works at.
         """
         raise NotImplementedError
+
+    def open_readout(self, grids: Sequence[Grid], edge_scale: float) -> AttentionReadout | BoundaryReadout:
+        """Return what reads the attention of one forward pass for this decoder.
+
+        Args:
+            grids: (h, w) in tokens of every block that is captured, in order.
+            edge_scale: s of the edge probability 1 - exp(-ABDiv / s), in nats.
+        """
+        return AttentionReadout(self.values, grids)
 
     def standardized(self) -> list[nn.Conv2d]:
         """Return the convolutions whose kernels are standardized in training: see `trace_fast.training`."""
@@ -273,16 +326,21 @@ class PixelDecoder(Decoder):
 
 
 class UNetDecoder(Decoder):
-    """A U-shaped network over the photo at its own aspect ratio, which attention joins at the stride of the tokens.
+    """A U-shaped network over the photo at its own aspect ratio, which attention joins.
 
     It sees far: every output depends on several hundred pixels of the photo. Padding is with zeros, in training as in
     use, so that the network knows where the image ends.
 
+    Attention joins in one of two ways: as features of the tokens, inside the network, or as the edge probability of the
+    map (`BoundaryReadout`) at its output, p' = p^(1 - w) q^w: what the photo and the attention both show.
+
     Args:
         grid: (h, w) of the map in tokens. It is fixed, since there are values for every key.
-        columns: features per token that are read from the map, at most 64 and fewer than tokens.
+        columns: features per token that are read from the map, at most 64 and fewer than tokens; 0 where `abdiv` is
+            given.
         channels: of the convolutions at half resolution; coarser levels have more.
         detail: the photo's longer side, as the decoder sees it, as a multiple of that of the processing size.
+        abdiv: w, the weight of the edge probability of the map, from 0 to 1; 0 reads features of tokens.
     """
 
     name = "unet"
@@ -290,10 +348,16 @@ class UNetDecoder(Decoder):
     WIDTHS: ClassVar = (1, 1.5, 3, 5, 5)  # channels of the levels at strides 2 to 32, as multiples of `channels`
     JOIN: ClassVar = 2  # the level that attention joins, of stride 8
 
-    def __init__(self, grid: Grid, columns: int = 16, channels: int = 24, detail: int = 2):
+    def __init__(
+        self, grid: Grid, columns: int | None = None, channels: int = 24, detail: int = 2, abdiv: float = 0.0
+    ):
         super().__init__()
-        check_columns(self.name, grid, columns, channels=channels, detail=detail)
-        self.grid, self.columns, self.channels, self.detail = grid, columns, channels, detail
+        checks.number(f"decoder {self.name}", "abdiv", abdiv, 0, 1)
+        columns = (0 if abdiv else 16) if columns is None else columns
+        check_columns(self.name, grid, columns, 0 if abdiv else 1, channels=channels, detail=detail)
+        if abdiv and columns:
+            raise ValueError(f"decoder {self.name}: columns must be 0 where abdiv is given, got {columns}")
+        self.grid, self.columns, self.channels, self.detail, self.abdiv = grid, columns, channels, detail, abdiv
         self.values = nn.Parameter(dct_basis(grid, columns))
         widths = [round(channels * width) for width in self.WIDTHS]
         inputs = [3, *widths[:-1]]
@@ -301,9 +365,13 @@ class UNetDecoder(Decoder):
             nn.Sequential(conv(few, many, stride=2), nn.ReLU(), conv(many, many), nn.ReLU())
             for few, many in zip(inputs, widths, strict=True)
         )
-        self.tokens = nn.Sequential(
-            conv(columns, widths[self.JOIN]), nn.ReLU(), conv(widths[self.JOIN], widths[self.JOIN])
-        )
+        if columns:
+            self.tokens = nn.Sequential(
+                conv(columns, widths[self.JOIN]), nn.ReLU(), conv(widths[self.JOIN], widths[self.JOIN])
+            )
+            # attention that joins later does not disturb what was learned from photos alone
+            for parameter in self.tokens[2].parameters():
+                nn.init.zeros_(parameter)
         self.up = nn.ModuleList(
             nn.Sequential(conv(few + many, few), nn.ReLU()) for few, many in itertools.pairwise(widths)
         )
@@ -311,9 +379,6 @@ class UNetDecoder(Decoder):
         self.head = conv(widths[0], 4)
         for convolution in self.standardized():  # keeps the variance from layer to layer, for ReLU and centered kernels
             nn.init.normal_(convolution.weight, std=math.sqrt(2 / (1 - 1 / math.pi) / convolution.weight[0].numel()))
-        # attention that joins later does not disturb what was learned from photos alone
-        for parameter in self.tokens[2].parameters():
-            nn.init.zeros_(parameter)
         nn.init.constant_(self.head.get_parameter("bias"), -2.5)  # few pixels are edges
 
     def standardized(self) -> list[nn.Conv2d]:
@@ -322,7 +387,17 @@ class UNetDecoder(Decoder):
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `make_decoder` without the grid."""
-        return {"name": self.name, "columns": self.columns, "channels": self.channels, "detail": self.detail}
+        return {
+            "name": self.name,
+            "columns": self.columns,
+            "channels": self.channels,
+            "detail": self.detail,
+            "abdiv": self.abdiv,
+        }
+
+    def open_readout(self, grids: Sequence[Grid], edge_scale: float) -> AttentionReadout | BoundaryReadout:
+        """Return what reads the attention of one forward pass; see `Decoder.open_readout`."""
+        return BoundaryReadout(grids, edge_scale) if self.abdiv else super().open_readout(grids, edge_scale)
 
     def photo_size(self, photo: Grid, size: Grid) -> Grid:
         """Return the photo's own shape, its longer side that of `size` times `detail`, in multiples of 16 pixels."""
@@ -330,17 +405,22 @@ class UNetDecoder(Decoder):
         return max(1, round(photo[0] * scale)) * self.MULTIPLE, max(1, round(photo[1] * scale)) * self.MULTIPLE
 
     def forward(self, readout: Tensor | None, photo: Tensor | None, windows: Tensor | None = None) -> Tensor:
-        """Return edge logits (B, 1, H, W) from (B, N, columns) and (B, 3, H, W), H and W even."""
+        """Return edge logits (B, 1, H, W) from (B, N, columns), or (B, N, 1), and (B, 3, H, W), H and W even."""
         assert photo is not None
         features, levels = photo * 2 - 1, []
         for index, level in enumerate(self.down):
             features = level(features)
-            if index == self.JOIN and readout is not None:
+            if index == self.JOIN and self.columns and readout is not None:
                 features = features + cut_windows(self.tokens(readout.mT.unflatten(2, self.grid)), features, windows)
             levels.append(features)
         for level, merge in zip(levels[-2::-1], self.up[::-1], strict=True):
             features = merge(torch.cat([level, resize_like(features, level)], 1))
-        return functional.pixel_shuffle(self.head(features), 2)
+        logits = functional.pixel_shuffle(self.head(features), 2)
+        if not self.abdiv or readout is None:
+            return logits
+        boundary = cut_windows(readout.mT.unflatten(2, self.grid), logits, windows).clamp(1e-6, 1 - 1e-6)
+        logs = (1 - self.abdiv) * functional.logsigmoid(logits.float()) + self.abdiv * boundary.float().log()
+        return logs - torch.log(-torch.expm1(logs))
 
 
 class ReplicatePadConv(nn.Conv2d):
@@ -371,9 +451,10 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
 
 
-def check_columns(name: str, grid: Grid, columns: int, **others: int) -> None:
+def check_columns(name: str, grid: Grid, columns: int, least: int = 1, **others: int) -> None:
     """Check the number of columns of a decoder, and that other options are integers of at least 1."""
-    for option, value in {"columns": columns, **others}.items():
+    checks.integer(f"decoder {name}", "columns", columns, least)
+    for option, value in others.items():
         checks.integer(f"decoder {name}", option, value, 1)
     most = min(64, math.prod(grid) - 1)  # limits of ops.readout and of dct_basis
     if columns > most:
@@ -430,7 +511,7 @@ def dct_basis(grid: Grid, count: int) -> Tensor:
     rows, columns = ((torch.arange(side, dtype=torch.float32) + 0.5) / side for side in grid)
     frequencies = sorted(itertools.product(*map(range, grid)), key=lambda pair: (sum(pair), pair))[1 : count + 1]
     basis = [torch.cos(math.pi * y * rows)[:, None] * torch.cos(math.pi * x * columns)[None] for y, x in frequencies]
-    return torch.stack(basis, -1).flatten(0, 1)
+    return torch.stack(basis, -1).flatten(0, 1) if basis else torch.empty(math.prod(grid), 0)
 
 
 DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "pixels": PixelDecoder, "unet": UNetDecoder}
@@ -453,6 +534,8 @@ def resample_values(values: Tensor, grid: Grid, target: Grid) -> Tensor:
     """
     if grid == target:
         return values
+    if not values.shape[1]:
+        return values.new_empty(math.prod(target), 0)
     image = functional.interpolate(values.mT.unflatten(1, grid)[None], target, mode="bilinear", align_corners=False)
     return image[0].flatten(1).mT.contiguous()
 

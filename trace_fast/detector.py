@@ -22,7 +22,7 @@ from trace_fast.backbones import Backbone, fetch_student, load_backbone
 from trace_fast.backbones.base import STEPS, Settings, constant, get_device, load_weights
 from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
-from trace_fast.decoder import AttentionReadout, Decoder, make_decoder, resample_values, upgrade_student
+from trace_fast.decoder import AttentionReadout, BoundaryReadout, Decoder, make_decoder, resample_values, upgrade_student
 from trace_fast.io.files import write_files
 from trace_fast.io.images import (
     check_output_type,
@@ -390,7 +390,7 @@ class StudentPass(nn.Module):
 
         The network stops after the last attention that is read.
         """
-        readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
+        readout = self.decoder.open_readout(self.backbone.read_grids(), self.backbone.settings.edge_scale)
         last = len(readout.grids) - 1
 
         def on_attention(index: int, *inputs: Any) -> None:
@@ -421,7 +421,7 @@ class CompilablePass(StudentPass):
         device = get_device(own.network)
         self.network = own.network  # moves with the pass, as its timestep does
         self.register_buffer("timesteps", torch.tensor([timestep], device=device), persistent=False)
-        self.readout: AttentionReadout | None = None  # of the pass that runs
+        self.readout: AttentionReadout | BoundaryReadout | None = None  # of the pass that runs
         own.capture(self.on_attention).attach()
 
     def on_attention(self, index: int, *inputs: Any) -> None:
@@ -431,7 +431,8 @@ class CompilablePass(StudentPass):
 
     def read(self, images: Tensor) -> Tensor:
         """Return (B, N, C) float32, as `StudentPass` does."""
-        readout = self.readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
+        readout = self.decoder.open_readout(self.backbone.read_grids(), self.backbone.settings.edge_scale)
+        self.readout = readout
         self.backbone.predict(self.backbone.encode(images), self.timesteps.expand(len(images)))
         self.readout = None
         return readout.result()

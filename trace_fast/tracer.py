@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast import ops
+from trace_fast.attention import MeanAttention
 from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pipeline
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
 from trace_fast.backbones.capture import run_captured, unwrap_compiled
@@ -439,29 +440,16 @@ class Tracer(EdgeModel):
         blocks: Sequence[int],
         grids: Sequence[tuple[int, int]],
     ) -> Tensor:
-        """Run the network once; `total` (B, N, N) becomes the mean self-attention map over heads and `blocks`.
-
-        `grids` are those of the blocks. Blocks of a coarser grid share a map of their own, which is resized to the
-        finest grid after the last block.
-        """
-        finest = max(grids, key=math.prod)
-        totals = {finest: total}
-        for grid in set(grids) - {finest}:
-            totals[grid] = total.new_empty(len(total), math.prod(grid), math.prod(grid))
-
-        def accumulate(index: int, query: Tensor, key: Tensor, lse: Tensor | None, others: Tensor | None) -> None:
-            ops.accumulate_attention(totals[grids[index]], query, key, 1 / len(blocks), lse=lse, others=others)
+        """Run the network once; `total` (B, N, N) becomes the mean map over heads and `blocks`, of these `grids`."""
+        mean = MeanAttention(total, grids)
 
         def attend() -> Tensor:
-            for attention in totals.values():
-                attention.zero_()
-            with self.backbone.capture(accumulate, blocks):
+            mean.clear()
+            with self.backbone.capture(mean.on_attention, blocks):
                 return self.backbone.predict(sample, timestep)
 
         prediction = run_captured(attend)
-        for grid, coarse in totals.items():
-            if grid != finest:
-                ops.accumulate_resized(total, coarse, grid, finest, 1.0)
+        mean.finish()
         return prediction
 
     def _plan(self, timesteps: Sequence[int] | None, noising: str | None) -> tuple[tuple[int, ...], str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trace_fast import ops
 from trace_fast.backbones.base import Backbone, Settings, get_dtype, load_weights
 from trace_fast.backbones.capture import AttentionLayout
 from trace_fast.backbones.rotary import apply_rotary, rotary_embedding
@@ -68,6 +69,8 @@ class Attention(nn.Module):
         if self.training and not query.is_cuda:
             # written out: there and back in less than half the time of flash attention on a CPU, compiled, 256 tokens
             mixed = (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1) @ value
+        elif query.device.type == "cpu" and not query.requires_grad:
+            mixed = ops.attend(query, key, value)  # a capture lets it add its map to a total
         else:
             mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))

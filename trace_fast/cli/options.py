@@ -58,8 +58,8 @@ def _make_parameter(
         value_type, metavar = str, "HxW"
     elif value_type == str | int:
         value_type, metavar = str, "iep|INT"
-    elif value_type == dict[str, int]:
-        value_type, metavar, default = str, "NAME=INT,...", ""
+    elif value_type == dict[str, float]:
+        value_type, metavar, default = str, "NAME=NUMBER,...", ""
     annotation = value_type | None if optional else value_type
     if positional:
         info: Any = typer.Argument(metavar=metavar, help=help)
@@ -81,10 +81,10 @@ def _parse(name: str, value_type: Any, value: Any) -> Any:
         return parse_size(value, flag)
     if value_type == str | int:
         return parse_timestep(value, flag)
-    if value_type == dict[str, int]:
+    if value_type == dict[str, float]:
         try:
             pairs = [pair.split("=") for pair in value.split(",") if pair]
-            return {key.strip(): int(number) for key, number in pairs}
+            return {key.strip(): float(number) if "." in number else int(number) for key, number in pairs}
         except ValueError:
             refuse(f"--{flag} must be pairs such as columns=8,channels=4, got {value!r}")
     return value

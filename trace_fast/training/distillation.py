@@ -27,7 +27,7 @@ from tqdm import tqdm
 from trace_fast.backbones.base import NOISINGS, STEPS, Backbone, check_timestep, constant, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
-from trace_fast.decoder import DECODERS, FORMAT, AttentionReadout, make_decoder, resample_values, upgrade_student
+from trace_fast.decoder import DECODERS, FORMAT, make_decoder, resample_values, upgrade_student
 from trace_fast.detector import Detector, StudentPass, save_student, use_channels_last
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
@@ -159,8 +159,10 @@ class DistillConfig:
         "a small network that sees the image, too, and unet a larger one.",
         choices=tuple(DECODERS),
     )
-    decoder_options: dict[str, int] = option(
-        dict, help="Further options of the decoder, such as columns=8,channels=4 for pixels."
+    decoder_options: dict[str, float] = option(
+        dict,
+        help="Further options of the decoder, such as columns=8,channels=4 for pixels, or abdiv=0.35 for unet, whose "
+        "edges are then weighted by ABDiv in place of a readout.",
     )
     timestep: int | None = option(
         None,
@@ -264,6 +266,11 @@ class DistillConfig:
                 f"distill: decoder must be one that sees the photo where window or blank_attention is used, got "
                 f"{self.decoder}"
             )
+        if self.rate and not decoder.values.shape[1]:
+            raise ValueError(
+                f"distill: rate must be 0 where the decoder reads ABDiv, through which adapters get no gradient, got "
+                f"{self.rate:g}"
+            )
         if self.init_from is not None:
             self.check_init_from(decoder.options())
 
@@ -273,13 +280,17 @@ class DistillConfig:
         try:
             adapter = load_weights(self.init_from / ADAPTER)
             ranks = sorted({tensor.shape[0] for name, tensor in adapter.items() if ".lora_A." in name})
-            stored = {**json.loads((self.init_from / CONFIG).read_text())["decoder"], "rank": ranks}
+            options = json.loads((self.init_from / CONFIG).read_text())["decoder"]
+            with torch.random.fork_rng(devices=[]):
+                stored = make_decoder(grid=(64, 64), **options).options() | {"rank": ranks}
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(
                 f"distill: init_from must be the folder of a student, got '{self.init_from}': {error}"
             ) from error
         # adapters that the student does not have start without an effect
         ranks = [self.rank] if self.rate and ranks else []
+        if decoder.get("abdiv"):  # takes the place of features of tokens
+            stored |= {name: decoder[name] for name in ("columns", "abdiv")}
         if difference := list_differences(stored, {**decoder, "rank": ranks}):
             raise ValueError(
                 f"distill: init_from must be a student with decoder {self.decoder} and adapters of rank {ranks}, got "
@@ -397,6 +408,9 @@ class Distillation:
             adapter = load_weights(folder / ADAPTER)
             grid = self.backbone.finest_grid((student["size"][0], student["size"][1]))
             weights["values"] = resample_values(weights["values"], grid, self.decoder.grid)
+            if not self.decoder.values.shape[1]:
+                weights = {name: value for name, value in weights.items() if not name.startswith("tokens.")}
+                weights["values"] = weights["values"][:, :0]
             self.decoder.load_state_dict(weights)
             shapes, expected = (
                 {name: tensor.shape for name, tensor in group.items()} for group in (adapter, self.adapters)
@@ -421,7 +435,7 @@ class Distillation:
         random = np.random.default_rng([config.seed, self.step, 2])
         seed, blank = int(random.integers(2**62)), random.random() < config.blank_attention
         # the hooks stay for the backward pass, which runs the network again under checkpointing
-        readout = AttentionReadout(self.decoder.values, self.backbone.read_grids())
+        readout = self.decoder.open_readout(self.backbone.read_grids(), self.backbone.settings.edge_scale)
         with contextlib.nullcontext() if blank else self.backbone.capture(readout.on_attention):
             reconstruction_loss = torch.zeros((), device=self.device) if blank else self.reconstruct(batch.images, seed)
             with self.autocast():
