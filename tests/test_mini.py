@@ -1,12 +1,14 @@
 """The embedded network, its noise levels, and the capture of its attention."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from oracle import AttentionOracle
 
-from trace_fast import reference
+from trace_fast import ops, reference
+from trace_fast.attention import MeanAttention
 from trace_fast.backbones import Settings
 from trace_fast.backbones.capture import CaptureError
 from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
@@ -90,6 +92,50 @@ def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, backbon
     assert torch.equal(plain, captured)
     for module in network.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+class TestAttend:
+    """A pass in which every block adds its map to the total of a capture itself."""
+
+    def trace(self, network, backbone, sample, fused):
+        """Return the output and the mean map of a pass, and how often each op ran."""
+        mean = MeanAttention(torch.empty(2, 35, 35), [(5, 7)] * 3)
+        mean.clear()
+        with (
+            mock.patch.object(ops, "attend", wraps=ops.attend) as attend,
+            mock.patch.object(ops, "accumulate_attention", wraps=ops.accumulate_attention) as accumulate,
+            backbone.capture(mean.on_attention, attend=mean.attend if fused else None) as capture,
+        ):
+            output = network(sample, LEVEL)
+        assert capture.captured == [True] * 3
+        totals = sum(len(call.args) > 3 for call in attend.call_args_list)
+        return output, mean.finish(), totals, accumulate.call_count
+
+    def test_logits_are_computed_once(self, network, backbone, sample):
+        plain = network(sample, LEVEL)
+        output, attention, attended, accumulated = self.trace(network, backbone, sample, True)
+        assert (attended, accumulated) == (3, 0)
+        assert torch.equal(output, plain)
+        output, expected, attended, accumulated = self.trace(network, backbone, sample, False)
+        assert (attended, accumulated) == (0, 3)
+        assert torch.equal(output, plain)
+        assert torch.equal(attention, expected)
+
+    def test_a_subset_of_blocks(self, network, backbone, sample):
+        mean = MeanAttention(torch.empty(2, 35, 35), [(5, 7)])
+        mean.clear()
+        with backbone.capture(mean.on_attention, [1], mean.attend):
+            network(sample, LEVEL)
+        inputs = []
+        with backbone.capture(lambda _, query, key, *__: inputs.append((query, key)), [1]):
+            network(sample, LEVEL)
+        assert torch.equal(mean.finish(), ops.attention_map(*inputs[0]))
+
+    def test_with_gradients_it_is_attention_of_torch(self, network, backbone, sample):
+        network.requires_grad_(True)
+        with mock.patch.object(ops, "attend") as attend:
+            network(sample, LEVEL).sum().backward()
+        assert not attend.called and network.blocks[0].attn.to_v.weight.grad is not None
 
 
 def test_capture_removes_its_hooks_after_an_error(network, backbone, sample):

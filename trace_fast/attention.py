@@ -15,7 +15,7 @@ __all__ = ["MeanAttention"]
 class MeanAttention:
     """The mean of the maps of all blocks that are read.
 
-    Pass `on_attention` to the backbone's capture, run the network, and call `finish`. Blocks of a coarser grid share a
+    Pass `on_attention` and `attend` to the backbone's capture, run the network, and call `finish`. Blocks of a coarser grid share a
     map of their own, which is resized to the finest grid after the last block.
 
     Args:
@@ -56,6 +56,10 @@ class MeanAttention:
         """
         total = self.totals[self.grids[index]]
         ops.accumulate_attention(total, query, key, 1 / len(self.grids), lse=lse, others=others)
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in the place of a block, and add its map on the way; see `ops.attend`."""
+        return ops.attend(query, key, value, self.totals[self.grids[index]], 1 / len(self.grids))
 
     def finish(self) -> Tensor:
         """Return `total`, the mean over heads and blocks; rows sum to 1."""

@@ -130,6 +130,11 @@ class AttentionReadout:
         product = ops.readout(query, key, self.values[self.grids[index]])
         self.products.setdefault(index, product)
 
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multiply the attention of a block with the values, and attend in its place; see `ops.attend`."""
+        self.on_attention(index, query, key)
+        return ops.attend(query, key, value)
+
     def result(self) -> Tensor:
         """Return the mean over all blocks, (B, N, C) float32 over the finest grid.
 
@@ -168,13 +173,20 @@ class BoundaryReadout:
 
     def on_attention(self, index: int, query: Tensor, key: Tensor, *statistics: Tensor | None) -> None:
         """Add the map of a block; the arguments are those of `MeanAttention.on_attention`."""
+        self._open(query).on_attention(index, query.detach(), key.detach(), *statistics)
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in the place of a block, and add its map on the way; see `ops.attend`."""
+        return self._open(query).attend(index, query, key, value)
+
+    def _open(self, query: Tensor) -> MeanAttention:
+        """Return the sum of the maps, which begins with the first block."""
         if self.mean is None:
             tokens = max(map(math.prod, self.grids))
             checks.memory("student", "images", query, 4 * len(query) * tokens**2)
-            total = torch.empty(len(query), tokens, tokens, device=query.device)
-            self.mean = MeanAttention(total, self.grids)
+            self.mean = MeanAttention(torch.empty(len(query), tokens, tokens, device=query.device), self.grids)
             self.mean.clear()
-        self.mean.on_attention(index, query.detach(), key.detach(), *statistics)
+        return self.mean
 
     def result(self) -> Tensor:
         """Return the edge probability (B, N, 1) float32 over the finest grid.

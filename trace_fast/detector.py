@@ -398,8 +398,13 @@ class StudentPass(nn.Module):
             if index == last:
                 raise StopForward
 
+        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if index == last:
+                on_attention(index, query, key)
+            return readout.attend(index, query, key, value)
+
         timestep = constant((self.timestep,), images.device).expand(len(images))
-        with contextlib.suppress(StopForward), self.backbone.capture(on_attention):
+        with contextlib.suppress(StopForward), self.backbone.capture(on_attention, attend=attend):
             self.backbone.predict(self.backbone.encode(images), timestep)
         return readout.result()
 

@@ -445,7 +445,7 @@ class Tracer(EdgeModel):
 
         def attend() -> Tensor:
             mean.clear()
-            with self.backbone.capture(mean.on_attention, blocks):
+            with self.backbone.capture(mean.on_attention, blocks, mean.attend):
                 return self.backbone.predict(sample, timestep)
 
         prediction = run_captured(attend)

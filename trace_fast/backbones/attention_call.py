@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 __all__ = ["AttentionCall", "AttentionInputs", "match_autocast"]
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 FusedOp = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 
 aten = torch.ops.aten
@@ -42,13 +43,20 @@ class AttentionCall(TorchFunctionMode):
     the op returns. A call that no fused op computes, or in which more than the softmax over all keys decides, is left
     alone.
 
+    A call of `ops.attend`, with which a network adds its map to a total on the way, is given to `attend`.
+
+    Args:
+        attend: called as attend(query, key, value) in the place of `ops.attend`; None reads query and key alone.
+
     Attributes:
+        attended: whether `attend` was called.
         inputs: those of the one call that was read, else None.
         obstacle: why `inputs` is None, in words that follow "it".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attend: Attend | None = None) -> None:
         super().__init__()
+        self.attend, self.attended = attend, False
         self.inputs: AttentionInputs | None = None
         self.obstacle: str | None = "calls no scaled_dot_product_attention of torch"
         self._calls = 0
@@ -56,6 +64,9 @@ class AttentionCall(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is torch.ops.trace_fast.attend.default and self.attend is not None:
+            self.attended = True
+            return self.attend(*args[:3])
         attend = self._attend if function is scaled_dot_product_attention else function
         return attend(*args, **kwargs or {})
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trace_fast.backbones.capture import AttentionLayout, Capture, CaptureError, OnAttention
+from trace_fast.backbones.capture import AttendBlock, AttentionLayout, Capture, CaptureError, OnAttention
 from trace_fast.backbones.schedule import Schedule
 from trace_fast.io.pictures import MAX_PIXELS
 from trace_fast.ops.constants import cache_constants
@@ -215,14 +215,17 @@ class Backbone(abc.ABC):
             f"{type(module).__module__.partition('.')[0]} may be too old or too new"
         )
 
-    def capture(self, on_attention: OnAttention, blocks: Sequence[int] | None = None) -> Capture:
+    def capture(
+        self, on_attention: OnAttention, blocks: Sequence[int] | None = None, attend: AttendBlock | None = None
+    ) -> Capture:
         """Return the context in which blocks pass their query and key to `on_attention`; see `Capture`.
 
         Args:
             on_attention: called as on_attention(index, query, key, lse, others).
             blocks: indices of the blocks that are read; None for those of the settings.
+            attend: called as attend(index, query, key, value) where a block calls `ops.attend`.
         """
-        return Capture(self, on_attention, self.settings.blocks if blocks is None else blocks)
+        return Capture(self, on_attention, self.settings.blocks if blocks is None else blocks, attend)
 
 
 @cache_constants(maxsize=64)

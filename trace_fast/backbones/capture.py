@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import warnings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from trace_fast.backbones.base import Backbone
 
 __all__ = [
+    "AttendBlock",
     "AttentionLayout",
     "Capture",
     "CaptureError",
@@ -31,6 +33,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 OnAttention = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], None]
+AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _TABLE = threading.Lock()  # of the dictionary itself
@@ -93,6 +96,8 @@ class Capture:
             d); lse is None where it is not known, others where there are none. They are the network's own tensors: use
             them before returning, and never write to them.
         blocks: indices of the blocks that are read; None for all.
+        attend: called as attend(index, query, key, value) in the place of `ops.attend`, if a module calls that, and of
+            `on_attention`; returns what `ops.attend` does. None leaves such modules to `on_attention`.
 
     Attributes:
         obstacles: for each block that is read why its last call gave no log-sum-exp, in words that follow "it"; None
@@ -103,11 +108,17 @@ class Capture:
         RuntimeError: a module receives fewer tokens than the image has.
     """
 
-    def __init__(self, backbone: Backbone, on_attention: OnAttention, blocks: Sequence[int] | None = None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        on_attention: OnAttention,
+        blocks: Sequence[int] | None = None,
+        attend: AttendBlock | None = None,
+    ):
         modules, grids = backbone.attentions(), backbone.grids(backbone.settings.size)
         chosen = range(len(modules)) if blocks is None else blocks
         self.backbone = backbone
-        self.on_attention = on_attention
+        self.on_attention, self.attend = on_attention, attend
         self.modules = [modules[block] for block in chosen]
         self.tokens = [math.prod(grids[block]) for block in chosen]
         self.captured = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
@@ -171,7 +182,7 @@ class Capture:
             values.clear()
             values["rotary"] = None if layout.rotary is None else kwargs.get(layout.rotary)
             if not (torch.compiler.is_compiling() or self._every_thread):
-                self._calls.append(AttentionCall())
+                self._calls.append(AttentionCall(self.attend and functools.partial(self.attend, index)))
                 self._calls[-1].__enter__()
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -214,6 +225,9 @@ class Capture:
         """Pass on what the attention of a module has received, as its call says, or else the layers before it."""
         module, layout = self.modules[index], self._layouts[index]
         self.obstacles[index] = "is compiled" if call is None else call.obstacle
+        if call is not None and call.attended:
+            self.captured[index], self.obstacles[index] = True, None
+            return
         if call is not None and call.inputs is not None:
             self._pass_on(index, *call.inputs)
             return
