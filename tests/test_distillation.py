@@ -1427,7 +1427,7 @@ class TestScenes:
             assert_close(new.decoder(None, photo), old.decoder(None, photo), rtol=1e-4, atol=1e-5)
         student = Detector.from_pretrained(distill(second), device="cpu")
         assert student.decoder.abdiv == 0.25 and student.decoder.values.shape[1] == 0
-        with pytest.raises(ValueError, match="rate must be 0 where the decoder reads ABDiv, .*, got 0.1"):
+        with pytest.raises(ValueError, match=r"rate must be 0 where the decoder reads ABDiv, .*, got 0.1"):
             replace(second, rate=0.1)
 
     def test_a_student_helps_to_label(self, config, monkeypatch):

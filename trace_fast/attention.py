@@ -15,8 +15,8 @@ __all__ = ["MeanAttention"]
 class MeanAttention:
     """The mean of the maps of all blocks that are read.
 
-    Pass `on_attention` and `attend` to the backbone's capture, run the network, and call `finish`. Blocks of a coarser grid share a
-    map of their own, which is resized to the finest grid after the last block.
+    Pass `on_attention` and `attend` to the backbone's capture, run the network, and call `finish`. Blocks of a coarser
+    grid share another map, which is resized to the finest grid after the last block.
 
     Args:
         total: (B, N, N) float32 or bfloat16 over the finest grid, which becomes the mean.

@@ -360,9 +360,7 @@ class UNetDecoder(Decoder):
     WIDTHS: ClassVar = (1, 1.5, 3, 5, 5)  # channels of the levels at strides 2 to 32, as multiples of `channels`
     JOIN: ClassVar = 2  # the level that attention joins, of stride 8
 
-    def __init__(
-        self, grid: Grid, columns: int | None = None, channels: int = 24, detail: int = 2, abdiv: float = 0.0
-    ):
+    def __init__(self, grid: Grid, columns: int | None = None, channels: int = 24, detail: int = 2, abdiv: float = 0.0):
         super().__init__()
         checks.number(f"decoder {self.name}", "abdiv", abdiv, 0, 1)
         columns = (0 if abdiv else 16) if columns is None else columns

@@ -22,7 +22,14 @@ from trace_fast.backbones import Backbone, fetch_student, load_backbone
 from trace_fast.backbones.base import STEPS, Settings, constant, get_device, load_weights
 from trace_fast.backbones.capture import StopForward, network_lock
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, EMPTY_PROMPT
-from trace_fast.decoder import AttentionReadout, BoundaryReadout, Decoder, make_decoder, resample_values, upgrade_student
+from trace_fast.decoder import (
+    AttentionReadout,
+    BoundaryReadout,
+    Decoder,
+    make_decoder,
+    resample_values,
+    upgrade_student,
+)
 from trace_fast.io.files import write_files
 from trace_fast.io.images import (
     check_output_type,
