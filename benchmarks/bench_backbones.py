@@ -9,7 +9,6 @@ machine with the GPU.
 
 import functools
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +19,9 @@ diffusers = pytest.importorskip("diffusers")
 # warnings of the compiler about diffusers do not stop a measurement
 pytestmark = pytest.mark.filterwarnings("default")
 
-from memory import MODELS, SCHEDULER, make_autoencoder  # noqa: E402
+from memory import MODELS, make_tracer  # noqa: E402
 
-from trace_fast import Detector, Tracer  # noqa: E402
-from trace_fast.backbones import wrap_pipeline  # noqa: E402
+from trace_fast import Detector  # noqa: E402
 from trace_fast.decoder import make_decoder  # noqa: E402
 
 TIMESTEPS = (0, *range(99, 900, 100))  # ten
@@ -34,19 +32,7 @@ def tracer(name):
     """Build a network of the published configuration on the GPU, in bfloat16, with random weights; one at a time."""
     gc.collect()
     torch.cuda.empty_cache()
-    kind, config, autoencoder, empty_prompt, side = MODELS[name]
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            network = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
-            vae = make_autoencoder(kind, autoencoder).eval().requires_grad_(False)
-            text = {key: (torch.ones if "mask" in key else torch.randn)(shape) for key, shape in empty_prompt.items()}
-    finally:
-        torch.set_default_dtype(torch.float32)
-    part = "unet" if kind.startswith("UNet") else "transformer"
-    pipe = SimpleNamespace(**{part: network}, vae=vae, scheduler=SimpleNamespace(config=SCHEDULER))
-    return Tracer(wrap_pipeline(pipe, text, (side, side)), name=name)
+    return make_tracer(name, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("stage", ["encode", "forward", "capture", "search", "eager"])

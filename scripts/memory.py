@@ -139,6 +139,23 @@ def make_autoencoder(network: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, name)(**config)
 
 
+def make_tracer(name: str, device: str, dtype: torch.dtype) -> Tracer:
+    """Return a network of `MODELS` with random weights."""
+    kind, config, autoencoder, empty_prompt, side = MODELS[name]
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            network = getattr(diffusers, kind)(**config).eval().requires_grad_(False)
+            vae = make_autoencoder(kind, autoencoder).eval().requires_grad_(False)
+            text = {key: (torch.ones if "mask" in key else torch.randn)(shape) for key, shape in empty_prompt.items()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    part = "unet" if kind.startswith("UNet") else "transformer"
+    pipe = SimpleNamespace(**{part: network}, vae=vae, scheduler=SimpleNamespace(config=SCHEDULER))
+    return Tracer(wrap_pipeline(pipe, text, (side, side)), name=name)
+
+
 class Peak(TorchDispatchMode):
     """A count of the bytes of the storages that operations allocate, while they live."""
 

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from benchmarks/results/: `python scripts/tables.py`.
+"""Write the tables of README.md, docs/ and benchmarks/README.md from benchmarks/results/: `python scripts/tables.py`.
 
 `speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are written by the commands beside their tables, with
 `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `scripts/quality.py` (it is that
@@ -315,7 +315,7 @@ def memory(results: dict[str, Any]) -> str:
 
 
 TABLES = (
-    ("README.md", "speed", "speed-cpu.json", speed),
+    ("docs/performance.md", "speed", "speed-cpu.json", speed),
     ("README.md", "edges-inst", "edges-inst.json", edges),
     ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
     ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
