@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trace_fast.backbones.base import Settings, constant, get_device
-from trace_fast.backbones.capture import Capture, OnAttention
+from trace_fast.backbones.capture import Capture, AttendBlock, OnAttention
 from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 from trace_fast.ops.constants import cache_constants
 
@@ -79,8 +79,10 @@ class QwenBackbone(EncoderBackbone):
         query, key = (x.unflatten(0, (-1, height * width)).transpose(1, 2) for x in (query, key))
         return query, key
 
-    def capture(self, on_attention: OnAttention, blocks: Sequence[int] | None = None) -> Capture:
-        """See `Backbone.capture`; tokens are passed on row by row.
+    def capture(
+        self, on_attention: OnAttention, blocks: Sequence[int] | None = None, attend: AttendBlock | None = None
+    ) -> Capture:
+        """See `Backbone.capture`; tokens are passed on row by row, and no block calls `attend`.
 
         Raises:
             ValueError: a block attends inside windows alone.
