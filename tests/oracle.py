@@ -1,5 +1,8 @@
 """An independent witness of what attention is computed from."""
 
+import contextlib
+import functools
+import pkgutil
 from unittest import mock
 
 import torch
@@ -28,24 +31,27 @@ def assert_read_from_the_call(block, call, image):
 
 
 class AttentionOracle:
-    """Context that records query and key of every call of scaled_dot_product_attention by its name in torch.
+    """Context that records query and key of every call of scaled_dot_product_attention, or ops.attend, by its name.
 
     It knows nothing of the network, and stands outside of what capture itself sees: the function that the name stands
     for is called as before.
     """
 
+    NAMES = ("torch.nn.functional.scaled_dot_product_attention", "trace_fast.ops.attend")
+
     def __init__(self):
         self.calls = []
-        self._patch = mock.patch("torch.nn.functional.scaled_dot_product_attention", self._attend)
-        self._function = torch.nn.functional.scaled_dot_product_attention
-
-    def _attend(self, query, key, *args, **kwargs):
-        self.calls.append((query.clone(), key.clone()))
-        return self._function(query, key, *args, **kwargs)
+        self._patches = contextlib.ExitStack()
 
     def __enter__(self):
-        self._patch.start()
+        for name in self.NAMES:
+            function = pkgutil.resolve_name(name)
+            self._patches.enter_context(mock.patch(name, functools.partial(self._attend, function)))
         return self
 
+    def _attend(self, function, query, key, *args, **kwargs):
+        self.calls.append((query.clone(), key.clone()))
+        return function(query, key, *args, **kwargs)
+
     def __exit__(self, *_):
-        self._patch.stop()
+        self._patches.close()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trace_fast.backbones.base import Settings, constant, get_device
-from trace_fast.backbones.capture import Capture, AttendBlock, OnAttention
+from trace_fast.backbones.capture import AttendBlock, Capture, OnAttention
 from trace_fast.backbones.encoder import CLIP, EncoderBackbone, pair
 from trace_fast.ops.constants import cache_constants
 
