@@ -28,12 +28,13 @@ class AttentionInputs(NamedTuple):
     Attributes:
         query: (B, H, T, d) float.
         key: (B, H, T, d) of the same dtype.
-        lse: (B, H, T) float32, the logarithm of the sum over all T keys of exp(query key^T / sqrt(d)).
+        lse: (B, H, T) float32, the logarithm of the sum over all T keys of exp(query key^T / sqrt(d)); None of a call
+            of `ops.attend`.
     """
 
     query: Tensor
     key: Tensor
-    lse: Tensor
+    lse: Tensor | None
 
 
 class AttentionCall(TorchFunctionMode):
@@ -64,9 +65,12 @@ class AttentionCall(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.ops.trace_fast.attend.default and self.attend is not None:
-            self.attended = True
-            return self.attend(*args[:3])
+        if function is torch.ops.trace_fast.attend.default:
+            query, key, value, _ = args
+            self.inputs, self.obstacle = AttentionInputs(query, key, None), None
+            if self.attend is not None:
+                self.attended = True
+                return self.attend(query, key, value)
         attend = self._attend if function is scaled_dot_product_attention else function
         return attend(*args, **kwargs or {})
 
