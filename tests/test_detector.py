@@ -25,7 +25,6 @@ import trace_fast
 from trace_fast import Detector, Tracer, cli
 from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
-from trace_fast.decoder import AttentionReadout
 from trace_fast.detector import OneThread, merge_adapter
 from trace_fast.io.images import resize
 
@@ -33,7 +32,12 @@ from trace_fast.io.images import resize
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {"conv": ("mini", "conv", {}), "pixels": ("mini", "pixels", {"channels": 4}), "sd15": ("sd15", "conv", {})}
+KINDS = {
+    "conv": ("mini", "conv", {}),
+    "pixels": ("mini", "pixels", {"channels": 4}),
+    "unet": ("mini", "unet", {"channels": 4, "abdiv": 0.35}),
+    "sd15": ("sd15", "conv", {}),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +102,7 @@ def is_quiet(network):
 def whole_pass(detector, images, photograph=None):
     """Logits of a network that runs to its end."""
     backbone = detector.backbone
-    taps = AttentionReadout(detector.decoder.values, backbone.read_grids())
+    taps = detector.decoder.open_readout(backbone.read_grids(), backbone.settings.edge_scale)
     with backbone.capture(taps.on_attention):
         backbone.predict(backbone.encode(images), torch.full((len(images),), detector.timestep))
     return detector.decoder(taps.result(), photograph)
@@ -246,6 +250,8 @@ class TestCall:
             assert_close(torch.as_tensor(edges).view(1, 1, *size), detector.edges(tensor[None]), rtol=0, atol=1e-6)
 
     def test_images_of_a_list_share_passes(self, detector, monkeypatch):
+        if detector.decoder.name == "unet":
+            pytest.skip("sees photos at their own shapes, which differ")
         passes, real = [], detector._forward
         monkeypatch.setattr(
             detector, "_forward", lambda images, detail: (passes.append(len(images)), real(images, detail))[1]
@@ -355,6 +361,8 @@ class TestResized:
         assert torch.equal(detector.edges(image), before)
 
     def test_values_are_interpolated_over_the_keys(self, detector):
+        if not detector.decoder.values.numel():
+            pytest.skip("has no values")
         height, width = detector.decoder.grid
         ramp = torch.arange(height * width).view(height, width, 1).expand(-1, -1, detector.decoder.values.shape[1])
         detector.decoder.values.copy_(ramp.flatten(0, 1))
@@ -414,6 +422,8 @@ class TestOnePass:
         assert not torch.equal(edges, plain)
 
     def test_no_map_is_made(self, detector, monkeypatch):
+        if not detector.decoder.values.numel():
+            pytest.skip("reads the ABDiv of a map")
         from trace_fast import ops
 
         for name in ("attention_map", "accumulate_attention", "resize_attention"):
