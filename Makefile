@@ -64,8 +64,7 @@ bench: build ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 gpu: build ## test, tune and measure on the GPU at hand
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh kernels
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh backbones
+	set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; for stage in check time kernels backbones; do scripts/gpu.sh $$stage; done
 
 sanitize: build ## run the native core with the address and undefined-behavior sanitizers: its tests, and hostile inputs
 	TRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize

@@ -3,7 +3,8 @@
 `speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are written by the commands beside their tables, with
 `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `scripts/quality.py` (it is that
 run's quality.json), `ablations.json` by `scripts/ablations.py`, `kernels.json` by `scripts/compile_kernels.py`,
-`memory.json` by `scripts/memory.py`, `speed-gpu.json` and a `backbones-gpu-<model>.json` each by `scripts/gpu.sh`;
+`memory.json` by `scripts/memory.py`, `gpu-check.json`, `gpu-time.json`, `speed-gpu.json` and a
+`backbones-gpu-<model>.json` each by `scripts/gpu.sh`;
 `edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and `propagation-walk.json` its
 masks.json, and `commit` was added to each.
 """
@@ -214,6 +215,30 @@ def over_eager(times: Times, model: str) -> float:
     return times.over_blocks(model, "eager", "seconds") / times.over_blocks(model, "triton", "seconds")
 
 
+def first_contact(results: list[dict[str, Any]]) -> str:
+    """Return what the checks of the kernels on a GPU found, and the times of what ships."""
+    if not results:
+        return "No GPU has been met yet: `scripts/gpu.sh check` and `scripts/gpu.sh time` fill this in."
+    lines = []
+    for run in results:
+        versions = run["versions"]
+        lines += [
+            f"{run['gpu']}, torch {versions['torch']}, triton {versions['triton']}, commit `{run['commit']}`.",
+            "",
+        ]
+        if "right" in run["rows"][0]:
+            wrong = [f"- {row['what']}: {row['figures']}" for row in run["rows"] if not row["right"]]
+            lines += [f"{len(run['rows'])} checks, {len(wrong)} wrong.", "", *wrong, *([""] if wrong else [])]
+        else:
+            lines += ["| what | us | floors | expected |", "| --- | ---: | ---: | --- |"]
+            for row in run["rows"]:
+                if row["ships"]:
+                    floors = row["seconds"] / row["floor"]
+                    lines.append(f"| {row['what']} | {row['seconds'] * 1e6:.1f} | {floors:.2f} | {row['expected']} |")
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def share_of_copy(times: Times, _: str) -> float:
     """Return the bandwidth of the divergence as a share of a copy's."""
     case = times.cases["step_kl_abdiv, N = 4096, torch.float32", "triton"]
@@ -327,6 +352,7 @@ TABLES = (
     ("benchmarks/README.md", "ablations-rest", "ablations-rest.json", ablations),
     ("benchmarks/README.md", "regions", "regions-cpu.json", regions),
     ("benchmarks/README.md", "evaluation", "evaluation-cpu.json", evaluation),
+    ("benchmarks/README.md", "gpu-first", "gpu-*.json", first_contact),
     ("benchmarks/README.md", "gpu", "speed-gpu.json", gpu),
     ("benchmarks/README.md", "backbones", "backbones-gpu-*.json", backbones),
     ("benchmarks/README.md", "memory", "memory.json", memory),
