@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 from safetensors.torch import load_file, save_file
-from server import Target, UnclearError, WrongError, refusals
+from server import RefusedError, Target, UnclearError, WrongError, refusals
 from typer.testing import CliRunner
 from values import NUMBERS, choose, distort_array, distort_bytes, distort_tensor, distort_tree, dump_json, hostile
 
@@ -642,6 +642,8 @@ def commands(random: np.random.Generator, level: int, folder: Path) -> None:
     for picture in (folder / "out").glob("*.png"):
         with Image.open(picture) as opened:
             opened.load()
+    if result.exit_code:
+        raise RefusedError(result.stderr)
 
 
 def make_paths(random: np.random.Generator, folder: Path) -> dict[str, str]:
