@@ -1,15 +1,17 @@
-"""Time every tile configuration of the attention kernels on the present GPU: `python scripts/tune_kernels.py`.
+"""Time every tile configuration of the Triton kernels on the present GPU: `python scripts/tune_kernels.py`.
 
 Writes benchmarks/results/tuning-<gpu>.json and prints, for each kernel and head size, the shipped tile beside the best.
-Copy the best into CONFIGS of kernels/jit/attention.py by hand, where it wins by more than the spread.
+Copy the best into CONFIGS of kernels/jit/attention.py or divergence.py by hand, where it wins by more than the spread.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from compile_kernels import Case, attention_cases, only
 from tqdm import tqdm
 from workload import SHAPES
 
+from trace_fast.kernels import divergence
+
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
@@ -29,12 +33,28 @@ def shapes() -> list[tuple[int, int, int]]:
     return sorted(distinct, key=lambda shape: -shape[0] * shape[1] ** 2)
 
 
-def time_case(case: Case) -> tuple[float, float]:
-    """Return median and spread of a configuration, in milliseconds."""
+def time_case(case: Case) -> dict[str, float]:
+    """Return median and spread of a configuration of an attention kernel."""
     with only(case.row["kernel"], case.config):
-        times = event_times(case.launch, milliseconds=40)
-    low, median, high = statistics.quantiles(times, n=4)
-    return median * 1e3, (high - low) * 1e3
+        return time_call(case.launch)
+
+
+def time_call(call: Callable[[], object]) -> dict[str, float]:
+    """Return median and spread of a call, in milliseconds."""
+    low, median, high = statistics.quantiles(event_times(call, milliseconds=40), n=4)
+    return {"median_ms": median * 1e3, "spread_ms": (high - low) * 1e3}
+
+
+def time_divergence(side: int, device: str = "cuda") -> list[dict[str, Any]]:
+    """Return a row for each tile of the divergence, on maps of side x side tokens."""
+    tokens, picked = side**2, divergence.pick_tile(1, side, side, torch.device(device))
+    previous, current = torch.rand(2, 1, tokens, tokens, device=device).softmax(-1)
+    shape = {"kernel": "divergence", "dtype": "float32", "heads": 1, "tokens": tokens, "channels": 0}
+    rows = []
+    for config in divergence.CONFIGS:
+        times = time_call(functools.partial(divergence.measure_divergence, previous, current, (side, side), config))
+        rows.append({**shape, "shipped": True, "tile": list(config), "picked": config == picked, **times})
+    return rows
 
 
 def main() -> None:
@@ -44,10 +64,11 @@ def main() -> None:
         for heads, tokens, channels in tqdm(shapes(), unit="shape", disable=None):
             timed = []
             for case in attention_cases(torch.bfloat16, heads, tokens, channels, "cuda"):
-                median, spread = time_case(case)
                 row = {**case.row, "heads": heads, "tokens": tokens, "tile": list(case.config)}
-                timed.append({**row, "picked": case.picked, "median_ms": median, "spread_ms": spread})
+                timed.append({**row, "picked": case.picked, **time_case(case)})
             rows += timed  # whole shapes
+        for side in (32, 64):
+            rows += time_divergence(side)
     finally:
         report(rows)
 

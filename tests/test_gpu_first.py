@@ -1,4 +1,4 @@
-"""The script that meets a GPU first, rehearsed on the CPU."""
+"""The scripts that need a GPU, rehearsed on the CPU."""
 
 import json
 import math
@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import gpu_first
 import tables
+import tune_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,3 +79,15 @@ def test_wheels_are_those_that_backbones_need():
     names = {line.partition("==")[0] for line in gpu_first.wheels()}
     assert {"diffusers", "huggingface-hub", "pytest", "safetensors"} <= names
     assert not names & {"torch", "triton", "numpy", "trace-fast"}
+
+
+def test_every_tile_of_the_divergence_is_tuned(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        tune_kernels, "event_times", lambda call, milliseconds: calls.append(call) or [1e-3, 2e-3, 3e-3]
+    )
+    rows = tune_kernels.time_divergence(4, "cpu")
+    tiles = [list(config) for config in tune_kernels.divergence.CONFIGS]
+    assert [row["tile"] for row in rows] == [list(call.args[-1]) for call in calls] == tiles
+    assert [row["picked"] for row in rows].count(True) == 1
+    assert {round(row["median_ms"], 6) for row in rows} == {2}

@@ -111,6 +111,17 @@ RESIDENT = 4  # programs that a multiprocessor needs to hide the latency of memo
 FINISH = Config(128, 256, 4, 1)  # numbers of scores and of steps that the second kernel adds at once
 
 
+def launch_grid(config: Config, batch: int, height: int, width: int, tokens: int) -> tuple[int, int, int]:
+    """Return the programs by strip of the grid, by tile of keys, and by image and segment of grid rows."""
+    return triton.cdiv(width, config.rows), triton.cdiv(tokens, config.columns), batch * triton.cdiv(height, SEGMENT)
+
+
+def pick_tile(batch: int, height: int, width: int, device: torch.device) -> Config:
+    """Return the tile for maps of a grid."""
+    tokens = height * width
+    return pick(CONFIGS, lambda c: launch_grid(c, batch, height, width, tokens), (width, tokens), device, RESIDENT)
+
+
 def measure_divergence(
     previous: Tensor | None, current: Tensor, size: tuple[int, int] | None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -121,22 +132,17 @@ def measure_divergence(
     batch, tokens, _ = current.shape
     # the divergence of a step does not depend on the grid
     height, width = size or (triton.cdiv(tokens, 64), min(tokens, 64))
-    segments = triton.cdiv(height, SEGMENT)
-
-    def grid(config: Config) -> tuple[int, int, int]:
-        return triton.cdiv(width, config.rows), triton.cdiv(tokens, config.columns), batch * segments
-
-    config = config or pick(CONFIGS, grid, (width, tokens), current.device, RESIDENT)
-    check_grid("step_kl_abdiv", *grid(config))
-    strips, tiles, _ = grid(config)
-    steps = strips * tiles * segments
+    config = config or pick_tile(batch, height, width, current.device)
+    strips, tiles, _ = grid = launch_grid(config, batch, height, width, tokens)
+    check_grid("step_kl_abdiv", *grid)
+    steps = strips * tiles * triton.cdiv(height, SEGMENT)
     flags = {"STEP": previous is not None, "ABDIV": size is not None}
     step_sums = current.new_empty(batch * steps, dtype=torch.float32)
     score_sums = current.new_empty(batch * tiles * tokens if size else 0, dtype=torch.float32)
     kl = current.new_empty(batch, dtype=torch.float32)
     scores = current.new_empty((batch, *(size or (0, 0))), dtype=torch.float32)
     with on_device(current):
-        divergence_kernel[grid(config)](
+        divergence_kernel[grid](
             current if previous is None else previous, current, step_sums, score_sums, height, width, tokens, SEGMENT,
             **flags, WIDTH=config.rows, COLUMNS=config.columns, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -56,7 +56,7 @@ def pick(
     places = _multiprocessors(device) * resident
 
     def time(config: Config) -> float:
-        programs = math.prod(grid(config))
+        programs = max(1, math.prod(grid(config)))  # an empty batch has none
         # entries outside the map are computed, too
         entries = math.prod(triton.cdiv(length, side) * side for length, side in zip(size, config[:2], strict=True))
         return triton.cdiv(programs, places) * entries / programs
