@@ -10,7 +10,7 @@ import pytest
 import torch
 from degrade import degrade, group_touching
 from PIL import Image
-from propagation import draw_on_grid, make_sets
+from propagation import SETS, Source, draw_on_grid, make_sets, measure, open_source
 from tiny import embedded, student
 from typer.testing import CliRunner
 
@@ -425,3 +425,16 @@ def test_masks_with_known_faults(data):
     drawn = draw_on_grid(truth)
     assert drawn.shape == (2, 48, 64)
     assert np.array_equal(drawn, drawn[:, 8::16, 8::16].repeat(16, 1).repeat(16, 2))
+
+
+def test_sets_are_measured_once_for_each_source(data):
+    def refuse(photo):
+        raise AssertionError("edges of a finished source were computed again")
+
+    photo, masks = open_dataset(data).photos[0], {}
+    measure(photo, photo.instances(), [open_source("truth=0.5")], masks)
+    assert set(masks) == {f"{name}, {row}" for name in SETS for row in ("before", "truth, fit", "truth, flood")}
+    before = dict(masks)
+    measure(photo, photo.instances(), [Source("truth", refuse, 0.5), open_source("none")], masks)
+    assert {key: masks[key] for key in before} == before
+    assert all(masks[f"{name}, none, fit"] == before[f"{name}, before"] for name in SETS)
