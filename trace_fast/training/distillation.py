@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from trace_fast.backbones.base import NOISINGS, STEPS, Backbone, check_timestep, constant, load_weights
+from trace_fast.backbones.base import NOISINGS, STEPS, Backbone, check_timestep, constant, default_dtype, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, FORMAT, make_decoder, resample_values, upgrade_student
@@ -366,7 +366,9 @@ class Distillation:
         self.backbone, self.device = tracer.backbone, tracer.device
         assert self.backbone.schedule is not None  # of an encoder, refused before
         self.schedule = self.backbone.schedule
-        self.half = config.dtype == "bfloat16" or (config.dtype is None and self.device.type == "cuda")
+        self.half = config.dtype == "bfloat16" or (
+            config.dtype is None and default_dtype(self.device) is torch.bfloat16
+        )
         default = FLOW_TIMESTEP if isinstance(self.schedule, RectifiedFlow) else 0
         self.timestep = default if config.timestep is None else config.timestep
         torch.manual_seed(config.seed)
