@@ -1,6 +1,6 @@
 """Lay photographs, the masks of `trace-fast segment`, and masks before and after `trace_fast.propagate` side by side.
 
-    python scripts/mask_sheet.py --data ../shared/data/dev_coco --method mini --threshold 0.4 --name 000000000127 \
+    python scripts/mask_sheet.py --data ../shared/data/dev_coco --method mini --threshold 0.35 --name 000000000127 \
         --name 000000000459 --name 000000000790 --name 000000174375 --name 000000278528 --name 000000401416 \
         -o docs/pictures/masks.jpg
 
