@@ -101,7 +101,7 @@ def check_lse(shape: Shape, device: str) -> tuple[bool, str]:
     """Compare the row statistics with the log-sum-exps of torch's flash attention."""
     query, key = features(shape, device)
     top, mass = attention.row_statistics(attention.Features(query, key, shape.channels**-0.5))
-    own = (top + mass.log2()) / float(attention.LOG2E)
+    own = (top + mass.log2()) / attention.LOG2E.value
     if device == "cuda":
         other = torch.ops.aten._scaled_dot_product_flash_attention(query, key, key)[1]
     else:

@@ -1169,10 +1169,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"labels": "hard"}, ValueError, "distill: labels must be .*ternary.*, got hard"),
-            ({"decoder": "cnn"}, ValueError, "distill: decoder must be .*conv.*, got cnn"),
-            ({"dtype": "float16"}, ValueError, "distill: dtype must be .*, got float16"),
-            ({"teacher_noising": "pink"}, ValueError, "distill: teacher_noising must be .*gaussian.*, got pink"),
+            ({"labels": "hard"}, ValueError, "distill: labels must be .*ternary.*, got 'hard'"),
+            ({"decoder": "cnn"}, ValueError, "distill: decoder must be .*conv.*, got 'cnn'"),
+            ({"dtype": "float16"}, ValueError, "distill: dtype must be .*, got 'float16'"),
+            ({"teacher_noising": "pink"}, ValueError, "distill: teacher_noising must be .*gaussian.*, got 'pink'"),
             ({"teacher_timestep": 1000}, ValueError, "timestep must be from 0 to 999, got 1000"),
             ({"teacher_timestep": "late"}, TypeError, "timestep must be 'iep' or an integer.*, got 'late'"),
             ({"rank": 0}, ValueError, "distill: rank must be .* got 0"),

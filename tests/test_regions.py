@@ -567,7 +567,11 @@ def test_empty_batches_and_no_masks(device):
             "flood_fill: barrier must be on {device} like seeds, got meta",
         ),
         (lambda b, s, m, e: ops.flood_fill(s, b, 0), ValueError, "flood_fill: connectivity must be 4 or 8, got 0"),
-        (lambda b, s, m, e: ops.flood_fill(s, b, 4, "all"), ValueError, "claim_barrier must be False or True, got all"),
+        (
+            lambda b, s, m, e: ops.flood_fill(s, b, 4, "all"),
+            ValueError,
+            "claim_barrier must be False or True, got 'all'",
+        ),
         (
             lambda b, s, m, e: ops.random_walk(m.double(), e),
             TypeError,

@@ -184,7 +184,8 @@ class BoundaryReadout:
         if self.mean is None:
             tokens = max(map(math.prod, self.grids))
             checks.memory("student", "images", query, 4 * len(query) * tokens**2)
-            self.mean = MeanAttention(torch.empty(len(query), tokens, tokens, device=query.device), self.grids)
+            total = torch.empty(len(query), tokens, tokens, dtype=torch.float32, device=query.device)
+            self.mean = MeanAttention(total, self.grids)
             self.mean.clear()
         return self.mean
 
