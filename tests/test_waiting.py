@@ -34,7 +34,7 @@ def test_the_package_alone_loads_no_torch():
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "1000 None\n"),
+        ({}, "10000 None\n"),
         ({"GOMP_SPINCOUNT": "7"}, "7 None\n"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE\n"),
     ],

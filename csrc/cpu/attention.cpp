@@ -47,17 +47,13 @@ void pack_queries(const float* query, int64_t rows, int64_t channels, float fact
   }
 }
 
-// out (kTileRows, kVecs vectors) = left (kTileRows, depth) right (depth, kVecs vectors), or += where kAdd.
+// out (kTileRows, kVecs vectors) = left (kTileRows, depth) right (depth, kVecs vectors), or += where kAdd: a sum is
+// added as a whole, so that rounding grows with the depth of a call alone.
 // The strides of left are those of a row and of a step in depth; the others are those of a row.
 template <bool kAdd, int64_t kVecs = kTileVecs>
 inline void multiply_tile(const float* left, int64_t left_row, int64_t left_depth, const float* right,
                           int64_t right_stride, int64_t depth, float* out, int64_t out_stride) {
   vec sums[kTileRows][kVecs] = {};
-  if (kAdd)
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 8
-      for (int64_t v = 0; v < kVecs; ++v) sums[r][v] = load(out + r * out_stride + v * kLanes);
   for (int64_t c = 0; c < depth; ++c, left += left_depth, right += right_stride) {
     vec columns[kVecs];
 #pragma GCC unroll 8
@@ -70,7 +66,10 @@ inline void multiply_tile(const float* left, int64_t left_row, int64_t left_dept
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < kVecs; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
+    for (int64_t v = 0; v < kVecs; ++v) {
+      float* const to = out + r * out_stride + v * kLanes;
+      store(to, kAdd ? load(to) + sums[r][v] : sums[r][v]);
+    }
 }
 
 // out (rows, columns of stride) = packed queries (rows, channels) times packed keys (columns, channels)^T.
@@ -82,16 +81,16 @@ inline void multiply_block(const float* queries, const float* keys, int64_t chan
                            out + r * stride + j, stride);
 }
 
-// out (rows, width) = masses (rows, columns of stride) times values (columns, width), from vector c on; width is whole
+// out (rows, width) += masses (rows, columns of stride) times values (columns, width), from vector c on; width is whole
 // vectors.
 template <int64_t kVecs = kTileVecs>
-inline void multiply_values(const float* masses, int64_t stride, const float* values, int64_t columns, int64_t width,
-                            int64_t rows, float* out, int64_t c = 0) {
+inline void add_products(const float* masses, int64_t stride, const float* values, int64_t columns, int64_t width,
+                         int64_t rows, float* out, int64_t c = 0) {
   for (; c + kVecs * kLanes <= width; c += kVecs * kLanes)
     for (int64_t r = 0; r < rows; r += kTileRows)
-      multiply_tile<false, kVecs>(masses + r * stride, stride, 1, values + c, width, columns, out + r * width + c,
-                                  width);
-  if constexpr (kVecs > 1) multiply_values<kVecs - 1>(masses, stride, values, columns, width, rows, out, c);
+      multiply_tile<true, kVecs>(masses + r * stride, stride, 1, values + c, width, columns, out + r * width + c,
+                                 width);
+  if constexpr (kVecs > 1) add_products<kVecs - 1>(masses, stride, values, columns, width, rows, out, c);
 }
 
 // sums (kTileRows, kTileDots of sums_stride, kLanes) += left (kTileRows, columns) times kTileDots channels of packed
@@ -279,8 +278,10 @@ void attend_blocks(float* total, float* mixed, const float* query, const float* 
           add_row(row, tokens, weight / heads * factors[r], total + (image * tokens + first + r) * tokens);
       }
       if (mixed == nullptr) continue;
-      multiply_values(masses, columns, padded_values.data + map * columns * width, columns, width, rows,
-                      block_products);
+      fill(block_products, kBlockRows * width, 0);
+      for (int64_t chunk = 0; chunk < columns; chunk += kChunk)
+        add_products(masses + chunk, columns, padded_values.data + (map * columns + chunk) * width,
+                     columns - chunk < kChunk ? columns - chunk : kChunk, width, rows, block_products);
       for (int64_t r = 0; r < rows; ++r) {
         float* const out = mixed + ((image * tokens + first + r) * heads + map % heads) * channels;
         for (int64_t c = 0; c < channels; ++c) out[c] = factors[r] * block_products[r * width + c];
