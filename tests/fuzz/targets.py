@@ -234,7 +234,7 @@ def native_ops(random: np.random.Generator, level: int, folder: Path) -> None:
         is_tensor = isinstance(value, torch.Tensor) and random.random() < 0.8
         arguments[argument] = distort_tensor(random, value) if is_tensor else hostile(random, objects=True)
         if argument == "steps" and isinstance(arguments["steps"], int):
-            arguments["steps"] = min(arguments["steps"], 1000)  # it walks as many as it is told to, if for days
+            arguments["steps"] = min(arguments["steps"], 1000)  # it walks as many as are asked for, if for days
     exact = {key: value for key, value in arguments.items() if not (key == "scale" and value is None)}
     plain = all(type(value) is torch.Tensor for value in exact.values() if isinstance(value, torch.Tensor))
     plain = plain and all(value.numel() < 2**30 for value in exact.values() if isinstance(value, torch.Tensor))
