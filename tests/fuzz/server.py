@@ -84,7 +84,7 @@ def refusals(names: str) -> Iterator[None]:
     except Exception as error:
         clear = isinstance(error, NAMED) and not isinstance(error, ESCAPED) and re.search(names, str(error))
         summary = f"{type(error).__name__}: {error}"
-        if clear or "can't allocate memory" in summary:  # the limit is that of the child: a large picture is none
+        if clear:
             raise RefusedError(summary) from None
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UnclearError(f"{summary} [{Path(frame.filename).name}:{frame.lineno}]") from None

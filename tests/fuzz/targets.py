@@ -322,7 +322,8 @@ def pictures(random: np.random.Generator, level: int, folder: Path) -> None:
     with refusals("edges: image"):
         result = read_image(choose(random, (path, str(path))))
     require(result.dtype == torch.float32 and result.ndim == 4 and result.shape[1] == 3, "kind of the result")
-    require(result.isfinite().all() and result.min() >= 0 and result.max() <= 1, "range of the result")
+    # a sum, since a mask of a large picture may exceed the memory of the child
+    require(result.sum().isfinite() and result.min() >= 0 and result.max() <= 1, "range of the result")
     require(kind not in ("EPS", "PDF") or changes, "a document is accepted")
     if changes == 0 and pixels is not None:
         expected = torch.from_numpy(pixels).permute(2, 0, 1) / 255
