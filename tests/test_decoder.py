@@ -250,6 +250,15 @@ class TestPixelDecoder:
         assert_close(logits, logits[..., 24:25, 40:41].expand_as(logits))
 
 
+def check_windows(decoder, readout):
+    """Require that a window of the whole changes nothing, and one of a part takes another part of attention."""
+    photo = torch.rand(1, 3, 48, 80)
+    whole, part = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 0.5]])
+    logits = decoder(readout, photo)
+    assert_close(decoder(readout, photo, whole), logits, rtol=1e-4, atol=1e-4)
+    assert (decoder(readout, photo, part) - logits).abs().max() > 1e-3
+
+
 class TestUNetDecoder:
     @pytest.fixture
     def decoder(self):
@@ -285,11 +294,7 @@ class TestUNetDecoder:
         assert_close(decoder(torch.randn(1, 15, 6), photo), decoder(None, photo))
 
     def test_attention_is_that_of_the_window(self, decoder):
-        readout, photo = torch.randn(1, 15, 6), torch.rand(1, 3, 48, 80)
-        whole, part = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 0.5]])
-        logits = decoder(readout, photo)
-        assert_close(decoder(readout, photo, whole), logits, rtol=1e-4, atol=1e-4)
-        assert (decoder(readout, photo, part) - logits).abs().max() > 1e-3
+        check_windows(decoder, torch.randn(1, 15, 6))
 
     def test_few_pixels_are_edges_at_first(self, decoder):
         probability = decoder(None, torch.rand(2, 3, 64, 96)).sigmoid()
@@ -318,11 +323,7 @@ class TestUNetWithAbdiv:
         assert decoder(torch.full((1, 15, 1), value), torch.rand(1, 3, 16, 32)).isfinite().all()
 
     def test_attention_is_that_of_the_window(self, decoder):
-        boundary, photo = torch.rand(1, 15, 1), torch.rand(1, 3, 48, 80)
-        whole, part = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 0.5]])
-        logits = decoder(boundary, photo)
-        assert_close(decoder(boundary, photo, whole), logits, rtol=1e-4, atol=1e-4)
-        assert (decoder(boundary, photo, part) - logits).abs().max() > 1e-3
+        check_windows(decoder, torch.rand(1, 15, 1))
 
     def test_it_reads_no_features(self, decoder):
         assert decoder.options() == {"name": "unet", "columns": 0, "channels": 4, "detail": 2, "abdiv": 0.35}

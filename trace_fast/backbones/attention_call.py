@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class AttentionInputs(NamedTuple):
-    """What an attention call receives, and the statistics of its rows.
+    """The query and key of an attention call, and the statistics of its rows.
 
     Attributes:
         query: (B, H, T, d) float.
