@@ -97,12 +97,14 @@ def clock(call: Any) -> tuple[Tensor, float]:
 def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=DEFAULT, choices=[*MODELS, DEFAULT], metavar="MODEL")
-    options = parser.parse_args()
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"One of {', '.join(MODELS)}.")
+    models = parser.parse_args().models or DEFAULT
+    if unknown := set(models) - set(MODELS):
+        parser.error(f"MODEL must be one of {', '.join(MODELS)}, got {', '.join(sorted(unknown))}")
     diffusers.utils.logging.set_verbosity_error()
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
-    for name in tqdm(options.models, unit="model", disable=None):
+    for name in tqdm(models, unit="model", disable=None):
         rows.append(measure(name))
         print(json.dumps(rows[-1]))
         with write_atomically(RESULTS / "full-size-cpu.json", "full_size") as file:
