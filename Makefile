@@ -90,6 +90,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt $(TORCH) torch
 	$(BIN)/pip install -c constraints.txt setuptools pybind11 ninja
-	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/pip install -c constraints.txt --no-deps timm
 	touch $@

@@ -44,12 +44,18 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension: there is only trace_fast._C."""
         variant = ("cuda" if CUDA else "cpu") + ("-sanitize" if SANITIZE else "")
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            raise SystemExit(
+                f"trace_fast: a C++17 compiler must be installed, got none named {compiler!r} on PATH; install g++ or "
+                "clang, or set CXX"
+            )
         folder = Path("build", f"ninja-{variant}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
 
-        (folder / "build.ninja").write_text("\n".join([*rules(), *edges(target.name)]) + "\n")
+        (folder / "build.ninja").write_text("\n".join([*rules(compiler), *edges(target.name)]) + "\n")
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
         # a process that has loaded the old file keeps it
         part = target.with_suffix(".part")
@@ -57,9 +63,8 @@ class NinjaBuild(build_ext):
         os.replace(part, target)
 
 
-def rules() -> list[str]:
+def rules(compiler: str) -> list[str]:
     """Return the variables and rules of the ninja file."""
-    compiler = os.environ.get("CXX", "c++")
     includes = [sysconfig.get_path("include"), pybind11.get_include()]
     system = " -undefined dynamic_lookup" if sys.platform == "darwin" else " -ldl"
     return [

@@ -275,9 +275,9 @@ class TestRefusals:
         assert "IN" in refuse("-o", "out")
 
     def test_curve_without_matplotlib(self, refuse, monkeypatch):
-        monkeypatch.setattr(cli.common, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
         error = refuse("a.png", "-o", "out", "--curve")
-        assert error == "trace-fast: --curve needs matplotlib: pip install matplotlib\n"
+        assert error == "trace-fast: --curve: matplotlib must be installed: pip install 'trace_fast[eval]'\n"
 
 
 @pytest.mark.slow
@@ -318,15 +318,10 @@ def test_demo_writes_to_its_folder_and_prints_where(call, monkeypatch):
 
 
 def test_demo_reports_a_missing_package(call, monkeypatch):
-    from trace_fast import demo
-
-    def fail(output):
-        raise RuntimeError("demo: scikit-image must be installed: pip install scikit-image")
-
-    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setitem(sys.modules, "skimage", None)
     result = call("demo", "-o", "out")
     assert result.exit_code == 2
-    assert result.stderr == "trace-fast: demo: scikit-image must be installed: pip install scikit-image\n"
+    assert result.stderr == "trace-fast: demo: scikit-image must be installed: pip install 'trace_fast[eval]'\n"
 
 
 def test_backends_prints_the_table(call):

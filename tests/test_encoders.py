@@ -762,7 +762,16 @@ class TestEva:
     def test_without_timm(self, tmp_path, monkeypatch):
         save(eva(), tmp_path / "model")
         monkeypatch.setitem(sys.modules, "timm", None)
-        with pytest.raises(RuntimeError, match=r"needs timm, .* pip install timm, .* fits torch 2"):
+        with pytest.raises(RuntimeError, match=r"^load: timm must be installed: pip install 'trace_fast\[encoders\]'$"):
+            Tracer.from_pretrained(tmp_path / "model", device="cpu")
+
+    def test_with_a_torchvision_of_another_torch(self, tmp_path, monkeypatch):
+        save(eva(), tmp_path / "model")
+        (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+        for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(RuntimeError, match=r"needs timm, .*\(operator torch.* pip install timm, .* fits torch 2"):
             Tracer.from_pretrained(tmp_path / "model", device="cpu")
 
 

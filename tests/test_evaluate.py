@@ -18,7 +18,7 @@ from tiny import embedded, student
 from typer.testing import CliRunner
 
 pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trace_fast[demo]'")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trace_fast[eval]'")
 
 import trace_fast
 from trace_fast import cli
@@ -517,7 +517,7 @@ class TestCall:
 
     def test_without_pandas(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pandas", None)
-        with pytest.raises(RuntimeError, match=r"^to_pandas: needs pandas: pip install pandas$"):
+        with pytest.raises(RuntimeError, match=r"^to_pandas: pandas must be installed"):
             report.Report().to_pandas()
 
     @pytest.mark.parametrize(

@@ -895,7 +895,7 @@ class TestErrors:
     def test_without_pycocotools(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pycocotools", None)
         open_masks([sam(ONE[0], 0)])[1](open_masks(ONE)[0], [[0]])
-        with pytest.raises(RuntimeError, match=r"open_masks: needs pycocotools: pip install pycocotools"):
+        with pytest.raises(RuntimeError, match=r"open_masks: pycocotools must be installed"):
             open_masks([RLE])
 
 

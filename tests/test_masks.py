@@ -213,7 +213,7 @@ class TestInputs:
         evaluate = masks._evaluate
         monkeypatch.setattr(masks, "_evaluate", lambda pairs, engine: used.append(engine) or evaluate(pairs, engine))
         mask_ap([square(0, 0)], [])
-        monkeypatch.setattr(masks.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
         mask_ap([square(0, 0)], [])
         assert used == ["faster-coco-eval", "pycocotools"]
 
@@ -253,12 +253,9 @@ class TestInputs:
         with pytest.raises(ValueError, match=f"^mask_ap: {message}$"):
             mask_ap(truth, results, **keywords)
 
-    @pytest.mark.parametrize(
-        ("engine", "module"), [("faster-coco-eval", "faster_coco_eval"), ("pycocotools", "pycocotools.cocoeval")]
-    )
-    def test_a_missing_engine_is_named(self, engine, module, monkeypatch):
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(RuntimeError, match=rf"^mask_ap: needs {engine}: pip install {engine}$"):
+    def test_a_missing_engine_is_named(self, engine, monkeypatch):
+        monkeypatch.setitem(sys.modules, engine.replace("-", "_"), None)
+        with pytest.raises(RuntimeError, match=rf"^\w+: {engine} must be installed"):
             mask_ap([square(0, 0)], [], engine=engine)
 
 

@@ -1,5 +1,6 @@
-"""The contents of the distributions, the cost of an import, and the code of the native core."""
+"""The distributions, what they install and need, the cost of an import, and the code of the native core."""
 
+import ast
 import os
 import platform
 import re
@@ -8,15 +9,21 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
+from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import trace_fast
 from trace_fast import _C
+from trace_fast.extras import EXTRAS, require
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = ("PIL", "accelerate", "diffusers", "matplotlib", "peft", "timm", "transformers", "triton", "typer")
 
 
@@ -47,8 +54,8 @@ def sdist(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory) -> list[str]:
-    """Build a wheel from the source distribution, without optimization to save time; return the names in it."""
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Build a wheel from the source distribution, without optimization to save time."""
     folder = tmp_path_factory.mktemp("wheel")
     python(
         "-c",
@@ -57,15 +64,49 @@ def wheel(sdist, tmp_path_factory) -> list[str]:
         CXXFLAGS="-O0",
     )
     (archive,) = folder.glob("*.whl")
-    with zipfile.ZipFile(archive) as names:
-        assert names.read("trace_fast-0.1.0.dist-info/top_level.txt").split() == [b"trace_fast"]
-        return names.namelist()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory) -> Path:
+    """Install the wheel without extras; return the Python of an environment that has what it requires, and no more.
+
+    Packages are linked from the environment of the tests, which costs a second instead of a download.
+    """
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (installed,) = site.glob("*.dist-info")
+    pending, linked = [PathDistribution(installed)], set()
+    while pending:
+        for line in pending.pop().requires or []:
+            requirement = Requirement(line)
+            name = canonicalize_name(requirement.name)
+            if name in linked or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+                continue
+            linked.add(name)
+            pending.append(distribution(name))
+            root = Path(str(pending[-1].locate_file("")))
+            for top in {file.parts[0] for file in pending[-1].files or []} - {"..", "__pycache__"}:
+                if not (site / top).exists():
+                    (site / top).symlink_to(root / top)
+    assert {"torch", "numpy", "pillow", "safetensors", "tqdm"} <= linked
+    return folder / "bin" / "python"
+
+
+def run_bare(bare: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run the Python of a bare environment, which does not see this checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [bare, *arguments], cwd=bare.parent, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_every_file_states_one_version():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
-    assert stated == project["version"] == trace_fast.__version__
+    assert stated == PROJECT["version"] == trace_fast.__version__
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -90,14 +131,95 @@ def test_sdist_holds_no_tests(sdist):
 
 @pytest.mark.slow
 def test_wheel_installs_one_package(wheel):
-    assert {name.split("/")[0] for name in wheel} == {"trace_fast", "trace_fast-0.1.0.dist-info"}
-    native = next(name for name in wheel if name.startswith("trace_fast/_C.") and name.endswith((".so", ".pyd")))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert archive.read("trace_fast-0.1.0.dist-info/top_level.txt").split() == [b"trace_fast"]
+    assert {name.split("/")[0] for name in names} == {"trace_fast", "trace_fast-0.1.0.dist-info"}
+    native = next(name for name in names if name.startswith("trace_fast/_C.") and name.endswith((".so", ".pyd")))
     for name in (native, "trace_fast/_C.pyi", "trace_fast/py.typed", "trace_fast/kernels/__init__.py"):
-        assert name in wheel
+        assert name in names
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "trace_fast").rglob("*.py")}
-    assert sources <= set(wheel)
+    assert sources <= set(names)
     for name in ("model.safetensors", "config.json", "README.md", "student/decoder.safetensors", "student/config.json"):
-        assert f"trace_fast/weights/mini/{name}" in wheel
+        assert f"trace_fast/weights/mini/{name}" in names
+
+
+@pytest.mark.slow
+def test_the_core_finds_edges_and_masks_without_extras(bare):
+    done = run_bare(bare, ROOT / "scripts" / "smoke.py")
+    assert done.returncode == 0, done.stderr
+    assert f" of {bare.parent.parent}" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_core_names_the_extra_of_a_model(bare):
+    code = f"""
+import trace_fast
+from importlib.util import find_spec
+assert not [name for name in {[*EXTRAS, "triton"]} if find_spec(name)]
+for model in ("sdxl", "owner/name", "dinov2-b"):
+    try:
+        trace_fast.load(model)
+    except RuntimeError as error:
+        print(error)
+"""
+    done = run_bare(bare, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "load: diffusers must be installed: pip install 'trace_fast[diffusion]'",
+        "load: huggingface_hub must be installed: pip install 'trace_fast[diffusion]'",
+        "load: transformers must be installed: pip install 'trace_fast[encoders]'",
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_without_its_extra_is_one_sentence(bare):
+    done = run_bare(bare, "-m", "trace_fast", "edges", "photo.jpg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "trace-fast: typer must be installed: pip install 'trace_fast[cli]'\n"
+
+
+def get_extra(extra: str) -> dict[str, Requirement]:
+    """Return what an extra requires, by name; those that it includes are followed."""
+    requirements = {}
+    for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        if requirement.name == "trace_fast":
+            for included in requirement.extras:
+                requirements |= get_extra(included)
+        else:
+            requirements[requirement.name] = requirement
+    return requirements
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_an_extra_brings_the_package_that_names_it(package):
+    name, extra = EXTRAS[package]
+    assert name in get_extra(extra)
+    assert name in get_extra("all")
+
+
+def test_every_import_is_of_the_core_or_of_an_extra():
+    core = {"torch", "numpy", "PIL", "safetensors", "tqdm", "trace_fast", *sys.stdlib_module_names}
+    imported = set()
+    for path in (ROOT / "trace_fast").rglob("*.py"):
+        if "kernels" in path.parts:  # launched where triton is
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    assert "diffusers" in imported
+    assert sorted(imported - core - set(EXTRAS)) == []
+
+
+def test_a_missing_package_names_its_extra(monkeypatch):
+    require("seeds", "scipy", "matplotlib")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(RuntimeError, match=r"^seeds: scipy must be installed: pip install 'trace_fast\[eval\]'$"):
+        require("seeds", "matplotlib", "scipy")
+    with pytest.raises(RuntimeError, match=r"^scenes: scipy must be installed: pip install 'trace_fast\[train\]'$"):
+        require("scenes", "scipy", extra="train")
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +268,31 @@ def test_training_does_not_import_the_evaluation():
     assert [name for name in modules if name.startswith("trace_fast.evaluation")] == []
 
 
-def test_cuda_without_nvcc_stops_with_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"TRACE_FAST_CUDA": "1"},
+            "trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU",
+        ),
+        (
+            {"CXX": "no-c++ -O2"},
+            "trace_fast: a C++17 compiler must be installed, got none named 'no-c++ -O2' on PATH; install g++ or "
+            "clang, or set CXX",
+        ),
+    ],
+)
+def test_a_missing_compiler_stops_with_one_line(setting, message, tmp_path):
     done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
         cwd=ROOT,
-        env={**os.environ, "TRACE_FAST_CUDA": "1", "PATH": str(tmp_path)},
+        env={**os.environ, **setting, "PATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU"
-    ]
+    assert done.stderr.splitlines() == [message]
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("skimage", reason="needs scikit-image: pip install trace_fast[eval]")
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install trace_fast[demo]")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install trace_fast[eval]")
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared/data/dev_coco"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trace_fast.detector import Detector
+from trace_fast.extras import require
 from trace_fast.io import visualize
 from trace_fast.tracer import Tracer
 
@@ -26,16 +27,15 @@ def run(output: Path) -> Path:
         The picture of all photographs and their edges.
 
     Raises:
-        RuntimeError: scikit-image is not installed.
+        RuntimeError: a package is not installed.
 
     Example:
         >>> run(Path("demo")).name
         'grid.jpg'
     """
-    try:
-        from skimage import data
-    except ImportError:
-        raise RuntimeError("demo: scikit-image must be installed: pip install scikit-image") from None
+    require("demo", "skimage", "matplotlib")
+    from skimage import data
+
     output.mkdir(parents=True, exist_ok=True)
     tracer, detector = Tracer.from_pretrained("mini"), Detector.from_pretrained("mini")
     pairs = []

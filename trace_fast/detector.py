@@ -30,6 +30,7 @@ from trace_fast.decoder import (
     resample_values,
     upgrade_student,
 )
+from trace_fast.extras import require
 from trace_fast.io.files import write_files
 from trace_fast.io.images import (
     check_output_type,
@@ -192,6 +193,7 @@ class Detector(EdgeModel):
         """
         import tempfile
 
+        require("push_to_hub", "huggingface_hub")
         from huggingface_hub import HfApi
 
         hub = HfApi()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trace_fast.extras import require
+
 __all__ = [
     "abdiv",
     "accumulate_attention",
@@ -637,6 +639,7 @@ def match_contours(detected: Tensor, truth: Tensor, distance: float) -> tuple[Te
         [4, 4]
     """
     # the distances of all pairs; the native op holds those within the distance alone
+    require("match_contours", "scipy")
     from scipy.optimize import linear_sum_assignment
 
     matched = torch.zeros_like(detected), torch.zeros_like(truth)

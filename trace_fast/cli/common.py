@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -44,7 +43,6 @@ __all__ = [
     "plan_results",
     "refuse",
     "refuse_failures",
-    "require_package",
     "write_results",
 ]
 
@@ -118,12 +116,6 @@ def refuse_failures() -> Iterator[None]:
 def describe(error: BaseException) -> str:
     """Return the message of an error, or its name where it has none, as a MemoryError."""
     return str(error) or type(error).__name__
-
-
-def require_package(package: str, option: str) -> None:
-    """Refuse an option whose package is not installed."""
-    if find_spec(package) is None:
-        refuse(f"{option} needs {package}: pip install {package}")
 
 
 def parse_timestep(text: str | None, name: str = "timestep") -> str | int | None:

@@ -24,9 +24,9 @@ from trace_fast.cli.common import (
     open_folder,
     plan_results,
     refuse_failures,
-    require_package,
     write_results,
 )
+from trace_fast.extras import require
 from trace_fast.io.claims import claim_folder
 
 __all__ = ["run_edges"]
@@ -55,7 +55,8 @@ def run_edges(
     """
     results = plan_results(list_images(inputs), output, ["", *["_overlay"] * overlay, *["_curve"] * curve])
     if curve:
-        require_package("matplotlib", "--curve")
+        with refuse_failures():
+            require("--curve", "matplotlib")
 
     from trace_fast.io import visualize
     from trace_fast.io.images import read_image

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from trace_fast.cli.common import Device, open_folder, refuse_failures, require_package
+from trace_fast.cli.common import Device, open_folder, refuse_failures
+from trace_fast.extras import require
 from trace_fast.io.claims import claim_folder
 
 __all__ = ["run_evaluate"]
@@ -106,7 +107,8 @@ def run_evaluate(
     by the edges of each method.
     """
     if method and table is None:
-        require_package("matplotlib", "--method")
+        with refuse_failures():
+            require("--method", "matplotlib")
     open_folder(output)
 
     from trace_fast.evaluation import evaluate

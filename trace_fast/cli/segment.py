@@ -29,9 +29,9 @@ from trace_fast.cli.common import (
     plan_results,
     refuse,
     refuse_failures,
-    require_package,
     write_results,
 )
+from trace_fast.extras import require
 from trace_fast.io.claims import claim_folder
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def run_segment(
         refuse("--threshold must be above 0, got 0")
     label_files = _list_label_files(masks, images)
     if coco is not None:
-        require_package("pycocotools", "--coco")
+        with refuse_failures():
+            require("--coco", "pycocotools")
 
     from trace_fast.io import visualize
     from trace_fast.io.images import read_image

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from trace_fast import ops
+from trace_fast.extras import require
 from trace_fast.io.folders import describe_left_out, is_litter, is_picture
 from trace_fast.io.pictures import read_picture
 from trace_fast.masks import coco
@@ -358,6 +359,7 @@ def _read_masks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_bsds(path: Path) -> Contours:
     """Read the boundaries of all annotators from a .mat file of BSDS500."""
+    require("evaluate", "scipy")
     from scipy.io import loadmat
 
     try:

@@ -15,6 +15,7 @@ import numpy as np
 
 from trace_fast import ops
 from trace_fast.evaluation.data import GROUPS, NEIGHBORS, SIDES, SIZES, Contours
+from trace_fast.extras import require
 from trace_fast.io.arrays import array_to_tensor
 
 __all__ = [
@@ -296,6 +297,7 @@ def cldice(prediction: np.ndarray, target: np.ndarray, tolerance: float = 0.0) -
     """
     if prediction.shape != target.shape or prediction.ndim != 2:
         raise ValueError(f"cldice: target must be {prediction.shape} like prediction, got {target.shape}")
+    require("cldice", "scipy")
     from scipy.ndimage import distance_transform_edt
 
     masks = [np.asarray(mask, bool) for mask in (prediction, target)]

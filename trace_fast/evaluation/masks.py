@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trace_fast.extras import require
 from trace_fast.masks.coco import ImageInstances, Instances, encode_masks
 
 __all__ = ["MaskScores", "compare_masks", "mask_ap"]
@@ -183,15 +184,13 @@ def _check_images(truth: Instances, results: Instances) -> None:
 
 def _evaluate(pairs: list[tuple[ImageInstances, ImageInstances | None]], engine: str) -> Any:
     """Run the engine and return its evaluator; `stats` are the twelve figures, -1 where there is no truth."""
-    try:
-        if engine == FASTER:
-            from faster_coco_eval import COCO
-            from faster_coco_eval import COCOeval_faster as COCOeval
-        else:
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise RuntimeError(f"mask_ap: needs {engine}: pip install {engine}") from error
+    require("mask_ap", engine.replace("-", "_"))
+    if engine == FASTER:
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
     truth, results = COCO(), COCO()
     truth.dataset, results.dataset = (_dataset(images) for images in zip(*pairs, strict=True))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

@@ -13,6 +13,7 @@ import numpy as np
 
 from trace_fast.api import load
 from trace_fast.evaluation.data import Photo
+from trace_fast.extras import require
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import read_picture
 
@@ -185,10 +186,9 @@ def _prepare_sobel() -> Callable[[np.ndarray], np.ndarray]:
 
     A step of full contrast is 1, and a square root spreads the weaker ones.
     """
-    try:
-        from skimage import filters
-    except ImportError as error:
-        raise RuntimeError("evaluate: sobel needs scikit-image: pip install scikit-image") from error
+    require("evaluate", "skimage")
+    from skimage import filters
+
     sigma = 2.0
 
     def detect(luminance: np.ndarray) -> np.ndarray:
@@ -204,10 +204,9 @@ def _prepare_canny() -> Callable[[np.ndarray], np.ndarray]:
 
     The lower threshold is 0.4 of the upper one, sigma is 1.4.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise RuntimeError("evaluate: canny needs OpenCV: pip install opencv-python-headless") from error
+    require("evaluate", "cv2")
+    import cv2
+
     largest = 1443.0  # of the gradient of 8-bit images
 
     def detect(luminance: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from trace_fast.evaluation.edges import DISTANCE, SUPPRESSION, EdgeScores, compa
 from trace_fast.evaluation.masks import MaskScores
 from trace_fast.evaluation.methods import Method
 from trace_fast.evaluation.panoptic import PanopticScores
+from trace_fast.extras import require
 from trace_fast.io import visualize
 from trace_fast.io.arrays import array_to_tensor
 from trace_fast.io.files import write_atomically
@@ -83,10 +84,8 @@ class Report:
         Example:
             >>> trace_fast.evaluate("coco", ["sobel", "mini"]).to_pandas().loc["edges"]["ods"]  # doctest: +SKIP
         """
-        try:
-            pandas: Any = importlib.import_module("pandas")
-        except ImportError as error:
-            raise RuntimeError("to_pandas: needs pandas: pip install pandas") from error
+        require("to_pandas", "pandas")
+        pandas: Any = importlib.import_module("pandas")
         rows = [
             *({"task": "edges", "name": name, **_edge_row(scores)} for name, scores in self.edges.items()),
             *({"task": "masks", "name": name, **_mask_row(scores)} for name, scores in self.masks.items()),
@@ -262,10 +261,8 @@ def plot_curves(scores: Mapping[str, EdgeScores], path: Path) -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("evaluate: needs matplotlib: pip install matplotlib") from error
+    require("evaluate", "matplotlib")
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trace_fast.extras import require
 from trace_fast.io.arrays import array_to_tensor, dtype_name, mask_areas, mask_boxes
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import read_edge_map, read_edge_maps, read_image
@@ -271,10 +272,8 @@ def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) 
     """
     if output.kl is None:
         raise ValueError("plot_curve: output must have a KL curve, got kl=None; trace with return_kl=True")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("plot_curve: needs matplotlib: pip install matplotlib") from error
+    require("plot_curve", "matplotlib")
+    from matplotlib.figure import Figure
 
     timesteps = output.timesteps[1:].tolist()  # each step is plotted at its noisier end
     figure = Figure(figsize=(6, 3.5), layout="constrained")

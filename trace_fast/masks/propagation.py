@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trace_fast import ops
+from trace_fast.extras import require
 from trace_fast.io.arrays import mask_areas, mask_boxes
 from trace_fast.io.images import read_edge_map
 from trace_fast.masks.fitting import THRESHOLD, Part, draw_parts, fit_masks
@@ -305,10 +306,8 @@ def seeds(edges: Any, k: int, *, threshold: float, min_area: int | None = None) 
     edge_map = read_edge_map("seeds", edges)
     checks.integer("seeds", "k", k, 1)
     barrier, min_area = _find_barrier("seeds", edge_map, threshold, min_area)
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise RuntimeError("seeds: needs scipy: pip install scipy") from error
+    require("seeds", "scipy")
+    from scipy import ndimage
 
     regions = cut_regions(edge_map, threshold, barrier, min_area)
     # in a gap, where two regions touch, their outlines are the pixels on both sides

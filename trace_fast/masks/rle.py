@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trace_fast.extras import require
 from trace_fast.io.pictures import MAX_PIXELS
 
 __all__ = [
@@ -31,10 +32,9 @@ LEAST, MOST = -(2**63), 2**63 - 1  # integers of a file must fit into 64 bits
 
 def import_mask_api(op: str) -> Any:
     """Import pycocotools.mask, or explain how to install it."""
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise RuntimeError(f"{op}: needs pycocotools: pip install pycocotools") from error
+    require(op, "pycocotools")
+    from pycocotools import mask
+
     return mask
 
 

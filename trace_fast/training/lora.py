@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from trace_fast.backbones.base import Backbone
+from trace_fast.extras import require
 
 __all__ = ["inject"]
 
@@ -24,6 +25,7 @@ def inject(backbone: Backbone, rank: int) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: a self-attention that is read has none of the projections, so that it would not be trained.
     """
+    require("distill", "peft")
     from peft import LoraConfig, inject_adapter_in_model
 
     network, attentions = backbone.network, backbone.attentions()

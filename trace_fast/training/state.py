@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trace_fast.extras import require
 from trace_fast.io.claims import claim_folder
 from trace_fast.io.files import write_atomically, write_tensors
 from trace_fast.ops import checks
@@ -70,6 +71,7 @@ class Process:
         """
         if device is not None:
             checks.device(op, device)
+        require(op, "accelerate", extra="train")
         from accelerate import PartialState
 
         # NCCL's default of ten minutes is too short: the others wait until the last one has searched its images

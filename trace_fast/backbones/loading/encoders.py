@@ -17,6 +17,7 @@ from torch import Tensor
 from trace_fast.backbones.loading.hub import Files, checkpoint_errors, hub_errors
 from trace_fast.backbones.loading.memory import check_memory, count_parameters
 from trace_fast.backbones.loading.sources import Source
+from trace_fast.extras import require
 
 __all__ = ["load_encoder"]
 
@@ -57,9 +58,10 @@ def load_encoder(
 
     Raises:
         ValueError: there is no such model, it is of another kind, or its files do not fit each other.
-        RuntimeError: the repository is gated, the hub cannot be reached, timm cannot be imported, or memory is too
-            small; the message says what to do.
+        RuntimeError: a package is not installed, the repository is gated, the hub cannot be reached, timm cannot be
+            imported, or memory is too small; the message says what to do.
     """
+    require("load", "transformers", "accelerate", extra="encoders")
     files, location = source.files, source.files.location
     with hub_errors(source.name, location), checkpoint_errors(location):
         files.get("config.json")
@@ -153,9 +155,10 @@ def create_timm(
 
 def check_timm(name: str) -> None:
     """Refuse a model that needs timm where timm cannot be imported."""
+    require("load", "timm")
     try:
         import timm  # noqa: F401
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:  # beside a torchvision of another torch
         reason = str(error).splitlines()[0]
         raise RuntimeError(
             f"load: {name} needs timm, which cannot be imported ({reason}): pip install timm, with "

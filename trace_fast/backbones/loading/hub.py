@@ -12,6 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from trace_fast.extras import require
+
 __all__ = ["Files", "checkpoint_errors", "hub_errors"]
 
 
@@ -51,6 +53,7 @@ class Files:
             if not path.is_file():
                 raise FileNotFoundError(f"there is no {name}")
             return path
+        require("load", "huggingface_hub")
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -134,6 +137,8 @@ def hub_errors(name: str, location: str) -> Iterator[None]:
 
 def explain_hub_error(name: str, location: str, error: OSError) -> Exception:
     """Return the error that says what to do about an error of the hub or of a folder."""
+    if Path(location).is_dir():
+        return ValueError(incomplete(location, str(error)))
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     # libraries raise their own errors over those of the hub
@@ -153,7 +158,7 @@ def explain_hub_error(name: str, location: str, error: OSError) -> Exception:
             f"load: model must be a known name, a folder or a repository of the hub, got {location!r}, which the hub "
             "does not have or does not show you (`hf auth login`)"
         )
-    if not Path(location).is_dir() and caused_by(LocalEntryNotFoundError, ConnectionError):
+    if caused_by(LocalEntryNotFoundError, ConnectionError):
         return RuntimeError(
             f"load: {name} is not on this machine, and the hub cannot be reached or must not be asked "
             "(HF_HUB_OFFLINE, local_files_only); name a local folder, or load it once with a network connection"

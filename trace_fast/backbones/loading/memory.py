@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trace_fast.backbones.base import Backbone
+from trace_fast.extras import require
 
 __all__ = ["OFFLOADS", "check_memory", "count_parameters", "to_device"]
 
@@ -43,6 +44,7 @@ def to_device(backbone: Backbone, device: torch.device, offload: str | None) -> 
         for part in parts:
             part.to(device)
         return backbone
+    require("load", "accelerate")
     from accelerate import cpu_offload, cpu_offload_with_hook
 
     if offload == "sequential":

@@ -25,6 +25,7 @@ from trace_fast.backbones.loading.hub import Files, checkpoint_errors, hub_error
 from trace_fast.backbones.loading.memory import check_memory, count_parameters
 from trace_fast.backbones.loading.sources import Source
 from trace_fast.backbones.registry import MODELS, PIPELINE_FAMILIES, explain_refusal, find_family
+from trace_fast.extras import require
 from trace_fast.io.files import write_atomically
 
 __all__ = ["load_pipeline"]
@@ -61,10 +62,11 @@ def load_pipeline(
 
     Raises:
         ValueError: there is no such model, or a part is missing or of an unexpected class.
-        RuntimeError: the repository is gated, the hub cannot be reached, or memory is too small; the message says what
-            to do.
+        RuntimeError: diffusers is not installed, the repository is gated, the hub cannot be reached, or memory is too
+            small; the message says what to do.
     """
     files = source.files
+    require("load", "diffusers", "transformers", extra="diffusion")
     with hub_errors(source.name, files.location):
         import diffusers
 

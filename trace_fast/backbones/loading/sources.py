@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trace_fast.backbones.loading.hub import Files, hub_errors
 from trace_fast.backbones.registry import EMBEDDED, MODELS, embedded_models
+from trace_fast.extras import require
 
 __all__ = [
     "ADAPTER",
@@ -145,6 +146,7 @@ def fetch_student(model: str | Path, *, revision: str | None = None, local_files
     """
     if is_repository(model):
         name = str(model)
+        require("load", "huggingface_hub")
         with hub_errors(name, name):
             from huggingface_hub import snapshot_download
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from trace_fast.extras import require
+
 __all__ = [
     "Colors",
     "blur",
@@ -71,10 +73,9 @@ def load_ndimage() -> Any:
     Raises:
         RuntimeError: scipy is not installed.
     """
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise RuntimeError("scenes: needs scipy: pip install scipy") from error
+    require("scenes", "scipy", extra="train")
+    from scipy import ndimage
+
     return ndimage
 
 
