@@ -6,7 +6,9 @@ Files are written atomically: a write that fails or is interrupted leaves the fi
 from __future__ import annotations
 
 import colorsys
+import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +29,27 @@ if TYPE_CHECKING:
     from trace_fast.io.images import ImageLike
     from trace_fast.tracer import TraceOutput
 
-__all__ = ["draw_masks", "grid", "overlay", "panel", "plot_curve", "write_picture", "write_png"]
+__all__ = [
+    "draw_edges",
+    "draw_masks",
+    "encode_picture",
+    "encode_png",
+    "grid",
+    "overlay",
+    "panel",
+    "plot_curve",
+    "write_picture",
+    "write_png",
+]
 
 # magenta is rare in photographs, and stands out from every gray
 EDGE_COLOR = (1.0, 0.0, 0.6)
+CACHED_PIXELS = 2**16  # of an image that is drawn in parts
+PLOT_DPI = 150
 # half the time of Pillow's default of 6, for 3 to 9 % more bytes
 PNG_COMPRESSION = 3
+# by bits of a pixel: runs alone are found in two thirds of the time, in fewer bytes; of 16 bits there are few runs
+EDGE_COMPRESSION = {8: {"compress_level": 1, "compress_type": zlib.Z_RLE}, 16: {"compress_level": 1}}
 
 
 def write_png(path: str | os.PathLike[str], edges: np.ndarray | Tensor, bits: int = 8) -> None:
@@ -52,17 +69,58 @@ def write_png(path: str | os.PathLike[str], edges: np.ndarray | Tensor, bits: in
     Example:
         >>> write_png("photo_edges.png", trace_fast.edges("photo.jpg"), bits=16)
     """
-    if bits not in (8, 16):
-        raise ValueError(f"write_png: bits must be 8 or 16, got {bits!r}")
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"write_png: path must end in .png, got '{path}'")
-    edge_map = read_edge_map("write_png", edges).cpu()
+    content = encode_png(edges, bits)
+    with write_atomically(path, "write_png") as file:
+        file.write(content)
+
+
+def encode_png(edges: np.ndarray | Tensor, bits: int = 8) -> bytes:
+    """Return the bytes of the file that `write_png` writes.
+
+    Args:
+        edges: see `write_png`.
+        bits: see `write_png`.
+
+    Raises:
+        TypeError, ValueError: see `write_png`.
+
+    Example:
+        >>> encode_png(torch.rand(48, 64))[1:4]
+        b'PNG'
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"write_png: bits must be 8 or 16, got {bits!r}")
+    edge_map = read_edge_map("write_png", edges).cpu().numpy()
 
     from PIL import Image
 
-    levels = np.rint(edge_map.double().numpy() * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
-    with write_atomically(path, "write_png") as file:
-        Image.fromarray(levels).save(file, format="PNG", compress_level=PNG_COMPRESSION)
+    # an error of rounding of float32 would show in 16 bits
+    levels = edge_map * np.float32(255) if bits == 8 else edge_map.astype(np.float64) * 65535
+    picture = Image.fromarray(np.rint(levels).astype(np.uint8 if bits == 8 else np.uint16))
+    return encode_picture(picture, "PNG", **EDGE_COMPRESSION[bits])
+
+
+def encode_picture(picture: Image.Image, image_format: str, **options: Any) -> bytes:
+    """Return the bytes of a file with a picture.
+
+    Args:
+        picture: in a mode that the format can store.
+        image_format: name of the format in Pillow.
+        options: of the format's writer.
+
+    Raises:
+        OSError: the format cannot store the picture.
+
+    Example:
+        >>> encode_picture(overlay("photo.jpg", edges), "PNG")[1:4]
+        b'PNG'
+    """
+    file = io.BytesIO()
+    # formats other than PNG ignore the compression level
+    picture.save(file, format=image_format, **({"compress_level": PNG_COMPRESSION} | options))
+    return file.getvalue()
 
 
 def write_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
@@ -85,9 +143,9 @@ def write_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if image_format is None:
         raise ValueError(f"write_picture: path must have the ending of an image format, got '{path}'")
+    content = encode_picture(picture, image_format)
     with write_atomically(path, "write_picture") as file:
-        # formats other than PNG ignore the compression level
-        picture.save(file, format=image_format, compress_level=PNG_COMPRESSION)
+        file.write(content)
 
 
 def overlay(image: ImageLike, edges: np.ndarray | Tensor) -> Any:
@@ -115,10 +173,38 @@ def overlay(image: ImageLike, edges: np.ndarray | Tensor) -> Any:
             f"overlay: edges must be of the image's number and size, {_describe_size(photo)}, "
             f"got {_describe_size(opacity)}"
         )
-    gray = photo.mean(dim=1, keepdim=True)
-    color = torch.tensor(EDGE_COLOR, dtype=torch.float32, device="cpu").reshape(1, 3, 1, 1)
-    pictures = _to_pil(torch.lerp(0.75 * (photo + gray) / 2, color, opacity))
+    pictures = [draw_edges(pixels, one[0]) for pixels, one in zip(photo, opacity, strict=True)]
     return pictures if isinstance(image, Tensor) and image.ndim == 4 else pictures[0]
+
+
+def draw_edges(photo: Tensor, opacity: Tensor) -> Image.Image:
+    """Draw edges over an image, as `overlay` does, without a check or a copy of either.
+
+    Args:
+        photo: (3, H, W) float32 in [0, 1], on the CPU.
+        opacity: (H, W) float32 in [0, 1], on the CPU.
+
+    Returns:
+        PIL image of mode RGB.
+
+    Example:
+        >>> draw_edges(torch.rand(3, 48, 64), torch.rand(48, 64)).size
+        (64, 48)
+    """
+    from PIL import Image
+
+    color = torch.tensor(EDGE_COLOR, dtype=torch.float32, device="cpu").reshape(3, 1, 1)
+    _, height, width = photo.shape
+    pixels = np.empty((height, width, 3), np.uint8)
+    # rows that stay in the processor's cache: a pass over the memory of a large image takes longer than its arithmetic
+    step = max(1, CACHED_PIXELS // width)
+    for top in range(0, height, step):
+        rows = slice(top, top + step)
+        part = photo[:, rows]
+        dimmed = (part + part.mean(dim=0, keepdim=True)).mul_(0.375)
+        levels = dimmed.lerp_(color, opacity[rows]).mul_(255).round_().to(torch.uint8)
+        pixels[rows] = levels.permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
 
 
 def draw_masks(image: ImageLike, masks: np.ndarray | Tensor) -> Image.Image:
@@ -290,7 +376,7 @@ def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) 
         axes.legend()
     if path is not None:
         with write_atomically(path, "plot_curve") as file:
-            figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
+            figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=PLOT_DPI)
     return figure
 
 

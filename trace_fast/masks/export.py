@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
 from trace_fast.io.files import write_atomically
+from trace_fast.io.visualize import encode_picture
 from trace_fast.masks import coco
 from trace_fast.masks.formats import (
     MaskSet,
@@ -273,19 +274,37 @@ def write_palette(path: str | os.PathLike[str], class_map: np.ndarray | Tensor) 
     Example:
         >>> write_palette("photo.png", np.array([[0, 15, 255]], dtype=np.uint8))
     """
-    from PIL import Image
-
     op = "write_palette"
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{op}: path must end in .png, got '{path}'")
+    content = encode_palette(op, class_map)
+    with write_atomically(path, op) as file:
+        file.write(content)
+
+
+def encode_palette(op: str, class_map: np.ndarray | Tensor) -> bytes:
+    """Return the bytes of the file that `write_palette` writes.
+
+    Args:
+        op: name of the calling function, for messages.
+        class_map: see `write_palette`.
+
+    Raises:
+        TypeError, ValueError: see `write_palette`.
+
+    Example:
+        >>> encode_palette("segment", np.array([[0, 15, 255]], dtype=np.uint8))[1:4]
+        b'PNG'
+    """
+    from PIL import Image
+
     classes = convert_labels(op, "class_map", class_map).cpu()
     low, high = (int(end) for end in classes.aminmax())
     if low < 0 or high > 255:
         raise ValueError(f"{op}: class_map must be from 0 to 255, got {low} to {high}")
     picture = Image.fromarray(classes.numpy().astype(np.uint8))
     picture.putpalette(_find_colors(np.arange(256)).astype(np.uint8).tobytes())
-    with write_atomically(path, op) as file:
-        picture.save(file, format="PNG")
+    return encode_picture(picture, "PNG")
 
 
 def _find_colors(classes: np.ndarray) -> np.ndarray:
