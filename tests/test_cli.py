@@ -60,7 +60,8 @@ def read(path):
 
 
 def files(folder):
-    return sorted(os.listdir(folder))
+    """Return the names in a folder, but not those that begin with a dot: the manifest."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 class TestEdges:
@@ -92,7 +93,8 @@ class TestEdges:
 
     def test_overlay_and_curve(self, call, tmp_path):
         photo = make_photo(tmp_path / "a.png")
-        result = call("edges", photo, "-o", "out", "--overlay", "--curve", "--bits", 16, "--timestep", 299)
+        options = ("--overlay", "--overlay-format", "png", "--curve", "--bits", 16, "--timestep", 299)
+        result = call("edges", photo, "-o", "out", *options)
         assert result.exit_code == 0, result.output
         assert files("out") == ["a.png", "a_curve.png", "a_overlay.png"]
         assert read("out/a.png").dtype == np.uint16
@@ -100,7 +102,7 @@ class TestEdges:
         expected = np.array(visualize.overlay(photo, read("out/a.png") / 65535)).astype(int)
         assert np.abs(overlay - expected).max() <= 1
 
-    def test_a_second_run_replaces_the_first(self, call, tmp_path):
+    def test_a_photo_that_changed_is_done_again(self, call, tmp_path):
         for seed in (0, 1):
             make_photo(tmp_path / "a.png", 20 + seed, seed=seed)
             assert call("edges", "a.png", "-o", "out").exit_code == 0
@@ -192,29 +194,22 @@ class TestRefusals:
 
         return refuse
 
-    @pytest.mark.parametrize("other", ["a.png", "A.webp"])
+    @pytest.mark.parametrize("other", ["a.jpg", "A.jpg"])
     def test_two_images_of_one_name(self, refuse, tmp_path, other):
         make_photo(tmp_path / "one" / "a.jpg")
         make_photo(tmp_path / "two" / other)
         error = refuse("one", "two", "-o", "out")
-        name = os.path.splitext(other)[0]
         assert error == (
-            f"trace-fast: 'one/a.jpg' and 'two/{other}' would both be written to 'out/{name}.png': "
+            f"trace-fast: 'one/a.jpg' and 'two/{other}' would both be written to 'out/{other}.png': "
             "rename one, or give each its own --output\n"
         )
-
-    def test_an_image_named_like_the_overlay_of_another(self, refuse, tmp_path, call):
-        make_photo(tmp_path / "in" / "a.jpg")
-        make_photo(tmp_path / "in" / "a_overlay.jpg")
-        assert "would both be written to 'out/a_overlay.png'" in refuse("in", "-o", "out", "--overlay")
-        assert call("edges", "in", "-o", "out").exit_code == 0
 
     @pytest.mark.parametrize("folder", [".", "../{name}", "link"])
     def test_a_result_in_the_place_of_an_image(self, refuse, tmp_path, folder):
         (tmp_path / "link").symlink_to(tmp_path)
         before = (tmp_path / "a.png").read_bytes()
         error = refuse("a.png", "-o", folder.format(name=tmp_path.name))
-        assert "would replace the image 'a.png': choose another folder with --output" in error
+        assert "would replace the input 'a.png': choose another folder with --output" in error
         assert (tmp_path / "a.png").read_bytes() == before
 
     def test_folder_without_images(self, refuse, tmp_path):

@@ -11,10 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from trace_fast.cli import app
-from trace_fast.cli.common import list_images
 from trace_fast.evaluation.data import open_dataset
 from trace_fast.evaluation.run import check_photos
 from trace_fast.io.folders import describe_left_out, is_litter, is_picture
+from trace_fast.jobs.inputs import list_inputs
 from trace_fast.training.data import list_photos
 from trace_fast.training.scenes.dataset import list_scenes
 
@@ -47,7 +47,7 @@ def test_pictures():
 
 
 def test_edges_and_segment(photos):
-    assert list_images([photos]) == [photos / "a.jpg"]
+    assert [file.path for file in list_inputs("edges", [photos]).files] == [photos / "a.jpg"]
 
 
 def test_training_counts_what_it_leaves_out(photos, capsys):
@@ -100,7 +100,7 @@ def test_scenes(tmp_path):
     assert [scene.image.name for scene in list_scenes(tmp_path)] == ["000000.jpg"]
 
 
-def test_what_is_left_out_is_counted(photos, capsys):
+def test_what_is_left_out_is_counted(photos):
     assert describe_left_out(photos.iterdir()) == ""
     (photos / "notes.txt").touch()
     assert describe_left_out(photos.iterdir()) == "1 file of another format (.txt)"
@@ -113,9 +113,13 @@ def test_what_is_left_out_is_counted(photos, capsys):
         "1 that is no file, such as a link to nothing"
     )
     assert describe_left_out(photos.iterdir()) == expected
-    assert list_images([photos]) == [photos / "a.jpg"]
-    assert capsys.readouterr().err == f"trace-fast: left out of '{photos}': {expected}\n"
+    listed = list_inputs("edges", [photos])
+    assert [file.path for file in listed.files] == [photos / "a.jpg"]
+    assert listed.left_out == [f"left out of '{photos}': {expected}"]
     (photos / "a.jpg").unlink()
     result = CliRunner().invoke(app, ["edges", str(photos), "-o", str(photos / "out")])
     assert result.exit_code == 2
-    assert result.stderr == f"trace-fast: no image files in the folder '{photos}': left out {expected}\n"
+    assert (
+        result.stderr
+        == f"trace-fast: no image files in the folder '{photos}': left out {expected}; --recursive reads subfolders\n"
+    )

@@ -34,7 +34,7 @@ def call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        return CliRunner().invoke(cli.app, ["segment", "photos", "-o", "out", *map(str, words)])
+        return CliRunner().invoke(cli.app, ["segment", "photos", "-o", "out", "--overwrite", *map(str, words)])
 
     return call
 
@@ -59,7 +59,7 @@ class TestLabelMaps:
         assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 3
         for box in (np.s_[10:38, 8:28], np.s_[10:38, 32:48], np.s_[:6]):
             assert len(np.unique(labels[box])) == 1
-        assert read("out/42_overlay.png")[1].shape == (48, 64, 3)
+        assert read("out/42_overlay.jpg")[1].shape == (48, 64, 3)
 
     def test_16_bits(self, call):
         assert call("--edges", "edges").exit_code == 0

@@ -16,6 +16,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "eval"),
     "pandas": ("pandas", "eval"),
     "peft": ("peft", "train"),
+    "pyarrow": ("pyarrow", "data"),
     "pycocotools": ("pycocotools", "eval"),
     "scipy": ("scipy", "eval"),
     "skimage": ("scikit-image", "eval"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import hashlib
 from dataclasses import replace
 from typing import Self
 
@@ -16,6 +17,8 @@ from trace_fast.io.images import check_channel_order
 from trace_fast.ops import checks
 
 __all__ = ["EdgeModel", "require_finite"]
+
+SAMPLED = 4096  # numbers of each tensor, at most twice as many, that identify a model's weights
 
 
 def require_finite(edges: Tensor, name: str) -> Tensor:
@@ -97,6 +100,23 @@ class EdgeModel(abc.ABC):
     def region_threshold(self) -> float:
         """The mean edge probability from which a boundary best separates two regions; 0.5 if that was not measured."""
         return self.backbone.settings.region_threshold
+
+    def hash_weights(self) -> str:
+        """Return a text that identifies the weights: the SHA-256 of a sample of each tensor, in hexadecimal.
+
+        It differs between a model and the same one with other weights, trained further for example. Of layers whose
+        weights are elsewhere, as of a model that is offloaded layer by layer, it holds the shapes alone.
+        """
+        modules = [self.backbone.network, *([self.decoder] if hasattr(self, "decoder") else [])]
+        tensors = [parameter for module in modules for parameter in module.parameters()]
+        digest = hashlib.sha256()
+        for tensor in (*tensors, *getattr(self.backbone, "empty_prompt", {}).values()):
+            # a part of billions identifies them
+            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]
+            digest.update(
+                str(tuple(tensor.shape)).encode() if tensor.is_meta else sample.float().cpu().numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Self:
         """Move all modules to a device, in place, and return the model.

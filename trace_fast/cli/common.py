@@ -1,28 +1,28 @@
-"""Pieces that several commands share: options, refusals, the list of images, the folder of results."""
+"""Pieces that several commands share: options, refusals, the choice of a model, and jobs over images."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
-from safetensors import SafetensorError
 
 from trace_fast.io.pictures import MAX_PIXELS
+from trace_fast.jobs.errors import FAILURES, describe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trace_fast import Detector, TraceOutput, Tracer
+    from trace_fast.jobs.finder import EdgeFinder
+    from trace_fast.jobs.inputs import InputFile
+    from trace_fast.jobs.manifest import Part
+    from trace_fast.jobs.run import Outcome
+    from trace_fast.jobs.tasks import Task
 
 __all__ = [
-    "FAILURES",
     "Device",
     "Dtype",
     "Inputs",
@@ -30,26 +30,34 @@ __all__ = [
     "Noising",
     "Offload",
     "OutputFolder",
+    "OverlayFormat",
+    "Overwrite",
+    "PartOption",
+    "Recursive",
     "Seed",
     "Size",
     "Stage",
     "Timestep",
-    "describe",
-    "list_images",
-    "load_edge_finder",
+    "Workers",
+    "choose_finder",
+    "list_files",
     "open_folder",
+    "parse_part",
     "parse_size",
     "parse_timestep",
-    "plan_results",
     "refuse",
     "refuse_failures",
-    "write_results",
+    "run",
 ]
 
-# what a user, a file or the machine may cause: reported in one line, without a traceback
-FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
-
-Inputs = Annotated[list[Path], typer.Argument(metavar="IN", help="Image files, and folders of image files.")]
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="IN",
+        help="Image files, shards (tar files of webdataset, parquet files), folders of these, patterns in quotes such "
+        "as 'photos/*/*.jpg', and lists: files ending in .txt with one of these in each line.",
+    ),
+]
 OutputFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to. It is created where it is missing.")
 ]
@@ -94,6 +102,35 @@ Offload = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the Gaussian noise.")]
+Recursive = Annotated[
+    bool, typer.Option("--recursive", help="Read the subfolders of folders, too; results keep their names.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Threads that read images and write results while the network works. The default is the number of "
+        "processor cores, at most 4.",
+    ),
+]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Do the part I, from 0, of N parts of the inputs, each of another process. The default is what torchrun, "
+        "accelerate launch or srun say.",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Do everything again, and replace results of another model, of other options or of another origin. "
+        "Without it, what an earlier run has done is skipped.",
+    ),
+]
+OverlayFormat = Annotated[Literal["jpg", "png", "webp"], typer.Option(help="Format of the pictures of --overlay.")]
 
 
 def refuse(reason: str) -> NoReturn:
@@ -111,11 +148,6 @@ def refuse_failures() -> Iterator[None]:
         raise
     except FAILURES as error:
         refuse(describe(error))
-
-
-def describe(error: BaseException) -> str:
-    """Return the message of an error, or its name where it has none, as a MemoryError."""
-    return str(error) or type(error).__name__
 
 
 def parse_timestep(text: str | None, name: str = "timestep") -> str | int | None:
@@ -144,7 +176,7 @@ def parse_size(text: str | None, name: str = "size") -> tuple[int, int] | None:
     return height, width
 
 
-def load_edge_finder(
+def choose_finder(
     model: str,
     stage: str | None,
     timestep: str | None,
@@ -155,115 +187,90 @@ def load_edge_finder(
     offload: str | None,
     seed: int,
     curve: bool = False,
-) -> tuple[Tracer | Detector, Callable[[Tensor], tuple[Tensor, TraceOutput | None]]]:
-    """Load the model that the options choose.
-
-    Returns:
-        The model, and a function from an image (1, 3, H, W) to its edges (1, 1, H, W) and, where an option of the
-        search is given, its whole output.
-    """
-    choices = {"timestep": parse_timestep(timestep), "noising": noising, "return_kl": curve or None}
-    search: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
-    height_and_width = parse_size(size)
-    if stage == "2" and search:
+) -> EdgeFinder:
+    """Return the model that the options choose, which is loaded later."""
+    parsed, height_and_width = parse_timestep(timestep), parse_size(size)
+    if stage == "2" and (curve or parsed is not None or noising is not None):
         refuse("--timestep, --noising and --curve are options of the search: give --stage 1 with them")
 
-    import torch
+    from trace_fast.jobs.finder import EdgeFinder
 
-    import trace_fast
+    return EdgeFinder(
+        model=model,
+        stage=1 if curve else None if stage is None else int(stage),
+        device=device,
+        size=height_and_width,
+        dtype=dtype,
+        offload=offload,
+        seed=seed,
+        timestep=parsed,
+        noising=noising,
+    )
+
+
+def list_files(op: str, inputs: list[Path], output: Path, recursive: bool) -> list[InputFile]:
+    """Return the pictures and shards of the inputs; what is left out of folders is reported."""
+    from trace_fast.jobs.inputs import list_inputs
 
     with refuse_failures():
-        loaded: Any = trace_fast.load(
-            model,
-            stage=1 if search else None if stage is None else int(stage),
-            device=device,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            size=height_and_width,
-            offload=offload,
-        )
-
-    def find_edges(photo: Tensor) -> tuple[Tensor, TraceOutput | None]:
-        if not search:
-            return loaded.edges(photo, seed=seed), None
-        traced = loaded(photo, seed=seed, **search)
-        return traced.edges, traced
-
-    return loaded, find_edges
+        listed = list_inputs(op, inputs, output, recursive)
+    for line in listed.left_out:
+        typer.echo(f"trace-fast: {line}", err=True)
+    return listed.files
 
 
-def list_images(inputs: list[Path]) -> list[Path]:
-    """Return the files as they are, whatever their ending, and the image files of the folders; each file once."""
-    from trace_fast.io.folders import describe_left_out, is_picture
-
-    images: list[Path] = []
-    for path in inputs:
-        with refuse_failures():  # such as of a name that is too long
-            is_folder = path.is_dir()
-        if is_folder:
-            with refuse_failures():
-                entries = sorted(path.iterdir())
-                left_out = describe_left_out(entries)
-            files = [entry for entry in entries if is_picture(entry.name) and entry.is_file()]
-            if not files:
-                refuse(f"no image files in the folder '{path}'" + (f": left out {left_out}" if left_out else ""))
-            if left_out:
-                typer.echo(f"trace-fast: left out of '{path}': {left_out}", err=True)
-            images += files
-        else:
-            images.append(path)
-    return list({os.path.abspath(image): image for image in images}.values())
-
-
-def plan_results(images: list[Path], output: Path, suffixes: list[str]) -> dict[Path, dict[str, Path]]:
-    """Return the files OUTPUT/NAME_SUFFIX.png of each image by suffix; none may replace another, or an image."""
-    results = {image: {suffix: output / f"{image.stem}{suffix}.png" for suffix in suffixes} for image in images}
-    # some file systems do not distinguish upper case from lower
-    sources = {os.path.realpath(image).casefold(): image for image in results}
-    writers: dict[str, Path] = {}
-    for image, paths in results.items():
-        for path in paths.values():
-            target = os.path.realpath(path).casefold()
-            if target in sources:
-                refuse(f"'{path}' would replace the image '{sources[target]}': choose another folder with --output")
-            if target in writers:
-                refuse(
-                    f"'{writers[target]}' and '{image}' would both be written to '{path}': "
-                    "rename one, or give each its own --output"
-                )
-            writers[target] = image
-    return results
-
-
-def write_results(
-    results: dict[Path, dict[str, Path]],
+def run(
+    task: Task,
+    files: list[InputFile],
     output: Path,
-    write: Callable[[Path, dict[str, Path]], None],
-    finish: Callable[[], None] | None = None,
+    *,
+    workers: int | None,
+    part: str | None,
+    overwrite: bool,
+    finish: Callable[[Outcome], None] | None = None,
 ) -> None:
-    """Write the results of each image; report the images that fail, and do the others all the same.
+    """Run a job, and say how many images were written.
 
     Args:
-        results: the files of each image, by suffix.
-        output: the folder, for the message.
-        write: writes the files of an image.
-        finish: writes what all images share, after the last.
+        task: what to compute.
+        files: pictures and shards.
+        output: the folder.
+        workers: option.
+        part: option.
+        overwrite: option.
+        finish: writes what all pictures share.
     """
-    from tqdm import tqdm
+    from trace_fast.jobs.run import plan_targets, run_job
 
-    failures = 0
-    # several images show progress, on a terminal only
-    for image, paths in tqdm(results.items(), unit="image", disable=None if len(results) > 1 else True):
-        try:
-            write(image, paths)
-        except FAILURES as error:
-            failures += 1
-            tqdm.write(f"trace-fast: {image}: {describe(error)}", file=sys.stderr)
-    if finish is not None:
-        with refuse_failures():
-            finish()
-    typer.echo(f"{len(results) - failures} of {len(results)} written to {output}")
-    if failures:
+    own_part = parse_part(part)
+    with refuse_failures():
+        targets = plan_targets(task, files, output)
+        task.settings  # noqa: B018 (loads the model before anything is written)
+    open_folder(output)
+    with refuse_failures():
+        outcome = run_job(
+            task, targets, output, workers=workers or min(4, os.cpu_count() or 1), part=own_part, overwrite=overwrite
+        )
+        if finish is not None:
+            finish(outcome)
+    earlier = f", {outcome.earlier} of them by an earlier run" if outcome.earlier else ""
+    typer.echo(f"{outcome.images - outcome.failures} of {outcome.images} written to {output}{earlier}")
+    if outcome.failures:
         raise typer.Exit(1)
+
+
+def parse_part(text: str | None) -> Part:
+    """Return the part of the inputs of an option such as 0/4; that of the environment where it is not given."""
+    from trace_fast.jobs.manifest import Part, find_part
+
+    if text is None:
+        return find_part()
+    if not (numbers := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)):
+        refuse(f"--part must be two numbers such as 0/4, got {text!r}")
+    part = Part(int(numbers[1]), int(numbers[2]))
+    if part.index >= part.count:
+        refuse(f"--part must be from 0/N to one below N/N, got {text!r}")
+    return part
 
 
 def open_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -15,19 +14,21 @@ from trace_fast.cli.common import (
     Noising,
     Offload,
     OutputFolder,
+    OverlayFormat,
+    Overwrite,
+    PartOption,
+    Recursive,
     Seed,
     Size,
     Stage,
     Timestep,
-    list_images,
-    load_edge_finder,
-    open_folder,
-    plan_results,
+    Workers,
+    choose_finder,
+    list_files,
     refuse_failures,
-    write_results,
+    run,
 )
 from trace_fast.extras import require
-from trace_fast.io.claims import claim_folder
 
 __all__ = ["run_edges"]
 
@@ -46,32 +47,29 @@ def run_edges(
     seed: Seed = 0,
     bits: Annotated[Literal["8", "16"], typer.Option(help="Bits of each pixel in the edge files.")] = "8",
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write the edges drawn over the image.")] = False,
+    overlay_format: OverlayFormat = "jpg",
     curve: Annotated[bool, typer.Option("--curve", help="Also plot the KL curve. This needs matplotlib.")] = False,
+    recursive: Recursive = False,
+    workers: Workers = None,
+    part: PartOption = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the instance edges of each image as DIR/NAME.png: black is 0, white is 1.
 
-    With --overlay and --curve it also writes DIR/NAME_overlay.png and DIR/NAME_curve.png. Files of an earlier run are
-    replaced. The options --timestep, --noising and --curve choose the search even where there is a student.
+    With --overlay and --curve it also writes DIR/NAME_overlay.jpg and DIR/NAME_curve.png. Images of one name but other
+    endings keep these: DIR/NAME.jpg.png. A tar or parquet file gives one of the same name and kind, with one result for
+    each image, and an error for each image that cannot be read.
+
+    A run that was interrupted is continued by the same command: what is done is skipped. The options --timestep,
+    --noising and --curve choose the search even where there is a student.
     """
-    results = plan_results(list_images(inputs), output, ["", *["_overlay"] * overlay, *["_curve"] * curve])
+    files = list_files("edges", inputs, output, recursive)
     if curve:
         with refuse_failures():
             require("--curve", "matplotlib")
+    finder = choose_finder(model, stage, timestep, noising, device, size, dtype, offload, seed, curve)
 
-    from trace_fast.io import visualize
-    from trace_fast.io.images import read_image
+    from trace_fast.jobs.tasks import EdgesTask
 
-    _, find_edges = load_edge_finder(model, stage, timestep, noising, device, size, dtype, offload, seed, curve=curve)
-    open_folder(output)
-
-    def write(image: Path, paths: dict[str, Path]) -> None:
-        photo = read_image(image)
-        edges, traced = find_edges(photo)
-        visualize.write_png(paths[""], edges, int(bits))
-        if overlay:
-            visualize.write_picture(paths["_overlay"], visualize.overlay(photo[0], edges))
-        if curve and traced is not None:
-            visualize.plot_curve(traced, paths["_curve"])
-
-    with refuse_failures(), claim_folder(output, "edges"):
-        write_results(results, output, write)
+    task = EdgesTask(finder, int(bits), overlay_format if overlay else None, curve)
+    run(task, files, output, workers=workers, part=part, overwrite=overwrite)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from trace_fast.io.pictures import read_picture
 __all__ = ["Method", "open_method", "read_map", "split_name"]
 
 CANNY_THRESHOLDS = 99
-SAMPLED = 4096  # numbers of each tensor, at most twice as many, that identify a model's weights
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,9 @@ def _wrap_model(name: str, spec: str, model: Any, timestep: str | int | None = N
 
     modules = [model.backbone.network, *([model.decoder] if hasattr(model, "decoder") else [])]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    weights = hashlib.sha256()
-    for tensor in (*parameters, *getattr(model.backbone, "empty_prompt", {}).values()):
-        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]  # a part of billions identifies them
-        weights.update(sample.float().cpu().numpy().tobytes())
     kind = f"{type(model).__name__} {model.timestep} {model.backbone.settings} {model.device.type}"
     count = sum(parameter.numel() for parameter in parameters)
-    identity = f"{spec} {kind} {weights.hexdigest()}"
+    identity = f"{spec} {kind} {model.hash_weights()}"
     return Method(name, identity, find_edges, threads=False, parameters=count)
 
 

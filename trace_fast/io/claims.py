@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-__all__ = ["CLAIM", "claim_folder"]
+__all__ = ["CLAIM", "claim_folder", "remove_parts"]
 
 CLAIM = ".trace-fast.lock"  # has the number of the process that writes to its folder
 ATTEMPTS = 10  # to lock a file that others remove meanwhile
@@ -36,7 +36,7 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def claim_folder(folder: str | os.PathLike[str], op: str) -> Iterator[None]:
+def claim_folder(folder: str | os.PathLike[str], op: str, part: int = 0) -> Iterator[None]:
     """Let no other run that claims a folder write to it until the block ends.
 
     The operating system ends the claim of a process that is killed. A folder on a file system without locks is claimed
@@ -46,6 +46,7 @@ def claim_folder(folder: str | os.PathLike[str], op: str) -> Iterator[None]:
     Args:
         folder: it exists.
         op: name of the calling function, for the message.
+        part: of the folder, from 0: processes that share one claim a part each.
 
     Raises:
         RuntimeError: another run has claimed the folder.
@@ -57,14 +58,15 @@ def claim_folder(folder: str | os.PathLike[str], op: str) -> Iterator[None]:
         ...     Path("out", "a.txt").write_text("complete")
         8
     """
-    name, owner = os.path.realpath(folder), os.getpid()
+    path = Path(folder, CLAIM if part == 0 else CLAIM.replace(".lock", f"-{part}.lock"))
+    name, owner = os.path.join(os.path.realpath(folder), path.name), os.getpid()
     with _guard:
         if name in _claimed:
             raise RuntimeError(_describe_refusal(op, folder, str(owner)))
-        file = _open_locked(Path(folder), op)
+        file = _open_locked(path, op)
         _claimed.add(name)
     try:
-        _remove_parts(Path(folder))
+        remove_parts(Path(folder))
         yield
     finally:
         # a forked process has a copy of this block, but not the claim
@@ -73,7 +75,7 @@ def claim_folder(folder: str | os.PathLike[str], op: str) -> Iterator[None]:
                 _claimed.discard(name)
                 # before the lock ends, so that nobody else has locked this file; Windows removes no file that is open
                 with contextlib.suppress(OSError):
-                    os.unlink(Path(folder, CLAIM))
+                    os.unlink(path)
                 os.close(file)
 
 
@@ -85,9 +87,9 @@ def _describe_refusal(op: str, folder: str | os.PathLike[str], process: str) -> 
     )
 
 
-def _open_locked(folder: Path, op: str) -> int:
+def _open_locked(path: Path, op: str) -> int:
     """Return the open file of the claim, locked."""
-    path = folder / CLAIM
+    folder = path.parent
     for _ in range(ATTEMPTS):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -130,8 +132,15 @@ def _lock(file: int) -> bool:
     return True
 
 
-def _remove_parts(folder: Path) -> None:
-    """Remove the incomplete files of runs that were killed; those of a run at work are younger."""
+def remove_parts(folder: Path) -> None:
+    """Remove the incomplete files of runs that were killed; those of a run at work are younger.
+
+    Args:
+        folder: whose files, and those of its direct subfolders, are looked at.
+
+    Example:
+        >>> remove_parts(Path("."))
+    """
     newest = time.time() - STALE
     for pattern in (".*.part", "*/.*.part"):
         for path in folder.glob(pattern):

@@ -1,0 +1,41 @@
+"""Errors that a user, a file or the machine may cause, and their text."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from safetensors import SafetensorError
+
+__all__ = ["FAILURES", "describe", "is_out_of_memory"]
+
+# reported in one line, without a traceback
+FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an error, or its name where it has none, as a MemoryError.
+
+    Args:
+        error: any. Addresses of memory in the text of another library are left out, so that equal errors have equal
+            messages.
+
+    Example:
+        >>> describe(ValueError("cannot identify <_io.BytesIO object at 0x7f3a>"))
+        'cannot identify <_io.BytesIO>'
+    """
+    return ADDRESS.sub("", str(error)) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is full, which is no fault of an image.
+
+    Args:
+        error: any.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("no image"))
+        (True, False)
+    """
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,100 @@
+"""The choice of a model: configuration alone, so that it can be sent to other processes, which load the weights."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trace_fast.api import load
+from trace_fast.tracer import TraceOutput, Tracer
+
+if TYPE_CHECKING:
+    from trace_fast.detector import Detector
+
+__all__ = ["EdgeFinder"]
+
+
+@dataclass
+class EdgeFinder:
+    """A function from an image to its edges. It is pickled without the model, which is loaded where it is first used.
+
+    Attributes:
+        model: a name, a repository of the hub or a folder; see `trace_fast.load`.
+        stage: 1 or 2; None is 2 where the model has or is a student, else 1. Options of the search choose 1.
+        device: where to run; None is the GPU where there is one, else the CPU.
+        size: processing size in pixels, (height, width); None is the model's own.
+        dtype: name of the dtype of the weights; None is `load`'s choice.
+        offload: see `trace_fast.load`.
+        revision: of a repository.
+        seed: of the Gaussian noise.
+        timestep: that the search reads, or "iep"; None is the model's own.
+        noising: of the search; None is the model's own.
+    """
+
+    model: str = "mini"
+    stage: int | None = None
+    device: str | None = None
+    size: tuple[int, int] | None = None
+    dtype: str | None = None
+    offload: str | None = None
+    revision: str | None = None
+    seed: int = 0
+    timestep: int | str | None = None
+    noising: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """The options of the search that are given."""
+        choices = {"timestep": self.timestep, "noising": self.noising}
+        return {name: value for name, value in choices.items() if value is not None}
+
+    @functools.cached_property
+    def loaded(self) -> Tracer | Detector:
+        """The model; see `trace_fast.load` for what it raises."""
+        return load(
+            self.model,
+            stage=1 if self.search else self.stage,
+            device=self.device,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            size=self.size,
+            offload=self.offload,
+            revision=self.revision,
+        )
+
+    def find(self, photo: Tensor, curve: bool = False) -> tuple[Tensor, TraceOutput | None]:
+        """Return the edges of an image and, where an option of the search is given, its whole output.
+
+        Args:
+            photo: (1, 3, H, W) float32 in [0, 1].
+            curve: let the search return its KL curve.
+
+        Returns:
+            (1, 1, H, W) float32 in [0, 1], and the output or None.
+        """
+        model = self.loaded
+        if isinstance(model, Tracer) and (self.search or curve):
+            traced = model(photo, seed=self.seed, return_kl=curve, **self.search)
+            return traced.edges, traced
+        return model.edges(photo, seed=self.seed), None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what edges depend on beside the image, for JSON; two models of one name differ in their weights."""
+        model = self.loaded
+        settings = asdict(self) | self.search
+        own = {
+            "stage": 1 if isinstance(model, Tracer) else 2,
+            "timestep": self.search.get("timestep", model.timestep),
+            "size": list(model.size),
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": model.hash_weights(),
+        }
+        del settings["offload"]  # which has no effect on the edges
+        return settings | own

@@ -1,0 +1,185 @@
+"""The manifest of a folder of results: which settings they have and which inputs are done, so that a run continues."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_fast.io.claims import claim_folder
+from trace_fast.io.files import write_atomically
+from trace_fast.training.state import require_same
+
+__all__ = ["MANIFEST", "Manifest", "Part", "find_part", "open_manifest"]
+
+MANIFEST = ".trace-fast.jsonl"  # one line of settings, and one for each input that is done
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of the inputs that this process works on.
+
+    Attributes:
+        index: from 0.
+        count: of the parts, each of one process.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+def find_part(environment: Mapping[str, str] = os.environ) -> Part:
+    """Return the part of this process, as torchrun, accelerate launch or srun say in the environment.
+
+    Args:
+        environment: its variables.
+
+    Example:
+        >>> find_part({"RANK": "1", "WORLD_SIZE": "4"})
+        Part(index=1, count=4)
+    """
+    # a script of sbatch that starts no tasks has SLURM_NTASKS, too, but not the number of a step's tasks
+    for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        with contextlib.suppress(KeyError, ValueError):
+            part = Part(int(environment[index]), int(environment[count]))
+            if 0 <= part.index < part.count:
+                return part
+    return Part()
+
+
+class Manifest:
+    """The record of a folder of results.
+
+    A line is added when an input is done, and the file is written in order at the end. A process that is killed leaves
+    at most its last line incomplete, which does not count. Processes that share a folder have a file each.
+
+    Args:
+        folder: of the results; it exists.
+        settings: what the results depend on beside their inputs, for JSON.
+        op: name of the calling function, for messages.
+        targets: names of the files that will be written.
+        part: of this process.
+        overwrite: forget what was done before.
+
+    Raises:
+        ValueError: the folder holds results of other settings, or it has no manifest and one of the targets is there.
+        OSError: the folder cannot be read or written to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        op: str,
+        targets: Iterable[str] = (),
+        part: Part = Part(),
+        overwrite: bool = False,
+    ):
+        self.folder, self.op, self.part = folder, op, part
+        self.path = folder / name_manifest(part.index)
+        self.settings = json.dumps({"settings": settings}, sort_keys=True)
+        self.records: dict[str, dict[str, Any]] = {}
+        self._own: set[str] = set()
+        paths = sorted(folder.glob(name_manifest("*")))
+        self._others = [path for path in paths if path != self.path]
+        if not overwrite:
+            for path in paths:
+                self._read(path)
+            if not paths and (name := next((name for name in targets if (folder / name).exists()), None)):
+                raise ValueError(
+                    f"{op}: output must be a folder whose files this command has written, got '{folder / name}' from "
+                    "elsewhere; --overwrite replaces it"
+                )
+        self._rewrite()
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def _read(self, path: Path) -> None:
+        """Read the complete lines of a file, and refuse one of other settings."""
+        lines = path.read_bytes().split(b"\n")[:-1]
+        content = "results of the same model and options, or --overwrite must be given"
+        stored = lines[0].decode() if lines else self.settings
+        require_same(self.op, "output", content, stored, self.settings, path)
+        records = {record["name"]: record for record in map(json.loads, lines[1:])}
+        self.records |= records
+        if path == self.path:
+            self._own |= records.keys()
+
+    def _rewrite(self) -> None:
+        """Write the settings and the records of this process, in order."""
+        with write_atomically(self.path, self.op) as file:
+            file.write(f"{self.settings}\n".encode())
+            for name in sorted(self._own):
+                file.write(f"{json.dumps(self.records[name], sort_keys=True)}\n".encode())
+
+    def find(self, name: str, stamp: list[int], files: Iterable[str]) -> dict[str, Any] | None:
+        """Return the record of an input that is done; None where it has changed, or a file of its results is gone.
+
+        Args:
+            name: of the input.
+            stamp: of the input, see `trace_fast.jobs.inputs.read_stamp`.
+            files: names of the files of its results, in the folder.
+        """
+        record = self.records.get(name)
+        if record is None or record["stamp"] != stamp:
+            return None
+        return record if all((self.folder / file).is_file() for file in files) else None
+
+    def add(self, name: str, stamp: list[int], **content: Any) -> None:
+        """Record that an input is done; its results are complete.
+
+        Args:
+            name: of the input.
+            stamp: of the input, from before it was read.
+            content: what else later runs must know, for JSON.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        record = {"name": name, "stamp": stamp, **content}
+        line = f"{json.dumps(record, sort_keys=True)}\n".encode()
+        if os.write(self._file, line) != len(line):
+            raise OSError(f"{self.op}: the disk must have room for the manifest, got too little in '{self.folder}'")
+        self.records[name] = record
+        self._own.add(name)
+
+    def close(self) -> None:
+        """Write the file in order; one process alone adds what others have recorded in earlier runs."""
+        os.close(self._file)
+        if self.part.count == 1:
+            self._own |= self.records.keys()
+        self._rewrite()
+        if self.part.count == 1:
+            for path in self._others:
+                path.unlink(missing_ok=True)
+
+
+def name_manifest(index: int | str) -> str:
+    """Return the name of the file of a part; the first has no number."""
+    return MANIFEST if index == 0 else MANIFEST.replace(".jsonl", f"{index if index == '*' else f'-{index}'}.jsonl")
+
+
+@contextmanager
+def open_manifest(
+    folder: Path,
+    settings: Mapping[str, Any],
+    op: str,
+    targets: Iterable[str] = (),
+    part: Part = Part(),
+    overwrite: bool = False,
+) -> Iterator[Manifest]:
+    """Claim a folder of results and open its manifest; see `Manifest`.
+
+    Raises:
+        RuntimeError: another run writes to the folder.
+    """
+    with claim_folder(folder, op, part.index):
+        manifest = Manifest(folder, settings, op, targets, part, overwrite)
+        try:
+            yield manifest
+        finally:
+            manifest.close()

@@ -1,0 +1,299 @@
+"""Running a job: images are read and written in threads while the network works, and what is done is recorded."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from trace_fast.io.claims import remove_parts
+from trace_fast.io.files import write_atomically
+from trace_fast.jobs.errors import FAILURES, describe, is_out_of_memory
+from trace_fast.jobs.inputs import InputFile, name_file, name_results, read_stamp
+from trace_fast.jobs.manifest import Manifest, Part, open_manifest
+from trace_fast.jobs.shards import list_images, open_shard_writer
+from trace_fast.jobs.tasks import Result, Task
+
+__all__ = ["Outcome", "compute_results", "run_job"]
+
+
+def compute_results(
+    task: Task,
+    images: Iterable[tuple[str, Path | bytes | Exception]],
+    workers: int,
+    write: Callable[[Result], None] | None = None,
+    raise_memory: bool = False,
+) -> Iterator[Result]:
+    """Yield the result of each image, in order; those that fail have an error.
+
+    Threads read the next images and finish the last ones while the task computes in the thread of the caller, one image
+    at a time, so that results are the same for every number of threads. The images in memory are at most
+    2 * (workers + 1).
+
+    Args:
+        task: what to compute.
+        images: name and file, or bytes, of each; an exception in their place is the reason why there are none.
+        workers: threads that read and finish.
+        write: called in a thread with each result that has no error.
+        raise_memory: raise where memory is full, in place of an error of the image.
+    """
+    source = iter(images)
+    reading: deque[tuple[str, Future[Tensor]]] = deque()
+    finishing: deque[tuple[str, Future[Result]]] = deque()
+    pool = ThreadPoolExecutor(workers, "trace-fast")
+
+    def finish(name: str, photo: Tensor, computed: Any) -> Result:
+        result = task.finish(name, photo, computed)
+        if write is not None:
+            write(result)
+        return result
+
+    def read_ahead() -> None:
+        while len(reading) <= workers and (image := next(source, None)) is not None:
+            reading.append((image[0], pool.submit(read_image, task, image[1])))
+
+    def compute_next() -> None:
+        name, future = reading.popleft()
+        try:
+            photo = future.result()
+            read_ahead()
+            last = pool.submit(finish, name, photo, task.compute(name, photo))
+        except FAILURES as error:
+            read_ahead()
+            last = Future()
+            last.set_exception(error)
+        finishing.append((name, last))
+
+    try:
+        read_ahead()
+        while reading or finishing:
+            if reading:
+                compute_next()
+            while finishing and (not reading or len(finishing) > workers or finishing[0][1].done()):
+                yield take_result(*finishing.popleft(), raise_memory)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_image(task: Task, content: Path | bytes | Exception) -> Tensor:
+    """Return the pixels of an image, or raise what stands in its place."""
+    if isinstance(content, Exception):
+        raise content
+    return task.read(content)
+
+
+def take_result(name: str, future: Future[Result], raise_memory: bool) -> Result:
+    """Return the result of an image, or one with the reason of its failure."""
+    try:
+        return future.result()
+    except FAILURES as error:
+        if raise_memory and is_out_of_memory(error):
+            raise
+        return Result(name, error=describe(error))
+
+
+@dataclass
+class Outcome:
+    """What became of the inputs of a job.
+
+    Attributes:
+        images: those that were looked at, in this run or an earlier one.
+        earlier: those of them that an earlier run has done.
+        failures: those without a result.
+        names: of all pictures, in order.
+        results: the result of each picture, without its files, by its name, where the task keeps them.
+    """
+
+    names: list[str] = field(default_factory=list)
+    images: int = 0
+    earlier: int = 0
+    failures: int = 0
+    results: dict[str, Result] = field(default_factory=dict)
+
+
+def run_job(
+    task: Task,
+    targets: dict[InputFile, dict[str, str]],
+    output: Path,
+    *,
+    workers: int = 1,
+    part: Part = Part(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
+) -> Outcome:
+    """Write the results of all inputs that are not done: files for a picture, and a shard for each shard.
+
+    A run that ends early, even by force, is continued by running it again: what an input gave is complete or not there.
+    Failures of images are reported on stderr, and the others are done all the same.
+
+    Args:
+        task: what to compute.
+        targets: of pictures and shards, see `plan_targets`.
+        output: the folder to write to; it exists.
+        workers: see `compute_results`.
+        part: of the inputs, which this process works on.
+        overwrite: do everything again, and replace files of other origin.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+        RuntimeError: another run writes to the folder.
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    files = [name for paths in targets.values() for name in paths.values()]
+    with open_manifest(output, task.settings, task.op, files, part, overwrite) as manifest:
+        job = Job(task, output, workers, manifest)
+        job.outcome.names = [name_result(paths) for file, paths in targets.items() if not file.is_shard]
+        own = dict(list(targets.items())[part.index :: part.count])
+        missing = {file: paths for file, paths in own.items() if not job.is_done(file, paths)}
+        shards = {file: paths[""] for file, paths in missing.items() if file.is_shard}
+        pictures = {file: paths for file, paths in missing.items() if not file.is_shard}
+        # several images show progress, on a terminal only
+        quiet = None if len(missing) > 1 or shards else True
+        with tqdm(total=None if shards else len(pictures), unit="image", disable=quiet) as job.bar:
+            job.write_pictures(pictures)
+            for number, (shard, target) in enumerate(shards.items(), 1):
+                job.bar.set_description(f"shard {number} of {len(shards)}")
+                job.write_shard(shard, target)
+    return job.outcome
+
+
+def plan_targets(task: Task, files: list[InputFile], output: Path) -> dict[InputFile, dict[str, str]]:
+    """Return the names of the files of each input in the output folder, by kind; none may replace another, or an input.
+
+    Raises:
+        ValueError: one would.
+    """
+    pictures = [file for file in files if not file.is_shard]
+    results = name_results([file.name for file in pictures], task.file_kinds)
+    targets = {
+        file: {kind: name_file(result, kind) for kind in task.file_kinds}
+        for file, result in zip(pictures, results, strict=True)
+    }
+    targets |= {file: {"": file.name} for file in files if file.is_shard}
+    # some file systems do not distinguish upper case from lower
+    resolved: dict[Path, str] = {}
+
+    def locate(path: Path) -> str:
+        if path.parent not in resolved:
+            resolved[path.parent] = str(path.parent.resolve())
+        return f"{resolved[path.parent]}/{path.name}".casefold()
+
+    sources = {locate(file.path): file.path for file in files}
+    writers: dict[str, Path] = {}
+    for file, names in targets.items():
+        for name in names.values():
+            location = locate(output / name)
+            if location in sources:
+                raise ValueError(
+                    f"'{output / name}' would replace the input '{sources[location]}': "
+                    "choose another folder with --output"
+                )
+            if location in writers:
+                raise ValueError(
+                    f"'{writers[location]}' and '{file.path}' would both be written to '{output / name}': "
+                    "rename one, or give each its own --output"
+                )
+            writers[location] = file.path
+    return targets
+
+
+class Job:
+    """A run of a job; see `run_job`."""
+
+    def __init__(self, task: Task, output: Path, workers: int, manifest: Manifest):
+        self.task, self.output, self.workers, self.manifest = task, output, workers, manifest
+        self.outcome = Outcome()
+        self.bar: Any = None
+
+    def read_stamp(self, file: InputFile, targets: dict[str, str]) -> list[int]:
+        """Return what a later run compares: the state of an input, and of the other files that the task reads."""
+        others = [] if file.is_shard else self.task.list_companions(name_result(targets))
+        return read_stamp([file.path, *others])
+
+    def is_done(self, file: InputFile, targets: dict[str, str]) -> bool:
+        """Return whether an earlier run has done an input, and count its images if so."""
+        record = self.manifest.find(file.name, self.read_stamp(file, targets), targets.values())
+        if record is None:
+            return False
+        self.outcome.images += record["images"]
+        self.outcome.earlier += record["images"]
+        self.outcome.failures += record["failures"]
+        if "result" in record:
+            result = Result(**record["result"])
+            self.outcome.results[result.name] = result
+        return True
+
+    def write_pictures(self, targets: dict[InputFile, dict[str, str]]) -> None:
+        """Write the files of each picture, given their names by kind."""
+        for folder in {(self.output / name).parent for names in targets.values() for name in names.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(folder)
+        files = {name_result(names): file for file, names in targets.items()}
+        stamps: dict[str, list[int]] = {}
+
+        def list_files() -> Iterator[tuple[str, Path]]:
+            for name, file in files.items():
+                stamps[name] = self.read_stamp(file, targets[file])
+                yield name, file.path
+
+        def write(result: Result) -> None:
+            for kind, content in result.files.items():
+                with write_atomically(self.output / targets[files[result.name]][kind], self.task.op) as opened:
+                    opened.write(content)
+
+        for result in compute_results(self.task, list_files(), self.workers, write):
+            file, stamp = files[result.name], stamps.pop(result.name)
+            self.count(result, file.path)
+            if result.error is not None:
+                continue
+            content = {}
+            if self.task.keeps_results:
+                self.outcome.results[result.name] = replace(result, files={})
+                content = {"result": asdict(self.outcome.results[result.name])}
+            self.manifest.add(file.name, stamp, images=1, failures=0, **content)
+
+    def write_shard(self, shard: InputFile, target: str) -> None:
+        """Write the shard of results of a shard, whole; one that cannot be read, or written, is a failure."""
+        path = self.output / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(path.parent)
+        stamp, images, failures = self.read_stamp(shard, {}), 0, 0
+        try:
+            with (
+                write_atomically(path, self.task.op) as file,
+                open_shard_writer(self.task, path.suffix.lower(), file) as writer,
+            ):
+                source = list_images(self.task, shard.path)
+                for result in compute_results(self.task, source, self.workers, raise_memory=True):
+                    writer.add(result)
+                    images += 1
+                    failures += result.error is not None
+                    self.count(result, f"{shard.path}/{result.name}")
+        except FAILURES as error:
+            # those of its images that were counted are not written, either
+            self.outcome.images += not images
+            self.outcome.failures += max(1, images) - failures
+            tqdm.write(f"trace-fast: {shard.path}: not written: {describe(error)}", file=sys.stderr)
+            return
+        self.manifest.add(shard.name, stamp, images=images, failures=failures)
+
+    def count(self, result: Result, source: Path | str) -> None:
+        """Count an image, and report its failure."""
+        self.outcome.images += 1
+        if result.error is not None:
+            self.outcome.failures += 1
+            self.bar.set_postfix(failed=self.outcome.failures, refresh=False)
+            tqdm.write(f"trace-fast: {source}: {result.error}", file=sys.stderr)
+        self.bar.update()
+
+
+def name_result(targets: dict[str, str]) -> str:
+    """Return the name of the results of an image, given those of its files by kind; see `name_file`."""
+    kind, name = next(iter(targets.items()))
+    return name[: -len(kind) - 1]

@@ -1,0 +1,176 @@
+"""Shards: tar files of webdataset and parquet files, read image by image and written with the same bytes each time."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from trace_fast.extras import require
+from trace_fast.io.folders import is_picture
+from trace_fast.jobs.inputs import name_results
+
+if TYPE_CHECKING:
+    from trace_fast.jobs.tasks import Result, Task
+
+__all__ = ["import_arrow", "list_images", "open_shard_writer"]
+
+Image = tuple[str, "Path | bytes | Exception"]
+
+# columns of parquet files: of images, by the first that is there, and of their names
+IMAGE_COLUMNS = ("image", "bytes", "jpg", "jpeg", "png", "webp")
+KEY_COLUMNS = ("key", "__key__", "id")
+ROWS = 64  # of a row group, whose images are in memory at a time
+
+
+class ShardWriter(Protocol):
+    """Writes results to an open shard, in order."""
+
+    def add(self, result: Result) -> None:
+        """Add a result."""
+        ...
+
+
+def import_arrow(op: str) -> Any:
+    """Import pyarrow and its parquet, or explain how to install it."""
+    require(op, "pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    return pyarrow
+
+
+def list_images(task: Task, path: Path) -> Iterator[Image]:
+    """Yield the name and the bytes of each image of a shard, in order.
+
+    Args:
+        task: for messages, and for the kinds of its results.
+        path: of a tar or parquet file.
+
+    Raises:
+        ValueError: the shard is damaged.
+        OSError: the file cannot be read.
+    """
+    if path.suffix.lower() == ".tar":
+        yield from _list_members(task, path)
+    else:
+        yield from _list_rows(task, path)
+
+
+def _list_members(task: Task, path: Path) -> Iterator[Image]:
+    """Yield the pictures of a tar file; other members, such as captions, are not read."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = [member for member in archive if member.isfile() and is_picture(member.name)]
+            names = [member.name.removeprefix("./") for member in members]
+            for member, name in zip(members, name_results(names, task.file_kinds), strict=True):
+                opened = archive.extractfile(member)
+                assert opened is not None  # of a file
+                yield name, opened.read()
+    except tarfile.TarError as error:
+        raise ValueError(f"{task.op}: inputs must be complete tar files, got '{path}': {error}") from error
+
+
+def _list_rows(task: Task, path: Path) -> Iterator[Image]:
+    """Yield the images of the rows of a parquet file."""
+    arrow = import_arrow(task.op)
+    try:
+        with arrow.parquet.ParquetFile(path) as file:
+            image, key = _choose_columns(task.op, file.schema_arrow, path)
+            columns = [image] if key is None else [image, key]
+            row = 0
+            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+                cells = batch.column(image).to_pylist()
+                keys = [None] * len(cells) if key is None else batch.column(key).to_pylist()
+                for cell, name in zip(cells, keys, strict=True):
+                    yield str(row if name is None else name), get_bytes(cell)
+                    row += 1
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{task.op}: inputs must be complete parquet files, got '{path}': {error}") from error
+
+
+def get_bytes(cell: Any) -> bytes | Exception:
+    """Return the bytes of an image in a cell: bytes, or a record with bytes as datasets of Hugging Face have them."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(content, bytes):
+        return content
+    return ValueError(f"edges: image must be bytes, or a record with bytes, got {type(content).__name__}")
+
+
+def _choose_columns(op: str, schema: Any, path: Path) -> tuple[str, str | None]:
+    """Return the columns of images and of their names, None without such a column."""
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    if image is None:
+        raise ValueError(
+            f"{op}: inputs must be parquet files with a column {' or '.join(IMAGE_COLUMNS)}, got "
+            f"{', '.join(schema.names)} in '{path}'"
+        )
+    return image, next((name for name in KEY_COLUMNS if name in schema.names), None)
+
+
+@contextmanager
+def open_shard_writer(task: Task, suffix: str, file: BinaryIO) -> Iterator[ShardWriter]:
+    """Write a shard of results; its bytes depend on the results and the settings alone.
+
+    Args:
+        task: whose results they are.
+        suffix: ".tar" or ".parquet".
+        file: to write to.
+
+    Yields:
+        The writer.
+    """
+    if suffix == ".tar":
+        settings = json.dumps({"trace_fast": task.settings}, sort_keys=True)
+        # a comment is what every program that reads tar files skips
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": settings}) as tar:
+            yield TarWriter(tar)
+    else:
+        from trace_fast.jobs.columns import make_schema, make_table
+
+        arrow = import_arrow(task.op)
+        with arrow.parquet.ParquetWriter(file, make_schema(task)) as parquet:
+            writer = ParquetWriter(lambda results: parquet.write_table(make_table(task, results)))
+            yield writer
+            writer.flush()
+
+
+class TarWriter:
+    """Adds the files of each result to a tar file, and a JSON file of what else is known."""
+
+    def __init__(self, archive: tarfile.TarFile):
+        self.archive = archive
+
+    def add(self, result: Result) -> None:
+        """Add a result."""
+        known = {name: getattr(result, name) for name in ("height", "width", "timestep", "error")}
+        content = json.dumps({"key": result.name, **known}, sort_keys=True).encode()
+        for kind, data in {**result.files, "json": content}.items():
+            # of no time, user or permission but the default
+            member = tarfile.TarInfo(f"{result.name}.{kind}")
+            member.size = len(data)
+            self.archive.addfile(member, io.BytesIO(data))
+
+
+class ParquetWriter:
+    """Writes results in row groups of one size."""
+
+    def __init__(self, write: Any):
+        self.write = write
+        self.results: list[Result] = []
+
+    def add(self, result: Result) -> None:
+        """Add a result."""
+        self.results.append(result)
+        if len(self.results) == ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the results that wait."""
+        if self.results:
+            self.write(self.results)
+        self.results = []
