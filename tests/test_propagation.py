@@ -340,6 +340,18 @@ def test_certain_objects_hold_small_parts_and_weak_boundaries():
         assert np.array_equal(out & off, whole & off)
 
 
+def test_a_gap_makes_a_boundary_uncertain():
+    edges, labels = cross()
+    edges[20:33, 15] = 1  # two thirds of the way through the third
+    off, columns = edges == 0, np.indices(edges.shape)[1]
+    halves = np.stack([(labels == 3) & (columns < 15), (labels == 3) & (columns >= 15)])
+    (out,) = trace_fast.propagate(halves, edges)
+    assert np.array_equal(out & off, (labels == 3) & off)
+    # edges of 0.95 everywhere are none that is certain
+    assert len(trace_fast.propagate((labels <= 2)[None], 0.95 * edges)) == 1
+    assert len(trace_fast.propagate(halves, 0.95 * edges)) == 2
+
+
 def test_masks_cover_an_object_together():
     edges, labels = cross()
     off, columns = edges == 0, np.indices(edges.shape)[1]

@@ -27,8 +27,7 @@ SHARE = 0.7  # of a region, from which a mask takes it; a mask leaves a region o
 COARSE = 5.0  # mean length of the straight pieces of an outline from which it was drawn on a coarse grid, in pixels
 REACH = 0.75  # farthest that a coarse outline moves, in such lengths
 FARTHEST = 0.02  # farthest that any outline moves, as a share of the image's diagonal
-OUTLINE = 0.9  # least strength of the outline of an object, which splits and joins masks: few edges are as certain
-INSIDE = 0.5  # greatest strength of a boundary inside an object
+CERTAIN = 0.98  # mean strength of a boundary that bounds an object, which splits and joins masks: few edges are certain
 COVERED = 0.5  # smallest share of an object inside a mask, for it to be split off
 
 
@@ -79,7 +78,7 @@ class Fitter:
         large = nodes.areas >= min_area
         outer, inner = tree.levels[tree.parents].numpy(), tree.inner_levels(torch.from_numpy(large)).numpy()
         # the last node is the whole image
-        objects = np.flatnonzero((large & (outer >= OUTLINE) & (inner <= INSIDE))[:-1])
+        objects = np.flatnonzero((large & (outer >= CERTAIN) & (inner < CERTAIN))[:-1])
         # of objects within each other, the one with the greatest contrast
         self.objects = _keep_apart(objects[np.argsort((inner - outer)[objects], kind="stable")], nodes)
 

@@ -76,7 +76,7 @@ def propagate(
        and leaves those of which it covers no more than 30 %, where this moves the outline by at most 3/4 of such a
        piece and 2 % of the image's diagonal.
     2. It is split into its unconnected parts, where edges are around them, and at objects: regions whose outline is at
-       least 0.9 strong, as only edges that are certain are, and the boundaries inside at most 0.5, small parts aside.
+       least 0.98 strong, as only edges that are certain are, and no boundary inside is, small parts aside.
     3. Where masks cover a share of `cover` of an object together, the parts that lie mostly in it become the object.
 
     The paper's steps are those of the modes "flood" and "walk":
