@@ -409,7 +409,7 @@ class TestMakeDecoder:
         assert sum(x.numel() for x in make_decoder("conv", (64, 64)).parameters()) == 36_865
 
     def test_an_unknown_name(self):
-        with pytest.raises(ValueError, match="decoder must be one of conv, pixels, unet, got 'cnn'"):
+        with pytest.raises(ValueError, match="student: decoder must be 'conv' or 'pixels' or 'unet', got 'cnn'"):
             make_decoder("cnn", (4, 6))
 
     def test_an_unknown_option(self):

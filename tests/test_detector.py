@@ -622,7 +622,7 @@ class TestDamage:
             ({"thresholds": {"contour": math.nan}}, ".*contour_threshold must be above 0 and at most 1, got nan"),
             ({"thresholds": {"region": 10**400}}, ".*region_threshold must be above 0 and at most 1, got 1000"),
             ({"thresholds": []}, ""),
-            ({"decoder": {"name": "cnn"}}, "decoder must be one of conv, pixels, unet, got 'cnn'"),
+            ({"decoder": {"name": "cnn"}}, "student: decoder must be 'conv' or 'pixels' or 'unet', got 'cnn'"),
             ({"decoder": {"name": "conv", "columns": 3}}, "decoder conv does not have these options"),
             ({"decoder": {"name": "pixels"}}, ".*state_dict"),
             ({"decoder": {}}, ".*name"),

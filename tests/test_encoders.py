@@ -703,7 +703,7 @@ class TestLanguage:
 
     def test_what_another_reading_needs(self, family):
         model, _ = make(family)
-        with pytest.raises(ValueError, match="from_encoder: read must be one of vision, language, got 'text'"):
+        with pytest.raises(ValueError, match="from_encoder: read must be 'vision' or 'language', got 'text'"):
             Tracer.from_encoder(model, read="text")
         with pytest.raises(TypeError, match=r"must be or hold one of Llava.*, got Dinov2Model"):
             Tracer.from_encoder(dinov2(), read="language")

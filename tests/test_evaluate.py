@@ -524,7 +524,10 @@ class TestCall:
         ("options", "message"),
         [
             ({}, "methods must be given, or results, got none"),
-            ({"methods": "sobel", "table": "rows", "baseline": "x.json"}, "table must be 'backbones', 'components' or"),
+            (
+                {"methods": "sobel", "table": "rows", "baseline": "x.json"},
+                "table must be 'backbones' or",
+            ),
             ({"methods": "sobel", "table": "backbones"}, "table and baseline must be given together, got 'backbones' "),
             ({"methods": "sobel", "baseline": "x.json"}, "table and baseline must be given together, got None and 'x"),
             ({"table": "backbones", "baseline": "x.json"}, "methods must be given for a table, got none"),

@@ -1,17 +1,23 @@
-"""Failures that a file, a user or the machine causes: one line on stderr, never a traceback."""
+"""Failures that a file, a user or the machine causes: one line on stderr, or an error that names the argument."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors import SafetensorError
+from torch import nn
 from typer.testing import CliRunner
 
 import trace_fast
-from trace_fast import cli
+from trace_fast import ControlNetAnnotator, Tracer, cli
+from trace_fast.backbones import Settings
+from trace_fast.decoder import make_decoder
 from trace_fast.evaluation import open_method
 from trace_fast.evaluation.data import open_dataset
+from trace_fast.evaluation.masks import mask_ap
 from trace_fast.evaluation.run import check_photos
+from trace_fast.io.visualize import write_png
 
 
 @pytest.mark.parametrize(
@@ -62,3 +68,26 @@ def test_bombs(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2 and result.stderr.startswith("trace-fast: --masks must be a readable picture, got '")
     assert "must have at most" in result.stderr
+
+
+ARRAY = np.array(["mini", "mini"])  # has no single truth
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("table", lambda tmp_path: trace_fast.evaluate(tmp_path, methods="sobel", table=ARRAY)),
+        ("offload", lambda tmp_path: trace_fast.load("mini", offload=ARRAY)),
+        ("dtype", lambda tmp_path: trace_fast.load("mini", dtype=ARRAY)),
+        ("noising", lambda tmp_path: Settings(size=(32, 48), noising=ARRAY)),
+        ("read", lambda tmp_path: Tracer.from_encoder(nn.Identity(), read=ARRAY)),
+        ("bits", lambda tmp_path: write_png(tmp_path / "edges.png", np.zeros((2, 3), np.float32), bits=ARRAY)),
+        ("output_type", lambda tmp_path: ControlNetAnnotator("mini")(np.zeros((2, 3, 3), np.uint8), output_type=ARRAY)),
+        ("decoder", lambda tmp_path: make_decoder(ARRAY, (4, 6))),
+        ("engine", lambda tmp_path: mask_ap([np.ones((1, 2, 3), bool)], [], engine=ARRAY)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_array_in_place_of_a_choice(name, call, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=rf"^\w+: {name} must be .*, got array"):
+        call(tmp_path)

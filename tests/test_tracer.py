@@ -319,7 +319,7 @@ def test_threads_take_turns(tracer, images):
         ({"contour_threshold": 0}, ValueError, "contour_threshold must be above 0 and at most 1, got 0"),
         ({"region_threshold": 1.5}, ValueError, "region_threshold must be above 0 and at most 1, got 1.5"),
         ({"timestep": "peak"}, TypeError, "timestep must be 'iep' or an integer"),
-        ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian"),
+        ({"noising": "ddpm"}, ValueError, "noising must be 'inversion' or 'gaussian', got 'ddpm'"),
     ],
 )
 def test_settings_are_checked(settings, error, message):
@@ -373,7 +373,7 @@ def test_seed_matters_for_gaussian_noising_alone(tracer, images):
         ({"timesteps": 5}, TypeError, "timesteps must be a sequence of integers, got 5"),
         ({"timesteps": (0,), "timestep": "iep"}, ValueError, "timesteps must be at least two for a KL curve"),
         ({"timesteps": (99, 199), "noising": "inversion"}, ValueError, "timesteps must start at 0 for inversion"),
-        ({"noising": "ddpm"}, ValueError, "noising must be one of inversion, gaussian, got 'ddpm'"),
+        ({"noising": "ddpm"}, ValueError, "noising must be 'inversion' or 'gaussian', got 'ddpm'"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(tracer, images, monkeypatch, arguments, error, message):

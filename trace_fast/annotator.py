@@ -9,6 +9,7 @@ import torch
 
 from trace_fast.api import load
 from trace_fast.detector import Detector
+from trace_fast.ops import checks
 
 __all__ = ["ControlNetAnnotator"]
 
@@ -85,8 +86,7 @@ class ControlNetAnnotator:
             ValueError: output_type or a resolution is not what is said above, the image is a batch, or its shape or
                 values are not usable.
         """
-        if output_type not in ("pil", "np"):
-            raise ValueError(f"edges: output_type must be 'pil' or 'np', got {output_type!r}")
+        checks.choice("edges", "output_type", output_type, "pil", "np")
         picture = self.detector(input_image, detect_resolution, image_resolution, "pil")
         if isinstance(picture, list):
             if len(picture) != 1:

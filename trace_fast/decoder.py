@@ -570,8 +570,7 @@ def make_decoder(name: str, grid: Grid, **options: Any) -> Decoder:
         >>> make_decoder("pixels", (4, 6), columns=8).options()
         {'name': 'pixels', 'columns': 8, 'channels': 16, 'detail': 2}
     """
-    if name not in DECODERS:
-        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {name!r}")
+    checks.choice("student", "decoder", name, *DECODERS)
     try:
         inspect.signature(DECODERS[name]).bind(grid, **options)
     except TypeError as error:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trace_fast.backbones.capture import AttendBlock, AttentionLayout, Capture, CaptureError, OnAttention
 from trace_fast.backbones.schedule import Schedule
 from trace_fast.io.pictures import MAX_PIXELS
+from trace_fast.ops import checks
 from trace_fast.ops.constants import cache_constants
 from trace_fast.ops.dispatch import LEAST_CAPABILITY, get_capability
 
@@ -62,8 +63,7 @@ def check_timestep(timestep: Any) -> int | None:
 
 def check_noising(noising: Any) -> str:
     """Return a way of noising, one of `NOISINGS`; raise ValueError for another."""
-    if noising not in NOISINGS:
-        raise ValueError(f"trace: noising must be one of {', '.join(NOISINGS)}, got {noising!r}")
+    checks.choice("trace", "noising", noising, *NOISINGS)
     return str(noising)
 
 

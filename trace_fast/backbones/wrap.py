@@ -17,6 +17,7 @@ from trace_fast.backbones.registry import (
     explain_refusal,
     find_family,
 )
+from trace_fast.ops import checks
 
 __all__ = ["wrap_encoder", "wrap_pipeline"]
 
@@ -44,8 +45,7 @@ def wrap_encoder(
     std: Sequence[float] | None = None,
 ) -> Backbone:
     """Return a backbone that reads an encoder of transformers or timm, or what holds one; see `Tracer.from_encoder`."""
-    if read not in READ:
-        raise ValueError(f"from_encoder: read must be one of {', '.join(READ)}, got {read!r}")
+    checks.choice("from_encoder", "read", read, *READ)
     families = READ[read]
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if (family := find_family(type(unwrap_compiled(module)).__name__, families)) is not None:

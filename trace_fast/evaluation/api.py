@@ -93,6 +93,7 @@ def evaluate(
         >>> report = trace_fast.evaluate("coco", ["sobel", "HED=maps:hed", "mini"])  # doctest: +SKIP
         >>> print(report, report.edges["mini"].ods)  # doctest: +SKIP
     """
+    checks.choice("evaluate", "table", table, "backbones", "components", None)
     named = _name_methods(methods, table)
     files = _name_results(results)
     checks.choice("evaluate", "suppression", suppression, *SUPPRESSIONS)
@@ -160,8 +161,6 @@ def _name_results(results: Any) -> dict[str, Path]:
 
 def _check_choices(named: Sized, files: Sized, table: str | None, baseline: Any, limit: int | None) -> None:
     """Refuse choices that do not fit each other."""
-    if table not in (None, "backbones", "components"):
-        raise ValueError(f"evaluate: table must be 'backbones', 'components' or None, got {table!r}")
     if (table is None) != (baseline is None):
         raise ValueError(f"evaluate: table and baseline must be given together, got {table!r} and {baseline!r}")
     if not named and (table is not None or not files):

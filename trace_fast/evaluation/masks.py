@@ -14,6 +14,7 @@ import numpy as np
 
 from trace_fast.extras import require
 from trace_fast.masks.coco import ImageInstances, Instances, encode_masks
+from trace_fast.ops import checks
 
 __all__ = ["MaskScores", "compare_masks", "mask_ap"]
 
@@ -103,8 +104,7 @@ def mask_ap(
     """
     if engine is None:
         engine = FASTER if importlib.util.find_spec("faster_coco_eval") else ORIGINAL
-    if engine not in (FASTER, ORIGINAL):
-        raise ValueError(f"mask_ap: engine must be '{FASTER}' or '{ORIGINAL}', got {engine!r}")
+    checks.choice("mask_ap", "engine", engine, FASTER, ORIGINAL)
     if resamples < 0:
         raise ValueError(f"mask_ap: resamples must be at least 0, got {resamples}")
     if not isinstance(truth, Instances):

@@ -21,6 +21,7 @@ from trace_fast.extras import require
 from trace_fast.io.arrays import array_to_tensor, dtype_name, mask_areas, mask_boxes
 from trace_fast.io.files import write_atomically
 from trace_fast.io.images import read_edge_map, read_edge_maps, read_image
+from trace_fast.ops import checks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,8 +91,7 @@ def encode_png(edges: np.ndarray | Tensor, bits: int = 8) -> bytes:
         >>> encode_png(torch.rand(48, 64))[1:4]
         b'PNG'
     """
-    if bits not in (8, 16):
-        raise ValueError(f"write_png: bits must be 8 or 16, got {bits!r}")
+    checks.choice("write_png", "bits", bits, 8, 16)
     edge_map = read_edge_map("write_png", edges).cpu().numpy()
 
     from PIL import Image

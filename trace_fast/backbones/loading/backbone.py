@@ -18,6 +18,7 @@ from trace_fast.backbones.loading.pipelines import load_pipeline
 from trace_fast.backbones.loading.sources import CONFIG, Kind, Source, find_source
 from trace_fast.backbones.registry import NETWORK_FAMILIES, find_family, models
 from trace_fast.backbones.wrap import wrap_encoder, wrap_pipeline
+from trace_fast.ops import checks
 
 __all__ = ["load_backbone"]
 
@@ -87,10 +88,9 @@ def load_backbone(
 
 def check_options(dtype: torch.dtype | None, offload: str | None) -> None:
     """Refuse a dtype that weights do not have, and an unknown way to offload."""
-    if dtype not in (None, *DTYPES):
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES)):
         raise TypeError(f"load: dtype must be {' or '.join(map(str, DTYPES))}, got {dtype!r}")
-    if offload not in (None, *OFFLOADS):
-        raise ValueError(f"load: offload must be one of {', '.join(OFFLOADS)}, or None, got {offload!r}")
+    checks.choice("load", "offload", offload, *OFFLOADS, None)
 
 
 def check_base(source: Source) -> None:
