@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import math
+import re
 import shutil
 import socket
 import sys
@@ -16,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, PIPELINES, SIZE, embedded, pipeline
 from torch.testing import assert_close
 
@@ -393,6 +395,24 @@ class TestCachedPrompts:
             load(tmp_path / "model")
         (weights,) = (tmp_path / "model" / "vae").glob("*.safetensors")
         weights.write_bytes(weights.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=r"^load: model must be complete and its files must fit each other, got '"):
+            load(tmp_path / "model")
+
+    @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+    def test_a_part_without_all_of_its_weights(self, tmp_path, part):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        (path,) = (tmp_path / "model" / part).glob("*.safetensors")
+        weights = load_file(path)
+        name = next(name for name, weight in weights.items() if weight.ndim == 2)
+        del weights[name]
+        save_file(weights, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"^load: .* there are no weights for {re.escape(name)} of {part}$"):
+            load(tmp_path / "model")
+
+    @pytest.mark.parametrize(("option", "value"), [("hidden_size", "wide"), ("num_hidden_layers", 3)])
+    def test_a_configuration_that_does_not_fit(self, tmp_path, option, value):
+        pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
+        edit_json(tmp_path / "model" / "text_encoder" / "config.json", **{option: value})
         with pytest.raises(ValueError, match=r"^load: model must be complete and its files must fit each other, got '"):
             load(tmp_path / "model")
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from trace_fast.extras import require
 
 __all__ = ["Files", "checkpoint_errors", "hub_errors"]
@@ -100,15 +98,9 @@ def checkpoint_errors(location: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (OSError, ImportError, MemoryError):  # not of the files, or said by `hub_errors`
+        raise
+    except Exception as error:  # libraries raise classes of their own
         text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise ValueError(incomplete(location, text)) from error
 

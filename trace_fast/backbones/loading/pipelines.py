@@ -79,14 +79,12 @@ def load_pipeline(
             counts = count_parts(source, network, variant)
         if counts is not None:
             check_memory(source.name, counts, dtype, device, offload)
-        # the keyword was renamed
-        precision = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
-        options = {precision: dtype, "use_safetensors": True, "variant": variant, **files.hub_options}
+        options = {"use_safetensors": True, "variant": variant, **files.hub_options}
+        precision = {name_dtype(diffusers, (0, 40)): dtype}
         pipe = SimpleNamespace(config=index)
         with checkpoint_errors(files.location):
             for part in (network, "vae"):
-                setattr(pipe, part, classes[part].from_pretrained(files.location, subfolder=part, **options))
-                getattr(pipe, part).eval().requires_grad_(False)
+                setattr(pipe, part, load_whole(classes[part], files, part, **precision, **options))
             pipe.scheduler = classes["scheduler"].from_pretrained(
                 files.location, subfolder="scheduler", **files.hub_options
             )
@@ -94,6 +92,19 @@ def load_pipeline(
         if empty_prompt is None:
             empty_prompt = get_empty_prompt(diffusers, pipe, files, options, dtype)
     return pipe, empty_prompt
+
+
+def name_dtype(library: Any, renamed: tuple[int, int]) -> str:
+    """Return the keyword by which `from_pretrained` of a library takes a dtype, which one of its releases renamed."""
+    return "dtype" if tuple(map(int, library.__version__.split(".")[:2])) >= renamed else "torch_dtype"
+
+
+def load_whole(kind: Any, files: Files, part: str, **options: Any) -> Any:
+    """Return a part that `from_pretrained` loads; refuse it where weights are missing, which would then be random."""
+    module, report = kind.from_pretrained(files.location, subfolder=part, output_loading_info=True, **options)
+    if missing := [*report["missing_keys"], *(names[0] for names in report["mismatched_keys"])]:
+        raise ValueError(f"there are no weights for {min(missing)} of {part}")
+    return module.eval().requires_grad_(False)
 
 
 def find_network(index: dict[str, Any], files: Files) -> str:
@@ -148,7 +159,7 @@ def get_empty_prompt(
     cache = prompt_cache_file(files, pipe.config, dtype)
     prompt = load_cached_prompt(cache, files)
     if prompt is None:
-        prompt = encode_empty_prompt(diffusers, pipe, files, options)
+        prompt = encode_empty_prompt(diffusers, pipe, files, options, dtype)
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(cache, "load") as file:
@@ -163,9 +174,11 @@ def get_empty_prompt(
 
 
 def encode_empty_prompt(
-    diffusers: Any, pipe: SimpleNamespace, files: Files, options: dict[str, Any]
+    diffusers: Any, pipe: SimpleNamespace, files: Files, options: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the empty prompt as the model's own pipeline embeds it; text encoders are loaded if needed, and freed."""
+    import transformers
+
     index = pipe.config
     family = find_family(type(get_network(pipe)).__name__, PIPELINE_FAMILIES)
     pipeline: Any = pipe
@@ -175,7 +188,12 @@ def encode_empty_prompt(
             raise ValueError(f"load: model must be of a pipeline of diffusers, got {index.get('_class_name')!r}")
         loaded = {name: part for name, part in vars(pipe).items() if name != "config"}
         unwanted = {name: None for name in UNWANTED if name in index}
+        precision = {name_dtype(transformers, (4, 56)): dtype}
         with checkpoint_errors(files.location):
+            for name, entry in index.items():
+                match entry:
+                    case ["transformers", str(encoder)] if name.startswith("text_encoder"):
+                        loaded[name] = load_whole(getattr(transformers, encoder), files, name, **precision, **options)
             pipeline = kind.from_pretrained(files.location, **loaded, **unwanted, **options)
     with torch.no_grad():
         prompt = family.encode_empty_prompt(pipeline)
