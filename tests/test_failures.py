@@ -37,10 +37,10 @@ def test_errors_of_files_and_machines(tmp_path, monkeypatch, command, error, mes
     Image.new("L", (64, 48)).save(tmp_path / "a.png")
     arguments = [command, str(tmp_path / "a.png"), "-o", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("trace_fast.io.images.read_image", fail)
+        patch.setattr("trace_fast.jobs.tasks.read_image", fail)
         result = CliRunner().invoke(cli.app, arguments)
     assert (result.exit_code, result.stderr) == (1, f"trace-fast: {tmp_path / 'a.png'}: {message}\n")
-    monkeypatch.setattr(trace_fast, "load", fail)
+    monkeypatch.setattr("trace_fast.jobs.finder.load", fail)
     result = CliRunner().invoke(cli.app, arguments)
     assert (result.exit_code, result.stderr) == (2, f"trace-fast: {message}\n")
 
