@@ -11,6 +11,7 @@ EXTRAS = {
     "accelerate": ("accelerate", "diffusion"),
     "cv2": ("opencv-python-headless", "eval"),
     "diffusers": ("diffusers", "diffusion"),
+    "gradio": ("gradio", "app"),
     "faster_coco_eval": ("faster-coco-eval", "eval"),
     "huggingface_hub": ("huggingface_hub", "diffusion"),
     "matplotlib": ("matplotlib", "eval"),

@@ -16,6 +16,7 @@ from trace_fast.cli.distill import run_distill
 from trace_fast.cli.edges import run_edges
 from trace_fast.cli.evaluate import run_evaluate
 from trace_fast.cli.models import run_models
+from trace_fast.cli.page import run_page
 from trace_fast.cli.pretrain import run_pretrain
 from trace_fast.cli.scenes import run_scenes
 from trace_fast.cli.segment import run_segment
@@ -34,6 +35,7 @@ app.command("edges")(run_edges)
 app.command("segment")(run_segment)
 app.command("evaluate")(run_evaluate)
 app.command("demo")(run_demo)
+app.command("app")(run_page)
 app.command("distill")(run_distill)
 app.command("pretrain")(run_pretrain)
 app.command("scenes")(run_scenes)
