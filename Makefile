@@ -15,7 +15,7 @@ DISKS := $(if $(filter 0,$(shell id -u)),,--no-disks)
 MATRIX := 0.32.2/4.48.3/0.14.0 0.35.2/4.57.1/0.17.1 0.38.0/4.57.1/0.17.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build lint test-fast test test-robust test-matrix fuzz kill bench gpu sanitize sanitize-threads clean
+.PHONY: help demo build lint test-fast test docs test-robust test-matrix fuzz kill bench gpu sanitize sanitize-threads clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,6 +39,10 @@ test-fast: build ## run the tests that are not slow, in about a minute
 
 test: build ## run all tests
 	$(BIN)/python -m pytest -q $(PARALLEL) tests
+
+docs: build ## write the documentation to build/site; a warning is an error
+	$(BIN)/python scripts/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-robust: build ## run the numeric tests with other last bits, instruction sets and numbers of threads
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/robust.sh $(PARALLEL)

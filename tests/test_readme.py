@@ -4,13 +4,16 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import trace_fast
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "README.md"]
 TEXTS = {page: page.read_text() for page in PAGES if page.name != "CONTRIBUTING.md"}
 
 
@@ -84,3 +87,24 @@ def test_links_to_files_resolve(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^"]+)"', text)
     assert links or page != README
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_headings_resolve(page):
+    for link, anchor in re.findall(r"\]\(([^)#:]*\.md)?#([^)]+)\)", page.read_text()):
+        headings = re.findall(r"^#+ (.*)$", (page.parent / link if link else page).read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_on_the_site():
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT)) for page in PAGES if page.name != "SECURITY.md")
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    named = set(re.findall(r"^::: trace_fast\.(\w+)$", pages, re.MULTILINE))
+    whole = {name for name in named if isinstance(getattr(trace_fast, name), types.ModuleType)}
+    covered = named.union(*(getattr(trace_fast, name).__all__ for name in whole))
+    modules = {"ops", "training", "__version__"}  # twins of the reference's; the functions and their options
+    assert sorted(set(trace_fast.__all__) - covered - modules) == []

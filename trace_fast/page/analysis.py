@@ -141,9 +141,11 @@ def draw_level(levels: Levels, index: int, size: Sequence[int] | None = None) ->
         >>> draw_level(levels, 0).size
         (32, 32)
     """
+    from PIL import Image
+
     strength = levels.abdiv[None, index]
     edges = edge_probability(strength, levels.scale, strength.shape[1:] if size is None else size)
-    return visualize.panel([edges[0, 0].numpy()], [""])
+    return Image.fromarray((edges[0, 0] * 255).round().to(torch.uint8).numpy())
 
 
 def find_region(masks: Tensor, row: int, column: int) -> Tensor | None:

@@ -107,9 +107,8 @@ class Page:
             step=0.01,
             label="Threshold of regions",
             info="At 0, masks of all levels of detail, some within others",
-            elem_id="threshold",
         )
-        self.count = gradio.Slider(1, 100, 30, step=1, label="Largest number of masks")
+        self.count = gradio.Slider(1, 100, 30, step=1, label="Largest number of masks", elem_id="count")
         with gradio.Row():
             self.start = gradio.Button("Find edges", variant="primary", min_width=80, elem_id="start")
             self.cancel = gradio.Button("Cancel", min_width=80, elem_id="cancel")
@@ -144,8 +143,9 @@ class Page:
             runs = gradio.on(
                 [self.start.click, self.file.upload], self.run, [self.file, self.stage, *choices], shown + search
             )
-            self.cancel.click(lambda: "Cancelled.", None, self.status, cancels=runs)
-            gradio.on([choice.release for choice in choices], self.change_masks, [self.session, *choices], shown)
+            self.cancel.click(lambda: "Canceled.", None, self.status, cancels=runs)
+            changes = [choice.change for choice in choices]
+            gradio.on(changes, self.change_masks, [self.session, *choices], shown, trigger_mode="always_last")
             self.strip.select(self.choose_level, self.session, [self.status, *search])
             self.photo.select(self.choose_point, self.session, [self.status, *search])
 

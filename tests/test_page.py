@@ -1,0 +1,246 @@
+"""The page of `trace-fast app`: what it computes, and the page itself in a browser."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import embedded, student
+from torch.testing import assert_close
+
+from trace_fast import Tracer
+from trace_fast.masks import read_results
+from trace_fast.page import analysis
+from trace_fast.page.analysis import Levels, Models
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def tracer():
+    return Tracer.from_pretrained("mini", device="cpu", size=(48, 64))
+
+
+@pytest.fixture(scope="module")
+def photo():
+    image = torch.zeros(1, 3, 40, 60)
+    image[..., 10:30, 20:45] = torch.rand(3, 20, 25, generator=torch.Generator().manual_seed(0))
+    return image
+
+
+@pytest.fixture(scope="module")
+def levels(tracer, photo):
+    return analysis.measure_levels(tracer, photo)
+
+
+def test_levels_are_those_of_the_search(tracer, photo, levels):
+    output = tracer(photo, return_kl=True, return_abdiv=True)
+    for name in ("edges", "timestep", "timesteps", "kl", "abdiv"):
+        assert_close(getattr(levels.output, name), getattr(output, name))
+    assert (levels.output.model, levels.output.noising, levels.output.size) == ("mini", "inversion", (48, 64))
+    assert_close(levels.abdiv[levels.read], output.abdiv[0])
+    assert levels.abdiv.shape == (11, 12, 16)
+
+
+def test_levels_of_a_search_for_the_peak(photo, tmp_path):
+    tracer = Tracer.from_pretrained(embedded(tmp_path), device="cpu")
+    tracer.backbone.settings = replace(tracer.backbone.settings, timestep="iep")
+    levels = analysis.measure_levels(tracer, photo)
+    assert levels.read == levels.peak
+    assert int(tracer(photo).timestep) == levels.timesteps[levels.peak]
+
+
+def test_a_timestep_is_described(levels):
+    assert levels.describe(0) == "t = 0"
+    texts = [levels.describe(index) for index in range(1, 11)]
+    assert [index for index, text in enumerate(texts, 1) if text.endswith(", t*")] == [levels.peak]
+    assert texts[4].startswith(f"t = 499, KL {levels.output.kl[0, 4]:.3f}")
+
+
+def test_an_encoder_has_one_level_and_no_peak(levels):
+    output = analysis.TraceOutput(
+        edges=torch.zeros(1, 1, 4, 6),
+        timestep=torch.tensor([0]),
+        timesteps=torch.tensor([0]),
+        kl=None,
+        abdiv=None,
+        model="encoder",
+        noising="none",
+        size=(4, 6),
+    )
+    levels = Levels(output, torch.zeros(1, 2, 3), 0.1)
+    assert (levels.peak, levels.read, levels.describe(0)) == (None, 0, "t = 0")
+
+
+def test_a_level_is_drawn_as_edge_probability(levels):
+    assert analysis.draw_level(levels, 3).size == (16, 12)
+    picture = np.asarray(analysis.draw_level(levels, 0, (40, 60)))
+    assert picture.shape == (40, 60)
+    assert_close(torch.from_numpy(picture / 255.0).float(), levels.output.edges[0, 0], atol=0.003, rtol=0)
+
+
+def test_the_region_of_a_pixel_is_the_smallest_mask():
+    masks = torch.zeros(3, 4, 7, dtype=torch.bool)
+    masks[0, :, :6], masks[1, 1:3, 2:4], masks[2, 1:, 1:5] = True, True, True
+    assert analysis.find_region(masks, 1, 2).equal(masks[1])
+    assert analysis.find_region(masks, 3, 2).equal(masks[2])
+    assert analysis.find_region(masks, 0, 2).equal(masks[0])
+    assert analysis.find_region(masks, 0, 6) is None
+
+
+def test_attention_of_a_token(tracer, photo):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'trace_fast[app]'")
+    masks = torch.zeros(1, 40, 60, dtype=torch.bool)
+    masks[0, 10:30, 20:45] = True
+    picture, text = analysis.draw_attention(tracer, photo, masks, 199, 20, 30)
+    row = tracer.attention(photo, timestep=199)[0, (20 * 12 // 40) * 16 + 30 * 16 // 60].view(12, 16)
+    share = row[3:9, 5:12].sum()  # tokens whose centers lie in the mask
+    assert text == (
+        "Token (6, 8) of 12 x 16 at t = 199. It lies in a region of 20.8% of the photograph, which gets "
+        f"{share:.0%} of its attention."
+    )
+    pixels = np.asarray(picture)
+    assert pixels.shape == (40, 60, 3)
+    assert tuple(pixels[9, 30]) == analysis.POINT_COLOR  # just above the mask
+    # a token that attends otherwise looks otherwise, and lies in no region
+    other, text = analysis.draw_attention(tracer, photo, masks, 199, 2, 3)
+    assert text == "Token (0, 0) of 12 x 16 at t = 199. It lies in no region."
+    assert (np.asarray(other) != pixels).any()
+
+
+def test_files_hold_edges_and_masks(tmp_path):
+    pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[app]'")
+    edges = torch.linspace(0, 1, 35).view(5, 7)
+    masks = torch.zeros(2, 5, 7, dtype=torch.bool)
+    masks[0, :, :3], masks[1, 2:, 4:] = True, True
+    files = analysis.write_files(tmp_path, "photo", edges, masks, torch.tensor([0.5, 0.25]))
+    assert [file.name for file in files] == ["photo_edges.png", "photo_coco.json", "photo_labels.png"]
+    with Image.open(files[0]) as picture:
+        assert_close(torch.from_numpy(np.asarray(picture) / 65535.0).float(), edges, atol=1e-5, rtol=0)
+    records = json.loads(files[1].read_text())
+    assert [record["score"] for record in records] == [0.5, 0.25]
+    assert (read_results(files[1]).images[1].masks() == masks.numpy()).all()
+    with Image.open(files[2]) as picture:
+        assert (np.asarray(picture) == masks[0].numpy() + 2 * masks[1].numpy()).all()
+
+
+def test_more_masks_than_labels_have_no_label_map(tmp_path):
+    pytest.importorskip("pycocotools", reason="needs pycocotools: pip install 'trace_fast[app]'")
+    masks = torch.eye(255).bool().view(255, 15, 17)
+    files = analysis.write_files(tmp_path, "photo", torch.zeros(15, 17), masks, torch.ones(255))
+    assert [file.name for file in files] == ["photo_edges.png", "photo_coco.json"]
+
+
+def test_models_have_a_student_where_there_is_one(tmp_path):
+    models = Models.load("mini", device="cpu")
+    assert models.tracer.name == models.detector.name == "mini"
+    embedded(tmp_path / "base")
+    assert Models.load(tmp_path / "base", device="cpu").detector is None
+    student(tmp_path / "student", tmp_path / "base", (32, 48), "pixels", channels=4)
+    models = Models.load(tmp_path / "student", device="cpu")
+    assert models.tracer.backbone is models.detector.backbone
+
+
+@pytest.fixture(scope="module")
+def address():
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'trace_fast[app]'")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "trace_fast", "app", "--device", "cpu", "--port", str(port)])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert server.poll() is None
+            try:
+                urllib.request.urlopen(address).close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+def visit(browser, address):
+    """Open the page as another visitor; return it, and the set of hosts that it asks."""
+    page = browser.new_context(viewport={"width": 1300, "height": 900}).new_page()
+    page.set_default_timeout(300_000)  # a machine may be busy
+    hosts = set()
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]) if "://" in request.url else None)
+    page.goto(address)
+    page.wait_for_selector("#file input[type=file]", state="attached")
+    return page, hosts
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser, address, tmp_path):
+    from skimage import data
+
+    Image.fromarray(data.coffee()).save(tmp_path / "coffee.jpg")
+    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
+    page, hosts = visit(browser, address)
+    other, _ = visit(browser, address)
+    page.set_input_files("#file input[type=file]", tmp_path / "coffee.jpg")
+    other.set_input_files("#file input[type=file]", tmp_path / "cat.png")
+    for visitor, size in ((page, "600 x 400 pixels"), (other, "451 x 300 pixels")):
+        visitor.wait_for_selector("#status:has-text('t* = ')")
+        assert visitor.inner_text("#status").startswith(size)
+
+    # the slider between photograph and edges
+    left = page.locator("#slider .fixed, #slider img").last.evaluate("element => getComputedStyle(element).clipPath")
+    slider = page.locator("#slider img").first.bounding_box()
+    middle = slider["x"] + slider["width"] / 2, slider["y"] + slider["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] - 150, middle[1], steps=5)
+    page.mouse.up()
+    moved = page.locator("#slider .fixed, #slider img").last.evaluate("element => getComputedStyle(element).clipPath")
+    assert left != moved
+
+    # a level, and a point
+    assert page.locator("#strip .thumbnail-item").count() == 11
+    page.locator("#strip .thumbnail-item").nth(3).click()
+    page.wait_for_selector("#abdiv:has-text('ABDiv at t = 299')")
+    picture = page.locator("#photo img")
+    box = picture.bounding_box()
+    picture.click(position={"x": box["width"] * 0.51, "y": box["height"] * 0.26})
+    page.wait_for_selector("#token:has-text('Token (8, 16) of 32 x 32 at t = 299.')")
+
+    # fewer masks, and the files
+    page.locator("#count input[type=number]").fill("3")
+    page.locator("#count input[type=number]").blur()
+    page.wait_for_selector("#status:has-text('600 x 400 pixels, 3 masks.')")
+    links = page.locator("#files a[download]")
+    with page.expect_download() as download:
+        links.first.click()
+    with Image.open(download.value.path()) as edges:
+        assert (edges.size, edges.mode) == ((600, 400), "I;16")
+
+    # a file that is none
+    (tmp_path / "notes.jpg").write_text("no picture")
+    page.locator("#file button[aria-label='Clear']").click()
+    page.set_input_files("#file input[type=file]", tmp_path / "notes.jpg")
+    page.wait_for_selector("text=edges: image must be")
+    assert hosts == {address.removeprefix("http://")}
