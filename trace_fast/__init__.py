@@ -2,9 +2,9 @@
 
 `edges` returns the edges of an image in one call. `load` returns the model that finds them: a `Detector`, the
 one-step student, or a `Tracer`, the search over timesteps. `ControlNetAnnotator` makes pictures of them for a
-ControlNet. `propagate`, `instances` and `seeds` turn edges into masks, regions and prompts. `distill` and `pretrain`
-train models; `evaluate` scores edges and masks. `ops` are the kernels, with an eager twin of each in `reference`;
-`backends` shows which implementation runs them.
+ControlNet, and `BatchEdges` works on columns of images for engines of data sets. `propagate`, `instances` and `seeds`
+turn edges into masks, regions and prompts. `distill` and `pretrain` train models; `evaluate` scores edges and masks.
+`ops` are the kernels, with an eager twin of each in `reference`; `backends` shows which implementation runs them.
 
     >>> import trace_fast
     >>> edges = trace_fast.edges("photo.jpg")  # doctest: +SKIP
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trace_fast.backbones import models
     from trace_fast.detector import Detector
     from trace_fast.evaluation import evaluate
+    from trace_fast.jobs.columns import BatchEdges
     from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
     from trace_fast.ops.dispatch import backends
     from trace_fast.tracer import TraceOutput, Tracer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trace_fast.training.mini import PretrainConfig, pretrain
 
 __all__ = [
+    "BatchEdges",
     "ControlNetAnnotator",
     "Detector",
     "DistillConfig",
@@ -59,6 +61,7 @@ __version__ = version("trace_fast")
 # the module of each name, imported when it is asked for: importing the package alone is instant, and loads no torch,
 # so that a program can still set how torch's threads wait; a subpackage has no module
 _LAZY = {
+    "BatchEdges": "jobs.columns",
     "ControlNetAnnotator": "annotator",
     "Detector": "detector",
     "DistillConfig": "training.distillation",

@@ -302,6 +302,43 @@ class Detector(EdgeModel):
         """
         return self._detect([Photo(pixels, (pixels.shape[-2], pixels.shape[-1]))])[0]
 
+    def grid_edges(self, pixels: Tensor) -> Tensor:
+        """Return the edge probability of a batch of images at the size at which the decoder gives it.
+
+        It is smaller than most photographs, and `trace_fast.io.restore_edges` enlarges it as `edges` does.
+
+        Args:
+            pixels: (B, 3, H, W) float32 in [0, 1], RGB whatever `channel_order` is.
+
+        Returns:
+            (B, 1, h, w) float32 in [0, 1], on the device of `pixels`.
+
+        Raises:
+            RuntimeError: see `edges`.
+
+        Example:
+            >>> Detector.from_pretrained("mini", device="cpu").grid_edges(torch.rand(1, 3, 900, 1200)).shape
+            torch.Size([1, 1, 448, 592])
+        """
+        return self._detect([Photo(pixels, None)])[0]
+
+    def view_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size at which the model sees an image at most; pixels of a larger one have no effect on its edges.
+
+        Args:
+            height: of the image, in pixels.
+            width: likewise.
+
+        Returns:
+            (height, width) in pixels, the larger of what the network and the decoder see.
+
+        Example:
+            >>> Detector.from_pretrained("mini", device="cpu", size=(96, 128)).view_size(900, 1200)
+            (112, 148)
+        """
+        decoder_size = self.decoder.photo_size((height, width), self.size) or self.size
+        return max(decoder_size[0], self.size[0]), max(decoder_size[1], self.size[1])
+
     def _group(self, images: Sequence[Any], prepare: Callable[[Any], Photo]) -> Iterator[list[Photo]]:
         """Prepare images, and yield those that follow one another and can share a pass."""
         group: list[Photo] = []
@@ -331,7 +368,8 @@ class Detector(EdgeModel):
         edges = []
         for part, photo in zip(logits.split([len(pixels) for pixels in on_device]), photos, strict=True):
             # logits, not probabilities, so that edges stay sharp where they are enlarged
-            edges.append(require_finite(resize(part, photo.output_size).sigmoid().to(photo.pixels.device), self.name))
+            enlarged = part if photo.output_size is None else resize(part, photo.output_size)
+            edges.append(require_finite(enlarged.sigmoid().to(photo.pixels.device), self.name))
         return edges
 
     def resized(self, size: tuple[int, int]) -> Self:
@@ -370,11 +408,11 @@ class Photo:
 
     Attributes:
         pixels: (B, 3, H, W) float32 in [0, 1].
-        output_size: (height, width) of its edges in pixels.
+        output_size: (height, width) of its edges in pixels; None is that of the decoder's output.
     """
 
     pixels: Tensor
-    output_size: tuple[int, int]
+    output_size: tuple[int, int] | None
 
 
 class StudentPass(nn.Module):

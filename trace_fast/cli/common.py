@@ -26,6 +26,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Inputs",
+    "MaxSide",
     "Model",
     "Noising",
     "Offload",
@@ -128,6 +129,14 @@ Overwrite = Annotated[
         "--overwrite",
         help="Do everything again, and replace results of another model, of other options or of another origin. "
         "Without it, what an earlier run has done is skipped.",
+    ),
+]
+MaxSide = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Reduce images whose longer side has more pixels to this number, before anything else. JPEG files are "
+        "decoded at a reduced scale, which is several times as fast.",
     ),
 ]
 OverlayFormat = Annotated[Literal["jpg", "png", "webp"], typer.Option(help="Format of the pictures of --overlay.")]

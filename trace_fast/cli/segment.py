@@ -11,6 +11,7 @@ from trace_fast.cli.common import (
     Device,
     Dtype,
     Inputs,
+    MaxSide,
     Model,
     Noising,
     Offload,
@@ -115,6 +116,7 @@ def run_segment(
     seed: Seed = 0,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write the masks drawn over the image.")] = False,
     overlay_format: OverlayFormat = "jpg",
+    max_side: MaxSide = None,
     recursive: Recursive = False,
     workers: Workers = None,
     part: PartOption = None,
@@ -156,6 +158,7 @@ def run_segment(
         exclusive=exclusive,
         bits=int(bits),
         overlay=overlay_format if overlay else None,
+        max_side=max_side,
         coco=coco is not None,
         has_masks=coco is not None or has_parquet,
     )

@@ -1,6 +1,6 @@
 """Images in, pictures out: conversion of inputs, drawing of results, and atomic writing of files."""
 
-from trace_fast.io.images import convert_edges, read_image, resize
+from trace_fast.io.images import convert_edges, read_image, resize, restore_edges
 from trace_fast.io.visualize import draw_masks, grid, overlay, panel, plot_curve, write_picture, write_png
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "plot_curve",
     "read_image",
     "resize",
+    "restore_edges",
     "write_picture",
     "write_png",
 ]

@@ -37,6 +37,7 @@ __all__ = [
     "read_edge_maps",
     "read_image",
     "resize",
+    "restore_edges",
 ]
 
 MIN_SIDE = 16  # smallest accepted side, in pixels
@@ -44,6 +45,8 @@ OUTPUT_TYPES = ("np", "pt", "pil")
 CHANNEL_ORDERS = ("rgb", "bgr")
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# half a level of 8 bits: what is written as 0 is somewhat above
+LEAST_PROBABILITY = 0.5 / 255
 # resampling leaves [0, 1] by rounding errors, which are clamped and not refused
 ROUNDING = 1e-4
 
@@ -209,6 +212,31 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def restore_edges(edges: np.ndarray | Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge edges that are at the size of a decoder's output, as `trace_fast.Detector.edges` does.
+
+    Args:
+        edges: (h, w), (1, h, w) or (1, 1, h, w) float in [0, 1], array or tensor: a result of
+            `trace_fast.Detector.grid_edges`, or a file of `trace-fast edges --grid` divided by 255 or 65535.
+        size: (height, width) of the image, in pixels.
+
+    Returns:
+        (height, width) float32 in [0, 1], on the device of a tensor, otherwise on the CPU.
+
+    Raises:
+        TypeError: edges is not an array or a tensor, or not of floats.
+        ValueError: edges have another shape or range, or size is below 1 or too large.
+
+    Example:
+        >>> restore_edges(np.full((2, 3), 0.25), (4, 6))[0, 0]
+        tensor(0.2500)
+    """
+    edge_map = read_edge_map("restore_edges", edges)
+    # logits, not probabilities, so that edges stay sharp; those of 0 and 1 are not finite
+    logits = edge_map.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY).logit()
+    return resize(logits[None, None], size)[0, 0].sigmoid()
 
 
 def read_edge_map(op: str, edges: np.ndarray | Tensor) -> Tensor:

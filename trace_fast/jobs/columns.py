@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trace_fast.jobs.shards import import_arrow
+from trace_fast.jobs.finder import EdgeFinder
+from trace_fast.jobs.run import compute_results
+from trace_fast.jobs.segments import SegmentTask
+from trace_fast.jobs.shards import get_content, import_arrow
+from trace_fast.jobs.tasks import EdgesTask, Result, Task
 
-if TYPE_CHECKING:
-    from trace_fast.jobs.tasks import Result, Task
-
-__all__ = ["make_schema", "make_table"]
+__all__ = ["BatchEdges", "make_schema", "make_table"]
 
 
 def name_columns(task: Task) -> dict[str, str]:
@@ -58,3 +61,101 @@ def make_table(task: Task, results: Sequence[Result]) -> Any:
     if task.has_masks:
         columns["masks"] = [result.masks for result in results]
     return import_arrow(task.op).Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
+
+
+class BatchEdges:
+    """Find the edges, or the masks, of batches of images in columns, as engines for data sets have them.
+
+    It is called with a batch by `ray.data.Dataset.map_batches`, `datasets.Dataset.map`, Spark's `mapInPandas` and plain
+    loops alike. It holds its options alone: the weights are loaded in the process that it runs in, once. Images run one
+    at a time, so that results do not depend on batches; they have the bytes of the files of `trace-fast edges`.
+
+    Args:
+        model: a name, a repository of the hub or a folder; see `trace_fast.load`.
+        image: column of images: bytes, paths, or records of these, as of `datasets.Image(decode=False)`.
+        key: column of their names, which the results keep; without such a column they have none.
+        masks: find masks, as `trace-fast segment` does, in place of edges; this needs pycocotools.
+        workers: threads that read images and compress results while the network works.
+        bits: of each pixel of the edges, 8 or 16.
+        max_side: of the longer side of images, in pixels; larger ones are reduced before anything else.
+        grid: edges at the size of the decoder's output, see `trace_fast.Detector.grid_edges`.
+        threshold: of masks; see `trace_fast.instances`.
+        top: largest number of masks; see `trace-fast segment`.
+        finder_options: what chooses the model beside its name: stage, device, size, dtype, revision, seed, timestep,
+            noising; see `trace_fast.jobs.finder.EdgeFinder`.
+
+    Example:
+        >>> find = BatchEdges("mini", device="cpu", size=(96, 128))
+        >>> table = find({"key": ["a"], "bytes": [Path("photo.jpg").read_bytes()]})  # doctest: +SKIP
+        >>> table.column_names  # doctest: +SKIP
+        ['key', 'height', 'width', 'edges', 'timestep', 'error', 'model', 'revision', 'weights', 'version']
+    """
+
+    def __init__(
+        self,
+        model: str = "mini",
+        image: str = "bytes",
+        key: str = "key",
+        *,
+        masks: bool = False,
+        workers: int = 1,
+        bits: int = 8,
+        max_side: int | None = None,
+        grid: bool = False,
+        threshold: float | None = None,
+        top: int | None = None,
+        **finder_options: Any,
+    ):
+        finder = EdgeFinder(model, **finder_options)
+        self.image, self.key, self.workers = image, key, workers
+        task: Task
+        if masks:
+            task = SegmentTask(finder, threshold=threshold, top=top, max_side=max_side, has_masks=True)
+        else:
+            task = EdgesTask(finder, bits, max_side=max_side, grid=grid)
+        self._task = pickle.dumps(task)
+
+    @property
+    def schema(self) -> Any:
+        """The pyarrow.Schema of all tables that are returned, whatever the images are; the model is loaded for it."""
+        return make_schema(load_task(self._task))
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the results of a batch, a row for each of its rows, in order.
+
+        Args:
+            batch: columns by their names: a dictionary of lists or arrays, a pandas.DataFrame or a pyarrow.Table.
+
+        Returns:
+            A pyarrow.Table with the columns key, height and width in pixels, edges (a PNG file) or labels (a PNG file)
+            and masks (records with COCO's RLE, score and area), timestep, error, model, revision, weights (a hash) and
+            version. A row has an error where its image cannot be read.
+
+        Raises:
+            KeyError: there is no column of images.
+            MemoryError, RuntimeError: memory is full, which is no fault of an image; or pyarrow is not installed.
+        """
+        names = batch.column_names if hasattr(batch, "column_names") else list(batch)
+        if self.image not in names:
+            raise KeyError(f"BatchEdges: image must be a column, got {self.image!r} and columns {', '.join(names)}")
+        cells = list_cells(batch[self.image])
+        keys = list_cells(batch[self.key]) if self.key in names else [None] * len(cells)
+        task = load_task(self._task)
+        images = ((str(index), get_content(cell)) for index, cell in enumerate(cells))
+        results = list(compute_results(task, images, self.workers, raise_memory=True))
+        table = make_table(task, results)
+        column = import_arrow("BatchEdges").array([None if name is None else str(name) for name in keys], "string")
+        return table.set_column(0, table.schema.field(0), column)
+
+
+def list_cells(column: Any) -> list[Any]:
+    """Return the cells of a column of any kind of batch as a list."""
+    if hasattr(column, "to_pylist"):
+        return column.to_pylist()
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+@functools.lru_cache(maxsize=2)
+def load_task(task: bytes) -> Any:
+    """Return a task that was pickled: a process that receives it again and again loads its model once."""
+    return pickle.loads(task)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trace_fast.api import load
+from trace_fast.detector import Detector
 from trace_fast.tracer import TraceOutput, Tracer
-
-if TYPE_CHECKING:
-    from trace_fast.detector import Detector
 
 __all__ = ["EdgeFinder"]
 
@@ -67,6 +65,16 @@ class EdgeFinder:
             offload=self.offload,
             revision=self.revision,
         )
+
+    def load_detector(self) -> Detector:
+        """Return the model, which must be a student.
+
+        Raises:
+            ValueError: it is the search.
+        """
+        if not isinstance(self.loaded, Detector):
+            raise ValueError(f"edges: grid must be of a student, got the search of {self.model}")
+        return self.loaded
 
     def find(self, photo: Tensor, curve: bool = False) -> tuple[Tensor, TraceOutput | None]:
         """Return the edges of an image and, where an option of the search is given, its whole output.

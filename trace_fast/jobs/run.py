@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from trace_fast.io.claims import remove_parts
@@ -19,7 +18,7 @@ from trace_fast.jobs.errors import FAILURES, describe, is_out_of_memory
 from trace_fast.jobs.inputs import InputFile, name_file, name_results, read_stamp
 from trace_fast.jobs.manifest import Manifest, Part, open_manifest
 from trace_fast.jobs.shards import list_images, open_shard_writer
-from trace_fast.jobs.tasks import Result, Task
+from trace_fast.jobs.tasks import Photo, Result, Task
 
 __all__ = ["Outcome", "compute_results", "run_job"]
 
@@ -45,11 +44,11 @@ def compute_results(
         raise_memory: raise where memory is full, in place of an error of the image.
     """
     source = iter(images)
-    reading: deque[tuple[str, Future[Tensor]]] = deque()
+    reading: deque[tuple[str, Future[Photo]]] = deque()
     finishing: deque[tuple[str, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, "trace-fast")
 
-    def finish(name: str, photo: Tensor, computed: Any) -> Result:
+    def finish(name: str, photo: Photo, computed: Any) -> Result:
         result = task.finish(name, photo, computed)
         if write is not None:
             write(result)
@@ -82,8 +81,8 @@ def compute_results(
         pool.shutdown(cancel_futures=True)
 
 
-def read_image(task: Task, content: Path | bytes | Exception) -> Tensor:
-    """Return the pixels of an image, or raise what stands in its place."""
+def read_image(task: Task, content: Path | bytes | Exception) -> Photo:
+    """Return an image, or raise what stands in its place."""
     if isinstance(content, Exception):
         raise content
     return task.read(content)

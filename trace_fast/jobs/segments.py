@@ -21,7 +21,7 @@ from trace_fast.io.arrays import mask_areas
 from trace_fast.io.pictures import read_picture
 from trace_fast.jobs.errors import FAILURES, describe
 from trace_fast.jobs.finder import EdgeFinder
-from trace_fast.jobs.tasks import OVERLAY_FORMATS, Result, read_photo
+from trace_fast.jobs.tasks import OVERLAY_FORMATS, Photo, Result, read_photo
 from trace_fast.masks import MaskSet, instances, keep_visible, open_masks, paint_labels, propagate
 from trace_fast.masks.export import encode_palette
 from trace_fast.masks.formats.maps import find_void
@@ -49,6 +49,7 @@ class SegmentTask:
         exclusive: remove overlaps.
         bits: of each pixel of the label map, 8 or 16.
         overlay: ending of pictures of the masks over their image, one of `OVERLAY_FORMATS`; None draws none.
+        max_side: of the longer side of images, in pixels; larger ones are reduced before anything else.
         coco: keep the masks of all images, for a file of COCO results.
         has_masks: whether results have masks as RLE, which need pycocotools.
     """
@@ -65,6 +66,7 @@ class SegmentTask:
     exclusive: bool = False
     bits: int = 8
     overlay: str | None = None
+    max_side: int | None = None
     coco: bool = False
     has_masks: bool = False
     op, column = "segment", "labels"
@@ -102,23 +104,23 @@ class SegmentTask:
         files = [] if self.edges is None else [self.edges / f"{name}.png"]
         return files if self.masks is None else [*files, find_label_file(self.masks, name) or self.masks]
 
-    def read(self, content: Path | bytes) -> Tensor:
-        """Return the pixels of an image."""
-        return read_photo(content)
+    def read(self, content: Path | bytes) -> Photo:
+        """Return an image."""
+        return read_photo(content, self.max_side)
 
-    def compute(self, name: str, photo: Tensor) -> tuple[Tensor, int | None]:
+    def compute(self, name: str, photo: Photo) -> tuple[Tensor, int | None]:
         """Return the edges (H, W) of an image, and the timestep that was read."""
         if self.edges is not None:
             edge_map = torch.from_numpy(read_map(self.edges / f"{name}.png"))
-            if edge_map.shape != photo.shape[-2:]:
-                size, got = tuple(photo.shape[-2:]), tuple(edge_map.shape)
+            size, got = (photo.height, photo.width), tuple(edge_map.shape)
+            if got != size:
                 raise ValueError(f"segment: edges must be of the image's size {size}, got {got} in '{self.edges}'")
             return edge_map, None
-        edges, traced = self.finder.find(photo)
+        edges, traced = self.finder.find(photo.pixels)
         timestep = self.finder.loaded.timestep if traced is None else int(traced.timestep[0])
         return edges[0, 0].cpu(), timestep if isinstance(timestep, int) else None
 
-    def finish(self, name: str, photo: Tensor, computed: tuple[Tensor, int | None]) -> Result:
+    def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None]) -> Result:
         """Return the files and the masks of an image."""
         edge_map, timestep = computed
         if self.save_edges is not None:
@@ -132,10 +134,10 @@ class SegmentTask:
         files = {"png": encode_labels(labels, void, self.bits)}
         if self.overlay:
             image_format, options = OVERLAY_FORMATS[self.overlay]
-            picture = visualize.draw_masks(photo[0], mask_set.masks)
+            picture = visualize.draw_masks(photo.pixels[0], mask_set.masks)
             files[f"overlay.{self.overlay}"] = visualize.encode_picture(picture, image_format, **options)
         records = make_records(mask_set) if self.has_masks else None
-        return Result(name, photo.shape[2], photo.shape[3], files, records, timestep)
+        return Result(name, photo.height, photo.width, files, records, timestep)
 
     def _find_masks(self, edge_map: Tensor) -> tuple[MaskSet, np.ndarray, set[int]]:
         """Return the masks that edges enclose, their label map (H, W), and its labels of void, none."""

@@ -17,7 +17,7 @@ from trace_fast.jobs.inputs import name_results
 if TYPE_CHECKING:
     from trace_fast.jobs.tasks import Result, Task
 
-__all__ = ["import_arrow", "list_images", "open_shard_writer"]
+__all__ = ["get_content", "import_arrow", "list_images", "open_shard_writer"]
 
 Image = tuple[str, "Path | bytes | Exception"]
 
@@ -87,18 +87,29 @@ def _list_rows(task: Task, path: Path) -> Iterator[Image]:
                 cells = batch.column(image).to_pylist()
                 keys = [None] * len(cells) if key is None else batch.column(key).to_pylist()
                 for cell, name in zip(cells, keys, strict=True):
-                    yield str(row if name is None else name), get_bytes(cell)
+                    yield str(row if name is None else name), get_content(cell)
                     row += 1
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{task.op}: inputs must be complete parquet files, got '{path}': {error}") from error
 
 
-def get_bytes(cell: Any) -> bytes | Exception:
-    """Return the bytes of an image in a cell: bytes, or a record with bytes as datasets of Hugging Face have them."""
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
+def get_content(cell: Any) -> bytes | Path | Exception:
+    """Return the image in a cell: its bytes or the path of its file, or the reason why there is none.
+
+    Args:
+        cell: bytes, a path, or a record of them as datasets of Hugging Face have it.
+    """
+    content = cell
+    if isinstance(cell, dict):
+        content = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+    if isinstance(content, str):
+        return Path(content)
     if isinstance(content, bytes):
         return content
-    return ValueError(f"edges: image must be bytes, or a record with bytes, got {type(content).__name__}")
+    return TypeError(
+        "edges: image must be bytes, a path, or a record with bytes or a path, which Image(decode=False) of datasets "
+        f"gives, got {type(content).__name__}"
+    )
 
 
 def _choose_columns(op: str, schema: Any, path: Path) -> tuple[str, str | None]:

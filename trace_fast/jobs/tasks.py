@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from trace_fast import __version__
 from trace_fast.io import visualize
-from trace_fast.io.images import read_image
+from trace_fast.io.images import read_image, resize
 from trace_fast.io.pictures import open_picture
 from trace_fast.jobs.finder import EdgeFinder
 
-__all__ = ["OVERLAY_FORMATS", "EdgesTask", "Result", "Task", "read_photo"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["OVERLAY_FORMATS", "EdgesTask", "Photo", "Result", "Task", "read_photo"]
+
+ORIENTATION = 0x0112  # tag of EXIF
 
 # by the ending of files: Pillow's name, and options that write a picture to look at fast
 OVERLAY_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,6 +31,21 @@ OVERLAY_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "webp": ("WEBP", {"quality": 85, "method": 0}),
     "png": ("PNG", {"compress_level": 1}),
 }
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image that was read, perhaps at a reduced scale.
+
+    Attributes:
+        pixels: (1, 3, h, w) float32 in [0, 1].
+        height: of its results, in pixels.
+        width: likewise.
+    """
+
+    pixels: Tensor
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -79,24 +100,61 @@ class Task(Protocol):
         """Return the other files that the results of an image depend on."""
         ...
 
-    def read(self, content: Path | bytes) -> Tensor:
-        """Return the pixels of an image (1, 3, H, W) float32 in [0, 1], given its file or its bytes."""
+    def read(self, content: Path | bytes) -> Photo:
+        """Return an image, given its file or its bytes."""
         ...
 
-    def compute(self, name: str, photo: Tensor) -> Any:
+    def compute(self, name: str, photo: Photo) -> Any:
         """Return what the network, or whatever else is one for all images, finds in an image."""
         ...
 
-    def finish(self, name: str, photo: Tensor, computed: Any) -> Result:
+    def finish(self, name: str, photo: Photo, computed: Any) -> Result:
         """Return the results of an image."""
         ...
 
 
-def read_photo(content: Path | bytes) -> Tensor:
-    """Read an image (1, 3, H, W) float32 in [0, 1], given its file or its bytes."""
-    if isinstance(content, Path):
-        return read_image(content)
-    return read_image(open_picture("edges: image", io.BytesIO(content), "an image in memory"))
+def read_photo(
+    content: Path | bytes, max_side: int | None = None, view_size: Callable[[int, int], tuple[int, int]] | None = None
+) -> Photo:
+    """Read an image, and reduce one that is larger than needed; a JPEG file is decoded at a reduced scale then.
+
+    Args:
+        content: its file or its bytes.
+        max_side: of the longer side, in pixels; None leaves images as they are.
+        view_size: returns the size from which more pixels have no effect, given height and width; None is that of the
+            image.
+
+    Returns:
+        The image, at its size or that of `max_side`; with `view_size` pixels may be fewer than height and width say.
+    """
+    with contextlib.ExitStack() as stack:
+        source: Any = content
+        if not isinstance(content, Path):
+            source = open_picture("edges: image", io.BytesIO(content), "an image in memory")
+        elif max_side is not None or view_size is not None:
+            file = stack.enter_context(open(content, "rb"))
+            source = open_picture("edges: image", file, repr(str(content)))
+        if max_side is None and view_size is None:
+            pixels = read_image(source)
+            return Photo(pixels, pixels.shape[2], pixels.shape[3])
+        is_rotated = lies_on_its_side(source)
+        height, width = (source.width, source.height) if is_rotated else (source.height, source.width)
+        if max_side is not None:
+            scale = min(1, max_side / max(height, width))
+            height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        least = (height, width) if view_size is None else view_size(height, width)
+        # the least scale that gives this size at least; other formats are decoded as they are
+        source.draft(None, least if is_rotated else least[::-1])
+        pixels = read_image(source)
+    return Photo(pixels if view_size is not None else resize(pixels, (height, width)), height, width)
+
+
+def lies_on_its_side(picture: Image.Image) -> bool:
+    """Return whether the EXIF data of a picture exchange its height and width."""
+    # damaged data are ignored
+    with contextlib.suppress(Exception):
+        return picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return False
 
 
 @dataclass
@@ -108,12 +166,16 @@ class EdgesTask:
         bits: of each pixel, 8 or 16.
         overlay: ending of pictures of the edges over their image, one of `OVERLAY_FORMATS`; None draws none.
         curve: also plot the KL curve of the search.
+        max_side: of the longer side of images, in pixels; larger ones are reduced before anything else.
+        grid: write edges at the size of the decoder's output, see `trace_fast.Detector.grid_edges`.
     """
 
     finder: EdgeFinder
     bits: int = 8
     overlay: str | None = None
     curve: bool = False
+    max_side: int | None = None
+    grid: bool = False
     op, column, has_masks, keeps_results = "edges", "edges", False, False
 
     @property
@@ -124,6 +186,8 @@ class EdgesTask:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the image."""
+        if self.grid:
+            self.finder.load_detector()
         own = {name: value for name, value in asdict(self).items() if name != "finder"}
         return {"command": self.op, "version": __version__, **self.finder.describe(), **own}
 
@@ -131,13 +195,16 @@ class EdgesTask:
         """Return the other files that the results of an image depend on: none."""
         return []
 
-    def read(self, content: Path | bytes) -> Tensor:
-        """Return the pixels of an image."""
-        return read_photo(content)
+    def read(self, content: Path | bytes) -> Photo:
+        """Return an image, decoded at a reduced scale where its pixels would have no effect."""
+        return read_photo(content, self.max_side, self.finder.load_detector().view_size if self.grid else None)
 
-    def compute(self, name: str, photo: Tensor) -> tuple[Tensor, int | None, bytes | None]:
+    def compute(self, name: str, photo: Photo) -> tuple[Tensor, int | None, bytes | None]:
         """Return the edges (1, 1, H, W), the timestep that was read, and the plot of the curve."""
-        edges, traced = self.finder.find(photo, self.curve)
+        if self.grid:
+            detector = self.finder.load_detector()
+            return detector.grid_edges(photo.pixels).cpu(), detector.timestep, None
+        edges, traced = self.finder.find(photo.pixels, self.curve)
         timestep = self.finder.loaded.timestep if traced is None else int(traced.timestep[0])
         plot = None
         if self.curve and traced is not None:
@@ -146,14 +213,14 @@ class EdgesTask:
             plot = file.getvalue()
         return edges.cpu(), timestep if isinstance(timestep, int) else None, plot
 
-    def finish(self, name: str, photo: Tensor, computed: tuple[Tensor, int | None, bytes | None]) -> Result:
+    def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None, bytes | None]) -> Result:
         """Return the files of an image."""
         edges, timestep, plot = computed
         files = {"png": visualize.encode_png(edges, self.bits)}
         if self.overlay:
             image_format, options = OVERLAY_FORMATS[self.overlay]
-            picture = visualize.draw_edges(photo[0], edges[0, 0])
+            picture = visualize.draw_edges(photo.pixels[0], edges[0, 0])
             files[f"overlay.{self.overlay}"] = visualize.encode_picture(picture, image_format, **options)
         if plot is not None:
             files["curve.png"] = plot
-        return Result(name, photo.shape[2], photo.shape[3], files, timestep=timestep)
+        return Result(name, photo.height, photo.width, files, timestep=timestep)
