@@ -409,10 +409,17 @@ class TestCachedPrompts:
         with pytest.raises(ValueError, match=rf"^load: .* there are no weights for {re.escape(name)} of {part}$"):
             load(tmp_path / "model")
 
-    @pytest.mark.parametrize(("option", "value"), [("hidden_size", "wide"), ("num_hidden_layers", 3)])
-    def test_a_configuration_that_does_not_fit(self, tmp_path, option, value):
+    @pytest.mark.parametrize(
+        ("file", "option", "value"),
+        [
+            ("text_encoder/config.json", "hidden_size", "wide"),
+            ("text_encoder/config.json", "num_hidden_layers", 3),
+            ("tokenizer/tokenizer_config.json", "model_max_length", 2**70),
+        ],
+    )
+    def test_a_configuration_that_does_not_fit(self, tmp_path, file, option, value):
         pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
-        edit_json(tmp_path / "model" / "text_encoder" / "config.json", **{option: value})
+        edit_json(tmp_path / "model" / file, **{option: value})
         with pytest.raises(ValueError, match=r"^load: model must be complete and its files must fit each other, got '"):
             load(tmp_path / "model")
 

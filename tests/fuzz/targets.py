@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -479,15 +481,11 @@ def coco_files(random: np.random.Generator, level: int, folder: Path) -> None:
 
 
 def models(random: np.random.Generator, level: int, folder: Path) -> None:
-    """Load a folder of a network or a student whose files are damaged, and use what is accepted."""
-    student = random.random() < 0.5
+    """Load a folder of a network, a pipeline or a student whose files are damaged, and use what is accepted."""
     target = folder / "model"
-    if student:
-        shutil.copytree(EMBEDDED / "student", target)
-    else:
-        target.mkdir()
-        make_small_network(target)
-    files = sorted(path for path in target.iterdir() if path.suffix in (".json", ".safetensors"))
+    make = choose(random, (*[make_student] * 6, *[make_small_network] * 6, make_pipeline))
+    make(target)
+    files = sorted(path for path in target.rglob("*") if path.suffix in (".json", ".safetensors"))
     path = choose(random, files)
     action = random.random()
     if action < 0.05:
@@ -505,16 +503,24 @@ def models(random: np.random.Generator, level: int, folder: Path) -> None:
         part = content[:4000] if random.random() < 0.7 else content
         path.write_bytes(distort_bytes(random, part, level) + content[len(part) :])
     photo = np.random.default_rng(0).random((16, 24, 3)).astype(np.float32)
+    size = PIPELINE_SIZE if make is make_pipeline else None
     with refusals(r"^[\w.]+: \w+ .*must|^[\w.]+: .*(install|device)"):
-        edges = trace_fast.edges(photo, model=str(target), device="cpu")
+        edges = trace_fast.edges(photo, model=str(target), device="cpu", size=size)
     require(edges.shape == (16, 24) and np.isfinite(edges).all(), "edges")
     require(edges.min() >= 0 and edges.max() <= 1, "range of the edges")
+
+
+def make_student(target: Path) -> None:
+    """Write the embedded student."""
+    shutil.copytree(EMBEDDED / "student", target)
 
 
 SMALL: dict[str, torch.Tensor] = {}  # weights of a small network, made once
 
 
 def make_small_network(target: Path) -> None:
+    """Write a network of the family of `mini` with random weights."""
+    target.mkdir()
     from trace_fast.backbones.mini import Mini, MiniConfig
 
     config = MiniConfig(dim=16, depth=1, heads=2)
@@ -524,6 +530,25 @@ def make_small_network(target: Path) -> None:
     save_file(SMALL, target / "model.safetensors")
     description = {"family": "mini", "architecture": config.to_dict(), "tracing": {"size": [16, 24], "timestep": 0}}
     (target / "config.json").write_text(json.dumps(description))
+
+
+PIPELINE: dict[str, bytes] = {}  # files of a small pipeline, made once
+PIPELINE_SIZE = (64, 64)
+
+
+def make_pipeline(target: Path) -> None:
+    """Write a pipeline of the family of Stable Diffusion 1.5 with random weights."""
+    if not PIPELINE:
+        sys.path.append(str(Path(__file__).parents[1]))
+        import tiny
+
+        with tempfile.TemporaryDirectory() as folder:
+            tiny.pipeline("sd15", Path(folder)).save_pretrained(Path(folder, "model"))
+            files = [path for path in Path(folder, "model").rglob("*") if path.is_file()]
+            PIPELINE.update({str(path.relative_to(Path(folder, "model"))): path.read_bytes() for path in files})
+    for name, content in PIPELINE.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
 
 
 def distort_weights(random: np.random.Generator, path: Path) -> None:
@@ -563,7 +588,7 @@ def propagation(random: np.random.Generator, level: int, folder: Path) -> None:
     options: dict[str, Any] = {"threshold": float(random.random())}
     name = choose(random, ("propagate", "instances", "seeds"))
     if name == "propagate":
-        options["mode"] = choose(random, ("flood", "walk"))
+        options["mode"] = choose(random, ("fit", "flood", "walk"))
         if random.random() < 0.3:
             options["classes"] = random.integers(0, 3, len(truth)).tolist()
     if name != "propagate" and random.random() < 0.5:

@@ -195,7 +195,7 @@ def encode_empty_prompt(
                     case ["transformers", str(encoder)] if name.startswith("text_encoder"):
                         loaded[name] = load_whole(getattr(transformers, encoder), files, name, **precision, **options)
             pipeline = kind.from_pretrained(files.location, **loaded, **unwanted, **options)
-    with torch.no_grad():
+    with torch.no_grad(), checkpoint_errors(files.location):
         prompt = family.encode_empty_prompt(pipeline)
     prompt = {name: value.detach().clone().cpu().contiguous() for name, value in prompt.items()}
     del pipeline
