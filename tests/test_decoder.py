@@ -279,6 +279,9 @@ class TestUNetDecoder:
     def test_it_sees_the_photo_at_its_own_shape(self, decoder, photo, size, expected):
         assert decoder.photo_size(photo, size) == expected
 
+    def test_it_sees_the_photo_at_a_multiple_of_its_size(self):
+        assert UNetDecoder((3, 5), columns=6, channels=4, detail=2.5).photo_size((480, 640), (128, 128)) == (240, 320)
+
     @pytest.mark.parametrize("size", [(16, 16), (48, 80), (34, 50), (176, 32)])
     def test_logits_have_the_size_of_the_photo(self, decoder, size):
         assert decoder(torch.randn(2, 15, 6), torch.rand(2, 3, *size)).shape == (2, 1, *size)
@@ -336,6 +339,7 @@ class TestUNetWithAbdiv:
             ({"abdiv": 1.5}, "abdiv must be from 0 to 1, got 1.5"),
             ({"abdiv": 0.5, "columns": 4}, "columns must be 0 where abdiv is given, got 4"),
             ({"columns": 0}, "columns must be at least 1, got 0"),
+            ({"detail": 0.5}, "detail must be at least 1, got 0.5"),
         ],
     )
     def test_refused_options(self, options, message):

@@ -1411,17 +1411,17 @@ class TestScenes:
         first, second = read_weights(config), read_weights(other)
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
-    def test_abdiv_takes_the_place_of_features_of_tokens(self, config):
+    def test_abdiv_takes_the_place_of_features_of_tokens_and_the_photo_is_smaller(self, config):
         config = replace(config, rate=0.0)
         first = distill(config)
         second = replace(
             config,
             output=config.output.with_name("second"),
-            decoder_options={"channels": 4, "abdiv": 0.25},
+            decoder_options={"channels": 4, "abdiv": 0.25, "detail": 1.5},
             init_from=first,
         )
         old, new = Detector.from_pretrained(first, device="cpu"), make_run(second)
-        assert new.decoder.options() == {"name": "unet", "columns": 0, "channels": 4, "detail": 2, "abdiv": 0.25}
+        assert new.decoder.options() == {"name": "unet", "columns": 0, "channels": 4, "detail": 1.5, "abdiv": 0.25}
         photo = torch.rand(1, 3, 32, 48)
         with torch.no_grad():
             assert_close(new.decoder(None, photo), old.decoder(None, photo), rtol=1e-4, atol=1e-5)

@@ -361,11 +361,14 @@ class UNetDecoder(Decoder):
     WIDTHS: ClassVar = (1, 1.5, 3, 5, 5)  # channels of the levels at strides 2 to 32, as multiples of `channels`
     JOIN: ClassVar = 2  # the level that attention joins, of stride 8
 
-    def __init__(self, grid: Grid, columns: int | None = None, channels: int = 24, detail: int = 2, abdiv: float = 0.0):
+    def __init__(
+        self, grid: Grid, columns: int | None = None, channels: int = 24, detail: float = 2, abdiv: float = 0.0
+    ):
         super().__init__()
         checks.number(f"decoder {self.name}", "abdiv", abdiv, 0, 1)
+        checks.number(f"decoder {self.name}", "detail", detail, 1)
         columns = (0 if abdiv else 16) if columns is None else columns
-        check_columns(self.name, grid, columns, 0 if abdiv else 1, channels=channels, detail=detail)
+        check_columns(self.name, grid, columns, 0 if abdiv else 1, channels=channels)
         if abdiv and columns:
             raise ValueError(f"decoder {self.name}: columns must be 0 where abdiv is given, got {columns}")
         self.grid, self.columns, self.channels, self.detail, self.abdiv = grid, columns, channels, detail, abdiv

@@ -289,8 +289,9 @@ class DistillConfig:
             ) from error
         # adapters that the student does not have start without an effect
         ranks = [self.rank] if self.rate and ranks else []
-        if decoder.get("abdiv"):  # takes the place of features of tokens
-            stored |= {name: decoder[name] for name in ("columns", "abdiv")}
+        # what no weights depend on: the size at which the photo is seen, and ABDiv in place of features of tokens
+        free = [*["detail"] * (self.decoder == "unet"), *["columns", "abdiv"] * bool(decoder.get("abdiv"))]
+        stored |= {name: decoder[name] for name in free}
         if difference := list_differences(stored, {**decoder, "rank": ranks}):
             raise ValueError(
                 f"distill: init_from must be a student with decoder {self.decoder} and adapters of rank {ranks}, got "
