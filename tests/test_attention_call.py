@@ -115,6 +115,30 @@ def test_of_two_calls_none_is_read():
     assert call.inputs is None and call.obstacle == "calls attention 2 times"
 
 
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        (lambda q, k, v: (q, k, v), True),
+        (lambda q, k, v: (q.half(), k.half(), v.half()), False),
+        (lambda q, k, v: (q, k, v.requires_grad_()), False),
+    ],
+    ids=["float32", "half precision", "with a gradient"],
+)
+def test_attention_and_map_are_one_call_on_a_cpu_in_float32(change, taken):
+    query, key, value = change(*features())
+    with AttentionCall(lambda q, k, v: torch.zeros_like(v)) as call:
+        output = functional.scaled_dot_product_attention(query, key, value)
+    assert call.attended == taken == (not output.any())
+    assert call.obstacle is None and (call.inputs is None) == taken
+
+
+def test_a_call_that_is_not_taken_is_read():
+    plain, *_ = attend(*features())
+    with AttentionCall(lambda *_: None) as call:
+        output = functional.scaled_dot_product_attention(*features())
+    assert not call.attended and torch.equal(output, plain) and torch.equal(call.inputs.query, features()[0])
+
+
 def test_without_a_call():
     with AttentionCall() as call:
         torch.ones(2) + 1

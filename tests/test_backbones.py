@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import pytest
@@ -17,7 +18,8 @@ from oracle import AttentionOracle, assert_read_from_the_call
 from tiny import FAMILIES, SIZE, language, pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trace_fast import Tracer, reference
+from trace_fast import Tracer, ops, reference
+from trace_fast.attention import MeanAttention
 from trace_fast.backbones import wrap_pipeline
 from trace_fast.backbones.base import default_dtype
 from trace_fast.backbones.schedule import RectifiedFlow, VariancePreserving
@@ -393,6 +395,65 @@ def test_the_search_never_waits_for_the_device(family):
     backbone.network.to("meta"), backbone.vae.to("meta")
     kl, abdiv = Tracer(backbone).scan(torch.empty(2, 3, *SIZE, device="meta"), timesteps=(0, 99, 499))
     assert kl.is_meta and kl.shape == (2, 2) and abdiv.shape[:2] == (2, 3)
+
+
+def test_logits_are_computed_once_on_a_cpu(family):
+    """A block that attends to the image alone makes its map on the way; one that attends to text needs another pass."""
+    _, backbone = make(family)
+    blocks, counts = [], {"alone": 0, "again": 0}
+    mean = MeanAttention(torch.empty(2, *[max(map(math.prod, backbone.grids(SIZE)))] * 2), backbone.grids(SIZE))
+    expected = MeanAttention(torch.empty_like(mean.totals[mean.finest]), mean.grids)
+
+    def keep(index, query, key, lse, others):
+        blocks.append(others is None)
+        expected.on_attention(index, query, key)
+
+    def attend(*inputs):
+        counts["alone"] += 1
+        return mean.attend(*inputs)
+
+    def accumulate(*inputs):
+        counts["again"] += 1
+        mean.on_attention(*inputs)
+
+    mean.clear(), expected.clear()
+    with backbone.capture(keep):
+        plain = run(backbone)
+    with backbone.capture(accumulate, attend=attend) as capture:
+        prediction = run(backbone)
+    assert counts == {"alone": sum(blocks), "again": len(blocks) - sum(blocks)}
+    assert capture.obstacles == [None] * len(blocks)
+    # attention of another op rounds in another order
+    torch.testing.assert_close(prediction, plain, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(mean.finish(), expected.finish(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_part_of_the_heads_is_no_map():
+    """Attention in two calls, each of half the heads, is read from the projections."""
+    _, backbone = make("sd15")
+
+    class Halves:
+        """An attention processor."""
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+            other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            query, key, value = (
+                layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for layer, x in ((attn.to_q, hidden_states), (attn.to_k, other), (attn.to_v, other))
+            )
+            halves = [
+                torch.nn.functional.scaled_dot_product_attention(*part)
+                for part in zip(*(x.chunk(2, 1) for x in (query, key, value)), strict=True)
+            ]
+            return attn.to_out[0](torch.cat(halves, 1).transpose(1, 2).flatten(2))
+
+    images = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    expected = Tracer(backbone).attention(images)
+    for module in backbone.attentions():
+        module.set_processor(Halves())
+    with mock.patch.object(ops, "attend") as attend:
+        torch.testing.assert_close(Tracer(backbone).attention(images), expected, rtol=1e-3, atol=1e-6)
+    assert not attend.called
 
 
 @pytest.mark.slow

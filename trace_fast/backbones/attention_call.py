@@ -1,4 +1,4 @@
-"""Reading query, key and log-sum-exp from the attention call of a module, whose result stays the same bit for bit."""
+"""Reading query, key and log-sum-exp from the attention call of a module, or attending and making the map at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from trace_fast.ops import dispatch
+
 __all__ = ["AttentionCall", "AttentionInputs", "match_autocast"]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 FusedOp = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 
 aten = torch.ops.aten
@@ -42,15 +44,18 @@ class AttentionCall(TorchFunctionMode):
 
     The fused op that torch would choose is called in its place, since the function itself drops the log-sum-exp that
     the op returns. A call that no fused op computes, or in which more than the softmax over all keys decides, is left
-    alone.
+    alone. So the result stays the same bit for bit.
 
-    A call of `ops.attend`, with which a network adds its map to a total on the way, is given to `attend`.
+    `attend`, which adds the map to a total on the way, takes the place of `ops.attend`, and of torch's op where it
+    computes logits once instead of twice: on a CPU, in float32, without gradients. Its result differs from torch's by
+    rounding.
 
     Args:
-        attend: called as attend(query, key, value) in the place of `ops.attend`; None reads query and key alone.
+        attend: called as attend(query, key, value); returns None to leave the call to what it takes the place of. None
+            reads query and key alone.
 
     Attributes:
-        attended: whether `attend` was called.
+        attended: whether `attend` has given the result of a call.
         inputs: those of the one call that was read, else None.
         obstacle: why `inputs` is None, in words that follow "it".
     """
@@ -68,9 +73,8 @@ class AttentionCall(TorchFunctionMode):
         if function is torch.ops.trace_fast.attend.default:
             query, key, value, _ = args
             self.inputs, self.obstacle = AttentionInputs(query, key, None), None
-            if self.attend is not None:
-                self.attended = True
-                return self.attend(query, key, value)
+            if (output := self._attend_with_map(query, key, value)) is not None:
+                return output
         attend = self._attend if function is scaled_dot_product_attention else function
         return attend(*args, **kwargs or {})
 
@@ -85,12 +89,30 @@ class AttentionCall(TorchFunctionMode):
         if isinstance(op, str):
             self.inputs, self.obstacle = None, op
             return scaled_dot_product_attention(query, key, value, *args, **options)
+        if self._computes_logits_once(query, key, value):
+            output = self._attend_with_map(query, key, value)
+            if output is not None:
+                self.obstacle = None
+                return output
         # views, so that autograd adds up the gradients of what is read before those of the network's own use
         query_view, key_view = query.view_as(query), key.view_as(key)
         output, lse = op(query, key, value, options.get("scale"))
         # an op may pad the rows, or leave an axis of one column
         self.inputs = AttentionInputs(query_view, key_view, lse.flatten(2)[:, :, : query.shape[2]])
         self.obstacle = None
+        return output
+
+    def _computes_logits_once(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Return whether `ops.attend` makes the map of the logits that it attends with, without loss."""
+        if self.attend is None or query.dtype != torch.float32:
+            return False
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        return not trains and dispatch.choose("attend", query.device) == "native"
+
+    def _attend_with_map(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Return what `attend` does, if there is one and it takes the call."""
+        output = None if self.attend is None else self.attend(query, key, value)
+        self.attended = self.attended or output is not None
         return output
 
 

@@ -96,8 +96,9 @@ class Capture:
             d); lse is None where it is not known, others where there are none. They are the network's own tensors: use
             them before returning, and never write to them.
         blocks: indices of the blocks that are read; None for all.
-        attend: called as attend(index, query, key, value) in the place of `ops.attend`, if a module calls that, and of
-            `on_attention`; returns what `ops.attend` does. None leaves such modules to `on_attention`.
+        attend: called as attend(index, query, key, value) in the place of a module's attention and of `on_attention`,
+            where one pass does the work of both (`AttentionCall`); returns what `ops.attend` does. With None, the
+            output of the network stays the same bit for bit.
 
     Attributes:
         obstacles: for each block that is read why its last call gave no log-sum-exp, in words that follow "it"; None
@@ -182,7 +183,7 @@ class Capture:
             values.clear()
             values["rotary"] = None if layout.rotary is None else kwargs.get(layout.rotary)
             if not (torch.compiler.is_compiling() or self._every_thread):
-                self._calls.append(AttentionCall(self.attend and functools.partial(self.attend, index)))
+                self._calls.append(AttentionCall(self.attend and functools.partial(self._attend, index, values)))
                 self._calls[-1].__enter__()
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -205,6 +206,14 @@ class Capture:
         self._handles.append(query.register_forward_hook(keep("query")))
         self._handles.append(key.register_forward_hook(keep("key")))
         self._handles.append(module.register_forward_hook(finish, with_kwargs=True, always_call=True))
+
+    def _attend(self, index: int, values: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Attend, and make the map of a block, if the call is of the image's tokens alone and of all heads."""
+        layout, given = self._layouts[index], values.get("query")
+        features = query.numel() * (3 if layout.query == layout.key else 1)  # one projection makes the value, too
+        if self.attend is None or given is None or query.shape[2] != self.tokens[index] or given.numel() != features:
+            return None
+        return self.attend(index, query, key, value)
 
     def _leave_call(self) -> Any:
         """Leave the context of the attention call that runs, and return it; None if there is none."""

@@ -145,7 +145,8 @@ class Mini(nn.Module):
         conditioning = self.time(sinusoidal_embedding(timestep, config.dim).to(self.stem.weight.dtype)).unflatten(
             1, (6, -1)
         )
-        x = self.stem(sample).flatten(2).transpose(1, 2)  # (B, N, C)
+        # a token's channels side by side, as the layers read them: else every norm copies, and every sum is strided
+        x = self.stem(sample).flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
         for block in self.blocks:
             x = block(x, conditioning, grid, rotary)
         patches = self.head(self.norm(x)).transpose(1, 2)  # (B, 3 * patch * patch, N)
