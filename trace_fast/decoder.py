@@ -130,11 +130,6 @@ class AttentionReadout:
         product = ops.readout(query, key, self.values[self.grids[index]])
         self.products.setdefault(index, product)
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Multiply the attention of a block with the values, and attend in its place; see `ops.attend`."""
-        self.on_attention(index, query, key)
-        return ops.attend(query, key, value)
-
     def result(self) -> Tensor:
         """Return the mean over all blocks, (B, N, C) float32 over the finest grid.
 

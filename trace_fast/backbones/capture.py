@@ -33,7 +33,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 OnAttention = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], None]
-AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _TABLE = threading.Lock()  # of the dictionary itself
@@ -97,8 +97,8 @@ class Capture:
             them before returning, and never write to them.
         blocks: indices of the blocks that are read; None for all.
         attend: called as attend(index, query, key, value) in the place of a module's attention and of `on_attention`,
-            where one pass does the work of both (`AttentionCall`); returns what `ops.attend` does. With None, the
-            output of the network stays the same bit for bit.
+            where one pass does the work of both (`AttentionCall`); returns what `ops.attend` does, or None to leave
+            the call to the network, whose output then stays the same bit for bit. None leaves all calls.
 
     Attributes:
         obstacles: for each block that is read why its last call gave no log-sum-exp, in words that follow "it"; None
