@@ -28,11 +28,12 @@ template <Isa isa>
 void attend(const float* query, const float* key, const float* value, int64_t batch, int64_t heads, int64_t tokens,
             int64_t channels, float scale, float* mixed, int num_threads);
 
-// Does what accumulate_attention and attend do, from one softmax.
+// Does what attend does over all tokens, and accumulate_attention over the `mapped` tokens before `end`, from the same
+// logits; total (batch, mapped, mapped).
 template <Isa isa>
 void attend_and_accumulate(float* total, const float* query, const float* key, const float* value, int64_t batch,
-                           int64_t heads, int64_t tokens, int64_t channels, float weight, float scale, float* mixed,
-                           int num_threads);
+                           int64_t heads, int64_t tokens, int64_t channels, int64_t mapped, int64_t end, float weight,
+                           float scale, float* mixed, int num_threads);
 
 // Writes softmax(scale * query key^T) values for each head, and log2 of the row sums of exp(scale * query key^T).
 // query, key (batch, heads, tokens, channels); values (tokens, columns); parts (batch, heads, tokens, columns);

@@ -53,6 +53,19 @@ def test_channels(channels, device):
     check(*random_inputs(2, 2, 51, channels))
 
 
+@pytest.mark.parametrize(("tokens", "first", "mapped"), [(52, 1, 51), (131, 0, 77), (131, 40, 64), (9, 8, 1)], ids=str)
+def test_the_map_of_a_part_of_the_tokens(tokens, first, mapped, device):
+    query, key, value = random_inputs(2, 3, tokens, 13)
+    part = slice(first, first + mapped)
+    key[:, :, tokens - 1 if part.stop < tokens else 0] *= 100  # one of the others takes all of the mass of many rows
+    total = random_maps(2, mapped, seed=3)[0]
+    expected = total.clone()
+    mixed = ops.attend(query, key, value, total, 0.3, first=first)
+    assert torch.equal(mixed, ops.attend(query, key, value))
+    ops.accumulate_attention(expected, query[:, :, part], key[:, :, part], 0.3)
+    assert torch.equal(total, expected) and total.isfinite().all()
+
+
 def test_by_hand(device):
     query = torch.tensor([[[[math.log(3)], [0]], [[0], [0]]]])
     key = torch.tensor([[[[1.0], [0]], [[5], [7]]]])
@@ -109,5 +122,9 @@ def test_refuses_other_shapes(device):
         ops.attend(query, key, value[:, :, 1:])
     with pytest.raises(ValueError, match="attend: total must be"):
         ops.attend(query, key, value, torch.zeros(1, 5, 6))
+    with pytest.raises(ValueError, match="attend: total must be of at most 6 tokens, got 7"):
+        ops.attend(query, key, value, torch.zeros(1, 7, 7))
+    with pytest.raises(ValueError, match="attend: first must be from 0 to 3, got 4"):
+        ops.attend(query, key, value, torch.zeros(1, 3, 3), first=4)
     with pytest.raises(TypeError, match="attend: value must be float32 like query, got float16"):
         ops.attend(query, key, value.half())

@@ -398,30 +398,21 @@ def test_the_search_never_waits_for_the_device(family):
 
 
 def test_logits_are_computed_once_on_a_cpu(family):
-    """A block that attends to the image alone makes its map on the way; one that attends to text needs another pass."""
+    """Let every block attend and make its map at once, also one that attends to text."""
     _, backbone = make(family)
-    blocks, counts = [], {"alone": 0, "again": 0}
-    mean = MeanAttention(torch.empty(2, *[max(map(math.prod, backbone.grids(SIZE)))] * 2), backbone.grids(SIZE))
-    expected = MeanAttention(torch.empty_like(mean.totals[mean.finest]), mean.grids)
-
-    def keep(index, query, key, lse, others):
-        blocks.append(others is None)
-        expected.on_attention(index, query, key)
+    grids, blocks = backbone.grids(SIZE), []
+    mean, expected = (MeanAttention(torch.empty(2, *[max(map(math.prod, grids))] * 2), grids) for _ in range(2))
 
     def attend(*inputs):
-        counts["alone"] += 1
+        blocks.append(inputs[0])
         return mean.attend(*inputs)
 
-    def accumulate(*inputs):
-        counts["again"] += 1
-        mean.on_attention(*inputs)
-
     mean.clear(), expected.clear()
-    with backbone.capture(keep):
+    with backbone.capture(expected.on_attention):
         plain = run(backbone)
-    with backbone.capture(accumulate, attend=attend) as capture:
+    with backbone.capture(lambda *_: pytest.fail("logits are computed again"), attend=attend) as capture:
         prediction = run(backbone)
-    assert counts == {"alone": sum(blocks), "again": len(blocks) - sum(blocks)}
+    assert blocks == list(range(FAMILIES[family].blocks))
     assert capture.obstacles == [None] * len(blocks)
     # attention of another op rounds in another order
     torch.testing.assert_close(prediction, plain, rtol=1e-3, atol=1e-4)
@@ -429,7 +420,7 @@ def test_logits_are_computed_once_on_a_cpu(family):
 
 
 def test_a_part_of_the_heads_is_no_map():
-    """Attention in two calls, each of half the heads, is read from the projections."""
+    """Call attention twice, each time for half the heads: the projections are read."""
     _, backbone = make("sd15")
 
     class Halves:

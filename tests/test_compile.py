@@ -41,6 +41,7 @@ def inputs(device):
         "accumulate_attention half": (total.bfloat16(), query.half(), key.bfloat16(), 0.5, 0.25),
         "attend": (query, key, query),
         "attend half": (query.half(), strided(key).half(), query.half(), total.bfloat16(), 0.5, 0.25),
+        "attend part": (query, key, query, total[:, :4, :4].contiguous(), 0.5, None, 2),
         "accumulate_resized strided": (fine.bfloat16(), current.mT, (2, 3), (4, 6), 0.5),
         "step_kl strided": (previous.mT, current.bfloat16()),
         "abdiv strided": (current.mT, 3, 2),

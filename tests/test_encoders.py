@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import trace_fast
 from trace_fast import Tracer, reference
+from trace_fast.attention import MeanAttention
 from trace_fast.backbones import wrap_encoder
 from trace_fast.backbones.loading import memory
 from trace_fast.backbones.registry import MODELS
@@ -178,6 +179,31 @@ def test_log_sum_exp_is_that_of_the_attention_call(family):
         return
     for block, call in zip(blocks, oracle.calls, strict=True):
         assert_read_from_the_call(block, call, slice(-60, None))
+
+
+def test_logits_are_computed_once_on_a_cpu(family):
+    """Let blocks attend and make their maps at once, except behind a mask and where tokens are in another order."""
+    _, backbone = make(family)
+    count, attended, again = FAMILIES[family][1], [], []
+    mean, expected = (MeanAttention(torch.empty(BATCH, 60, 60), [GRID] * count) for _ in range(2))
+    mean.clear(), expected.clear()
+
+    def attend(*inputs):
+        attended.append(inputs[0])
+        return mean.attend(*inputs)
+
+    def accumulate(*inputs):
+        again.append(inputs[0])
+        mean.on_attention(*inputs)
+
+    with backbone.capture(expected.on_attention):
+        run(backbone)
+    with backbone.capture(accumulate, attend=attend):
+        run(backbone)
+    attends = [] if family in OBSTACLES else list(range(count))
+    assert attended == attends and again == [index for index in range(count) if index not in attends]
+    # attention of another op rounds in another order
+    torch.testing.assert_close(mean.finish(), expected.finish(), rtol=1e-3, atol=1e-6)
 
 
 def test_projections_are_read_where_the_call_is_not(family):

@@ -57,9 +57,9 @@ class MeanAttention:
         total = self.totals[self.grids[index]]
         ops.accumulate_attention(total, query, key, 1 / len(self.grids), lse=lse, others=others)
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, first: int = 0) -> Tensor:
         """Attend in the place of a block, and add its map on the way; see `ops.attend`."""
-        return ops.attend(query, key, value, self.totals[self.grids[index]], 1 / len(self.grids))
+        return ops.attend(query, key, value, self.totals[self.grids[index]], 1 / len(self.grids), first=first)
 
     def finish(self) -> Tensor:
         """Return `total`, the mean over heads and blocks; rows sum to 1."""

@@ -170,9 +170,9 @@ class BoundaryReadout:
         """Add the map of a block; the arguments are those of `MeanAttention.on_attention`."""
         self._open(query).on_attention(index, query.detach(), key.detach(), *statistics)
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor:
         """Attend in the place of a block, and add its map on the way; see `ops.attend`."""
-        return self._open(query).attend(index, query, key, value)
+        return self._open(query).attend(index, query, key, value, first)
 
     def _open(self, query: Tensor) -> MeanAttention:
         """Return the sum of the maps, which begins with the first block."""

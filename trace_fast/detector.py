@@ -445,10 +445,11 @@ class StudentPass(nn.Module):
             if index == last:
                 raise StopForward
 
-        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        def attend(index: int, query: Tensor, key: Tensor, value: Tensor, first: int) -> Tensor | None:
             if index == last:
-                on_attention(index, query, key)
-            return readout.attend(index, query, key, value) if isinstance(readout, BoundaryReadout) else None
+                image = slice(first, first + math.prod(readout.grids[index]))
+                on_attention(index, query[:, :, image], key[:, :, image])
+            return readout.attend(index, query, key, value, first) if isinstance(readout, BoundaryReadout) else None
 
         timestep = constant((self.timestep,), images.device).expand(len(images))
         with contextlib.suppress(StopForward), self.backbone.capture(on_attention, attend=attend):

@@ -116,6 +116,7 @@ def attend(
     total: Tensor | None = None,
     weight: float = 1.0,
     scale: float | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Compute the self-attention of one block, and add its map to a running total, from the same probabilities.
 
@@ -126,9 +127,12 @@ def attend(
         query: (B, H, N, d) float.
         key: (B, H, N, d) float.
         value: (B, H, N, d) float.
-        total: (B, N, N) float, updated in place as by `accumulate_attention`; None adds no map.
+        total: (B, T, T) float, updated in place as by `accumulate_attention` with the query and key of T of the tokens;
+            None adds no map.
         weight: factor of this block in the total.
         scale: factor of the logits; None is 1 / sqrt(d).
+        first: position of the first of the T tokens; they stand together, and others, such as those of a text, have no
+            part in the map.
 
     Returns:
         (B, H, N, d), dtype of query.
@@ -139,7 +143,8 @@ def attend(
         torch.Size([1, 4, 6, 8])
     """
     if total is not None:
-        accumulate_attention(total, query, key, weight, scale)
+        mapped = slice(first, first + total.shape[1])
+        accumulate_attention(total, query[:, :, mapped], key[:, :, mapped], weight, scale)
     wide = _sum_dtype(query)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     logits = query.to(wide) * scale @ key.to(wide).mT

@@ -234,9 +234,13 @@ void interpolate_keys(const float* row, int64_t width, const Interpolant* down, 
   }
 }
 
-// Adds the map to total, and writes what the heads mix of value to mixed; either may be null. See the entry points.
+// Adds the map of the `mapped` tokens before `end` to total, and writes what the heads mix of value to mixed; either
+// may be null. See the entry points.
 void attend_blocks(float* total, float* mixed, const float* query, const float* key, const float* value, int64_t batch,
-                   int64_t heads, int64_t tokens, int64_t channels, float weight, float scale, int num_threads) {
+                   int64_t heads, int64_t tokens, int64_t channels, int64_t mapped, int64_t end, float weight,
+                   float scale, int num_threads) {
+  const int64_t begin = end - mapped;
+  const int64_t mapped_columns = round_up(mapped, kTileColumns);
   const int64_t columns = round_up(tokens, kTileColumns);
   const int64_t panels = columns / kTileColumns;
   const int64_t blocks = round_up(tokens, kBlockRows) / kBlockRows;
@@ -246,6 +250,7 @@ void attend_blocks(float* total, float* mixed, const float* query, const float* 
   const Scratch packed_queries(num_threads * kBlockRows * channels);
   const Scratch logits(num_threads * kBlockRows * columns);
   const Scratch products(num_threads * kBlockRows * width);
+  const Scratch parts(mapped < tokens ? num_threads * mapped_columns : 0);
 
   parallel_for(batch * heads * panels, num_threads, [&](int64_t item, int) {
     const int64_t map = item / panels, panel = item % panels;
@@ -273,9 +278,19 @@ void attend_blocks(float* total, float* mixed, const float* query, const float* 
       for (int64_t r = 0; r < rows; ++r) {
         float* const row = masses + r * columns;
         mask_padding(row, tokens, columns);
+        const int64_t token = first + r - begin;
+        float* const sums =
+            total != nullptr && token >= 0 && token < mapped ? total + (image * mapped + token) * mapped : nullptr;
+        if (sums != nullptr && mapped < tokens) {
+          // a part of the row has another maximum: beside larger logits of other tokens its masses may vanish
+          float* const part = parts.data + thread * mapped_columns;
+          std::memcpy(part, row + begin, mapped * sizeof(float));
+          mask_padding(part, mapped, mapped_columns);
+          const float mass = exponentiate(part, mapped_columns, top_logit(part, mapped_columns));
+          add_row(part, mapped, weight / heads * (1 / mass), sums);
+        }
         factors[r] = 1 / exponentiate(row, columns, top_logit(row, columns));
-        if (total != nullptr)
-          add_row(row, tokens, weight / heads * factors[r], total + (image * tokens + first + r) * tokens);
+        if (sums != nullptr && mapped == tokens) add_row(row, tokens, weight / heads * factors[r], sums);
       }
       if (mixed == nullptr) continue;
       fill(block_products, kBlockRows * width, 0);
@@ -296,20 +311,24 @@ template <>
 void accumulate_attention<TRACE_FAST_ISA>(float* total, const float* query, const float* key, int64_t batch,
                                           int64_t heads, int64_t tokens, int64_t channels, float weight, float scale,
                                           int num_threads) {
-  attend_blocks(total, nullptr, query, key, nullptr, batch, heads, tokens, channels, weight, scale, num_threads);
+  attend_blocks(total, nullptr, query, key, nullptr, batch, heads, tokens, channels, tokens, tokens, weight, scale,
+                num_threads);
 }
 
 template <>
 void attend<TRACE_FAST_ISA>(const float* query, const float* key, const float* value, int64_t batch, int64_t heads,
                             int64_t tokens, int64_t channels, float scale, float* mixed, int num_threads) {
-  attend_blocks(nullptr, mixed, query, key, value, batch, heads, tokens, channels, 0, scale, num_threads);
+  attend_blocks(nullptr, mixed, query, key, value, batch, heads, tokens, channels, tokens, tokens, 0, scale,
+                num_threads);
 }
 
 template <>
 void attend_and_accumulate<TRACE_FAST_ISA>(float* total, const float* query, const float* key, const float* value,
-                                           int64_t batch, int64_t heads, int64_t tokens, int64_t channels, float weight,
-                                           float scale, float* mixed, int num_threads) {
-  attend_blocks(total, mixed, query, key, value, batch, heads, tokens, channels, weight, scale, num_threads);
+                                           int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                                           int64_t mapped, int64_t end, float weight, float scale, float* mixed,
+                                           int num_threads) {
+  attend_blocks(total, mixed, query, key, value, batch, heads, tokens, channels, mapped, end, weight, scale,
+                num_threads);
 }
 
 template <>

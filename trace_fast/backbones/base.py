@@ -223,7 +223,7 @@ class Backbone(abc.ABC):
         Args:
             on_attention: called as on_attention(index, query, key, lse, others).
             blocks: indices of the blocks that are read; None for those of the settings.
-            attend: called as attend(index, query, key, value) where one pass attends and makes the map.
+            attend: called as attend(index, query, key, value, first) where one pass attends and makes the map.
         """
         return Capture(self, on_attention, self.settings.blocks if blocks is None else blocks, attend)
 

@@ -33,7 +33,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 OnAttention = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], None]
-AttendBlock = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+AttendBlock = Callable[[int, Tensor, Tensor, Tensor, int], Tensor | None]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _TABLE = threading.Lock()  # of the dictionary itself
@@ -96,9 +96,10 @@ class Capture:
             d); lse is None where it is not known, others where there are none. They are the network's own tensors: use
             them before returning, and never write to them.
         blocks: indices of the blocks that are read; None for all.
-        attend: called as attend(index, query, key, value) in the place of a module's attention and of `on_attention`,
-            where one pass does the work of both (`AttentionCall`); returns what `ops.attend` does, or None to leave
-            the call to the network, whose output then stays the same bit for bit. None leaves all calls.
+        attend: called as attend(index, query, key, value, first) in the place of a module's attention and of
+            `on_attention`, where one pass does the work of both (`AttentionCall`), with all tokens that attention
+            receives and the position of the image's first; returns what `ops.attend` does, or None to leave the call to
+            the network, whose output then stays the same bit for bit. None leaves all calls.
 
     Attributes:
         obstacles: for each block that is read why its last call gave no log-sum-exp, in words that follow "it"; None
@@ -208,12 +209,16 @@ class Capture:
         self._handles.append(module.register_forward_hook(finish, with_kwargs=True, always_call=True))
 
     def _attend(self, index: int, values: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        """Attend, and make the map of a block, if the call is of the image's tokens alone and of all heads."""
-        layout, given = self._layouts[index], values.get("query")
-        features = query.numel() * (3 if layout.query == layout.key else 1)  # one projection makes the value, too
-        if self.attend is None or given is None or query.shape[2] != self.tokens[index] or given.numel() != features:
+        """Attend, and make the map of a block, if the call is of all that the module's layers give."""
+        layout, projected, count = self._layouts[index], values.get("query"), self.tokens[index]
+        if self.attend is None or projected is None or query.shape[2] < count:
             return None
-        return self.attend(index, query, key, value)
+        image = self.backbone.image_tokens(count)
+        parts = 3 if layout.query == layout.key else 1  # one projection may make query, key and value
+        # text may have other layers
+        if projected.numel() not in (parts * query.numel(), parts * query[:, :, image].numel()):
+            return None
+        return self.attend(index, query, key, value, range(query.shape[2])[image].start)
 
     def _leave_call(self) -> Any:
         """Leave the context of the attention call that runs, and return it; None if there is none."""

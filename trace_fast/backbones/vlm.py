@@ -82,7 +82,7 @@ class QwenBackbone(EncoderBackbone):
     def capture(
         self, on_attention: OnAttention, blocks: Sequence[int] | None = None, attend: AttendBlock | None = None
     ) -> Capture:
-        """See `Backbone.capture`; tokens are passed on row by row, and no block calls `attend`.
+        """See `Backbone.capture`; tokens are passed on row by row. `attend` would see another order, and is not called.
 
         Raises:
             ValueError: a block attends inside windows alone.

@@ -93,6 +93,7 @@ def attend(
     total: Tensor | None = None,
     weight: float = 1.0,
     scale: float | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Run the fastest implementation of `trace_fast.reference.attend`.
 
@@ -104,7 +105,8 @@ def attend(
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: shapes or devices differ from each other, d is too large, or total is not contiguous.
+        ValueError: shapes or devices differ from each other, d is too large, or total is not contiguous, or of more
+            tokens than there are from `first` on.
         RuntimeError: query, key, value or total requires grad; there is no gradient.
     """
     op = "attend"
@@ -113,23 +115,27 @@ def attend(
     _check_dtypes(op, query, key=key, value=value)
     checks.same_device(op, query=query, value=value)
     if total is not None:
-        checks.tensor(op, "total", total, "B N N", {letter: sizes[letter] for letter in "BN"}, *_TOTALS)
+        checks.tensor(op, "total", total, "B T T", {"B": sizes["B"]}, *_TOTALS)
         checks.same_device(op, query=query, total=total)
         checks.contiguous(op, "total", total)
+        if total.shape[1] > sizes["N"]:
+            raise ValueError(f"{op}: total must be of at most {sizes['N']} tokens, got {total.shape[1]}")
+        checks.integer(op, "first", first, 0, sizes["N"] - total.shape[1])
         _check_no_gradient(op, total=total)
     checks.number(op, "weight", weight, *_FACTORS)
     _check_no_gradient(op, query=query, key=key, value=value)
     backend = dispatch.choose(op, query.device)
     if backend == "reference":
-        return reference.attend(query, key, value, total, weight, scale)
+        return reference.attend(query, key, value, total, weight, scale, first)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "triton":
         if total is not None:
-            _accumulate_attention(total, query, key, float(weight), scale, backend)
+            mapped = slice(first, first + total.shape[1])
+            _accumulate_attention(total, query[:, :, mapped], key[:, :, mapped], float(weight), scale, backend)
         return functional.scaled_dot_product_attention(query, key, value, scale=scale)
     if total is None:
         return _attend(query, key, value, scale)
-    return _attend_and_accumulate(total, query, key, value, float(weight), scale)
+    return _attend_and_accumulate(total, query, key, value, float(weight), scale, int(first))
 
 
 @register(cuda="triton")
@@ -318,19 +324,20 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("trace_fast::attend_and_accumulate", mutates_args=("total",))
 def _attend_and_accumulate(
-    total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float
+    total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float, first: int
 ) -> Tensor:
     from trace_fast import _C
 
     (mixed, features), wide_total = _widen(query, key, value), total.float()
     pointers = (tensor.data_ptr() for tensor in (wide_total, *features))
-    _C.cpu.attend_and_accumulate(*pointers, *query.shape, weight, scale, mixed.data_ptr(), dispatch.count_threads())
+    sizes = *query.shape, total.shape[1], first + total.shape[1]
+    _C.cpu.attend_and_accumulate(*pointers, *sizes, weight, scale, mixed.data_ptr(), dispatch.count_threads())
     _round_total(wide_total, total)
     return mixed.to(query.dtype).transpose(1, 2)
 
 
 @_attend_and_accumulate.register_fake
-def _(total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float) -> Tensor:
+def _(total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float, first: int) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
