@@ -1,8 +1,8 @@
 """The attention ops: on the CPU one block of SD 1.5 (8 heads of 40 channels), on a GPU the blocks of every backbone.
 
-Half precision on a GPU, as networks run there. `floor` is the larger of products and exponentials of both passes at the
-ceilings measured in the same run. "log-sum-exp given" is the second pass alone: the cost of capture where the
-network's own attention provides the first.
+Half precision on a GPU, as networks run there. `floor` is the largest of products, of exponentials, both of two passes,
+and of the traffic of the mean map, at the ceilings measured in the same run. "log-sum-exp given" is the second pass
+alone: the cost of capture where the network's own attention provides the first.
 """
 
 import functools
@@ -85,7 +85,8 @@ def bench_accumulate_attention(device, model, shape, provider, measure):
     if device == "cuda":
         from ceilings import measured
 
-        work |= {"flop": 2 * work["flop"], "floor": measured().attention(shape, 2), "blocks": shape.blocks}
+        floor = measured().attention(shape, 2, adds_map=True)
+        work |= {"flop": 2 * work["flop"], "floor": floor, "blocks": shape.blocks}
     name = "native" if device == "cpu" and provider == "ours" else "triton" if provider == "ours" else provider
     measure(title("accumulate_attention", device, model, shape), name, call, device=device, graph=True, **work)
 

@@ -26,10 +26,14 @@ class Ceilings:
     def __init__(self, flops: float, bandwidth: float, exponentials: float):
         self.flops, self.bandwidth, self.exponentials = flops, bandwidth, exponentials
 
-    def attention(self, shape: Shape, passes: int) -> float:
-        """Return the time of passes over the maps of all heads of one block: products or exponentials, the longer."""
+    def attention(self, shape: Shape, passes: int, *, adds_map: bool = False) -> float:
+        """Return the time of passes over the maps of all heads of one block: products or exponentials, the longer.
+
+        With `adds_map` it is no less than the time to read and write the float32 map that their mean is added to.
+        """
         entries = passes * shape.heads * shape.tokens**2
-        return max(2 * entries * shape.channels / self.flops, entries / self.exponentials)
+        traffic = self.traffic(8 * shape.tokens**2) if adds_map else 0.0
+        return max(2 * entries * shape.channels / self.flops, entries / self.exponentials, traffic)
 
     def traffic(self, size: float) -> float:
         """Return the time to read and write this many bytes."""

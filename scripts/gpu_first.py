@@ -253,26 +253,27 @@ def seconds(call: Callable[[], object], rehearsed: bool) -> float:
 
 def timings(device: str, rehearsed: bool) -> Iterator[tuple[str, str, float, Callable[[], object], bool]]:
     """Yield what is timed: name, what is expected, its floor in seconds, the call, and whether it is what ships."""
-    rates = SimpleNamespace(attention=lambda *_: 1.0, traffic=lambda _: 1.0) if rehearsed else measured()
+    rates = SimpleNamespace(attention=lambda *_, **__: 1.0, traffic=lambda _: 1.0) if rehearsed else measured()
     for model, shape in shapes(rehearsed):
         query, key = features(shape, device)
         x = attention.Features(query, key, shape.channels**-0.5)
         statistics, floor = attention.row_statistics(x), rates.attention(shape, 1)
         total = query.new_zeros((1, shape.tokens, shape.tokens), dtype=torch.float32)
-        passes: tuple[tuple[str, str, Any, Callable[[Any], object]], ...] = (
-            ("row_statistics", "1.1 floors", x.row_grid, functools.partial(attention.row_statistics, x)),
+        passes: tuple[tuple[str, str, float, Any, Callable[[Any], object]], ...] = (
+            ("row_statistics", "1.1 floors", floor, x.row_grid, functools.partial(attention.row_statistics, x)),
             (
                 "add_probabilities",
-                "1.3 to 1.5 floors, more where the level-two cache binds (128 channels)",
+                "1.7 to 2.1 floors, more where the level-two cache binds (128 channels)",
+                rates.attention(shape, 1, adds_map=True),
                 x.tile_grid,
                 lambda config, x=x, s=statistics, t=total: attention.add_probabilities(t, x, s, 1.0, config),
             ),
         )
-        for kernel, expected, grid, launch in passes:
+        for kernel, expected, least, grid, launch in passes:
             picked = x.pick(kernel, grid)
             for config in dict.fromkeys((picked, *attention.candidates(kernel, 2, x.wide + x.tail), *EXTRA[kernel])):
                 name = f"{kernel}, {model}, {shape[1:]}, tile {tuple(config)}"
-                yield name, expected, floor, functools.partial(launch, config), config == picked
+                yield name, expected, least, functools.partial(launch, config), config == picked
         values = torch.randn(shape.tokens, 9, device=device)
         yield (
             f"readout, {model}, {shape[1:]}",
