@@ -151,16 +151,24 @@ class TestManifest:
         assert names == [None, "a", "b"]
 
     def test_other_settings_are_refused(self, tmp_path):
-        Manifest(tmp_path, self.SETTINGS, "edges").close()
+        with open_manifest(tmp_path, self.SETTINGS, "edges") as manifest:
+            manifest.add("image", [1, 2])
         with pytest.raises(ValueError, match=r"--overwrite must be given, got settings\.bits 8 instead of 16"):
             Manifest(tmp_path, {**self.SETTINGS, "bits": 16}, "edges")
         Manifest(tmp_path, {**self.SETTINGS, "bits": 16}, "edges", overwrite=True).close()
+
+    def test_a_run_that_did_nothing_leaves_nothing_and_binds_no_other(self, tmp_path):
+        Manifest(tmp_path, self.SETTINGS, "edges").close()
+        assert not list(tmp_path.iterdir())
+        Manifest(tmp_path, self.SETTINGS, "edges")  # as if killed
+        Manifest(tmp_path, {**self.SETTINGS, "bits": 16}, "edges").close()
 
     def test_files_of_other_origin_are_refused(self, tmp_path):
         (tmp_path / "a.png").touch()
         with pytest.raises(ValueError, match=r"got '.*a.png' from elsewhere; --overwrite replaces it"):
             Manifest(tmp_path, self.SETTINGS, "edges", ["b.png", "a.png"])
-        Manifest(tmp_path, self.SETTINGS, "edges", ["a.png"], overwrite=True).close()
+        with open_manifest(tmp_path, self.SETTINGS, "edges", ["a.png"], overwrite=True) as manifest:
+            manifest.add("a", [1, 2])
         Manifest(tmp_path, self.SETTINGS, "edges", ["a.png"]).close()
 
     def test_processes_that_share_a_folder(self, tmp_path):

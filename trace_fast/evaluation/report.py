@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,21 +226,25 @@ def mask_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
     """Return the scores of masks as a table in Markdown.
 
     Args:
-        results: by name, `MaskScores` as dicts or the same from a masks.json.
+        results: by name, `MaskScores` as dicts or the same from a masks.json, where None stands for nan.
         parameters: number of network parameters by the same names, for a column of them; None for no such column.
     """
     head = ["masks", *["parameters"] * (parameters is not None)]
     head += ["AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
     lines = [head]
     for name, row in results.items():
-        low, high = row["intervals"]["ap"] if row["intervals"] else (row["ap"], row["ap"])
+        ends = [_format_score(end) for end in (row["intervals"]["ap"] if row["intervals"] else (row["ap"], row["ap"]))]
         size = None if parameters is None else parameters.get(name)
         line = [name, *["" if size is None else f"{size / 1e6:,.1f} M"] * (parameters is not None)]
         figures = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
-        cells = [f"{row['ap']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{row[figure]:.3f}" for figure in figures)]
-        # the truth may have no instance of a size
-        lines.append([*line, *("" if cell.startswith("nan") else cell for cell in cells)])
+        line += [_format_score(row["ap"]), " to ".join(ends) if all(ends) else ""]
+        lines.append([*line, *(_format_score(row[figure]) for figure in figures)])
     return _format_markdown(lines)
+
+
+def _format_score(value: float | None) -> str:
+    """Return a score; nothing where there is none, since the truth has no instance of a size."""
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def panoptic_table(results: Mapping[str, PanopticScores]) -> str:
@@ -386,7 +391,16 @@ def _rows(scores: Mapping[str, Any], figures: Sequence[str]) -> list[tuple[Any, 
 
 
 def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(data, indent=1) + "\n")
+    _write(path, json.dumps(_replace_nan(data), indent=1, allow_nan=False) + "\n")
+
+
+def _replace_nan(data: Any) -> Any:
+    """Return nested dicts and lists with None in place of nan, which is not JSON."""
+    if isinstance(data, Mapping):
+        return {name: _replace_nan(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_replace_nan(value) for value in data]
+    return None if isinstance(data, float) and math.isnan(data) else data
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:

@@ -101,9 +101,9 @@ class Manifest:
     def _read(self, path: Path) -> None:
         """Read the complete lines of a file, and refuse one of other settings."""
         lines = path.read_bytes().split(b"\n")[:-1]
-        content = "results of the same model and options, or --overwrite must be given"
-        stored = lines[0].decode() if lines else self.settings
-        require_same(self.op, "output", content, stored, self.settings, path)
+        if len(lines) > 1:  # where nothing was done, nothing depends on the settings
+            content = "results of the same model and options, or --overwrite must be given"
+            require_same(self.op, "output", content, lines[0].decode(), self.settings, path)
         records = {record["name"]: record for record in map(json.loads, lines[1:])}
         self.records |= records
         if path == self.path:
@@ -153,6 +153,8 @@ class Manifest:
         if self.part.count == 1:
             self._own |= self.records.keys()
         self._rewrite()
+        if not self._own:
+            self.path.unlink()
         if self.part.count == 1:
             for path in self._others:
                 path.unlink(missing_ok=True)
