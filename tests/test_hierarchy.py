@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from op_examples import NATIVE
 
 from trace_fast import ops, reference
-from trace_fast.masks.hierarchy import Hierarchy
 
 native = pytest.mark.parametrize("device", NATIVE, indirect=True)
 EXAMPLES = settings(
@@ -76,16 +75,6 @@ def test_merge_tree_by_hand():
     assert levels.tolist() == pytest.approx([0, 0, 0, 0, 0.25, 1.25 / 3, 1])
     # where all are equal, the first pair in raster order goes first, the right one before the one below
     assert reference.merge_tree(labels, torch.zeros(3, 3))[0].tolist() == [4, 5, 4, 6, 5, 6, 6]
-
-
-def test_inner_levels_are_of_large_parts():
-    # leaves 0 to 3; 4 is (0, 1), 5 is (4, 2), and 6, the whole image, is (5, 3)
-    tree = Hierarchy(torch.tensor([4, 4, 5, 6, 5, 6, 6]), torch.tensor([0, 0, 0, 0, 0.25, 0.5, 0.75]))
-    large = torch.tensor([True, True, False, False, True, True, True])
-    assert tree.inner_levels(large).tolist() == [0, 0, 0, 0, 0.25, 0.25, 0.25]
-    assert tree.inner_levels(torch.ones(7, dtype=torch.bool)).tolist() == tree.levels.tolist()
-    assert tree.inner_levels(large & (torch.arange(7) > 1)).tolist() == [0] * 7
-    assert Hierarchy(torch.tensor([0]), torch.zeros(1)).inner_levels(torch.tensor([True])).tolist() == [0]
 
 
 @native

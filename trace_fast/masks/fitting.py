@@ -27,7 +27,7 @@ SHARE = 0.7  # of a region, from which a mask takes it; a mask leaves a region o
 COARSE = 5.0  # mean length of the straight pieces of an outline from which it was drawn on a coarse grid, in pixels
 REACH = 0.75  # farthest that a coarse outline moves, in such lengths
 FARTHEST = 0.02  # farthest that any outline moves, as a share of the image's diagonal
-CERTAIN = 0.98  # mean strength of a boundary that bounds an object, which splits and joins masks: few edges are certain
+CERTAIN = 0.98  # mean strength from which a boundary separates objects, which split and join masks: few are certain
 COVERED = 0.5  # smallest share of an object inside a mask, for it to be split off
 
 
@@ -75,12 +75,9 @@ class Fitter:
         self.areas = np.bincount(self.regions.ravel())
         # a pixel of an edge itself may lie on the other side of an outline
         self.strength = functional.max_pool2d(edges[None], 3, 1, 1)[0].numpy()
-        large = nodes.areas >= min_area
-        outer, inner = tree.levels[tree.parents].numpy(), tree.inner_levels(torch.from_numpy(large)).numpy()
+        objects = tree.cut(CERTAIN).unique().numpy()
         # the last node is the whole image
-        objects = np.flatnonzero((large & (outer >= CERTAIN) & (inner < CERTAIN))[:-1])
-        # of objects within each other, the one with the greatest contrast
-        self.objects = _keep_apart(objects[np.argsort((inner - outer)[objects], kind="stable")], nodes)
+        self.objects = objects[(nodes.areas[objects] >= min_area) & (objects < len(nodes.areas) - 1)]
 
     def fit(self, mask: np.ndarray, score: float, source: int) -> list[Part]:
         """Fit a mask (H, W) bool of a score, and return its parts."""
@@ -210,16 +207,6 @@ def draw_parts(parts: Sequence[Part], size: tuple[int, int]) -> Tensor:
     for mask, part in zip(masks, parts, strict=True):
         mask[part.box] = part.pixels()
     return torch.from_numpy(masks)
-
-
-def _keep_apart(ranked: np.ndarray, nodes: Nodes) -> np.ndarray:
-    """Return those of some nodes that do not overlap one before them."""
-    chosen: list[int] = []
-    while len(ranked):
-        best, ranked = ranked[0], ranked[1:]
-        chosen.append(best)
-        ranked = ranked[(nodes.stop[ranked] <= nodes.start[best]) | (nodes.start[ranked] >= nodes.stop[best])]
-    return np.array(chosen, dtype=np.int64)
 
 
 def _find_box(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -36,7 +36,10 @@ class Hierarchy:
     def cut(self, least: float) -> Tensor:
         """Return the largest node of a level below `least` that contains each leaf, (n,) int64."""
         nodes = torch.arange(len(self.parents), device="cpu")
-        tops = follow(torch.where((self.levels < least)[self.parents], self.parents, nodes))
+        tops = torch.where((self.levels < least)[self.parents], self.parents, nodes)
+        # each step doubles how far a node looks
+        while not torch.equal(tops, further := tops[tops]):
+            tops = further
         return tops[: len(nodes) // 2 + 1]
 
     def order(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,19 +59,6 @@ class Hierarchy:
             taken[parents[node]] += counts[node]
         start, sizes = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (first, counts))
         return start[: nodes // 2 + 1], start, start + sizes
-
-    def inner_levels(self, large: Tensor) -> Tensor:
-        """Return the level at which the last two large parts of each node merged, (2n - 1,) float32; 0 if none did.
-
-        Args:
-            large: (2n - 1,) bool, the nodes that count: small ones inside have strong boundaries by chance.
-        """
-        children = torch.argsort(self.parents[:-1], stable=True).reshape(-1, 2)
-        first, second = children.unbind(1)
-        merges = torch.arange(len(self.parents), device="cpu")
-        unions = merges[len(merges) // 2 + 1 :]
-        unions[:] = torch.where(large[first] & large[second], unions, torch.where(large[first], first, second))
-        return self.levels[follow(merges)]
 
 
 @dataclass(frozen=True)
@@ -125,14 +115,6 @@ class Nodes:
             box = np.s_[first[leaves].min() : last[leaves].max() + 1, :]
             mask[box] = self.make_mask(node, box)
         return masks
-
-
-def follow(nodes: Tensor) -> Tensor:
-    """Return the last node on the way from each one, (n,) int64, given the next of each; the last is its own."""
-    # each step doubles how far a node looks
-    while not torch.equal(nodes, further := nodes[nodes]):
-        nodes = further
-    return nodes
 
 
 def sum_leaves(values: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:

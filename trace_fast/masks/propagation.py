@@ -75,8 +75,8 @@ def propagate(
        straight pieces of the outline are 5 pixels long on average. The mask takes the regions of which it covers 70 %
        and leaves those of which it covers no more than 30 %, where this moves the outline by at most 3/4 of such a
        piece and 2 % of the image's diagonal.
-    2. It is split into its unconnected parts, where edges are around them, and at objects: regions whose outline is at
-       least 0.98 strong, as only edges that are certain are, and no boundary inside is, small parts aside.
+    2. It is split into its unconnected parts, where edges are around them, and at objects: the regions between
+       boundaries that are at least 0.98 strong, as only edges that are certain are.
     3. Where masks cover a share of `cover` of an object together, the parts that lie mostly in it become the object.
 
     The paper's steps are those of the modes "flood" and "walk":
