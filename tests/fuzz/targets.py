@@ -520,7 +520,7 @@ SMALL: dict[str, torch.Tensor] = {}  # weights of a small network, made once
 
 def make_small_network(target: Path) -> None:
     """Write a network of the family of `mini` with random weights."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     from trace_fast.backbones.mini import Mini, MiniConfig
 
     config = MiniConfig(dim=16, depth=1, heads=2)
