@@ -19,6 +19,7 @@ EXTRAS = {
     "peft": ("peft", "train"),
     "pyarrow": ("pyarrow", "data"),
     "pycocotools": ("pycocotools", "eval"),
+    "ray": ("ray", "ray"),
     "scipy": ("scipy", "eval"),
     "skimage": ("scikit-image", "eval"),
     "timm": ("timm", "encoders"),

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from trace_fast.jobs.tasks import Task
 
 __all__ = [
+    "Actors",
     "Device",
     "Dtype",
+    "Engine",
     "Inputs",
     "MaxSide",
     "Model",
@@ -131,6 +133,17 @@ Overwrite = Annotated[
         "Without it, what an earlier run has done is skipped.",
     ),
 ]
+Engine = Annotated[
+    Literal["threads", "ray"],
+    typer.Option(
+        help="What runs the job: threads of this process, or actors of Ray, on this machine or on the cluster that "
+        "RAY_ADDRESS names, whose machines must have the files."
+    ),
+]
+Actors = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes of Ray. The default is the CPUs of the cluster but two, which Ray needs."),
+]
 MaxSide = Annotated[
     int | None,
     typer.Option(
@@ -236,6 +249,8 @@ def run(
     workers: int | None,
     part: str | None,
     overwrite: bool,
+    engine: str,
+    actors: int | None,
     finish: Callable[[Outcome], None] | None = None,
 ) -> None:
     """Run a job, and say how many images were written.
@@ -247,18 +262,29 @@ def run(
         workers: option.
         part: option.
         overwrite: option.
+        engine: option.
+        actors: option.
         finish: writes what all pictures share.
     """
     from trace_fast.jobs.run import plan_targets, run_job
 
     own_part = parse_part(part)
+    if actors is not None and engine != "ray":
+        refuse("--actors needs --engine ray")
     with refuse_failures():
         targets = plan_targets(task, files, output)
         task.settings  # noqa: B018 (loads the model before anything is written)
     open_folder(output)
     with refuse_failures():
         outcome = run_job(
-            task, targets, output, workers=workers or min(4, os.cpu_count() or 1), part=own_part, overwrite=overwrite
+            task,
+            targets,
+            output,
+            workers=workers or min(4, os.cpu_count() or 1),
+            part=own_part,
+            overwrite=overwrite,
+            engine=engine,
+            actors=actors,
         )
         if finish is not None:
             finish(outcome)

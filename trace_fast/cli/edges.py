@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from trace_fast.cli.common import (
+    Actors,
     Device,
     Dtype,
+    Engine,
     Inputs,
     MaxSide,
     Model,
@@ -64,6 +66,8 @@ def run_edges(
     workers: Workers = None,
     part: PartOption = None,
     overwrite: Overwrite = False,
+    engine: Engine = "threads",
+    actors: Actors = None,
 ) -> None:
     """Write the instance edges of each image as DIR/NAME.png: black is 0, white is 1.
 
@@ -85,4 +89,4 @@ def run_edges(
     from trace_fast.jobs.tasks import EdgesTask
 
     task = EdgesTask(finder, int(bits), overlay_format if overlay else None, curve, max_side, grid)
-    run(task, files, output, workers=workers, part=part, overwrite=overwrite)
+    run(task, files, output, workers=workers, part=part, overwrite=overwrite, engine=engine, actors=actors)

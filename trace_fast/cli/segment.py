@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from trace_fast.cli.common import (
+    Actors,
     Device,
     Dtype,
+    Engine,
     Inputs,
     MaxSide,
     Model,
@@ -121,6 +123,8 @@ def run_segment(
     workers: Workers = None,
     part: PartOption = None,
     overwrite: Overwrite = False,
+    engine: Engine = "threads",
+    actors: Actors = None,
 ) -> None:
     """Write the masks of each image as DIR/NAME.png, a label map: 0 is background, each mask has a number.
 
@@ -169,7 +173,17 @@ def run_segment(
         if coco is not None:
             write_coco_results(coco, list_coco_results(outcome.names, outcome.results))
 
-    run(task, files, output, workers=workers, part=part, overwrite=overwrite, finish=write_coco)
+    run(
+        task,
+        files,
+        output,
+        workers=workers,
+        part=part,
+        overwrite=overwrite,
+        engine=engine,
+        actors=actors,
+        finish=write_coco,
+    )
 
 
 def _check_shards(files: list[InputFile], options: list[str]) -> bool:

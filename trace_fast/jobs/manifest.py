@@ -15,7 +15,7 @@ from trace_fast.io.claims import claim_folder
 from trace_fast.io.files import write_atomically
 from trace_fast.training.state import require_same
 
-__all__ = ["MANIFEST", "Manifest", "Part", "find_part", "open_manifest"]
+__all__ = ["ALONE", "MANIFEST", "Manifest", "Part", "find_part", "open_manifest"]
 
 MANIFEST = ".trace-fast.jsonl"  # one line of settings, and one for each input that is done
 
@@ -31,6 +31,9 @@ class Part:
 
     index: int = 0
     count: int = 1
+
+
+ALONE = Part()  # all inputs
 
 
 def find_part(environment: Mapping[str, str] = os.environ) -> Part:
@@ -49,7 +52,7 @@ def find_part(environment: Mapping[str, str] = os.environ) -> Part:
             part = Part(int(environment[index]), int(environment[count]))
             if 0 <= part.index < part.count:
                 return part
-    return Part()
+    return ALONE
 
 
 class Manifest:
@@ -77,7 +80,7 @@ class Manifest:
         settings: Mapping[str, Any],
         op: str,
         targets: Iterable[str] = (),
-        part: Part = Part(),
+        part: Part = ALONE,
         overwrite: bool = False,
     ):
         self.folder, self.op, self.part = folder, op, part
@@ -171,7 +174,7 @@ def open_manifest(
     settings: Mapping[str, Any],
     op: str,
     targets: Iterable[str] = (),
-    part: Part = Part(),
+    part: Part = ALONE,
     overwrite: bool = False,
 ) -> Iterator[Manifest]:
     """Claim a folder of results and open its manifest; see `Manifest`.

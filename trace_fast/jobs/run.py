@@ -16,11 +16,14 @@ from trace_fast.io.claims import remove_parts
 from trace_fast.io.files import write_atomically
 from trace_fast.jobs.errors import FAILURES, describe, is_out_of_memory
 from trace_fast.jobs.inputs import InputFile, name_file, name_results, read_stamp
-from trace_fast.jobs.manifest import Manifest, Part, open_manifest
+from trace_fast.jobs.manifest import ALONE, Manifest, Part, open_manifest
 from trace_fast.jobs.shards import list_images, open_shard_writer
 from trace_fast.jobs.tasks import Photo, Result, Task
 
-__all__ = ["Outcome", "compute_results", "run_job"]
+__all__ = ["Job", "Outcome", "Recorder", "Targets", "compute_results", "plan_targets", "run_job"]
+
+# names of the files of the results of each input, by their kind
+Targets = dict[InputFile, dict[str, str]]
 
 
 def compute_results(
@@ -119,12 +122,14 @@ class Outcome:
 
 def run_job(
     task: Task,
-    targets: dict[InputFile, dict[str, str]],
+    targets: Targets,
     output: Path,
     *,
     workers: int = 1,
-    part: Part = Part(),  # noqa: B008 (frozen)
+    part: Part = ALONE,
     overwrite: bool = False,
+    engine: str = "threads",
+    actors: int | None = None,
 ) -> Outcome:
     """Write the results of all inputs that are not done: files for a picture, and a shard for each shard.
 
@@ -138,6 +143,8 @@ def run_job(
         workers: see `compute_results`.
         part: of the inputs, which this process works on.
         overwrite: do everything again, and replace files of other origin.
+        engine: "threads" of this process, or actors of "ray".
+        actors: processes of Ray; None is the CPUs of its cluster but two.
 
     Raises:
         ValueError: the folder holds results of other settings.
@@ -150,19 +157,20 @@ def run_job(
         job.outcome.names = [name_result(paths) for file, paths in targets.items() if not file.is_shard]
         own = dict(list(targets.items())[part.index :: part.count])
         missing = {file: paths for file, paths in own.items() if not job.is_done(file, paths)}
-        shards = {file: paths[""] for file, paths in missing.items() if file.is_shard}
-        pictures = {file: paths for file, paths in missing.items() if not file.is_shard}
+        shards = sum(file.is_shard for file in missing)
         # several images show progress, on a terminal only
         quiet = None if len(missing) > 1 or shards else True
-        with tqdm(total=None if shards else len(pictures), unit="image", disable=quiet) as job.bar:
-            job.write_pictures(pictures)
-            for number, (shard, target) in enumerate(shards.items(), 1):
-                job.bar.set_description(f"shard {number} of {len(shards)}")
-                job.write_shard(shard, target)
+        with tqdm(total=None if shards else len(missing), unit="image", disable=quiet) as job.bar:
+            if engine == "ray" and missing:
+                from trace_fast.jobs.ray_engine import run_in_actors
+
+                run_in_actors(job, missing, actors)
+            else:
+                job.write(missing)
     return job.outcome
 
 
-def plan_targets(task: Task, files: list[InputFile], output: Path) -> dict[InputFile, dict[str, str]]:
+def plan_targets(task: Task, files: list[InputFile], output: Path) -> Targets:
     """Return the names of the files of each input in the output folder, by kind; none may replace another, or an input.
 
     Raises:
@@ -202,13 +210,59 @@ def plan_targets(task: Task, files: list[InputFile], output: Path) -> dict[Input
     return targets
 
 
-class Job:
-    """A run of a job; see `run_job`."""
+class Recorder:
+    """What a job in another process would have written to the manifest."""
 
-    def __init__(self, task: Task, output: Path, workers: int, manifest: Manifest):
+    def __init__(self) -> None:
+        self.records: list[tuple[str, list[int], dict[str, Any]]] = []
+
+    def add(self, name: str, stamp: list[int], **content: Any) -> None:
+        """Keep a record; see `Manifest.add`."""
+        self.records.append((name, stamp, content))
+
+
+class Job:
+    """A run of a job; see `run_job`.
+
+    Args:
+        task: what to compute.
+        output: the folder to write to.
+        workers: threads.
+        manifest: where what is done is recorded.
+        warn: called with a line for each failure; None writes it to stderr.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        output: Path,
+        workers: int,
+        manifest: Manifest | Recorder,
+        warn: Callable[[str], None] | None = None,
+    ):
         self.task, self.output, self.workers, self.manifest = task, output, workers, manifest
+        self.warn = write_warning if warn is None else warn
         self.outcome = Outcome()
-        self.bar: Any = None
+        self.bar = tqdm(disable=True)
+
+    def write(self, targets: Targets) -> None:
+        """Write the results of inputs."""
+        shards = {file: names[""] for file, names in targets.items() if file.is_shard}
+        self.write_pictures({file: names for file, names in targets.items() if not file.is_shard})
+        for number, (shard, target) in enumerate(shards.items(), 1):
+            self.bar.set_description(f"shard {number} of {len(shards)}")
+            self.write_shard(shard, target)
+
+    def merge(self, recorder: Recorder, outcome: Outcome, warnings: list[str]) -> None:
+        """Record what a job in another process has done."""
+        for line in warnings:
+            self.warn(line)
+        for name, stamp, content in recorder.records:
+            self.manifest.add(name, stamp, **content)
+        self.outcome.images += outcome.images
+        self.outcome.failures += outcome.failures
+        self.outcome.results |= outcome.results
+        self.bar.update(outcome.images)
 
     def read_stamp(self, file: InputFile, targets: dict[str, str]) -> list[int]:
         """Return what a later run compares: the state of an input, and of the other files that the task reads."""
@@ -217,6 +271,7 @@ class Job:
 
     def is_done(self, file: InputFile, targets: dict[str, str]) -> bool:
         """Return whether an earlier run has done an input, and count its images if so."""
+        assert isinstance(self.manifest, Manifest)
         record = self.manifest.find(file.name, self.read_stamp(file, targets), targets.values())
         if record is None:
             return False
@@ -228,7 +283,7 @@ class Job:
             self.outcome.results[result.name] = result
         return True
 
-    def write_pictures(self, targets: dict[InputFile, dict[str, str]]) -> None:
+    def write_pictures(self, targets: Targets) -> None:
         """Write the files of each picture, given their names by kind."""
         for folder in {(self.output / name).parent for names in targets.values() for name in names.values()}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +333,7 @@ class Job:
             # those of its images that were counted are not written, either
             self.outcome.images += not images
             self.outcome.failures += max(1, images) - failures
-            tqdm.write(f"trace-fast: {shard.path}: not written: {describe(error)}", file=sys.stderr)
+            self.warn(f"{shard.path}: not written: {describe(error)}")
             return
         self.manifest.add(shard.name, stamp, images=images, failures=failures)
 
@@ -288,8 +343,13 @@ class Job:
         if result.error is not None:
             self.outcome.failures += 1
             self.bar.set_postfix(failed=self.outcome.failures, refresh=False)
-            tqdm.write(f"trace-fast: {source}: {result.error}", file=sys.stderr)
+            self.warn(f"{source}: {result.error}")
         self.bar.update()
+
+
+def write_warning(line: str) -> None:
+    """Write a line to stderr, above the bar of progress."""
+    tqdm.write(f"trace-fast: {line}", file=sys.stderr)
 
 
 def name_result(targets: dict[str, str]) -> str:

@@ -1,0 +1,113 @@
+"""The engine Ray: actors of Ray Data take shards, each row of its data set being a shard or a few pictures."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from trace_fast.extras import require
+from trace_fast.jobs.run import Job, Recorder, Targets
+
+__all__ = ["run_in_actors"]
+
+PICTURES = 32  # of a row, which an actor writes before it reports
+RETRIES = 2  # of a row whose process ends
+RESERVED = 2  # CPUs for Ray itself: where actors take all, it waits without an end
+
+
+def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
+    """Write the results of inputs in actors, and record what is done as they report it.
+
+    A row whose process ends is given to another one twice; then its inputs are failures, and the others are done all
+    the same.
+
+    Args:
+        job: whose outcome and manifest are kept here.
+        missing: inputs, and the names of the files of their results.
+        actors: processes that run at a time; None is the CPUs of the cluster but two.
+
+    Raises:
+        ValueError: there are too many actors.
+        RuntimeError: Ray is not installed, or does not start.
+    """
+    op = job.task.op
+    require(op, "ray")
+    import ray
+    import ray.data
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # each part of Ray fails in its own way
+        raise RuntimeError(
+            f"{op}: Ray must start, got {error}; where a machine is busy, its agent needs longer than Ray waits: try "
+            "again when it is not"
+        ) from error
+    try:
+        most = max(1, int(ray.cluster_resources().get("CPU", 1)) - RESERVED)
+        if actors is not None and actors > most:
+            raise ValueError(
+                f"{op}: actors must be at most {most}, got {actors}: {RESERVED} of the CPUs of the cluster are for "
+                "Ray, which waits without an end where none is left"
+            )
+        rows = list_rows(missing)
+        context = ray.data.DataContext.get_current()
+        context.max_errored_blocks, context.enable_progress_bars = -1, False
+        # it writes a traceback for each process that ends
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        # it advises against arguments without a name of their own, such as the number of retries
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            Actor,
+            fn_constructor_args=(pickle.dumps((job.task, job.task.settings, job.output.absolute(), job.workers)),),
+            compute=ray.data.ActorPoolStrategy(size=min(actors or most, len(rows)), max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=int(job.task.settings.get("device") == "cuda"),
+            max_task_retries=RETRIES,
+        )
+        waiting = {row["index"]: pickle.loads(row["inputs"]) for row in rows}
+        for report in reports.iter_rows():
+            del waiting[report["index"]]
+            job.merge(*pickle.loads(report["result"]))
+        for inputs in waiting.values():
+            job.outcome.images += len(inputs)
+            job.outcome.failures += len(inputs)
+            names = " and ".join(str(file.path) for file in [*inputs][:: max(1, len(inputs) - 1)])
+            text = f"{len(inputs)} pictures from {names}" if len(inputs) > 1 else names
+            job.warn(f"{text}: not written: the process ended {RETRIES + 1} times")
+    finally:
+        ray.shutdown()
+
+
+def list_rows(missing: Targets) -> list[dict[str, Any]]:
+    """Return the rows of a data set: a shard each, or a few pictures. Actors may have another working directory."""
+    absolute = [(replace(file, path=file.path.absolute()), names) for file, names in missing.items()]
+    pictures = [(file, names) for file, names in absolute if not file.is_shard]
+    inputs = [dict(pictures[start : start + PICTURES]) for start in range(0, len(pictures), PICTURES)]
+    inputs += [{file: names} for file, names in absolute if file.is_shard]
+    return [{"index": index, "inputs": pickle.dumps(part)} for index, part in enumerate(inputs)]
+
+
+class Actor:
+    """Writes the results of rows, in a process of Ray.
+
+    Args:
+        arguments: task, settings, folder of results and number of threads, pickled.
+    """
+
+    def __init__(self, arguments: bytes):
+        self.task, settings, self.output, self.workers = pickle.loads(arguments)
+        if self.task.settings != settings:
+            raise RuntimeError(
+                f"{self.task.op}: actors must run the model as the driver does, got {self.task.settings} instead of "
+                f"{settings}"
+            )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return what `Job.merge` takes."""
+        recorder, lines = Recorder(), list[str]()
+        job = Job(self.task, self.output, self.workers, recorder, lines.append)
+        job.write(pickle.loads(row["inputs"]))
+        return {"index": row["index"], "result": pickle.dumps((recorder, job.outcome, lines))}
