@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -36,6 +37,12 @@ COMMANDS = re.findall(r"^trace-fast .*$", "".join(SHELL), re.MULTILINE)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block_runs(block, tmp_path, monkeypatch):
     import diffusers
+
+    for package in re.findall(r"^import (datasets|pandas|ray)$", block, re.MULTILINE):
+        pytest.importorskip(package, reason=f"needs {package}: pip install {package}")
+    if "BatchEdges" in block:
+        pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'trace_fast[data]'")
+
     from skimage import data, io
     from tiny import pipeline
 
@@ -53,13 +60,17 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
 def test_command_runs(command, tmp_path):
     from skimage import data, io
 
-    (tmp_path / "photos").mkdir()
+    for folder in ("photos", "shards"):
+        (tmp_path / folder).mkdir()
     io.imsave(tmp_path / "photos" / "coffee.jpg", data.coffee())
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as archive:
+        archive.add(tmp_path / "photos" / "coffee.jpg", "coffee.jpg")
     program = Path(sys.executable).with_name("trace-fast")
     words = shlex.split(command)[1:]
     subprocess.run([program, *words], cwd=tmp_path, check=True)
     written = {path.name for path in (tmp_path / words[words.index("-o") + 1]).iterdir() if path.name[0] != "."}
-    assert written == {"coffee.png", "coffee_overlay.jpg", *["coffee_curve.png"] * ("--curve" in words)}
+    extras = {f"coffee_{kind}" for kind in ("overlay.jpg", "curve.png") if f"--{kind.partition('.')[0]}" in words}
+    assert written == ({"a.tar"} if "shards/" in words else {"coffee.png", *extras})
 
 
 def test_the_readme_is_short():

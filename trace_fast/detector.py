@@ -318,7 +318,7 @@ class Detector(EdgeModel):
 
         Example:
             >>> Detector.from_pretrained("mini", device="cpu").grid_edges(torch.rand(1, 3, 900, 1200)).shape
-            torch.Size([1, 1, 448, 592])
+            torch.Size([1, 1, 192, 256])
         """
         return self._detect([Photo(pixels, None)])[0]
 
@@ -333,8 +333,8 @@ class Detector(EdgeModel):
             (height, width) in pixels, the larger of what the network and the decoder see.
 
         Example:
-            >>> Detector.from_pretrained("mini", device="cpu", size=(96, 128)).view_size(900, 1200)
-            (112, 148)
+            >>> Detector.from_pretrained("mini", device="cpu").view_size(900, 1200)
+            (192, 256)
         """
         decoder_size = self.decoder.photo_size((height, width), self.size) or self.size
         return max(decoder_size[0], self.size[0]), max(decoder_size[1], self.size[1])

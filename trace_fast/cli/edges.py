@@ -56,7 +56,7 @@ def run_edges(
         bool,
         typer.Option(
             "--grid",
-            help="Write edges at the size of the student's output, in a third of the bytes and less time; "
+            help="Write edges at the size of the student's output, in about a quarter of the bytes; "
             "trace_fast.io.restore_edges enlarges them.",
         ),
     ] = False,
