@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +21,8 @@ from trace_fast.evaluation.data import open_dataset
 from trace_fast.evaluation.masks import mask_ap
 from trace_fast.evaluation.run import check_photos
 from trace_fast.io.visualize import write_png
+from trace_fast.masks.coco import read_annotations
+from trace_fast.training.data import list_photos
 
 
 @pytest.mark.parametrize(
@@ -91,3 +96,31 @@ ARRAY = np.array(["mini", "mini"])  # has no single truth
 def test_an_array_in_place_of_a_choice(name, call, tmp_path):
     with pytest.raises((TypeError, ValueError), match=rf"^\w+: {name} must be .*, got array"):
         call(tmp_path)
+
+
+LONG = "x" * 300  # more than a name of a file may have
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda tmp_path: trace_fast.load(LONG), "^load: model must be one of "),
+        (lambda tmp_path: trace_fast.evaluate(tmp_path, "sobel", truth=LONG), "^evaluate: data must hold ground truth"),
+        (lambda tmp_path: open_method(f"x=maps:{LONG}"), "^evaluate: method x must name a folder of maps"),
+        (lambda tmp_path: list_photos(Path(LONG)), "^photos must be a folder of image or tar files"),
+        (lambda tmp_path: read_annotations(write_panoptic_file(tmp_path)), r"(?s)^read_annotations: path .*got none$"),
+    ],
+    ids=["load", "truth", "maps", "photos", "panoptic"],
+)
+def test_a_name_that_is_too_long_is_that_of_no_file(call, message, tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        call(tmp_path)
+
+
+def write_panoptic_file(folder):
+    (folder / "a").mkdir()
+    image = {"id": 1, "file_name": "x.jpg", "height": 2, "width": 3}
+    segments = {"image_id": 1, "file_name": f"{LONG}.png", "segments_info": []}
+    path = folder / "a.json"
+    path.write_text(json.dumps({"images": [image], "annotations": [segments], "categories": []}))
+    return path

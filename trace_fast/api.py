@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def load_cached(
     check_stage(stage)
     name = str(model)
     times: tuple[int, ...] = ()
-    if name not in models() and Path(model).is_dir():
+    if name not in models() and os.path.isdir(model):
         folder = Path(model).resolve()
         files = [path for pattern in ("*.*", "*/*.*") for path in sorted(folder.glob(pattern)) if path.is_file()]
         name, times = str(folder), tuple(path.stat().st_mtime_ns for path in files)

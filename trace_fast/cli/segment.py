@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -140,7 +141,7 @@ def run_segment(
     if coco is not None or has_parquet:
         with refuse_failures():
             require("--coco" if coco is not None else "parquet", "pycocotools")
-    if edges is not None and not edges.is_dir():
+    if edges is not None and not os.path.isdir(edges):
         refuse(f"--edges must be a folder of edge maps, got '{edges}'")
     finder = choose_finder(model, stage, timestep, noising, device, size, dtype, offload, seed)
     if save_edges is not None:
@@ -199,7 +200,7 @@ def _check_label_files(masks: Path, file_kinds: list[str], files: list[InputFile
     from trace_fast.jobs.inputs import name_results
     from trace_fast.jobs.segments import find_label_file, read_labels
 
-    if not masks.is_dir():
+    if not os.path.isdir(masks):
         if len(files) != 1:
             refuse(f"--masks must be of one image, or a folder, got {len(files)}")
         with refuse_failures():

@@ -9,6 +9,7 @@ is not counted as a mistake. Where segments overlap, each keeps its whole outlin
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -224,8 +225,8 @@ def open_dataset(
     folder = Path(folder)
     truth_path = _find_truth(folder, truth)
     names = ["images", truth_path.stem.rpartition("_")[2]] if truth_path.suffix == ".json" else ["images"]
-    images = next((folder / name for name in names if (folder / name).is_dir()), folder)
-    files = sorted(path for path in images.iterdir() if is_picture(path.name)) if images.is_dir() else []
+    images = next((folder / name for name in names if os.path.isdir(folder / name)), folder)
+    files = sorted(path for path in images.iterdir() if is_picture(path.name)) if os.path.isdir(images) else []
     if truth_path.suffix == ".json":
         return _open_json(truth_path, images, files, skip_bad)
     return _open_folder(truth_path, images, files, tuple(ignore))
@@ -235,7 +236,7 @@ def _find_truth(folder: Path, truth: str | Path | None) -> Path:
     """Return the file or folder of ground truth, below `folder` or anywhere."""
     names = TRUTH_FOLDERS if truth is None else (str(truth),)
     for path in [folder / name for name in names] + ([] if truth is None else [Path(truth)]):
-        if path.exists():
+        if os.path.exists(path):
             return path
     if truth is None:
         files = {path.stem.partition("_")[2]: path for path in sorted(folder.glob("annotations/instances_*.json"))}
@@ -284,7 +285,7 @@ def _open_json(path: Path, images: Path, files: list[Path], skip_bad: bool) -> D
     photos = []
     for entry in annotations.images.values():
         image = images / entry.file_name
-        if not image.is_file():
+        if not os.path.isfile(image):
             problems.append(f"{entry.file_name}: no image in {images}")
             continue
         contours = functools.partial(_find_listed_contours, entry)
@@ -322,7 +323,9 @@ def _make_photo(name: str, image: Path | None, path: Path, ignore: tuple[int, ..
     """Make a photo of one file, or folder, of ground truth."""
     if path.suffix == ".mat":
         return Photo(name, image, path, functools.partial(_read_bsds, path))
-    read = functools.partial(_read_masks, path) if path.is_dir() else functools.partial(_read_labels, path, ignore)
+    read = (
+        functools.partial(_read_masks, path) if os.path.isdir(path) else functools.partial(_read_labels, path, ignore)
+    )
     number = int(name) if name.isdecimal() else 0
 
     def read_instances() -> coco.ImageInstances:
@@ -333,7 +336,7 @@ def _make_photo(name: str, image: Path | None, path: Path, ignore: tuple[int, ..
         return coco.encode_masks(stack, iscrowd=np.arange(len(stack)) >= len(masks), id=number, file_name=name)
 
     dependencies: tuple[Path | str, ...] = (f"ignored: {sorted(set(ignore))}",)
-    if path.is_dir():
+    if os.path.isdir(path):
         dependencies = tuple(sorted(file for file in path.iterdir() if is_picture(file.name)))
     return Photo(name, image, path, lambda: find_contours(*read()), read_instances, dependencies)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -131,7 +132,7 @@ def _open_detector(name: str, identity: str, detect: Callable[[np.ndarray], np.n
 
 def _open_maps(name: str, folder: Path, *, suppress: bool) -> Method:
     """Return the method of a folder of maps."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"evaluate: method {name} must name a folder of maps, got '{folder}'")
 
     def find_file(photo: Photo) -> Path:

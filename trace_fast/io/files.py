@@ -41,10 +41,10 @@ def write_atomically(path: str | os.PathLike[str], op: str) -> Iterator[BinaryIO
         ...     file.write(b"{}")
     """
     path = Path(path)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise FileNotFoundError(f"{op}: path must be in an existing folder, got '{path}'")
     part = path.with_name(f".{secrets.token_hex(8)}.part")
-    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
+    mode = stat.S_IMODE(path.stat().st_mode) if os.path.isfile(path) else None
 
     def create(name: str, flags: int) -> int:
         # nobody else may read what replaces a private file, not even before it is complete

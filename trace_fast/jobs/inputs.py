@@ -92,9 +92,9 @@ def _list_input(op: str, source: str, output: Path | None, recursive: bool, list
             f"{op}: inputs must be images, got the video {source!r}; write its frames first, such as by: ffmpeg -i "
             f"{source} frames/%06d.jpg"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         listed.files += _list_folder(op, path, output, recursive, listed.left_out)
-    elif glob.has_magic(source) and not path.exists():
+    elif glob.has_magic(source) and not os.path.exists(path):
         files = [InputFile(name, Path(match)) for name, match in _match_pattern(source)]
         if not files:
             raise ValueError(f"{op}: inputs must be existing files, got the pattern {source!r}, which no file has")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -180,7 +181,7 @@ def find_label_file(masks: Path, name: str) -> Path | None:
         masks: file or folder.
         name: of the image's results.
     """
-    if not masks.is_dir():
+    if not os.path.isdir(masks):
         return masks
     paths = (masks / f"{name}{suffix}" for suffix in LABEL_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)

@@ -591,7 +591,7 @@ def _require_unique(value: int, others: Container[int], key: str = "id") -> int:
 
 def _find_png_problems(image: ImageSegments) -> list[str]:
     """List the problems of the PNG of an image."""
-    if not image.png.is_file():
+    if not os.path.isfile(image.png):
         return [f"{image.png.name} must be a file of the folder, got none"]
     try:
         ids = image.segment_map()

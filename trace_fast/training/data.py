@@ -70,7 +70,7 @@ def list_photos(folder: Path) -> list[PhotoFile]:
         FileNotFoundError: the folder does not exist.
         ValueError: there is no photo in it, or a tar file is damaged.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"photos must be a folder of image or tar files, got {str(folder)!r}")
     photos: list[PhotoFile] = []
     others: list[Path] = []  # files that are no photos

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ class PretrainConfig:
                 f"pretrain: scenes_share and collages must be at most 1 together, got {self.scenes_share} and "
                 f"{self.collages}"
             )
-        if self.init_from is not None and not (self.init_from / WEIGHTS).is_file():
+        if self.init_from is not None and not os.path.isfile(self.init_from / WEIGHTS):
             raise FileNotFoundError(f"pretrain: init_from must be a folder with {WEIGHTS}, got '{self.init_from}'")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def check_base(source: Source) -> None:
         raise ValueError(
             f"load: model must be a base model for the search, got the student {source.name!r}; load it with stage=2"
         )
-    if Path(source.name).is_file():
+    if os.path.isfile(source.name):
         raise ValueError(f"load: model must be a folder, got the file {source.name!r}; name the folder that it is in")
     if source.kind is Kind.UNKNOWN:
         raise ValueError(

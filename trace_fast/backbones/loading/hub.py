@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Files:
     @property
     def is_folder(self) -> bool:
         """Whether these are the files of a folder."""
-        return Path(self.location).is_dir()
+        return os.path.isdir(self.location)
 
     @property
     def hub_options(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def hub_errors(name: str, location: str) -> Iterator[None]:
 
 def explain_hub_error(name: str, location: str, error: OSError) -> Exception:
     """Return the error that says what to do about an error of the hub or of a folder."""
-    if Path(location).is_dir():
+    if os.path.isdir(location):
         return ValueError(incomplete(location, str(error)))
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -78,14 +79,14 @@ def find_source(model: str | Path, *, revision: str | None = None, local_files_o
     if model in embedded_models():
         return folder_source(name, EMBEDDED / name)
     if isinstance(model, str) and model in MODELS:
-        if Path(model).is_dir():
+        if os.path.isdir(model):
             warnings.warn(
                 f"load: model {model!r} is taken as the name of a model, not as the folder; './{model}' is the folder",
                 stacklevel=2,
             )
         kind = Kind.ENCODER if MODELS[model].encoder else Kind.PIPELINE
         return Source(name, kind, Files(MODELS[model].repository, revision, local_files_only))
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return folder_source(name, Path(model))
     files = Files(name, revision, local_files_only)
     if not is_repository(model):
@@ -96,7 +97,7 @@ def find_source(model: str | Path, *, revision: str | None = None, local_files_o
 
 def is_repository(model: str | Path) -> bool:
     """Return whether a model can only be a repository of the hub: neither a known name nor a folder or file."""
-    known = model in embedded_models() or model in MODELS or Path(model).exists()
+    known = model in embedded_models() or model in MODELS or os.path.exists(model)
     return isinstance(model, str) and not known and REPOSITORY.fullmatch(model) is not None
 
 
