@@ -76,8 +76,9 @@ sanitize: build ## run the native core with the address and undefined-behavior s
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)"; \
 	for threads in 1 2; do \
 	  OMP_NUM_THREADS=$$threads $(BIN)/pytest \
-	    tests/test_attention.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py tests/test_regions.py \
-	    -x -s -k '(native or contours) and not large' || exit 1; \
+	    tests/test_attention.py tests/test_attend.py tests/test_readout.py tests/test_divergence.py tests/test_contours.py \
+	    tests/test_hierarchy.py tests/test_regions.py \
+	    -x -s -k '(native or contours or attend or hierarchy) and not large' || exit 1; \
 	done; \
 	$(BIN)/python tests/fuzz/run.py --target ops --inputs 1000 --seed 0
 
