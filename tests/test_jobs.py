@@ -327,6 +327,13 @@ class TestPictures:
             assert call("edges", "in").stdout == "3 of 3 written to out\n"
             assert len(list_tree("out")) == count
 
+    def test_a_bad_image_does_not_end_the_other_processes_of_torchrun(self, call, tmp_path, monkeypatch):
+        (tmp_path / "in" / "3.jpg").write_bytes(b"")
+        assert call("edges", "in").exit_code == 1
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        result = call("edges", "in")
+        assert result.exit_code == 0 and "in/3.jpg: edges: image must be" in result.stderr
+
     @pytest.mark.parametrize("part", ["1", "2/2", "-1/2", "a/b"])
     def test_parts_that_do_not_exist(self, call, part):
         result = call("edges", "in", "--part", part)

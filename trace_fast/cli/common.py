@@ -290,7 +290,8 @@ def run(
             finish(outcome)
     earlier = f", {outcome.earlier} of them by an earlier run" if outcome.earlier else ""
     typer.echo(f"{outcome.images - outcome.failures} of {outcome.images} written to {output}{earlier}")
-    if outcome.failures:
+    # torchrun ends the processes of all parts when that of one has failed
+    if outcome.failures and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise typer.Exit(1)
 
 
