@@ -17,10 +17,11 @@ from PIL import Image
 from tiny import embedded, student
 from torch.testing import assert_close
 
-from trace_fast import Tracer
+from trace_fast import TraceOutput, Tracer
+from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.masks import read_results
 from trace_fast.page import analysis
-from trace_fast.page.analysis import Levels, Models
+from trace_fast.page.analysis import Models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -39,7 +40,7 @@ def photo():
 
 @pytest.fixture(scope="module")
 def levels(tracer, photo):
-    return analysis.measure_levels(tracer, photo)
+    return measure_levels(tracer, photo)
 
 
 def test_levels_are_those_of_the_search(tracer, photo, levels):
@@ -54,7 +55,7 @@ def test_levels_are_those_of_the_search(tracer, photo, levels):
 def test_levels_of_a_search_for_the_peak(photo, tmp_path):
     tracer = Tracer.from_pretrained(embedded(tmp_path), device="cpu")
     tracer.backbone.settings = replace(tracer.backbone.settings, timestep="iep")
-    levels = analysis.measure_levels(tracer, photo)
+    levels = measure_levels(tracer, photo)
     assert levels.read == levels.peak
     assert int(tracer(photo).timestep) == levels.timesteps[levels.peak]
 
@@ -67,7 +68,7 @@ def test_a_timestep_is_described(levels):
 
 
 def test_an_encoder_has_one_level_and_no_peak(levels):
-    output = analysis.TraceOutput(
+    output = TraceOutput(
         edges=torch.zeros(1, 1, 4, 6),
         timestep=torch.tensor([0]),
         timesteps=torch.tensor([0]),
@@ -82,8 +83,8 @@ def test_an_encoder_has_one_level_and_no_peak(levels):
 
 
 def test_a_level_is_drawn_as_edge_probability(levels):
-    assert analysis.draw_level(levels, 3).size == (16, 12)
-    picture = np.asarray(analysis.draw_level(levels, 0, (40, 60)))
+    assert draw_level(levels, 3).size == (16, 12)
+    picture = np.asarray(draw_level(levels, 0, (40, 60)))
     assert picture.shape == (40, 60)
     assert_close(torch.from_numpy(picture / 255.0).float(), levels.output.edges[0, 0], atol=0.003, rtol=0)
 

@@ -11,6 +11,7 @@ import typer
 
 import trace_fast.cli.waiting  # noqa: F401, isort: skip (before torch)
 from trace_fast.cli.backends import run_backends
+from trace_fast.cli.check import run_check
 from trace_fast.cli.demo import run_demo
 from trace_fast.cli.distill import run_distill
 from trace_fast.cli.edges import run_edges
@@ -40,6 +41,7 @@ app.command("distill")(run_distill)
 app.command("pretrain")(run_pretrain)
 app.command("scenes")(run_scenes)
 app.command("models")(run_models)
+app.command("check")(run_check)
 app.command("backends")(run_backends)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from trace_fast.io import visualize
 from trace_fast.io.images import read_image
+from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.masks import instances
-from trace_fast.page.analysis import Levels, Models, draw_attention, draw_level, measure_levels, write_files
+from trace_fast.page.analysis import Models, draw_attention, write_files
 
 __all__ = ["Page", "serve"]
 
