@@ -30,9 +30,11 @@ def check(query, key, value, scale=None):
     sums, map_only = before.clone(), before.clone()
     result = ops.attend(query, key, value, sums, 0.3, scale)
     assert result.dtype == query.dtype
-    # a rounded logit of size L changes probabilities by up to L eps / 4: see test_attention
+    # a rounded logit of size L changes probabilities by up to L eps / 4: see test_attention. A logit is a sum of
+    # products, one after the other here, whose rounding grows with the root of their number
     largest = float((query.double() @ key.double().mT).abs().max())
-    magnitude = largest * (query.shape[-1] ** -0.5 if scale is None else abs(scale)) / 4
+    steps = max(1.0, query.shape[-1] ** 0.5 / 4)
+    magnitude = steps * largest * (query.shape[-1] ** -0.5 if scale is None else abs(scale)) / 4
     assert_no_worse(result.float(), *mixed, magnitude=magnitude * float(value.abs().max()))
     assert_no_worse(sums, *total, magnitude=magnitude)
     ops.accumulate_attention(map_only, query, key, 0.3, scale)
