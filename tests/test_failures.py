@@ -31,6 +31,8 @@ from trace_fast.training.data import list_photos
         (OverflowError("Python int too large to convert to C long"), "Python int too large to convert to C long"),
         (ZeroDivisionError("integer modulo by zero"), "integer modulo by zero"),
         (MemoryError(), "MemoryError"),
+        (KeyError("heads"), "KeyError: 'heads'"),
+        (AttributeError("no attribute 'heads'"), "no attribute 'heads'"),
         (SafetensorError("header too large"), "header too large"),
     ],
 )

@@ -10,7 +10,17 @@ from safetensors import SafetensorError
 __all__ = ["FAILURES", "describe", "is_out_of_memory"]
 
 # reported in one line, without a traceback
-FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+FAILURES = (
+    ArithmeticError,
+    AttributeError,  # a network whose configuration does not fit its code, as the next
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
 
 
@@ -25,7 +35,8 @@ def describe(error: BaseException) -> str:
         >>> describe(ValueError("cannot identify <_io.BytesIO object at 0x7f3a>"))
         'cannot identify <_io.BytesIO>'
     """
-    return ADDRESS.sub("", str(error)) or type(error).__name__
+    text, kind = ADDRESS.sub("", str(error)), type(error).__name__
+    return f"{kind}: {text}" if isinstance(error, LookupError) else text or kind  # a key alone says little
 
 
 def is_out_of_memory(error: BaseException) -> bool:
