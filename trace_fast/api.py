@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,49 @@ from trace_fast.io.images import check_channel_order, check_output_type, convert
 from trace_fast.model import EdgeModel
 from trace_fast.tracer import Tracer
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trace_fast.io.images import Picture, PictureLike
+
 __all__ = ["edges", "load"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `load` that do not decide what it returns."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    size: tuple[int, int] | None
+    offload: str | None
+    revision: str | None
+    variant: str | None
+    local_files_only: bool
+    channel_order: str | None
+
+
+class EdgesOptions(TypedDict, total=False):
+    """Keyword arguments of `edges` that do not decide what it returns."""
+
+    model: Any
+    stage: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    size: tuple[int, int] | None
+    seed: int
+    channel_order: str | None
+
+
+@overload
+def load(model: Any = "mini", *, stage: Literal[1], **options: Unpack[LoadOptions]) -> Tracer: ...
+
+
+@overload
+def load(model: Any = "mini", *, stage: Literal[2], **options: Unpack[LoadOptions]) -> Detector: ...
+
+
+@overload
+def load(model: Any = "mini", *, stage: int | None = None, **options: Unpack[LoadOptions]) -> Tracer | Detector: ...
 
 
 def load(
@@ -129,6 +171,30 @@ def check_stage(stage: Any) -> None:
     """Refuse a stage that is not 1, 2 or None."""
     if not (stage is None or (isinstance(stage, int) and not isinstance(stage, bool) and stage in (1, 2))):
         raise ValueError(f"load: stage must be 1, 2 or None, got {stage!r}")
+
+
+@overload
+def edges(image: Tensor, *, output_type: None = None, **options: Unpack[EdgesOptions]) -> Tensor: ...
+
+
+@overload
+def edges(image: PictureLike, *, output_type: None = None, **options: Unpack[EdgesOptions]) -> np.ndarray: ...
+
+
+@overload
+def edges(
+    image: list[Tensor] | tuple[Tensor, ...], *, output_type: None = None, **options: Unpack[EdgesOptions]
+) -> list[Tensor]: ...
+
+
+@overload
+def edges(
+    image: list[Picture] | tuple[Picture, ...], *, output_type: None = None, **options: Unpack[EdgesOptions]
+) -> list[np.ndarray]: ...
+
+
+@overload
+def edges(image: Any, *, output_type: str | None = None, **options: Unpack[EdgesOptions]) -> Any: ...
 
 
 def edges(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
 import torch
 from safetensors.torch import save
@@ -43,11 +43,24 @@ from trace_fast.io.images import (
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from trace_fast.io.images import Picture, PictureLike
+
 __all__ = ["Detector"]
 
 BATCH = 8  # images of a list that share a pass, at most
 PIXELS = BATCH * 512**2  # pixels of a pass, at most, as the network or its decoder sees them
 MOST_SCALE = 1000  # of an adapter, whose factor is about 1
+
+
+class DetectorOptions(TypedDict, total=False):
+    """Keyword arguments of a call of `Detector` that do not decide what it returns."""
+
+    detect_resolution: int | None
+    image_resolution: int | None
+    channel_order: str | None
 
 
 class Detector(EdgeModel):
@@ -230,6 +243,25 @@ class Detector(EdgeModel):
         compiled: Any = torch.compile(student, mode=mode)
         self._forward = OneThread(compiled) if self.device.type == "cuda" else compiled
         return self
+
+    @overload
+    def __call__(self, image: Tensor, **options: Unpack[DetectorOptions]) -> Tensor: ...
+
+    @overload
+    def __call__(self, image: PictureLike, **options: Unpack[DetectorOptions]) -> np.ndarray: ...
+
+    @overload
+    def __call__(
+        self, image: list[Tensor] | tuple[Tensor, ...], **options: Unpack[DetectorOptions]
+    ) -> list[Tensor]: ...
+
+    @overload
+    def __call__(
+        self, image: list[Picture] | tuple[Picture, ...], **options: Unpack[DetectorOptions]
+    ) -> list[np.ndarray]: ...
+
+    @overload
+    def __call__(self, image: Any, *arguments: Any, **options: Any) -> Any: ...
 
     def __call__(
         self,

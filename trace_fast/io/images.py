@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from trace_fast.ops import checks
 if TYPE_CHECKING:
     from PIL import Image
 
+    # one image whose edges are an array
+    PictureLike = str | os.PathLike[str] | Image.Image | np.ndarray
     # one image, or a (B, C, H, W) tensor of several
-    ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+    ImageLike = PictureLike | Tensor
+    Picture = TypeVar("Picture", bound=PictureLike)  # of lists
 
 __all__ = [
     "CHANNEL_ORDERS",
