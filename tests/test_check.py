@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from trace_fast import Tracer
-from trace_fast import check as module
-from trace_fast.check import check
+from trace_fast import model_check as module
 from trace_fast.cli import app
+from trace_fast.model_check import check
 
 pytest.importorskip("skimage", reason="needs scikit-image: pip install 'trace_fast[eval]'")
 

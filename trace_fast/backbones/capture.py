@@ -99,7 +99,8 @@ class Capture:
         attend: called as attend(index, query, key, value, first) in the place of a module's attention and of
             `on_attention`, where one pass does the work of both (`AttentionCall`), with all tokens that attention
             receives and the position of the image's first; returns what `ops.attend` does, or None to leave the call to
-            the network, whose output then stays the same bit for bit. None leaves all calls.
+            the network, whose output then stays the same bit for bit. None leaves all calls, as does a network that is
+            compiled.
 
     Attributes:
         obstacles: for each block that is read why its last call gave no log-sum-exp, in words that follow "it"; None
@@ -120,7 +121,8 @@ class Capture:
         modules, grids = backbone.attentions(), backbone.grids(backbone.settings.size)
         chosen = range(len(modules)) if blocks is None else blocks
         self.backbone = backbone
-        self.on_attention, self.attend = on_attention, attend
+        # of a compiled network torch runs some calls as graphs and others not: all must round alike
+        self.on_attention, self.attend = on_attention, None if is_compiled(backbone.network) else attend
         self.modules = [modules[block] for block in chosen]
         self.tokens = [math.prod(grids[block]) for block in chosen]
         self.captured = [False] * len(self.modules)  # a count would make a compiled network be compiled anew
@@ -310,3 +312,8 @@ def network_lock(module: nn.Module) -> threading.RLock:
 def unwrap_compiled(module: Any) -> Any:
     """Return the module that `torch.compile` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module or a part of it is compiled."""
+    return any(part is not unwrap_compiled(part) or part._compiled_call_impl is not None for part in module.modules())

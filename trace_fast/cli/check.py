@@ -39,7 +39,7 @@ def run_check(
     with refuse_failures(), claim_folder(output, "check"):
         import torch
 
-        from trace_fast.check import check
+        from trace_fast.model_check import check
 
         precision = None if dtype is None else getattr(torch, dtype)
         report = check(model, output, device=device, size=parse_size(size), dtype=precision, offload=offload)
