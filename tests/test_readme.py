@@ -1,5 +1,6 @@
 """The pages are true: Python blocks and commands run; links and make targets exist; the README is short."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -119,3 +120,11 @@ def test_every_public_name_is_in_the_reference():
     covered = named.union(*(getattr(trace_fast, name).__all__ for name in whole))
     modules = {"ops", "training", "__version__"}  # twins of the reference's; the functions and their options
     assert sorted(set(trace_fast.__all__) - covered - modules) == []
+
+
+def test_the_card_of_the_embedded_student_has_the_scores_of_the_table():
+    card = (ROOT / "trace_fast" / "weights" / "mini" / "student" / "README.md").read_text()
+    stated = {name: float(value) for name, value in re.findall(r"\{type: (\w+), value: ([\d.]+)\}", card)}
+    report = json.loads((ROOT / "benchmarks" / "results" / "edges-inst.json").read_text())
+    measured = report["methods"]["mini"]
+    assert stated == {name: round(measured[name], 3) for name in ("ods", "ois", "ap", "cldice")}
