@@ -1,4 +1,4 @@
-"""What type checkers say about results: mypy runs on a few lines of a user."""
+"""Types of results as type checkers see them: mypy runs on a few lines of a user."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What the search measures of one image at every timestep: the KL curve, its peak t*, and ABDiv."""
+"""The measurements of the search at every timestep of one image: the KL curve, its peak t*, and ABDiv."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Levels", "draw_level", "measure_levels"]
 
 @dataclass(frozen=True)
 class Levels:
-    """What the search measures at every timestep of one image.
+    """The measurements of the search at every timestep of one image.
 
     Attributes:
         output: of the search: the KL curve, its peak t*, and all timesteps.

@@ -1,4 +1,4 @@
-"""`trace-fast check`: what a model does on the machine at hand, as a report that can be attached to an issue."""
+"""`trace-fast check`: the behavior of a model on the machine at hand, as a report that can be attached to an issue."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` measured.
+    """The measurements of `check`.
 
     Attributes:
         machine: versions, device and the backend of every op.

@@ -121,8 +121,9 @@ class Capture:
         modules, grids = backbone.attentions(), backbone.grids(backbone.settings.size)
         chosen = range(len(modules)) if blocks is None else blocks
         self.backbone = backbone
+        self.on_attention = on_attention
         # of a compiled network torch runs some calls as graphs and others not: all must round alike
-        self.on_attention, self.attend = on_attention, None if is_compiled(backbone.network) else attend
+        self.attend = attend if attend is not None and not is_compiled(backbone.network) else None
         self.modules = [modules[block] for block in chosen]
         self.tokens = [math.prod(grids[block]) for block in chosen]
         self.captured = [False] * len(self.modules)  # a count would make a compiled network be compiled anew

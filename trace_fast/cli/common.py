@@ -136,7 +136,7 @@ Overwrite = Annotated[
 Engine = Annotated[
     Literal["threads", "ray"],
     typer.Option(
-        help="What runs the job: threads of this process, or actors of Ray, on this machine or on the cluster that "
+        help="The engine of the job: threads of this process, or actors of Ray, on this machine or on the cluster that "
         "RAY_ADDRESS names, whose machines must have the files."
     ),
 ]

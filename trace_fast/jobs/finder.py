@@ -92,6 +92,15 @@ class EdgeFinder:
             return traced.edges, traced
         return model.edges(photo, seed=self.seed), None
 
+    def get_timestep(self, traced: TraceOutput | None) -> int | None:
+        """Return the timestep whose attention was read; None where it was searched and is not known.
+
+        Args:
+            traced: the second of the results of `find`.
+        """
+        timestep = self.loaded.timestep if traced is None else int(traced.timestep[0])
+        return timestep if isinstance(timestep, int) else None
+
     def describe(self) -> dict[str, Any]:
         """Return what edges depend on beside the image, for JSON; two models of one name differ in their weights."""
         model = self.loaded

@@ -42,7 +42,7 @@ class InputFile:
 
 @dataclass
 class Inputs:
-    """What a job reads.
+    """The files that a job reads, and what is left out.
 
     Attributes:
         files: pictures and shards, each once, those of a folder sorted by name.

@@ -155,8 +155,9 @@ class Manifest:
         os.close(self._file)
         if self.part.count == 1:
             self._own |= self.records.keys()
-        self._rewrite()
-        if not self._own:
+        if self._own:
+            self._rewrite()
+        else:
             self.path.unlink()
         if self.part.count == 1:
             for path in self._others:

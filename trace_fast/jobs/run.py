@@ -103,7 +103,7 @@ def take_result(name: str, future: Future[Result], raise_memory: bool) -> Result
 
 @dataclass
 class Outcome:
-    """What became of the inputs of a job.
+    """The counts and results of the inputs of a job.
 
     Attributes:
         images: those that were looked at, in this run or an earlier one.
@@ -211,7 +211,7 @@ def plan_targets(task: Task, files: list[InputFile], output: Path) -> Targets:
 
 
 class Recorder:
-    """What a job in another process would have written to the manifest."""
+    """The lines that a job in another process adds to the manifest, kept for the process that writes it."""
 
     def __init__(self) -> None:
         self.records: list[tuple[str, list[int], dict[str, Any]]] = []

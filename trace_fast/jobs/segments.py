@@ -22,7 +22,7 @@ from trace_fast.io.arrays import mask_areas
 from trace_fast.io.pictures import read_picture
 from trace_fast.jobs.errors import FAILURES, describe
 from trace_fast.jobs.finder import EdgeFinder
-from trace_fast.jobs.tasks import OVERLAY_FORMATS, Photo, Result, read_photo
+from trace_fast.jobs.tasks import Photo, Result, encode_overlay, read_photo
 from trace_fast.masks import MaskSet, instances, keep_visible, open_masks, paint_labels, propagate
 from trace_fast.masks.export import encode_palette
 from trace_fast.masks.formats.maps import find_void
@@ -49,7 +49,8 @@ class SegmentTask:
         min_area: area of the smallest mask, in pixels.
         exclusive: remove overlaps.
         bits: of each pixel of the label map, 8 or 16.
-        overlay: ending of pictures of the masks over their image, one of `OVERLAY_FORMATS`; None draws none.
+        overlay: ending of pictures of the masks over their image, as `trace_fast.jobs.tasks.encode_overlay` takes it;
+            None draws none.
         max_side: of the longer side of images, in pixels; larger ones are reduced before anything else.
         coco: keep the masks of all images, for a file of COCO results.
         has_masks: whether results have masks as RLE, which need pycocotools.
@@ -84,7 +85,7 @@ class SegmentTask:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What the results depend on beside the image."""
+        """The settings that the results depend on, for JSON."""
         own = asdict(self)
         for name in ("finder", "has_masks"):
             del own[name]
@@ -118,8 +119,7 @@ class SegmentTask:
                 raise ValueError(f"segment: edges must be of the image's size {size}, got {got} in '{self.edges}'")
             return edge_map, None
         edges, traced = self.finder.find(photo.pixels)
-        timestep = self.finder.loaded.timestep if traced is None else int(traced.timestep[0])
-        return edges[0, 0].cpu(), timestep if isinstance(timestep, int) else None
+        return edges[0, 0].cpu(), self.finder.get_timestep(traced)
 
     def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None]) -> Result:
         """Return the files and the masks of an image."""
@@ -134,9 +134,8 @@ class SegmentTask:
             mask_set, labels, void = self._find_masks(edge_map)
         files = {"png": encode_labels(labels, void, self.bits)}
         if self.overlay:
-            image_format, options = OVERLAY_FORMATS[self.overlay]
             picture = visualize.draw_masks(photo.pixels[0], mask_set.masks)
-            files[f"overlay.{self.overlay}"] = visualize.encode_picture(picture, image_format, **options)
+            files[f"overlay.{self.overlay}"] = encode_overlay(picture, self.overlay)
         records = make_records(mask_set) if self.has_masks else None
         return Result(name, photo.height, photo.width, files, records, timestep)
 

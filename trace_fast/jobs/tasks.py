@@ -1,4 +1,4 @@
-"""What is computed for each image of a job: edges and their pictures."""
+"""The task of a job, the steps from an image to its results, and the one that finds edges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trace_fast.jobs.finder import EdgeFinder
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["OVERLAY_FORMATS", "EdgesTask", "Photo", "Result", "Task", "read_photo"]
+__all__ = ["OVERLAY_FORMATS", "EdgesTask", "Photo", "Result", "Task", "encode_overlay", "read_photo"]
 
 ORIENTATION = 0x0112  # tag of EXIF
 
@@ -50,7 +50,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Result:
-    """What was computed for an image.
+    """The results of an image, or the reason why there are none.
 
     Attributes:
         name: of the image, without its ending where that is enough; its key in shards.
@@ -149,6 +149,17 @@ def read_photo(
     return Photo(pixels if view_size is not None else resize(pixels, (height, width)), height, width)
 
 
+def encode_overlay(picture: Image.Image, ending: str) -> bytes:
+    """Return the file of a picture over an image.
+
+    Args:
+        picture: of any mode that the format has.
+        ending: one of `OVERLAY_FORMATS`.
+    """
+    image_format, options = OVERLAY_FORMATS[ending]
+    return visualize.encode_picture(picture, image_format, **options)
+
+
 def lies_on_its_side(picture: Image.Image) -> bool:
     """Return whether the EXIF data of a picture exchange its height and width."""
     # damaged data are ignored
@@ -185,7 +196,7 @@ class EdgesTask:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What the results depend on beside the image."""
+        """The settings that the results depend on, for JSON."""
         if self.grid:
             self.finder.load_detector()
         own = {name: value for name, value in asdict(self).items() if name != "finder"}
@@ -205,22 +216,20 @@ class EdgesTask:
             detector = self.finder.load_detector()
             return detector.grid_edges(photo.pixels).cpu(), detector.timestep, None
         edges, traced = self.finder.find(photo.pixels, self.curve)
-        timestep = self.finder.loaded.timestep if traced is None else int(traced.timestep[0])
         plot = None
         if self.curve and traced is not None:
             file = io.BytesIO()
             visualize.plot_curve(traced).savefig(file, format="png", dpi=visualize.PLOT_DPI)
             plot = file.getvalue()
-        return edges.cpu(), timestep if isinstance(timestep, int) else None, plot
+        return edges.cpu(), self.finder.get_timestep(traced), plot
 
     def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None, bytes | None]) -> Result:
         """Return the files of an image."""
         edges, timestep, plot = computed
         files = {"png": visualize.encode_png(edges, self.bits)}
         if self.overlay:
-            image_format, options = OVERLAY_FORMATS[self.overlay]
             picture = visualize.draw_edges(photo.pixels[0], edges[0, 0])
-            files[f"overlay.{self.overlay}"] = visualize.encode_picture(picture, image_format, **options)
+            files[f"overlay.{self.overlay}"] = encode_overlay(picture, self.overlay)
         if plot is not None:
             files["curve.png"] = plot
         return Result(name, photo.height, photo.width, files, timestep=timestep)

@@ -36,7 +36,7 @@ Updates = dict[Any, Any]  # new values of components
 
 @dataclass
 class Session:
-    """What one visitor of the page has computed so far.
+    """The results of one visitor of the page so far.
 
     Attributes:
         name: of the photograph's file.
