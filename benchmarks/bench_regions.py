@@ -132,9 +132,9 @@ def make_transition(side, dtype):
     edges = make_walk(side)[1].to(dtype)
     places = torch.arange(side * side).view(side, side)
     rows, columns, values = [places.flatten()], [places.flatten()], [torch.ones(side * side, dtype=dtype)]
-    for dy, dx in reference.neighbor_steps(5):
+    for dy, dx in reference.regions.neighbor_steps(5):
         height, width, left = side - dy, side - abs(dx), max(-dx, 0)
-        window = [(y, left + x) for y, x in reference.path_pixels(dy, dx)]
+        window = [(y, left + x) for y, x in reference.regions.path_pixels(dy, dx)]
         path = torch.stack([edges[y : y + height, x : x + width] for y, x in window])
         here = places[:height, left : left + width].flatten()
         there = places[dy : dy + height, left + dx : left + dx + width].flatten()

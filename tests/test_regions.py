@@ -221,11 +221,11 @@ def test_corners_connect_only_with_connectivity_8(device):
 @pytest.mark.parametrize("step", [(dy, dx) for dy in range(6) for dx in range(-5, 6) if (dy, dx) > (0, 0)], ids=str)
 def test_path_is_a_line_of_pixels(step):
     dy, dx = step
-    pixels = reference.path_pixels(dy, dx)
+    pixels = reference.regions.path_pixels(dy, dx)
     assert {(0, 0), (dy, dx)} <= set(pixels)
     # the same from the other end, and for a mirrored step
     assert {(dy - y, dx - x) for y, x in pixels} == set(pixels)
-    assert {(y, -x) for y, x in reference.path_pixels(dy, -dx)} == set(pixels)
+    assert {(y, -x) for y, x in reference.regions.path_pixels(dy, -dx)} == set(pixels)
     for y, x in pixels:
         assert abs(dy * x - dx * y) / math.hypot(dy, dx) < 1
     # the path does not pass through a wall that is connected at corners: its rows overlap
@@ -712,7 +712,7 @@ def test_gpu_labels_on_the_cpu(bodies, connectivity, height, width, seed):
     roots = torch.empty(1, height, width, dtype=torch.int32)
     bodies.label(*addresses(barrier, order), height, width, connectivity == 8, 2, *addresses(roots))
     for result, expected in zip(
-        reference.number_roots(roots, barrier), reference.label_regions(barrier, connectivity), strict=True
+        reference.regions.number_roots(roots, barrier), reference.label_regions(barrier, connectivity), strict=True
     ):
         assert torch.equal(result, expected)
 
@@ -740,7 +740,7 @@ def test_gpu_neighbors_on_the_cpu(bodies):
 def test_gpu_walk_on_the_cpu(bodies, grid, radius):
     masks, edges = make_values(4, *grid), make_edges(*grid)
     start, powers = masks * (1 - edges), (1 - edges) ** 10
-    ahead = torch.tensor(reference.neighbor_steps(radius), dtype=torch.int32).view(-1, 2)
+    ahead = torch.tensor(reference.regions.neighbor_steps(radius), dtype=torch.int32).view(-1, 2)
     walked, affinities = torch.empty_like(masks), torch.empty(len(ahead), *grid)
     sizes = [ctypes.c_int64(size) for size in (len(ahead), *grid)]
     bodies.walk(*addresses(start, powers, ahead), *sizes, 2, *addresses(affinities, walked))

@@ -65,7 +65,7 @@ def spread_values(values: Tensor, size: Grid, target: Grid) -> Tensor:
     if size == target:
         return values
     down, across = (bilinear(*pair, like=values) for pair in zip(size, target, strict=True))
-    sums_down, sums_across = reference.bilinear_sums(size, target, values)
+    sums_down, sums_across = reference.attention.bilinear_sums(size, target, values)
     spread = torch.einsum("Hh,HWc,Ww->hwc", down, values.unflatten(0, target), across)
     return (spread / (sums_down[:, None] * sums_across)[..., None]).flatten(0, 1)
 

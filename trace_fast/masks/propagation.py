@@ -24,7 +24,7 @@ from trace_fast.masks.formats import MaskSet, keep_visible, open_masks
 from trace_fast.masks.formats.base import read_classes
 from trace_fast.masks.hierarchy import Hierarchy, Nodes
 from trace_fast.ops import checks
-from trace_fast.reference import STRENGTHS, whole_strengths
+from trace_fast.reference.hierarchy import STRENGTHS, whole_strengths
 
 __all__ = ["Seeds", "instances", "propagate", "seeds"]
 

@@ -390,8 +390,8 @@ def _(
 
 @cache_constants(maxsize=64)
 def _bilinear_sums(size: tuple[int, int], target: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `reference.bilinear_sums` in float32, cached: they are the same at every timestep."""
-    return reference.bilinear_sums(size, target, torch.empty(0, dtype=torch.float32, device=device))
+    """Return `reference.attention.bilinear_sums` in float32, cached: they are the same at every timestep."""
+    return reference.attention.bilinear_sums(size, target, torch.empty(0, dtype=torch.float32, device=device))
 
 
 @torch.library.custom_op("trace_fast::readout", mutates_args=())

@@ -128,7 +128,7 @@ def merge_masks(masks: Tensor, iou: float = 0.5, scores: Tensor | None = None) -
     groups = _merge_masks(masks, float(iou))
     unions = int(groups.max()) + 1 if len(groups) else 0
     merged = _unite_masks(masks, groups, unions)
-    return merged, groups, None if scores is None else reference.highest(scores, groups, unions)
+    return merged, groups, None if scores is None else reference.regions.highest(scores, groups, unions)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
@@ -147,7 +147,7 @@ def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     inputs = barrier.data_ptr(), batch, height, width, diagonal
     if barrier.is_cuda:
         _C.cuda.label_roots(*inputs, labels.data_ptr(), _queue(barrier.device))
-        return reference.number_roots(labels, barrier)
+        return reference.regions.number_roots(labels, barrier)
     counts = barrier.new_empty(batch, dtype=torch.int32)
     _C.cpu.label_regions(*inputs, labels.data_ptr(), counts.data_ptr(), dispatch.count_threads())
     return labels.to(device), counts.to(device)
@@ -213,8 +213,8 @@ def _walk_on_cuda(masks: Tensor, edges: Tensor, radius: int, beta: float, steps:
 
 @cache_constants(maxsize=8)
 def _neighbor_steps(radius: int, device: torch.device) -> Tensor:
-    """Return `reference.neighbor_steps`, (K, 2) int32, cached on the device."""
-    return torch.tensor(reference.neighbor_steps(radius), dtype=torch.int32, device=device).view(-1, 2)
+    """Return `reference.regions.neighbor_steps`, (K, 2) int32, cached on the device."""
+    return torch.tensor(reference.regions.neighbor_steps(radius), dtype=torch.int32, device=device).view(-1, 2)
 
 
 @_random_walk.register_fake
@@ -229,7 +229,7 @@ def _merge_masks(masks: Tensor, iou: float) -> Tensor:
 
     device, masks, (count, height, width) = masks.device, dispatch.for_core(masks), masks.shape
     if masks.is_cuda:
-        return reference.group_masks(masks, iou, _shared_on_cuda)
+        return reference.regions.group_masks(masks, iou, _shared_on_cuda)
     groups = masks.new_empty(count, dtype=torch.int64)
     _C.cpu.merge_masks(masks.data_ptr(), count, height, width, iou, groups.data_ptr(), dispatch.count_threads())
     return groups.to(device)
