@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from trace_fast.api import load
 from trace_fast.cli import app
-from trace_fast.io.claims import claim_folder
+from trace_fast.io.claims import CLAIM, claim_folder
 from trace_fast.io.images import read_image, resize, restore_edges
 from trace_fast.jobs.errors import describe, is_out_of_memory
 from trace_fast.jobs.inputs import list_inputs, name_results
@@ -165,7 +165,7 @@ class TestManifest:
 
     def test_files_of_other_origin_are_refused(self, tmp_path):
         (tmp_path / "a.png").touch()
-        with pytest.raises(ValueError, match=r"got '.*a.png' from elsewhere; --overwrite replaces it"):
+        with pytest.raises(ValueError, match=r"got '.*a.png', which is from elsewhere or damaged; --overwrite"):
             Manifest(tmp_path, self.SETTINGS, "edges", ["b.png", "a.png"])
         with open_manifest(tmp_path, self.SETTINGS, "edges", ["a.png"], overwrite=True) as manifest:
             manifest.add("a", [1, 2])
@@ -181,6 +181,78 @@ class TestManifest:
         assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
         with open_manifest(tmp_path, self.SETTINGS, "edges") as manifest:
             assert manifest.find("image 1", [1, 2], [])
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda line: b"",
+            lambda line: line[:20],
+            lambda line: b"\0" * len(line),
+            lambda line: b"[1]",
+            lambda line: b"[" * 100_000,
+            lambda line: b'{"name": "a"}',
+            lambda line: line.replace(b'"images": 1', b'"images": -5'),
+            lambda line: line.replace(b'"images": 1', b'"images": NaN'),
+            lambda line: line.replace(b'"name": "a"', b'"name": ["a"]'),
+        ],
+    )
+    def test_damaged_lines_do_not_count(self, tmp_path, damage):
+        with open_manifest(tmp_path, self.SETTINGS, "edges") as manifest:
+            for name in ("a", "b"):
+                manifest.add(name, [1, 2], images=1, failures=0)
+        content = (tmp_path / MANIFEST).read_bytes()
+        settings, first, second, _ = content.split(b"\n")
+        (tmp_path / MANIFEST).write_bytes(b"\n".join((settings, damage(first), second, b"")))
+        with open_manifest(tmp_path, self.SETTINGS, "edges") as manifest:
+            assert manifest.find("a", [1, 2], []) is None
+            assert manifest.find("b", [1, 2], []) == {"name": "b", "stamp": [1, 2], "images": 1, "failures": 0}
+            manifest.add("a", [1, 2], images=1, failures=0)
+        assert (tmp_path / MANIFEST).read_bytes() == content
+
+    @pytest.mark.parametrize("settings", [b"", b"\xff\xfe", b"[1]", b"{}", b'{"settings": {}, "hash": "0"}'])
+    def test_damaged_settings_are_refused(self, tmp_path, settings):
+        (tmp_path / MANIFEST).write_bytes(settings + b'\n{"name": "a"}\n')
+        with pytest.raises(ValueError, match=r"\.trace-fast\.jsonl', which is from elsewhere or damaged; --overwrite"):
+            Manifest(tmp_path, self.SETTINGS, "edges")
+        Manifest(tmp_path, self.SETTINGS, "edges", overwrite=True).close()
+
+    def test_parts_that_begin_with_other_settings_are_refused(self, tmp_path):
+        with open_manifest(tmp_path, self.SETTINGS, "edges", part=Part(1, 2)):  # has done nothing yet
+            for part in (Part(0, 2), Part()):
+                with pytest.raises(ValueError, match=r"got settings\.bits 8 instead of 16"):
+                    Manifest(tmp_path, {**self.SETTINGS, "bits": 16}, "edges", part=part)
+            assert [path.name for path in tmp_path.glob("*.jsonl")] == [".trace-fast-1.jsonl"]
+
+    def test_parts_that_begin_at_the_same_time(self, tmp_path, monkeypatch):
+        rewrite, others = Manifest._rewrite, []
+
+        def rewrite_late(manifest):
+            if not others:
+                others.append(None)
+                others.append(Manifest(tmp_path, {**self.SETTINGS, "bits": 16}, "edges", part=Part(1, 2)))
+            rewrite(manifest)
+
+        monkeypatch.setattr(Manifest, "_rewrite", rewrite_late)
+        with pytest.raises(ValueError, match=r"got settings\.bits 16 instead of 8"):
+            Manifest(tmp_path, self.SETTINGS, "edges", part=Part(0, 2))
+        others[1].close()
+        assert not list(tmp_path.iterdir())
+
+    def test_a_run_of_all_parts_is_alone(self, tmp_path):
+        with (
+            open_manifest(tmp_path, self.SETTINGS, "edges", part=Part(11, 12)),
+            pytest.raises(RuntimeError, match="no other run writes to"),
+            open_manifest(tmp_path, self.SETTINGS, "edges", overwrite=True),
+        ):
+            pass
+        with open_manifest(tmp_path, self.SETTINGS, "edges"):
+            assert [path.name for path in tmp_path.glob("*.lock")] == [CLAIM]
+
+    def test_names_that_are_too_long_are_those_of_no_file(self, tmp_path):
+        name = "a" * 300
+        manifest = Manifest(tmp_path, self.SETTINGS, "edges", [name])
+        manifest.add("a", [1, 2])
+        assert manifest.find("a", [1, 2], [name]) is None
 
     def test_each_part_has_a_claim(self, tmp_path):
         with claim_folder(tmp_path, "edges", 1), claim_folder(tmp_path, "edges"):

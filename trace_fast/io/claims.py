@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-__all__ = ["CLAIM", "claim_folder", "remove_parts"]
+__all__ = ["CLAIM", "claim_folder", "list_claims", "remove_parts"]
 
 CLAIM = ".trace-fast.lock"  # has the number of the process that writes to its folder
 ATTEMPTS = 10  # to lock a file that others remove meanwhile
@@ -58,7 +58,7 @@ def claim_folder(folder: str | os.PathLike[str], op: str, part: int = 0) -> Iter
         ...     Path("out", "a.txt").write_text("complete")
         8
     """
-    path = Path(folder, CLAIM if part == 0 else CLAIM.replace(".lock", f"-{part}.lock"))
+    path = Path(folder, _name_claim(part))
     name, owner = os.path.join(os.path.realpath(folder), path.name), os.getpid()
     with _guard:
         if name in _claimed:
@@ -77,6 +77,26 @@ def claim_folder(folder: str | os.PathLike[str], op: str, part: int = 0) -> Iter
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                 os.close(file)
+
+
+def list_claims(folder: str | os.PathLike[str]) -> list[int]:
+    """Return the parts above 0 of a folder that are claimed, and those that were when their process was killed.
+
+    Args:
+        folder: it exists.
+
+    Example:
+        >>> list_claims(".")
+        []
+    """
+    stem, ending = _name_claim("*").split("*")
+    numbers = (path.name.removeprefix(stem).removesuffix(ending) for path in Path(folder).glob(_name_claim("*")))
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def _name_claim(part: int | str) -> str:
+    """Return the name of the file of a claim; the first part has no number."""
+    return CLAIM if part == 0 else CLAIM.replace(".lock", f"-{part}.lock")
 
 
 def _describe_refusal(op: str, folder: str | os.PathLike[str], process: str) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from trace_fast.io.claims import claim_folder
+from trace_fast.io.claims import claim_folder, list_claims
 from trace_fast.io.files import write_atomically
 from trace_fast.training.state import require_same
 
 __all__ = ["ALONE", "MANIFEST", "Manifest", "Part", "find_part", "open_manifest"]
 
 MANIFEST = ".trace-fast.jsonl"  # one line of settings, and one for each input that is done
+HASH = "hash"  # of a line
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def find_part(environment: Mapping[str, str] = os.environ) -> Part:
 class Manifest:
     """The record of a folder of results.
 
-    A line is added when an input is done, and the file is written in order at the end. A process that is killed leaves
-    at most its last line incomplete, which does not count. Processes that share a folder have a file each.
+    A line is added when an input is done, and the file is written in order at the end. Each line has a hash of its
+    content: an incomplete one, which a process that is killed may leave, and a damaged one do not count. Processes that
+    share a folder have a file each.
 
     Args:
         folder: of the results; it exists.
@@ -70,7 +73,7 @@ class Manifest:
         overwrite: forget what was done before.
 
     Raises:
-        ValueError: the folder holds results of other settings, or it has no manifest and one of the targets is there.
+        ValueError: the folder holds results of other settings, or of an unknown origin.
         OSError: the folder cannot be read or written to.
     """
 
@@ -85,39 +88,64 @@ class Manifest:
     ):
         self.folder, self.op, self.part = folder, op, part
         self.path = folder / name_manifest(part.index)
-        self.settings = json.dumps({"settings": settings}, sort_keys=True)
+        self.settings = {"settings": settings}
         self.records: dict[str, dict[str, Any]] = {}
         self._own: set[str] = set()
-        paths = sorted(folder.glob(name_manifest("*")))
-        self._others = [path for path in paths if path != self.path]
         if not overwrite:
-            for path in paths:
-                self._read(path)
-            if not paths and (name := next((name for name in targets if (folder / name).exists()), None)):
-                raise ValueError(
-                    f"{op}: output must be a folder whose files this command has written, got '{folder / name}' from "
-                    "elsewhere; --overwrite replaces it"
-                )
+            if os.path.lexists(self.path):
+                self._read(self.path)
+            elif not self._list_others():
+                for path in (folder / name for name in targets):
+                    if os.path.exists(path):
+                        self._refuse_origin(path)
         self._rewrite()
+        # other parts may begin at the same time: of any two, one reads the settings of the other
+        self._others = self._list_others()
+        if not overwrite:
+            self._read_others()
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def _list_others(self) -> list[Path]:
+        """Return the files of other parts."""
+        return sorted(path for path in self.folder.glob(name_manifest("*")) if path != self.path)
+
+    def _read_others(self) -> None:
+        """Read the files of other parts, and leave no own one where they are refused."""
+        try:
+            for path in self._others:
+                self._read(path)
+        except BaseException:
+            if not self._own:
+                self.path.unlink()
+            raise
 
     def _read(self, path: Path) -> None:
         """Read the complete lines of a file, and refuse one of other settings."""
-        lines = path.read_bytes().split(b"\n")[:-1]
-        if len(lines) > 1:  # where nothing was done, nothing depends on the settings
+        first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+        # where nothing was done, nothing depends on the settings; but another part may be at work
+        if lines or path != self.path:
+            if (settings := read_line(first)) is None:
+                self._refuse_origin(path)
             content = "results of the same model and options, or --overwrite must be given"
-            require_same(self.op, "output", content, lines[0].decode(), self.settings, path)
-        records = {record["name"]: record for record in map(json.loads, lines[1:])}
+            require_same(self.op, "output", content, json.dumps(settings), json.dumps(self.settings), path)
+        records = {record["name"]: record for line in lines if (record := read_line(line)) is not None}
         self.records |= records
         if path == self.path:
             self._own |= records.keys()
 
+    def _refuse_origin(self, path: Path) -> NoReturn:
+        """Refuse a file that no run has written."""
+        raise ValueError(
+            f"{self.op}: output must be a folder whose files this command has written, got '{path}', which "
+            "is from elsewhere or damaged; --overwrite replaces it"
+        )
+
     def _rewrite(self) -> None:
         """Write the settings and the records of this process, in order."""
         with write_atomically(self.path, self.op) as file:
-            file.write(f"{self.settings}\n".encode())
+            file.write(make_line(self.settings))
             for name in sorted(self._own):
-                file.write(f"{json.dumps(self.records[name], sort_keys=True)}\n".encode())
+                file.write(make_line(self.records[name]))
 
     def find(self, name: str, stamp: list[int], files: Iterable[str]) -> dict[str, Any] | None:
         """Return the record of an input that is done; None where it has changed, or a file of its results is gone.
@@ -130,7 +158,7 @@ class Manifest:
         record = self.records.get(name)
         if record is None or record["stamp"] != stamp:
             return None
-        return record if all((self.folder / file).is_file() for file in files) else None
+        return record if all(os.path.isfile(self.folder / file) for file in files) else None
 
     def add(self, name: str, stamp: list[int], **content: Any) -> None:
         """Record that an input is done; its results are complete.
@@ -144,7 +172,7 @@ class Manifest:
             OSError: the disk is full.
         """
         record = {"name": name, "stamp": stamp, **content}
-        line = f"{json.dumps(record, sort_keys=True)}\n".encode()
+        line = make_line(record)
         if os.write(self._file, line) != len(line):
             raise OSError(f"{self.op}: the disk must have room for the manifest, got too little in '{self.folder}'")
         self.records[name] = record
@@ -162,6 +190,25 @@ class Manifest:
         if self.part.count == 1:
             for path in self._others:
                 path.unlink(missing_ok=True)
+
+
+def make_line(content: Mapping[str, Any]) -> bytes:
+    """Return a line of a manifest: JSON, with a hash of the content."""
+    return f"{json.dumps({**content, HASH: hash_content(content)}, sort_keys=True)}\n".encode()
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """Return the content of a line of a manifest; None where it is not as it was written."""
+    try:
+        content = json.loads(line)
+        return content if content.pop(HASH) == hash_content(content) else None
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):  # another kind of JSON, or none
+        return None
+
+
+def hash_content(content: Mapping[str, Any]) -> str:
+    """Return a hash of what a line holds."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def name_manifest(index: int | str) -> str:
@@ -183,7 +230,11 @@ def open_manifest(
     Raises:
         RuntimeError: another run writes to the folder.
     """
-    with claim_folder(folder, op, part.index):
+    with ExitStack() as claims:
+        claims.enter_context(claim_folder(folder, op, part.index))
+        if part.count == 1:  # it replaces the files of all parts
+            for index in list_claims(folder):
+                claims.enter_context(claim_folder(folder, op, index))
         manifest = Manifest(folder, settings, op, targets, part, overwrite)
         try:
             yield manifest
