@@ -67,7 +67,7 @@ class TestDeclaration:
     def test_ops_and_reference_have_the_same_names(self):
         assert ops.__all__ is reference.__all__
         assert set(dispatch.CUDA_BACKENDS) == set(ops.__all__)
-        assert sorted(ops.__all__) == ops.__all__
+        assert len(set(ops.__all__)) == len(ops.__all__)
 
     @pytest.mark.parametrize("op", ops.__all__)
     def test_signatures_agree(self, op):
