@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tarfile
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from trace_fast.cli import app
 from trace_fast.evaluation.data import open_dataset
 from trace_fast.evaluation.run import check_photos
+from trace_fast.io.archives import list_pictures
 from trace_fast.io.folders import describe_left_out, is_litter, is_picture
 from trace_fast.jobs.inputs import list_inputs
 from trace_fast.training.data import list_photos
@@ -68,13 +70,42 @@ def test_training_counts_what_it_leaves_out(photos, capsys):
         list_photos(photos)
 
 
+def test_members_of_any_name_and_kind(tmp_path):
+    def add(archive, name, **attributes):
+        member = tarfile.TarInfo(name)
+        for attribute, value in attributes.items():
+            setattr(member, attribute, value)
+        archive.addfile(member, io.BytesIO(b"123456789"[: member.size]))
+
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        names = ("../up.png", "/abs/a.png", "./b/../../c.png", "d.png", f"{'e' * 300}.png", "d.png")
+        for size, name in enumerate(names):
+            add(archive, name, size=size)
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            add(archive, "link.png", type=kind, linkname="d.png")
+        # as if it had ten gigabytes
+        holes = {"GNU.sparse.map": "0,3", "GNU.sparse.size": str(10**10), "GNU.sparse.name": "f.png"}
+        add(archive, "f.png", size=3, pax_headers={"GNU.sparse.major": "0", "GNU.sparse.minor": "1", **holes})
+        for name in ("d.HEIC", "d.json", "...json", "..", "README"):
+            add(archive, name)
+    with tarfile.open(tmp_path / "a.tar", "r:") as archive:
+        pictures, left_out = list_pictures(archive)
+    sizes = {name: member.size for name, member in pictures.items()}
+    assert sizes == {"up.png": 0, "abs/a.png": 1, "b/c.png": 2, "d.png": 5, f"{'e' * 300}.png": 4}
+    assert left_out == {"no file": 5, ".heic": 1, ".json": 1, "no ending": 2}
+    assert describe_left_out([], left_out) == (
+        "4 files of other formats (.heic, .json, no ending); convert HEIC to JPEG or PNG; 5 that are no file, such as "
+        "a link to nothing"
+    )
+
+
 def test_training(photos):
     with tarfile.open(photos / "more.tar", "w") as archive:
         archive.add(photos / "a.jpg", "./b.jpg")
         archive.add(photos / "._a.jpg", "./._b.jpg")
         archive.add(photos / "._a.jpg", "__MACOSX/b.jpg")
     shutil.copy(photos / "._a.jpg", photos / "._more.tar")
-    assert [photo.name for photo in list_photos(photos)] == ["a.jpg", "more.tar/./b.jpg"]
+    assert [photo.name for photo in list_photos(photos)] == ["a.jpg", "more.tar/b.jpg"]
 
 
 @pytest.mark.parametrize("truth", ["inst/a.png", "inst/a/1.png"])

@@ -115,6 +115,12 @@ class TestInputs:
         (tmp_path / "list.txt").write_text("\n")
         with pytest.raises(ValueError, match=r"got none in 'list\.txt'"):
             self.names("list.txt")
+        (tmp_path / "list.txt").write_bytes("f.jpg\n".encode("utf-8-sig"))
+        assert self.names("list.txt") == ["f.jpg"]
+        for content in (b"f.jpg\nin/\0.png", b"\0/in.png", "f.jpg\n".encode("utf-16")):
+            (tmp_path / "list.txt").write_bytes(content)
+            with pytest.raises(ValueError, match=r"must be lists in UTF-8, got a zero byte in 'list\.txt'"):
+                self.names("list.txt")
 
     @pytest.mark.parametrize(
         ("source", "reason"),
@@ -459,6 +465,23 @@ class TestTars:
             assert {member.mtime for member in archive} == {0}
             assert json.loads(archive.pax_headers["comment"])["trace_fast"]["model"] == "mini"
 
+    def test_members_that_would_lead_out_of_a_folder_or_are_no_pictures(self, call, tmp_path, photos):
+        names = ("../a.jpg", "/b.jpg", "c.jpg", "c.jpg", "c.heic", "c.json")
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for name, photo in zip(names, [*photos, b"", b""], strict=True):
+                member = tarfile.TarInfo(name)
+                member.size = len(photo)
+                archive.addfile(member, io.BytesIO(photo))
+        result = call("edges", "a.tar")
+        assert (result.exit_code, result.stdout) == (0, "3 of 3 written to out\n")
+        assert result.stderr == (
+            "trace-fast: left out of tar files: 2 files of other formats (.heic, .json); convert HEIC to JPEG or PNG\n"
+        )
+        members = read_tar("out/a.tar")
+        assert [name for name in members if "json" not in name] == ["a.png", "b.png", "c.png"]
+        assert call("edges", tmp_path / "3.jpg").exit_code == 0
+        assert members["c.png"] == (tmp_path / "out" / "3.png").read_bytes()  # of the last of its name
+
     def test_the_same_bytes_each_time(self, call, tmp_path, photos):
         make_tar(tmp_path / "in.tar", {f"{index}.jpg": photo for index, photo in enumerate(photos)})
         contents = set()
@@ -569,6 +592,25 @@ class TestParquet:
         assert result.exit_code == 1 and list_tree("out") == {}
         assert "in/a.parquet: not written: edges: inputs must be complete parquet files" in result.stderr
         assert "with a column image or bytes or jpg or jpeg or png or webp, got picture in" in result.stderr
+
+    def test_cells_that_are_damaged_or_name_no_picture(self, call, tmp_path, arrow, photos):
+        os.mkfifo(tmp_path / "pipe.png")
+        paths = ["0.jpg", "pipe.png", "missing.png", "a\0.png", "a" * 300, "/dev/zero"]
+        self.write(arrow, tmp_path / "in" / "a.parquet", {"image": [{"bytes": None, "path": path} for path in paths]})
+        text = arrow.Array.from_buffers(
+            arrow.string(), 1, [None, arrow.array([0, 1], arrow.int32()).buffers()[1], arrow.py_buffer(b"\xff")]
+        )
+        self.write(arrow, tmp_path / "in" / "b.parquet", {"bytes": [photos[0]], "key": text})
+        times = arrow.array([2**62], arrow.timestamp("us"))
+        self.write(arrow, tmp_path / "in" / "c.parquet", {"bytes": [photos[0]], "key": times})
+        result = call("edges", "in")
+        assert (result.exit_code, result.stdout) == (1, "1 of 8 written to out\n")
+        for name in ("b", "c"):
+            reason = "not written: edges: inputs must be complete parquet files, got "
+            assert f"in/{name}.parquet: {reason}'in/{name}.parquet'" in result.stderr
+        first, *others = arrow.parquet.read_table("out/a.parquet")["error"].to_pylist()
+        assert first is None
+        assert others == [f"edges: image must be an existing file, got {path!r}" for path in paths[1:]]
 
     def test_without_pyarrow(self, call, tmp_path, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -266,6 +266,7 @@ def run(
         actors: option.
         finish: writes what all pictures share.
     """
+    from trace_fast.io.folders import describe_left_out
     from trace_fast.jobs.run import plan_targets, run_job
 
     own_part = parse_part(part)
@@ -288,6 +289,8 @@ def run(
         )
         if finish is not None:
             finish(outcome)
+    if outcome.left_out:
+        typer.echo(f"trace-fast: left out of tar files: {describe_left_out([], outcome.left_out)}", err=True)
     earlier = f", {outcome.earlier} of them by an earlier run" if outcome.earlier else ""
     typer.echo(f"{outcome.images - outcome.failures} of {outcome.images} written to {output}{earlier}")
     # torchrun ends the processes of all parts when that of one has failed

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
-__all__ = ["IMAGE_SUFFIXES", "describe_left_out", "is_litter", "is_picture"]
+__all__ = ["IMAGE_SUFFIXES", "NO_FILE", "describe_left_out", "get_ending", "is_litter", "is_picture"]
 
 # names of image files in folders end in one of these
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # files of Windows; those of macOS begin with a dot or are in a folder of archives
 LITTER = ("desktop.ini", "ehthumbs.db", "thumbs.db", "__macosx")
+NO_FILE = "no file"  # in place of an ending
 
 
 def is_litter(path: str | PurePath) -> bool:
@@ -40,12 +41,25 @@ def is_picture(path: str | PurePath) -> bool:
     return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_litter(path)
 
 
-def describe_left_out(entries: Iterable[Path], members: Iterable[str] = ()) -> str:
-    """Return what is left out of the entries of a folder, and of members of archives in it, and why.
+def get_ending(path: str | PurePath) -> str:
+    """Return the ending of a name in lower case, or that it has none.
+
+    Args:
+        path: of a file, or a member of an archive.
+
+    Example:
+        >>> get_ending("a/notes.TXT"), get_ending("README")
+        ('.txt', 'no ending')
+    """
+    return PurePath(path).suffix.lower() or "no ending"
+
+
+def describe_left_out(entries: Iterable[Path], members: Mapping[str, int] = {}) -> str:
+    """Return what is left out of the entries of a folder, and of archives, and why.
 
     Args:
         entries: of the folder, with those of its subfolders if these are read. Litter is not counted.
-        members: names of files in archives that are no pictures.
+        members: of archives that are left out: how many, by ending, or `NO_FILE`.
 
     Returns:
         One line; empty where nothing is left out.
@@ -54,8 +68,8 @@ def describe_left_out(entries: Iterable[Path], members: Iterable[str] = ()) -> s
         >>> describe_left_out([Path("a.heic"), Path("a.jpg"), Path("notes.txt")])  # doctest: +SKIP
         '2 files of other formats (.heic, .txt); convert HEIC to JPEG or PNG'
     """
-    endings = Counter(PurePath(member).suffix.lower() or "no ending" for member in members)
-    subfolders = broken = 0
+    endings = Counter(members)
+    subfolders, broken = 0, endings.pop(NO_FILE, 0)
     for entry in entries:
         if is_litter(entry.name):
             continue
@@ -64,7 +78,7 @@ def describe_left_out(entries: Iterable[Path], members: Iterable[str] = ()) -> s
         elif not entry.is_file():
             broken += 1
         elif not is_picture(entry.name):
-            endings[entry.suffix.lower() or "no ending"] += 1
+            endings[get_ending(entry)] += 1
     reasons = []
     if endings:
         count = endings.total()

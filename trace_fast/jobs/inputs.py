@@ -100,11 +100,13 @@ def _list_input(op: str, source: str, output: Path | None, recursive: bool, list
             raise ValueError(f"{op}: inputs must be existing files, got the pattern {source!r}, which no file has")
         listed.files += files
     elif path.suffix.lower() == LIST_SUFFIX:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         sources = [line.strip() for line in lines if line.strip()]
         if not sources:
             raise ValueError(f"{op}: inputs must be lists with a path in each line, got none in {source!r}")
         for line in sources:
+            if "\0" in line:
+                raise ValueError(f"{op}: inputs must be lists in UTF-8, got a zero byte in {source!r}")
             if line.lower().endswith(LIST_SUFFIX):
                 raise ValueError(
                     f"{op}: inputs must be lists of images and shards, got the list {line!r} in {source!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -111,6 +111,7 @@ class Outcome:
         failures: those without a result.
         names: of all pictures, in order.
         results: the result of each picture, without its files, by its name, where the task keeps them.
+        left_out: members of tar files that are no pictures, see `trace_fast.io.archives.list_pictures`.
     """
 
     names: list[str] = field(default_factory=list)
@@ -118,6 +119,7 @@ class Outcome:
     earlier: int = 0
     failures: int = 0
     results: dict[str, Result] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def run_job(
@@ -262,6 +264,7 @@ class Job:
         self.outcome.images += outcome.images
         self.outcome.failures += outcome.failures
         self.outcome.results |= outcome.results
+        self.outcome.left_out += outcome.left_out
         self.bar.update(outcome.images)
 
     def read_stamp(self, file: InputFile, targets: dict[str, str]) -> list[int]:
@@ -323,7 +326,7 @@ class Job:
                 write_atomically(path, self.task.op) as file,
                 open_shard_writer(self.task, path.suffix.lower(), file) as writer,
             ):
-                source = list_images(self.task, shard.path)
+                source = list_images(self.task, shard.path, self.outcome.left_out)
                 for result in compute_results(self.task, source, self.workers, raise_memory=True):
                     writer.add(result)
                     images += 1

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from trace_fast.extras import require
-from trace_fast.io.folders import is_picture
+from trace_fast.io.archives import list_pictures
 from trace_fast.jobs.inputs import name_results
 
 if TYPE_CHECKING:
@@ -44,30 +46,31 @@ def import_arrow(op: str) -> Any:
     return pyarrow
 
 
-def list_images(task: Task, path: Path) -> Iterator[Image]:
+def list_images(task: Task, path: Path, left_out: Counter[str]) -> Iterator[Image]:
     """Yield the name and the bytes of each image of a shard, in order.
 
     Args:
         task: for messages, and for the kinds of its results.
         path: of a tar or parquet file.
+        left_out: to which members of a tar file that are no pictures are added; see `list_pictures`.
 
     Raises:
         ValueError: the shard is damaged.
         OSError: the file cannot be read.
     """
     if path.suffix.lower() == ".tar":
-        yield from _list_members(task, path)
+        yield from _list_members(task, path, left_out)
     else:
         yield from _list_rows(task, path)
 
 
-def _list_members(task: Task, path: Path) -> Iterator[Image]:
+def _list_members(task: Task, path: Path, left_out: Counter[str]) -> Iterator[Image]:
     """Yield the pictures of a tar file; other members, such as captions, are not read."""
     try:
         with tarfile.open(path, "r:") as archive:
-            members = [member for member in archive if member.isfile() and is_picture(member.name)]
-            names = [member.name.removeprefix("./") for member in members]
-            for member, name in zip(members, name_results(names, task.file_kinds), strict=True):
+            pictures, others = list_pictures(archive)
+            left_out += others
+            for member, name in zip(pictures.values(), name_results([*pictures], task.file_kinds), strict=True):
                 opened = archive.extractfile(member)
                 assert opened is not None  # of a file
                 yield name, opened.read()
@@ -89,7 +92,8 @@ def _list_rows(task: Task, path: Path) -> Iterator[Image]:
                 for cell, name in zip(cells, keys, strict=True):
                     yield str(row if name is None else name), get_content(cell)
                     row += 1
-    except (arrow.ArrowException, OSError) as error:
+    # cells that are not of the type of their column are damaged, too
+    except (arrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
         raise ValueError(f"{task.op}: inputs must be complete parquet files, got '{path}': {error}") from error
 
 
@@ -103,7 +107,9 @@ def get_content(cell: Any) -> bytes | Path | Exception:
     if isinstance(cell, dict):
         content = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if isinstance(content, str):
-        return Path(content)
+        # a pipe or a device would let the job wait without an end
+        missing = FileNotFoundError(f"edges: image must be an existing file, got {content!r}")
+        return Path(content) if os.path.isfile(content) else missing
     if isinstance(content, bytes):
         return content
     return TypeError(

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from trace_fast.io.archives import list_pictures
 from trace_fast.io.folders import describe_left_out, is_litter, is_picture
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import open_picture
@@ -74,7 +76,7 @@ def list_photos(folder: Path) -> list[PhotoFile]:
         raise FileNotFoundError(f"photos must be a folder of image or tar files, got {str(folder)!r}")
     photos: list[PhotoFile] = []
     others: list[Path] = []  # files that are no photos
-    other_members: list[str] = []
+    other_members: Counter[str] = Counter()
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if is_litter(name) or path.is_dir():
@@ -82,10 +84,9 @@ def list_photos(folder: Path) -> list[PhotoFile]:
         if is_picture(name) and path.is_file():
             photos.append(PhotoFile(name, path, length=path.stat().st_size))
         elif path.suffix == ".tar" and path.is_file():
-            members = _list_members(path)
-            pictures = [member for member in members if is_picture(member.name)]
-            photos += [PhotoFile(f"{name}/{file.name}", path, file.offset_data, file.size) for file in pictures]
-            other_members += [member.name for member in members if not is_picture(member.name)]
+            pictures, left_out_of_it = _list_members(path)
+            photos += [PhotoFile(f"{name}/{key}", path, file.offset_data, file.size) for key, file in pictures.items()]
+            other_members += left_out_of_it
         else:
             others.append(path)
     left_out = describe_left_out(others, other_members)
@@ -98,11 +99,11 @@ def list_photos(folder: Path) -> list[PhotoFile]:
     return sorted(photos, key=lambda photo: photo.name)
 
 
-def _list_members(path: Path) -> list[tarfile.TarInfo]:
-    """Return the files of an archive, without litter."""
+def _list_members(path: Path) -> tuple[dict[str, tarfile.TarInfo], Counter[str]]:
+    """Return what `list_pictures` does."""
     try:
         with tarfile.open(path, "r:") as archive:
-            return [member for member in archive if member.isfile() and not is_litter(member.name)]
+            return list_pictures(archive)
     except tarfile.TarError as error:
         raise ValueError(f"{REFUSAL}a damaged tar file {str(path)!r}: {error}") from error
 
