@@ -119,12 +119,10 @@ def encode(masks: MaskSet) -> list[tuple[str, int, float]]:
     return [(mask.counts.decode(), mask.area, mask.score) for mask in image.instances]
 
 
-def measure(photo: Photo, image: coco.ImageInstances, sources: Sequence[Source], known: dict[str, list]) -> None:
+def measure(photo: Photo, image: coco.ImageInstances, known: dict[str, Any], sources: Sequence[Source]) -> None:
     """Add to the encoded masks of a photograph, by "set, source, mode", those that are missing."""
     if not known:
         masks = image.masks()[[not instance.iscrowd for instance in image.instances]]
-        if not len(masks):
-            return
         known |= {f"{name}, before": encode(before) for name, before in make_sets(photo, masks).items()}
     sets = {}
     for source in sources:
@@ -160,11 +158,12 @@ def write_row(name: str, scores: MaskScores, changes: dict[str, tuple[float, flo
 
 
 def add_photo_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `list_photos`."""
+    """Add the options of `collect`."""
     parser.add_argument("--data", type=Path, required=True, help="The data set, as for `trace-fast evaluate`.")
     parser.add_argument("--first", type=int, default=0, help="The first photograph, by name.")
     parser.add_argument("--every", type=int, default=1, help="Steps between photographs.")
     parser.add_argument("--rest", action="store_true", help="Take all the others instead.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="The folder of masks.")
 
 
 def list_photos(options: argparse.Namespace) -> Iterable[Photo]:
@@ -175,40 +174,51 @@ def list_photos(options: argparse.Namespace) -> Iterable[Photo]:
     return tqdm(photos, unit="photo", disable=None)
 
 
+def collect(
+    options: argparse.Namespace, measure: Callable[[Photo, coco.ImageInstances, dict[str, Any]], None]
+) -> tuple[coco.Instances, dict[str, coco.Instances]]:
+    """Return the true masks of photographs, and the masks that `measure` adds for each one, by the name of a row.
+
+    They are kept, one file a photograph. A photograph without an object is left out.
+    """
+    options.output.mkdir(parents=True, exist_ok=True)
+    truth: dict[int, coco.ImageInstances] = {}
+    rows: dict[str, dict[int, coco.ImageInstances]] = {}
+    for photo in list_photos(options):
+        assert photo.instances is not None
+        image = photo.instances()
+        if all(instance.iscrowd for instance in image.instances):
+            continue
+        file = options.output / f"{photo.name}.json"
+        masks = json.loads(file.read_bytes()) if file.exists() else {}
+        count = len(masks)
+        measure(photo, image, masks)
+        if len(masks) > count:
+            with write_atomically(file, "masks") as out:
+                out.write(json.dumps(masks).encode())
+        truth[image.id] = image
+        for name, entries in masks.items():
+            rows.setdefault(name, {})[image.id] = decode(photo, image, entries)
+    return coco.Instances(truth, {}), {name: coco.Instances(images, {}) for name, images in rows.items()}
+
+
 def main() -> None:
     """Measure what is not measured yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_photo_options(parser)
     parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
-    parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
     sources = [open_source(text) for text in options.method]
-    truth: dict[int, coco.ImageInstances] = {}
-    results: dict[str, dict[int, coco.ImageInstances]] = {}
-    for photo in list_photos(options):
-        file = options.output / f"{photo.name}.json"
-        assert photo.instances is not None
-        image = photo.instances()
-        masks = json.loads(file.read_bytes()) if file.exists() else {}
-        count = len(masks)
-        measure(photo, image, sources, masks)
-        if len(masks) > count:
-            with write_atomically(file, "propagation") as out:
-                out.write(json.dumps(masks).encode())
-        for key, entries in masks.items():
-            truth[image.id] = image
-            results.setdefault(key, {})[image.id] = decode(photo, image, entries)
-    instances = coco.Instances(truth, {})
+    instances, results = collect(options, lambda *photo: measure(*photo, sources))
     lines = ["| masks | AP | change | AR100 | change |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in SETS:
-        before = coco.Instances(results[f"{name}, before"], {})
+        before = results[f"{name}, before"]
         lines.append(write_row(f"{name}, before", mask_ap(instances, before), None))
         for row in (row for source in sources for row in source.options()):
-            after = coco.Instances(results[f"{name}, {row}"], {})
+            after = results[f"{name}, {row}"]
             changes = compare_masks(instances, before, after)
             lines.append(write_row(f"{name}, {row}", mask_ap(instances, after), changes))
-    print("\n".join(lines), f"{len(truth)} photographs.", sep="\n\n")
+    print("\n".join(lines), f"{len(instances.images)} photographs.", sep="\n\n")
 
 
 if __name__ == "__main__":

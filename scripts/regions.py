@@ -1,32 +1,38 @@
 """Score the masks that edges alone give, beside regions that a user would find without them.
 
-    python scripts/regions.py --data ../shared/data/dev_coco --method mini \
-        --method PiDiNet=maps:../shared/data/dev_coco/pidinet --method sobel --every 5
+    python scripts/regions.py --data ../shared/data/dev_coco --method mini=0.35 \
+        --method PiDiNet=maps:../shared/data/dev_coco/pidinet --method sobel -o build/regions
 
-Rows are `trace_fast.instances` of the edges of each method, ranked; `felzenszwalb`, regions of color, larger ones
-first; and `graph cut`, scikit-image's normalized cut of 400 superpixels, likewise.
+Rows are `trace_fast.instances` of the edges of each method, ranked, and, with a threshold behind another =, cut there;
+`felzenszwalb`, regions of color, larger ones first; and `graph cut`, scikit-image's normalized cut of 400 superpixels,
+likewise. Masks are kept, one file a photograph: interrupt the command at any time, and repeat it with these or other
+methods.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from propagation import add_photo_options, find_regions, list_photos
+import torch
+from propagation import Source, add_photo_options, collect, encode, find_regions, open_source
 from skimage.graph import cut_normalized, rag_mean_color
 from skimage.segmentation import slic
 
 import trace_fast
-from trace_fast.evaluation import mask_ap, open_method
+from trace_fast.evaluation import Photo, mask_ap
 from trace_fast.io.images import read_image
-from trace_fast.masks import coco
+from trace_fast.masks import MaskSet, coco
 
 
-def list_regions(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 100 largest regions of a label map as masks, and their shares of the image as scores."""
+def list_regions(labels: np.ndarray) -> MaskSet:
+    """Return the 100 largest regions of a label map, and their shares of the image as scores."""
     values, areas = np.unique(labels, return_counts=True)
     order = np.argsort(-areas, kind="stable")[:100]
-    return labels == values[order, None, None], areas[order] / labels.size
+    masks, shares = labels == values[order, None, None], areas[order] / labels.size
+    return MaskSet(torch.from_numpy(masks), torch.from_numpy(shares))
 
 
 def find_baselines(image: np.ndarray) -> dict[str, np.ndarray]:
@@ -38,35 +44,37 @@ def find_baselines(image: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def measure(photo: Photo, image: coco.ImageInstances, known: dict[str, Any], sources: Sequence[Source]) -> None:
+    """Add to the encoded masks of a photograph, by the name of a row, those that are missing."""
+    assert photo.image is not None
+    if not known:
+        baselines = find_baselines(read_image(photo.image)[0].permute(1, 2, 0).numpy())
+        known |= {name: encode(list_regions(labels)) for name, labels in baselines.items()}
+    for source in sources:
+        if source.name in known:
+            continue
+        edges = source.edges(photo)
+        known[source.name] = encode(MaskSet(*trace_fast.instances(edges)))
+        if source.threshold is not None:
+            cut = MaskSet(*trace_fast.instances(edges, threshold=source.threshold))
+            known[f"{source.name}, cut at {source.threshold}"] = encode(cut)
+
+
 def main() -> None:
-    """Print the table."""
+    """Measure what is not measured yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_photo_options(parser)
-    parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC")
+    parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
     options = parser.parse_args()
-    methods = [open_method(spec) for spec in options.method]
-    truth: dict[int, coco.ImageInstances] = {}
-    results: dict[str, dict[int, coco.ImageInstances]] = {}
-    for photo in list_photos(options):
-        assert photo.instances is not None
-        assert photo.image is not None
-        image = photo.instances()
-        if not image.instances:
-            continue
-        truth[image.id] = image
-        ranked = {method.name: trace_fast.instances(method.edges(photo)) for method in methods}
-        masks = {name: (stack.numpy(), scores.numpy()) for name, (stack, scores) in ranked.items()}
-        baselines = find_baselines(read_image(photo.image)[0].permute(1, 2, 0).numpy())
-        masks |= {name: list_regions(labels) for name, labels in baselines.items()}
-        for name, (stack, scores) in masks.items():
-            results.setdefault(name, {})[image.id] = coco.encode_masks(stack, scores, id=image.id)
+    sources = [open_source(text) for text in options.method]
+    truth, results = collect(options, lambda *photo: measure(*photo, sources))
     print("| regions | AP | AR100 | 95 % |", "| --- | ---: | ---: | ---: |", sep="\n")
-    for name, images in results.items():
-        scores = mask_ap(coco.Instances(truth, {}), coco.Instances(images, {}), resamples=200)
+    for name, found in results.items():
+        scores = mask_ap(truth, found, resamples=200)
         assert scores.intervals is not None
         low, high = scores.intervals["ar100"]
         print(f"| {name} | {scores.ap:.3f} | {scores.ar100:.3f} | {low:.3f} to {high:.3f} |")
-    print(f"\n{len(truth)} photographs.")
+    print(f"\n{len(truth.images)} photographs.")
 
 
 if __name__ == "__main__":
