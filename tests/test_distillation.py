@@ -34,11 +34,12 @@ from trace_fast.io.images import resize
 from trace_fast.training import batches, data
 from trace_fast.training.batches import Augmentation, Batch
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
-from trace_fast.training.distillation import Distillation, DistillConfig, distill, make_search
+from trace_fast.training.distillation import Distillation, DistillConfig, distill
 from trace_fast.training.labels import LABELS, label_scene, make_labels
 from trace_fast.training.lora import inject
 from trace_fast.training.losses import dice
 from trace_fast.training.scenes import list_scenes, read_scene
+from trace_fast.training.search import make_search
 from trace_fast.training.shards import Shards
 from trace_fast.training.state import Process
 
@@ -934,6 +935,36 @@ class TestShards:
             shards.write(make_search(config, tracer), photos, config.shard)
         one, two = ({path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
         assert len(one) == 3 and one == two
+
+    @pytest.mark.parametrize("help_of_a_student", [False, True])
+    def test_parts_write_the_files_of_one_process(self, config, call, tmp_path, searched, help_of_a_student):
+        options = {"shard": 2, "epochs": 0}
+        if help_of_a_student:
+            options |= {"labels": "combined", "labels-student": distill(replace(config, output=tmp_path / "helper"))}
+        assert call(output=tmp_path / "one", **options).exit_code == 0
+        expected = {
+            path.relative_to(tmp_path / "one"): path.read_bytes()
+            for path in (tmp_path / "one").rglob("labels/**/*")
+            if path.is_file()
+        }
+        for part, count in (("2/3", 2), ("0/3", 4), ("1/3", 4)):
+            searched.clear()
+            result = call(output=tmp_path / "run", part=part, **options)
+            assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'run' / 'labels'}\n")
+            assert len(set(searched)) == count
+        searched.clear()
+        assert not (tmp_path / "run" / "student").exists()
+        assert call(output=tmp_path / "run", part="1/3", **options).exit_code == 0
+        assert call(output=tmp_path / "run", **options).exit_code == 0 and not searched
+        for name, content in expected.items():
+            assert (tmp_path / "run" / name).read_bytes() == content
+        for name in ("decoder.safetensors", "lora.safetensors"):
+            one, other = (tmp_path / run / "student" / name for run in ("one", "run"))
+            assert one.read_bytes() == other.read_bytes()
+
+    def test_a_part_that_does_not_exist(self, call):
+        result = call(part="2/2")
+        assert result.exit_code == 2 and "distill: part must be from 0/N to one below N/N, got '2/2'" in result.stderr
 
     def test_a_folder_that_disappears_while_it_is_used_is_noticed(self, config):
         photos = list_in_order(config)

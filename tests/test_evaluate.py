@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 
@@ -54,6 +55,19 @@ def make_photo(folder, name, seed=0, height=40, width=56, ending="png"):
     for kind, picture in pictures.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / kind / f"{name}.{ending if kind == 'images' else 'png'}")
+
+
+def write_shard(path, photos):
+    """Write a tar or parquet file of photographs."""
+    if path.suffix == ".tar":
+        with tarfile.open(path, "w") as archive:
+            for photo in photos:
+                archive.add(photo, photo.name)
+        return
+    import pyarrow.parquet
+
+    columns = {"key": [photo.stem for photo in photos], "bytes": [photo.read_bytes() for photo in photos]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 @pytest.fixture
@@ -204,6 +218,28 @@ class TestReport:
             assert report["methods"]["m"]["ods"] == pytest.approx(score_edges(counts).ods, abs=1e-9)
             ods.add(round(report["methods"]["m"]["ods"], 6))
         assert len(ods) == 2
+
+    @pytest.mark.parametrize("ending", ["tar", "parquet"])
+    @pytest.mark.usefixtures("no_pictures")
+    def test_maps_in_shards_have_the_scores_of_files(self, call, data, tmp_path, ending):
+        if ending == "parquet":
+            pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'trace_fast[data]'")
+        paths = sorted((data / "images").iterdir())
+        (tmp_path / "shards").mkdir()
+        for name, half in (("a", paths[:5]), ("b", paths[5:])):
+            write_shard(tmp_path / f"{name}.{ending}", half)
+        arguments = ["edges", tmp_path / f"a.{ending}", tmp_path / f"b.{ending}", "-o", tmp_path / "shards"]
+        size = ["--size", "16x24", "--device", "cpu"]
+        assert CliRunner().invoke(cli.app, [*map(str, arguments), *size]).exit_code == 0
+        arguments = ["edges", data / "images", "-o", tmp_path / "files"]
+        assert CliRunner().invoke(cli.app, [*map(str, arguments), *size]).exit_code == 0
+        words = [word for name in ("files", "shards") for word in ("--method", f"{name}=maps:{name}")]
+        assert call("--data", data, "-o", "out", *words).exit_code == 0
+        scores = json.loads((tmp_path / "out" / "report.json").read_text())["methods"]
+        assert scores["files"]["ods"] > 0 and {**scores["files"]} == {**scores["shards"]}
+        result = call("--data", data, "-o", "out", "--method", f"half=maps:shards/a.{ending}")
+        assert result.exit_code == 2 and "p5: " in result.stderr and "p4: " not in result.stderr
+        assert f"shards/a.{ending} cannot be read: evaluate: maps must have the edges of every image" in result.stderr
 
     @pytest.mark.usefixtures("no_pictures")
     def test_limit_and_images_without_truth(self, call, data, tmp_path):
@@ -407,7 +443,10 @@ class TestBadData:
         ("arguments", "message"),
         [
             (("--method", "sobbel"), r"trace-fast: load: model must be one of .* got 'sobbel'"),
-            (("--method", "x=maps:no"), r"trace-fast: evaluate: method x must name a folder of maps, got 'no'"),
+            (
+                ("--method", "x=maps:no"),
+                r"trace-fast: evaluate: method x must name a folder of maps, or a tar or parquet file, got 'no'",
+            ),
             (("--method", "mini@x"), r"trace-fast: evaluate: timestep of method mini@x must be iep or an integer.*'x'"),
             (
                 ("--method", "sobel", "--method", "sobel=canny"),

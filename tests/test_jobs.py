@@ -24,7 +24,8 @@ from trace_fast.io.claims import CLAIM, claim_folder
 from trace_fast.io.images import read_image, resize, restore_edges
 from trace_fast.jobs.errors import describe, is_out_of_memory
 from trace_fast.jobs.inputs import list_inputs, name_results
-from trace_fast.jobs.manifest import MANIFEST, Manifest, Part, find_part, open_manifest
+from trace_fast.jobs.manifest import MANIFEST, Manifest, open_manifest
+from trace_fast.jobs.parts import Part, find_part
 from trace_fast.jobs.run import compute_results
 from trace_fast.jobs.tasks import Result, read_photo
 from trace_fast.masks.rle import decode_mask

@@ -1,6 +1,7 @@
 """Drawn scenes: valid instance maps, equal for equal seeds, and a folder that evaluation reads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from trace_fast import cli
 from trace_fast.evaluation.data import CROWD, open_dataset
+from trace_fast.io.claims import claim_folder
 from trace_fast.training import scenes
 from trace_fast.training.scenes import IGNORED, ScenesConfig, draw_scene, list_scenes, read_scene, write_scenes
 from trace_fast.training.scenes.camera import EFFECTS
@@ -104,6 +106,21 @@ class TestFolder:
         for workers in (0, 2):
             write_scenes(ScenesConfig(output=tmp_path / f"{workers}", count=20, size=40, workers=workers))
         assert read_folder(tmp_path / "0") == read_folder(tmp_path / "2")
+
+    def test_parts_draw_the_same_files(self, tmp_path, monkeypatch):
+        write_scenes(ScenesConfig(output=tmp_path / "whole", count=5, size=40))
+        parts = ScenesConfig(output=tmp_path / "parts", count=5, size=40)
+        write_scenes(replace(parts, part="1/2"))
+        assert [scene.image.stem for scene in list_scenes(parts.output)] == ["000001", "000003"]
+        with claim_folder(parts.output, "scenes", 1):  # another part is at work
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            monkeypatch.setenv("RANK", "0")
+            write_scenes(parts)
+        assert read_folder(tmp_path / "whole") == read_folder(parts.output)
+
+    def test_a_part_that_does_not_exist(self, tmp_path):
+        with pytest.raises(ValueError, match=r"^scenes: part must be from 0/N to one below N/N, got '2/2'"):
+            ScenesConfig(output=tmp_path, part="2/2")
 
     def test_other_options_are_refused(self, tmp_path):
         write_scenes(ScenesConfig(output=tmp_path, count=1, size=40))

@@ -18,7 +18,6 @@ from trace_fast.jobs.errors import FAILURES, describe
 if TYPE_CHECKING:
     from trace_fast.jobs.finder import EdgeFinder
     from trace_fast.jobs.inputs import InputFile
-    from trace_fast.jobs.manifest import Part
     from trace_fast.jobs.run import Outcome
     from trace_fast.jobs.tasks import Task
 
@@ -45,7 +44,6 @@ __all__ = [
     "choose_finder",
     "list_files",
     "open_folder",
-    "parse_part",
     "parse_size",
     "parse_timestep",
     "refuse",
@@ -267,12 +265,13 @@ def run(
         finish: writes what all pictures share.
     """
     from trace_fast.io.folders import describe_left_out
+    from trace_fast.jobs.parts import find_part, parse_part
     from trace_fast.jobs.run import plan_targets, run_job
 
-    own_part = parse_part(part)
     if actors is not None and engine != "ray":
         refuse("--actors needs --engine ray")
     with refuse_failures():
+        own_part = find_part() if part is None else parse_part("--part", part)
         targets = plan_targets(task, files, output)
         task.settings  # noqa: B018 (loads the model before anything is written)
     open_folder(output)
@@ -296,20 +295,6 @@ def run(
     # torchrun ends the processes of all parts when that of one has failed
     if outcome.failures and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise typer.Exit(1)
-
-
-def parse_part(text: str | None) -> Part:
-    """Return the part of the inputs of an option such as 0/4; that of the environment where it is not given."""
-    from trace_fast.jobs.manifest import Part, find_part
-
-    if text is None:
-        return find_part()
-    if not (numbers := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)):
-        refuse(f"--part must be two numbers such as 0/4, got {text!r}")
-    part = Part(int(numbers[1]), int(numbers[2]))
-    if part.index >= part.count:
-        refuse(f"--part must be from 0/N to one below N/N, got {text!r}")
-    return part
 
 
 def open_folder(folder: Path) -> None:

@@ -34,8 +34,9 @@ def run_evaluate(
         typer.Option(
             "--method",
             metavar="[NAME=]SPEC",
-            help="Source of edge maps: sobel, canny, maps:DIR, lines:DIR (thin already), MODEL (its student, where it "
-            "has one), or MODEL@iep, MODEL@TIMESTEP (its search). Repeat the option for several sources.",
+            help="Source of edge maps: sobel, canny, maps:DIR or maps:FILE (a tar or parquet file of `trace-fast "
+            "edges`), lines:DIR (thin already), MODEL (its student, where it has one), or MODEL@iep, MODEL@TIMESTEP "
+            "(its search). Repeat the option for several sources.",
         ),
     ] = [],  # noqa: B006
     results: Annotated[

@@ -57,9 +57,10 @@ def evaluate(
 
     Args:
         data: folder with photographs, in `images` or itself, and ground truth.
-        methods: sources of edge maps, each [NAME=]SPEC: sobel, canny, maps:FOLDER, lines:FOLDER (thin already), MODEL
-            (its student where it has one), or MODEL@iep, MODEL@TIMESTEP (its search); or a model in memory, such as a
-            Tracer, or a `Method`. One, a list, or a dictionary by name.
+        methods: sources of edge maps, each [NAME=]SPEC: sobel, canny, maps:FOLDER or maps:FILE (a tar or parquet file
+            of `trace-fast edges`), lines:FOLDER (thin already), MODEL (its student where it has one), or MODEL@iep,
+            MODEL@TIMESTEP (its search); or a model in memory, such as a Tracer, or a `Method`. One, a list, or a
+            dictionary by name.
         results: files of masks, each [NAME=]FILE: a JSON file of COCO results, or of panoptic segments beside their
             folder of PNG files. One, a list, or a dictionary of files by name.
         table: "backbones" refines the masks of `baseline` by the edges of each method, "components" by those of the

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from trace_fast.evaluation.data import Photo
 from trace_fast.extras import require
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import read_picture
+from trace_fast.jobs.inputs import SHARD_SUFFIXES
+from trace_fast.jobs.shards import EdgeShards
 
 __all__ = ["Method", "open_method", "read_map", "split_name"]
 
@@ -58,10 +61,11 @@ def open_method(spec: Any, *, name: str | None = None, device: str | None = None
     """Open a source of edge maps.
 
     Args:
-        spec: text [NAME=]SPEC, where SPEC is `sobel`; `canny`; `maps:FOLDER`, of PNG files named after the images;
-            `lines:FOLDER`, the same where they hold lines (thinned maps) already; or a model as `trace_fast.edges`
-            takes it (its student where it has one), or its search with `@iep` or `@TIMESTEP` behind it. Also a model
-            in memory as `trace_fast.load` takes it, or a `Method`.
+        spec: text [NAME=]SPEC, where SPEC is `sobel`; `canny`; `maps:FOLDER`, of PNG files named after the images, or
+            of the tar or parquet files that `trace-fast edges` writes; `maps:FILE`, one of these; `lines:FOLDER`, the
+            same where they hold lines (thinned maps) already; or a model as `trace_fast.edges` takes it (its student
+            where it has one), or its search with `@iep` or `@TIMESTEP` behind it. Also a model in memory as
+            `trace_fast.load` takes it, or a `Method`.
         name: as tables show it; None is NAME, else SPEC itself, or the name of the model in memory.
         device: where named models run; None is the GPU where there is one, else the CPU.
 
@@ -100,11 +104,11 @@ def split_name(text: str) -> tuple[str, str]:
     return (name, spec) if equals and not name.startswith(("maps:", "lines:")) else (text, text)
 
 
-def read_map(path: str | Path) -> np.ndarray:
+def read_map(path: str | Path | BinaryIO) -> np.ndarray:
     """Read an edge map from a PNG file of one channel, 8 or 16 bits.
 
     Args:
-        path: the file; black is 0, white is 1.
+        path: the file, or its bytes as a file; black is 0, white is 1.
 
     Returns:
         (H, W) float32 in [0, 1].
@@ -130,16 +134,28 @@ def _open_detector(name: str, identity: str, detect: Callable[[np.ndarray], np.n
     return Method(name, identity, lambda photo: detect(_read_luminance(photo)), suppress=suppress)
 
 
-def _open_maps(name: str, folder: Path, *, suppress: bool) -> Method:
-    """Return the method of a folder of maps."""
-    if not os.path.isdir(folder):
-        raise ValueError(f"evaluate: method {name} must name a folder of maps, got '{folder}'")
+def _open_maps(name: str, source: Path, *, suppress: bool) -> Method:
+    """Return the method of a folder of maps, of shards of maps, or of one shard."""
+    is_folder = os.path.isdir(source)
+    shards = sorted(source.iterdir()) if is_folder else [source] if os.path.isfile(source) else []
+    shards = [path for path in shards if path.suffix.lower() in SHARD_SUFFIXES]
+    if not is_folder and not shards:
+        raise ValueError(
+            f"evaluate: method {name} must name a folder of maps, or a tar or parquet file, got '{source}'"
+        )
+    maps = EdgeShards("evaluate", shards)
 
     def find_file(photo: Photo) -> Path:
-        return folder / f"{photo.name}.png"
+        if photo.name in maps.positions:
+            return maps.positions[photo.name][0]
+        return source / f"{photo.name}.png" if is_folder else source
 
-    identity = f"{'maps' if suppress else 'lines'}:{folder.resolve()}"
-    return Method(name, identity, lambda photo: read_map(find_file(photo)), find_file, suppress)
+    def read(photo: Photo) -> np.ndarray:
+        is_picture = is_folder and photo.name not in maps.positions
+        return read_map(find_file(photo) if is_picture else io.BytesIO(maps.read(photo.name)))
+
+    identity = f"{'maps' if suppress else 'lines'}:{source.resolve()}"
+    return Method(name, identity, read, find_file, suppress)
 
 
 def _open_model(name: str, spec: str, device: str | None) -> Method:

@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trace_fast.io.claims import claim_folder, list_claims
 from trace_fast.io.files import write_atomically
+from trace_fast.jobs.parts import ALONE, Part
 from trace_fast.training.state import require_same
 
-__all__ = ["ALONE", "MANIFEST", "Manifest", "Part", "find_part", "open_manifest"]
+__all__ = ["MANIFEST", "Manifest", "open_manifest"]
 
 MANIFEST = ".trace-fast.jsonl"  # one line of settings, and one for each input that is done
 HASH = "hash"  # of a line
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of the inputs that this process works on.
-
-    Attributes:
-        index: from 0.
-        count: of the parts, each of one process.
-    """
-
-    index: int = 0
-    count: int = 1
-
-
-ALONE = Part()  # all inputs
-
-
-def find_part(environment: Mapping[str, str] = os.environ) -> Part:
-    """Return the part of this process, as torchrun, accelerate launch or srun say in the environment.
-
-    Args:
-        environment: its variables.
-
-    Example:
-        >>> find_part({"RANK": "1", "WORLD_SIZE": "4"})
-        Part(index=1, count=4)
-    """
-    # a script of sbatch that starts no tasks has SLURM_NTASKS, too, but not the number of a step's tasks
-    for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        with contextlib.suppress(KeyError, ValueError):
-            part = Part(int(environment[index]), int(environment[count]))
-            if 0 <= part.index < part.count:
-                return part
-    return ALONE
 
 
 class Manifest:

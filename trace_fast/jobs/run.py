@@ -16,7 +16,8 @@ from trace_fast.io.claims import remove_parts
 from trace_fast.io.files import write_atomically
 from trace_fast.jobs.errors import FAILURES, describe, is_out_of_memory
 from trace_fast.jobs.inputs import InputFile, name_file, name_results, read_stamp
-from trace_fast.jobs.manifest import ALONE, Manifest, Part, open_manifest
+from trace_fast.jobs.manifest import Manifest, open_manifest
+from trace_fast.jobs.parts import ALONE, Part
 from trace_fast.jobs.shards import list_images, open_shard_writer
 from trace_fast.jobs.tasks import Photo, Result, Task
 
@@ -157,7 +158,7 @@ def run_job(
     with open_manifest(output, task.settings, task.op, files, part, overwrite) as manifest:
         job = Job(task, output, workers, manifest)
         job.outcome.names = [name_result(paths) for file, paths in targets.items() if not file.is_shard]
-        own = dict(list(targets.items())[part.index :: part.count])
+        own = dict(list(targets.items())[part.share])
         missing = {file: paths for file, paths in own.items() if not job.is_done(file, paths)}
         shards = sum(file.is_shard for file in missing)
         # several images show progress, on a terminal only

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -19,7 +20,7 @@ from trace_fast.jobs.inputs import name_results
 if TYPE_CHECKING:
     from trace_fast.jobs.tasks import Result, Task
 
-__all__ = ["get_content", "import_arrow", "list_images", "open_shard_writer"]
+__all__ = ["EdgeShards", "get_content", "import_arrow", "list_images", "open_shard_writer"]
 
 Image = tuple[str, "Path | bytes | Exception"]
 
@@ -154,6 +155,79 @@ def open_shard_writer(task: Task, suffix: str, file: BinaryIO) -> Iterator[Shard
             writer = ParquetWriter(lambda results: parquet.write_table(make_table(task, results)))
             yield writer
             writer.flush()
+
+
+class EdgeShards:
+    """The edge files in shards of results, as `trace-fast edges` writes them, by the keys of their images.
+
+    Args:
+        op: name of the calling function, for messages.
+        paths: of tar and parquet files.
+
+    Raises:
+        ValueError: a shard is damaged, or has no edges.
+        RuntimeError: there is a parquet file, and pyarrow is not installed.
+    """
+
+    def __init__(self, op: str, paths: Iterable[Path]):
+        self.op = op
+        # the shard, and where in it: offset and length in bytes, or row group and row
+        self.positions: dict[str, tuple[Path, int, int]] = {}
+        for path in paths:
+            index = self._index_members if path.suffix.lower() == ".tar" else self._index_rows
+            self.positions |= {key: (path, first, second) for key, first, second in index(path)}
+
+    def _index_members(self, path: Path) -> Iterator[tuple[str, int, int]]:
+        """Yield the key, offset and length of each edge file of a tar file."""
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    if member.isfile() and member.name.endswith(".png"):
+                        yield member.name.removesuffix(".png"), member.offset_data, member.size
+        except tarfile.TarError as error:
+            raise ValueError(f"{self.op}: maps must be in complete tar files, got '{path}': {error}") from error
+
+    def _index_rows(self, path: Path) -> Iterator[tuple[str, int, int]]:
+        """Yield the key, row group and row of each row of a parquet file."""
+        arrow = import_arrow(self.op)
+        try:
+            with arrow.parquet.ParquetFile(path) as file:
+                if missing := {"key", "edges"} - set(file.schema_arrow.names):
+                    raise ValueError(f"{self.op}: maps must have columns key and edges, got '{path}' without {missing}")
+                for group in range(file.num_row_groups):
+                    keys = file.read_row_group(group, ["key"])["key"].to_pylist()
+                    yield from ((key, group, row) for row, key in enumerate(keys))
+        except arrow.ArrowException as error:
+            raise ValueError(f"{self.op}: maps must be in complete parquet files, got '{path}': {error}") from error
+
+    def read(self, key: str) -> bytes:
+        """Return the edge file of an image.
+
+        Args:
+            key: of the image.
+
+        Raises:
+            ValueError: no shard has the image, or it could not be read when its edges were to be found.
+            OSError: the shard cannot be read.
+        """
+        if key not in self.positions:
+            raise ValueError(f"{self.op}: maps must have the edges of every image, got none of the key '{key}'")
+        path, first, second = self.positions[key]
+        if path.suffix.lower() == ".tar":
+            with open(path, "rb") as file:
+                file.seek(first)
+                return file.read(second)
+        content = self._read_rows(path, first)[second]
+        if content is None:
+            raise ValueError(f"{self.op}: maps must be of images that were read, got an error for '{key}' in '{path}'")
+        return content
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (as long as a command)
+    def _read_rows(self, path: Path, group: int) -> list[bytes | None]:
+        """Return the edge files of a row group, of which several threads read rows in order."""
+        with import_arrow(self.op).parquet.ParquetFile(path) as file:
+            rows: list[bytes | None] = file.read_row_group(group, ["edges"])["edges"].to_pylist()
+            return rows
 
 
 class TarWriter:

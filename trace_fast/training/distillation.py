@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from trace_fast.backbones.base import NOISINGS, STEPS, Backbone, check_timestep, constant, default_dtype, load_weights
+from trace_fast.backbones.base import NOISINGS, STEPS, check_timestep, constant, default_dtype, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, FORMAT, make_decoder, resample_values, upgrade_student
-from trace_fast.detector import Detector, StudentPass, save_student, use_channels_last
+from trace_fast.detector import StudentPass, save_student, use_channels_last
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
+from trace_fast.jobs.parts import ALONE, Part, parse_part
 from trace_fast.tracer import Tracer
 from trace_fast.training.batches import PREVIEW, Batch, Batches
 from trace_fast.training.cards import describe_machine, format_card
-from trace_fast.training.data import PhotoFile, list_photos, refuse_damaged, shuffle_photos
+from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.labels import LABELS
 from trace_fast.training.lora import inject
 from trace_fast.training.losses import LOSSES, compute_loss
 from trace_fast.training.options import check_options, document_options, option, to_json
 from trace_fast.training.scenes import SceneFile, list_scenes
+from trace_fast.training.search import HELPER_SCALES, check_student, list_missing, search_photos, take_photos
 from trace_fast.training.shards import Shards
 from trace_fast.training.standardization import fold_kernels, standardize_kernels
 from trace_fast.training.state import Process, State, list_differences, read_progress, trapezoid
@@ -47,7 +49,6 @@ from trace_fast.training.state import Process, State, list_differences, read_pro
 __all__ = ["DistillConfig", "distill"]
 
 FLOW_TIMESTEP = 20  # of the student's pass for rectified flow
-HELPER_SCALES = (1.0, 1.25)  # sizes at which a student that helps to label sees a photo, relative to its own
 STATE = "state.safetensors"
 PROGRESS = ("step", "seconds", "recent", "losses")
 
@@ -242,6 +243,12 @@ class DistillConfig:
         fixed=False,
     )
     shard: int = option(64, help="The number of photos in a file of the labels folder.", least=1)
+    part: str | None = option(
+        None,
+        help="Only search the photos, and only a part of them: I/N is the part I, from 0, of N parts, each of another "
+        "process, on this machine or another one. When all are done, the command without this option trains.",
+        fixed=False,
+    )
     save_minutes: float = option(
         5.0, help="The time in minutes between two states from which a run can be resumed.", least=0, fixed=False
     )
@@ -249,6 +256,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_options("distill", self)
+        self.get_part()
         if self.teacher_timestep is not None:
             check_timestep(self.teacher_timestep)
         if self.window is not None and self.window % 16:
@@ -297,6 +305,10 @@ class DistillConfig:
                 f"distill: init_from must be a student with decoder {self.decoder} and adapters of rank {ranks}, got "
                 f"{difference}"
             )
+
+    def get_part(self) -> Part:
+        """Return the part of the photos that is searched."""
+        return ALONE if self.part is None else parse_part("distill: part", self.part)
 
     def count_scenes(self) -> int:
         """Return the number of scenes in a step."""
@@ -591,22 +603,6 @@ def format_loss(loss: float | None) -> str:
     return "not measured" if loss is None else f"{loss:.4f}"
 
 
-def check_student(config: DistillConfig, backbone: Backbone) -> None:
-    """Refuse options of the student that the network does not allow."""
-    if config.size is not None:
-        backbone.grids(config.size)
-    if config.checkpointing and not hasattr(backbone.network, "enable_gradient_checkpointing"):
-        raise ValueError(f"distill: checkpointing must be off for a network not of diffusers, got {config.model!r}")
-
-
-def take_photos(config: DistillConfig, photos: Sequence[PhotoFile]) -> Sequence[PhotoFile]:
-    """Return those of the photos that the run uses; ValueError if they are too few."""
-    needed = PREVIEW + (config.count_scenes() < config.batch)
-    if len(photos) < needed:
-        raise ValueError(f"distill: images must be at least {needed} photos, got {len(photos)}")
-    return photos if needed > PREVIEW else photos[:PREVIEW]
-
-
 def distill(config: DistillConfig) -> Path:
     """Distill a one-step student from photos; a run in the output folder is resumed.
 
@@ -616,7 +612,8 @@ def distill(config: DistillConfig) -> Path:
         config: see `DistillConfig`.
 
     Returns:
-        The folder of the student, which `trace_fast.load` and `Detector.from_pretrained` read.
+        The folder of the student, which `trace_fast.load` and `Detector.from_pretrained` read; with `part`, the folder
+        of what the search has found.
 
     Raises:
         FileNotFoundError: the folder of photos does not exist.
@@ -644,68 +641,12 @@ def distill(config: DistillConfig) -> Path:
         return tracer
 
     scenes = list_scenes(config.scenes) if config.scenes is not None else []
-    with process.claim(config.output, "distill"):
-        divergences, helper = config.open_divergences(photos), config.open_helper(photos)
-        missing = divergences.list_missing()
-        unseen = [] if helper is None else helper.list_missing()
+    with process.claim(config.output, "distill", config.get_part().index):
+        missing = list_missing(config, photos)
         # refused before the search, not after it
         read_progress(config.output / STATE, config.describe_run(), "distill")
-        if missing or unseen:
-            searches = []
-            if missing:
-                find = make_search(config, load_tracer(config.teacher_size or config.size))
-                searches.append((divergences, missing, find))
-            if helper is not None and unseen:
-                searches.append((helper, unseen, load_helper(config, process.device)))
-            damaged = refuse_damaged(list(dict.fromkeys(missing + unseen)), config.skip_bad, process)
-            photos = [photo for photo in photos if photo not in damaged]
-            take_photos(config, photos)
-            for shards, part, find in searches:
-                shards.write(find, [photo for photo in part if photo not in damaged], config.shard, process.share)
-            del searches, find  # frees memory for the student
-            process.wait()
+        damaged = search_photos(config, photos, missing, process, load_tracer)
+        if config.part is not None:
+            return config.shards_folder
+        photos = take_photos(config, [photo for photo in photos if photo not in damaged])
         return Distillation(config, load_tracer(config.size), photos, process, scenes).run()
-
-
-def make_search(config: DistillConfig, teacher: Tracer) -> Callable[[Tensor], Tensor]:
-    """Return the search of a photo (1, 3, H, W) for its divergence, (1, h, w) float16 in nats."""
-    check_student(config, teacher.backbone)
-
-    def find(photo: Tensor) -> Tensor:
-        output = teacher(
-            photo,
-            timestep=config.teacher_timestep,
-            noising=config.teacher_noising,
-            seed=config.seed,
-            return_abdiv=True,
-        )
-        assert output.abdiv is not None
-        return output.abdiv.half()
-
-    return find
-
-
-def load_helper(config: DistillConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the search of a photo (1, 3, H, W) for a student's edges, (1, 1, h, w) uint8, as its decoder sees it.
-
-    They are averaged over the photo and its mirrored copy, and over two sizes at which the decoder sees them.
-    """
-    detector = Detector.from_pretrained(str(config.labels_student), device=device)
-    decoder, (height, width) = detector.decoder, detector.size
-    student = StudentPass(detector.backbone, decoder, detector.timestep)
-
-    @torch.no_grad()
-    def average(photo: Tensor) -> Tensor:
-        shape = (photo.shape[-2], photo.shape[-1])
-        copies = torch.cat([photo, photo.flip(-1)]).to(device)
-        readout = student.read(resize(copies, detector.size))
-        target = decoder.photo_size(shape, detector.size) or decoder.grid
-        maps: list[Tensor] = []
-        for scale in HELPER_SCALES:
-            size = decoder.photo_size(shape, (round(scale * height), round(scale * width)))
-            logits = decoder(readout, None if size is None else resize(copies, size)).float()
-            maps.append(resize(logits, target).sigmoid())
-        edges = torch.stack(maps).mean(0)
-        return ((edges[:1] + edges[1:].flip(-1)) / 2 * 255).round().byte()
-
-    return average

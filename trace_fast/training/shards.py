@@ -18,7 +18,17 @@ from trace_fast.io.files import write_atomically, write_tensors
 from trace_fast.training.data import PhotoFile
 from trace_fast.training.state import require_same
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "cut"]
+
+
+def cut(photos: Sequence[PhotoFile], length: int) -> list[Sequence[PhotoFile]]:
+    """Return pieces of a list, in order, each of a length but the last one.
+
+    Example:
+        >>> cut("abcde", 2)
+        ['ab', 'cd', 'e']
+    """
+    return [photos[start : start + length] for start in range(0, len(photos), length)]
 
 
 class Shards:
@@ -90,7 +100,7 @@ class Shards:
             share: the files that this process writes, of those for all `photos`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = [photos[start : start + length] for start in range(0, len(photos), length)][share]
+        parts = cut(photos, length)[share]
         with tqdm(total=sum(map(len, parts)), desc="searching", unit="image", disable=None) as bar:
             for part in parts:
                 maps = {}

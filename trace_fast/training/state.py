@@ -86,18 +86,19 @@ class Process:
         return slice(self.index, None, self.count)
 
     @contextmanager
-    def claim(self, folder: Path, op: str) -> Iterator[None]:
+    def claim(self, folder: Path, op: str, part: int = 0) -> Iterator[None]:
         """Create a folder and keep other runs that write to it out, for all processes of this run.
 
         Args:
             folder: to write to.
             op: named in errors.
+            part: of the folder, which other runs may write other parts of.
 
         Raises:
             RuntimeError: another run writes to the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with claim_folder(folder, op) if self.index == 0 else nullcontext():
+        with claim_folder(folder, op, part) if self.index == 0 else nullcontext():
             yield
 
     def wait(self) -> None:

@@ -21,6 +21,7 @@ from trace_fast.io.claims import claim_folder
 from trace_fast.io.files import write_files
 from trace_fast.io.folders import is_picture
 from trace_fast.io.pictures import read_picture
+from trace_fast.jobs.parts import Part, find_part, parse_part
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.options import check_options, document_options, option, to_json
 from trace_fast.training.state import require_same
@@ -68,9 +69,20 @@ class ScenesConfig:
     workers: int = option(
         0, help="The number of processes that draw. 0 draws in the main process.", least=0, fixed=False
     )
+    part: str | None = option(
+        None,
+        help="The part of the scenes to draw: I/N is the part I, from 0, of N parts, each of another process, and all "
+        "write to one folder. The default is what torchrun, accelerate launch or srun say.",
+        fixed=False,
+    )
 
     def __post_init__(self) -> None:
         check_options("scenes", self)
+        self.get_part()
+
+    def get_part(self) -> Part:
+        """Return the part of the scenes that this process draws."""
+        return find_part() if self.part is None else parse_part("scenes: part", self.part)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ def write_scenes(config: ScenesConfig) -> Path:
     """
     files = [] if config.photos is None else shuffle_photos(list_photos(config.photos), config.seed)
     config.output.mkdir(parents=True, exist_ok=True)
-    with claim_folder(config.output, "scenes"):
+    with claim_folder(config.output, "scenes", config.get_part().index):
         _write_missing(config, files[: config.most_photos])
     return config.output
 
@@ -125,7 +137,8 @@ def _write_missing(config: ScenesConfig, files: list[PhotoFile]) -> None:
     if path.is_file():
         require_same("scenes", "output", "scenes of the same options", path.read_text(), identity, path)
     scenes = [_locate(config.output, number) for number in range(config.count)]
-    if not path.is_file() and any(scene.image.exists() or scene.instances.exists() for scene in scenes):
+    # in this order: other parts write the description first
+    if any(scene.image.exists() or scene.instances.exists() for scene in scenes) and not path.is_file():
         raise ValueError(
             f"scenes: output must be empty or hold scenes, got files without {DESCRIPTION} in '{path.parent}'"
         )
@@ -134,12 +147,13 @@ def _write_missing(config: ScenesConfig, files: list[PhotoFile]) -> None:
     contents = {DESCRIPTION: identity.encode(), "README.md": _write_readme(config, len(files)).encode()}
     write_files(config.output, contents, "scenes")
 
-    missing = [number for number, scene in enumerate(scenes) if not scene.is_complete()]
+    numbers = range(config.count)[config.get_part().share]
+    missing = [number for number in numbers if not scenes[number].is_complete()]
     chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
     photos = load_photos(files) if files and missing else None
     write = functools.partial(_write_chunk, config, photos)
     with tqdm(
-        total=config.count, initial=config.count - len(missing), desc="drawing", unit="scene", disable=None
+        total=len(numbers), initial=len(numbers) - len(missing), desc="drawing", unit="scene", disable=None
     ) as bar:
         for done in _run_chunks(write, chunks, config.workers):
             bar.update(done)
