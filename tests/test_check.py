@@ -82,6 +82,17 @@ def test_a_model_of_diffusers(tmp_path):
     assert len(report.photos["coffee"]["kl"]) == 10
 
 
+def test_a_grid_without_tokens_inside_is_null_in_json(folder, tmp_path):
+    # nothing of the disc lies inside it
+    check(folder, tmp_path, device="cpu", size=(16, 16))
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert report["divergence"]["0"]["inside"] is None
+
+
 def test_the_command_writes_the_report(folder, tmp_path):
     result = CliRunner().invoke(app, ["check", "--model", str(folder), "--device", "cpu", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output

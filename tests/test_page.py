@@ -151,6 +151,66 @@ def test_models_have_a_student_where_there_is_one(tmp_path):
     assert models.tracer.backbone is models.detector.backbone
 
 
+# gradio leaves event loops open: in a process of its own
+EVENTS = """
+from types import SimpleNamespace
+
+import gradio
+import torch
+from safetensors import SafetensorError
+
+from trace_fast.levels import measure_levels
+from trace_fast.page.analysis import Models
+from trace_fast.page.layout import MEASURING, NO_PHOTO, Page, Session, sentences
+from trace_fast.tracer import Tracer
+
+
+def refuse(call, index, text):
+    try:
+        call(session, SimpleNamespace(index=index))
+    except gradio.Error as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(index)
+
+
+tracer = Tracer.from_pretrained("mini", device="cpu", size=(16, 16))
+page, photo = Page(Models(tracer, None)), torch.rand(1, 3, 40, 60)
+levels, masks = measure_levels(tracer, photo), torch.zeros(0, 40, 60, dtype=torch.bool)
+session = Session("photo", photo, torch.zeros(40, 60), masks, torch.zeros(0), levels, levels.read)
+for index in (11, -1, 10**9, None, "x", [1, 2], float("nan")):
+    refuse(page.choose_level, index, "app: level must be one of those that are shown, got")
+assert session.level == levels.read
+for index in ([float("nan"), 1], [float("inf"), 1], [1], 5, ["a", "b"]):
+    refuse(page.choose_point, index, "")
+for index, point in (([1e9, -5], (0, 59)), ([-7, 1e9], (39, 0)), ([59.9, 39.9], (39, 59))):
+    page.choose_point(session, SimpleNamespace(index=index))
+    assert session.point == point
+
+# clicks before the search has ended
+session.levels = None
+assert page.choose_point(session, SimpleNamespace(index=[3, 5])) == {page.status: MEASURING}
+assert page.choose_level(None, SimpleNamespace(index=0)) == {page.status: NO_PHOTO}
+session.levels = levels
+assert page.attention in page.show_level(session) and session.point == (5, 3)
+
+for error, text in ((SafetensorError("damaged"), "damaged"), (KeyError("x"), "KeyError: 'x'"), (MemoryError(), "Mem")):
+    try:
+        with sentences():
+            raise error
+    except gradio.Error as shown:
+        assert text in str(shown)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_events_of_any_content_are_answered_with_a_sentence():
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'trace_fast[app]'")
+    result = subprocess.run([sys.executable, "-c", EVENTS], capture_output=True, text=True, timeout=600)
+    assert result.stdout == "done\n", result.stderr
+
+
 @pytest.fixture(scope="module")
 def address():
     pytest.importorskip("gradio", reason="needs gradio: pip install 'trace_fast[app]'")
@@ -193,6 +253,31 @@ def visit(browser, address):
     page.goto(address)
     page.wait_for_selector("#file input[type=file]", state="attached")
     return page, hosts
+
+
+def ask(address, path, content=None, **headers):
+    """Return the status of a request."""
+    data = None if content is None else json.dumps(content).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@pytest.mark.slow
+def test_requests_for_other_files_and_of_other_hosts(address, tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "private.png")
+    for path in (tmp_path / "private.png", "/etc/passwd", "README.md", "../../etc/passwd", "http://127.0.0.1:1/x.png"):
+        assert ask(address, f"/gradio_api/file={path}")[0] == 403
+        file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        content = {"data": [file, "student, in one step", 0.5, 3], "fn_index": 0, "session_hash": "a"}
+        assert ask(address, "/gradio_api/queue/join", content)[0] == 200
+        events = ask(address, "/gradio_api/queue/data?session_hash=a")[1].decode()
+        assert '"success":false' in events and "process_generating" not in events
+    assert ask(address, "/config")[0] == 200
+    assert ask(address, "/config", Host="other.example")[0] == 400
 
 
 @pytest.mark.slow

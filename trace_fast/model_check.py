@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import math
 import platform
 import time
@@ -26,7 +25,7 @@ from trace_fast.backbones.capture import AttendBlock
 from trace_fast.detector import Detector
 from trace_fast.extras import require
 from trace_fast.io import visualize
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import format_json, write_atomically
 from trace_fast.io.images import read_image, resize
 from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.ops.dispatch import backends
@@ -88,7 +87,7 @@ class Report:
         Args:
             folder: exists.
         """
-        for name, text in (("report.md", f"{self}\n"), ("report.json", json.dumps(asdict(self), indent=1) + "\n")):
+        for name, text in (("report.md", f"{self}\n"), ("report.json", format_json(asdict(self)))):
             with write_atomically(Path(folder) / name, "check") as file:
                 file.write(text.encode())
 

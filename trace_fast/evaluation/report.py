@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import importlib
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from trace_fast.evaluation.panoptic import PanopticScores
 from trace_fast.extras import require
 from trace_fast.io import visualize
 from trace_fast.io.arrays import array_to_tensor
-from trace_fast.io.files import write_atomically
+from trace_fast.io.files import format_json, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -391,16 +390,7 @@ def _rows(scores: Mapping[str, Any], figures: Sequence[str]) -> list[tuple[Any, 
 
 
 def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(_replace_nan(data), indent=1, allow_nan=False) + "\n")
-
-
-def _replace_nan(data: Any) -> Any:
-    """Return nested dicts and lists with None in place of nan, which is not JSON."""
-    if isinstance(data, Mapping):
-        return {name: _replace_nan(value) for name, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_replace_nan(value) for value in data]
-    return None if isinstance(data, float) and math.isnan(data) else data
+    _write(path, format_json(data))
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["write_atomically", "write_files", "write_tensors"]
+__all__ = ["format_json", "write_atomically", "write_files", "write_tensors"]
 
 # of disks, and of users who have used their share of one
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -79,6 +80,27 @@ def write_files(folder: Path, contents: Mapping[str, bytes], op: str) -> None:
     for name, content in contents.items():
         with write_atomically(folder / name, op) as file:
             file.write(content)
+
+
+def format_json(data: Any) -> str:
+    r"""Return the text of a JSON file, with null in place of numbers that are not finite, which JSON has not.
+
+    Args:
+        data: nested mappings, lists and tuples.
+
+    Example:
+        >>> format_json({"mean": float("nan")})
+        '{\n "mean": null\n}\n'
+    """
+
+    def replace(data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {name: replace(value) for name, value in data.items()}
+        if isinstance(data, (list, tuple)):
+            return [replace(value) for value in data]
+        return None if isinstance(data, float) and not math.isfinite(data) else data
+
+    return json.dumps(replace(data), indent=1, allow_nan=False) + "\n"
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

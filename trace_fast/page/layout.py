@@ -11,10 +11,13 @@ from typing import Any
 
 import gradio
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch import Tensor
 
 from trace_fast.io import visualize
 from trace_fast.io.images import read_image
+from trace_fast.jobs.errors import FAILURES, describe
 from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.masks import instances
 from trace_fast.page.analysis import Models, draw_attention, write_files
@@ -24,7 +27,7 @@ __all__ = ["Page", "serve"]
 SHOWN = 1024  # longer side of the pictures on the page, in pixels; files have the photograph's own size
 STUDENT, SEARCH = "student, in one step", "search over timesteps"
 USERS = 2  # whose work runs at the same time
-NO_PHOTO = "Choose a photograph first."
+NO_PHOTO, MEASURING = "Choose a photograph first.", "Measuring every timestep ..."
 HELP = (
     "Choose a photograph: its instance edges, the masks that they enclose, and what the search measures follow. Then "
     "click on a level for its ABDiv, and on the photograph for what that point attends to. All of it stays on this "
@@ -168,7 +171,7 @@ class Page:
                 self.attention: None,
                 self.token: "",
                 **self.show_masks(session),
-                self.status: "Measuring every timestep ...",
+                self.status: MEASURING,
             }
             levels = session.levels = measure_levels(self.models.tracer, photo)
             session.level = levels.read
@@ -194,7 +197,9 @@ class Page:
         with sentences():
             if session is None:
                 return {self.status: NO_PHOTO}
-            session.level = int(event.index)
+            if session.levels is not None and event.index not in range(len(session.levels.timesteps)):
+                raise ValueError(f"app: level must be one of those that are shown, got {event.index}")
+            session.level = event.index
             return self.show_level(session)
 
     def choose_point(self, session: Session | None, event: gradio.SelectData) -> Updates:
@@ -217,7 +222,8 @@ class Page:
     def show_level(self, session: Session) -> Updates:
         """Return ABDiv at the timestep of the session, and what its point attends to."""
         levels, photo = session.levels, session.photo
-        assert levels is not None
+        if levels is None:
+            return {self.status: MEASURING}
         picture = shrink(draw_level(levels, session.level, photo.shape[-2:]))
         updates: Updates = {self.abdiv: gradio.Image(picture, label=f"ABDiv at {levels.describe(session.level)}")}
         if session.point is not None:
@@ -251,6 +257,8 @@ def serve(models: Models, port: int | None = None, *, open_browser: bool = False
         prevent_thread_lock=not wait,
         ssr_mode=False,  # which would load a font from another machine
         footer_links=[],
+        # a page of another host, whose name leads to this machine, could ask as if it were this page
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]},
     )
     return str(address)
 
@@ -260,8 +268,8 @@ def sentences() -> Iterator[None]:
     """Show what a user, a file or the machine may cause as a message on the page."""
     try:
         yield
-    except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise gradio.Error(str(error) or type(error).__name__, print_exception=False) from error
+    except FAILURES as error:
+        raise gradio.Error(describe(error), print_exception=False) from error
 
 
 def make_picture(label: str) -> Any:
@@ -287,4 +295,4 @@ def find_pixel(photo: Tensor, x: float, y: float) -> tuple[int, int]:
     """Return row and column in a photograph (1, 3, H, W) of a point in the picture of it on the page."""
     height, width = photo.shape[-2:]
     ratio = max(1.0, max(height, width) / SHOWN)
-    return min(int(y * ratio), height - 1), min(int(x * ratio), width - 1)
+    return max(0, min(int(y * ratio), height - 1)), max(0, min(int(x * ratio), width - 1))
