@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -1491,6 +1492,31 @@ class TestScenes:
         soft = torch.nn.functional.interpolate(probability, size, mode="bilinear")
         assert_close(batches.load_photo(8).labels, (stored * soft).sqrt(), rtol=0, atol=1e-5)
         assert "combined labels" in (student / "README.md").read_text()
+
+    @pytest.mark.slow
+    def test_no_ground_truth_beside_photos_is_opened(self, config, photos, tmp_path):
+        """A student of scenes and one of the search's labels learn from a data set, and see its photos alone."""
+        data = tmp_path / "data"
+        shutil.copytree(photos, data / "images")
+        for name in ("annotations/instances.json", "inst/0.png", "panoptic/0.png", "images/0.json"):
+            (data / name).parent.mkdir(exist_ok=True)
+            (data / name).write_text("the truth")
+        opened: set[Path] = set()
+        recording = True
+
+        def record(event, arguments):
+            if recording and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str | Path):
+                opened.add(Path(arguments[0]))
+
+        sys.addaudithook(record)  # it cannot be removed
+        try:
+            config = replace(config, images=data / "images")
+            first = distill(config)
+            distill(replace(config, output=tmp_path / "second", labels="combined", labels_student=first))
+        finally:
+            recording = False
+        seen = {path for path in opened if data in path.parents}
+        assert seen == {data / "images", *(data / "images").glob("*.png")}
 
     @pytest.mark.slow
     def test_another_student_has_other_labels(self, config):
