@@ -6,6 +6,7 @@ the instruction set of the native core where a test does not choose one, and OMP
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,3 +180,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pillow-heif a package that is not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)

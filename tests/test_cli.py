@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,50 @@ class TestEdges:
         assert one == same != two
 
 
+class TestOneFile:
+    def test_the_same_bytes_as_in_a_folder(self, call, tmp_path):
+        make_photo(tmp_path / "in" / "a.jpg")
+        options = ("in", "--overlay", "--bits", 16)
+        assert call("edges", *options, "-o", "out").exit_code == 0
+        result = call("edges", *options, "-o", "new/e.PNG")
+        assert (result.exit_code, result.stdout) == (0, "1 of 1 written to new/e.PNG\n")
+        assert sorted(os.listdir("new")) == ["e.PNG", "e_overlay.jpg"]
+        assert (tmp_path / "new" / "e.PNG").read_bytes() == (tmp_path / "out" / "a.png").read_bytes()
+        assert (tmp_path / "new" / "e_overlay.jpg").read_bytes() == (tmp_path / "out" / "a_overlay.jpg").read_bytes()
+
+    def test_overwrite(self, call, tmp_path):
+        make_photo(tmp_path / "a.png")
+        (tmp_path / "e.png").write_text("of before")
+        assert call("edges", "a.png", "-o", "e.png", "--overwrite").exit_code == 0
+        assert read("e.png").shape == (20, 31)
+
+    def test_a_bad_image_leaves_nothing(self, call, tmp_path):
+        (tmp_path / "a.png").write_text("no image")
+        result = call("edges", "a.png", "-o", "e.png")
+        assert (result.exit_code, result.stdout) == (1, "0 of 1 written to e.png\n")
+        assert os.listdir(tmp_path) == ["a.png"]
+
+    def test_a_folder_of_that_name_is_a_folder(self, call, tmp_path):
+        make_photo(tmp_path / "a.jpg")
+        (tmp_path / "e.png").mkdir()
+        assert call("edges", "a.jpg", "-o", "e.png").exit_code == 0
+        assert files("e.png") == ["a.png"]
+
+    def test_masks(self, tmp_path, monkeypatch):
+        """The results of segment; label maps and edge maps are found by the name of the photo."""
+        monkeypatch.chdir(tmp_path)
+        make_photo(tmp_path / "a.jpg")
+        for folder in ("edges", "labels"):
+            (tmp_path / folder).mkdir()
+            Image.fromarray(np.tile(np.uint8([0, 200]), (20, 16))[:, :31]).save(f"{folder}/a.png")
+        for output in ("m.png", "out"):
+            options = ("--edges", "edges", "--masks", "labels", "--coco", f"{output}.json", "-o", output)
+            result = CliRunner().invoke(cli.app, ["segment", "a.jpg", *options])
+            assert result.exit_code == 0, result.output
+        assert (tmp_path / "m.png").read_bytes() == (tmp_path / "out" / "a.png").read_bytes()
+        assert (tmp_path / "m.png.json").read_bytes() == (tmp_path / "out.json").read_bytes()
+
+
 class TestBadImages:
     def test_the_others_are_done(self, call, tmp_path):
         make_photo(tmp_path / "in" / "a.png")
@@ -228,11 +273,35 @@ class TestRefusals:
             error = refuse("a.png", "-o", "out", "--model", model, "--device", device)
             assert error.startswith("trace-fast: ")
 
-    @pytest.mark.parametrize("folder", ["a.png", "a.png/deeper", "/dev/null/x"])
+    @pytest.mark.parametrize("folder", ["a.png/deeper", "/dev/null/x"])
     def test_output_that_is_no_folder(self, refuse, folder):
         error = refuse("a.png", "-o", folder)
         assert error.startswith(f"trace-fast: the folder '{folder}' cannot be written to: ")
         assert error.count("\n") == 1
+
+    @pytest.mark.parametrize("options", [(), ("--overwrite",)])
+    def test_a_file_that_is_the_image(self, refuse, tmp_path, options):
+        before = (tmp_path / "a.png").read_bytes()
+        error = refuse("a.png", "-o", f"../{tmp_path.name}/a.png", *options)
+        assert error == f"trace-fast: '../{tmp_path.name}/a.png' is the image itself: choose another --output\n"
+        assert (tmp_path / "a.png").read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["e.png", "e_overlay.jpg"])
+    def test_a_file_that_exists(self, refuse, tmp_path, name):
+        (tmp_path / name).write_text("mine")
+        error = refuse("a.png", "-o", "e.png", "--overlay")
+        assert error == f"trace-fast: '{name}' exists: choose another --output, or replace it by --overwrite\n"
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_a_file_of_another_format(self, refuse):
+        assert refuse("a.png", "-o", "e.jpg") == "trace-fast: --output must be a folder, or end in .png, got 'e.jpg'\n"
+
+    def test_a_file_for_several_images(self, refuse, tmp_path):
+        make_photo(tmp_path / "b.png")
+        (tmp_path / "c.tar").write_bytes(b"")
+        for inputs in (("a.png", "b.png"), ("c.tar",)):
+            error = refuse(*inputs, "-o", "e.png")
+            assert error == "trace-fast: --output must be a folder for several images or a shard, got 'e.png'\n"
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_output_without_permission(self, refuse, tmp_path):
@@ -342,6 +411,30 @@ def test_help_names_every_command(call):
         for command in ("edges", "demo", "backends"):
             assert command in result.stdout
     assert "--timestep" in call("edges", "--help").stdout
+
+
+def test_help_says_what_the_exit_status_means(call):
+    text = " ".join(call("--help").stdout.split())
+    assert "Exit status: 0 all is well, 1 some images failed and the others are done, 2 the command was refused" in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("trace-fast s", {"segment", "scenes"}),
+        ("trace-fast edges --over", {"--overlay", "--overlay-format", "--overwrite"}),
+        ("trace-fast edges --model pix", {"pixart", "pixart-512"}),
+    ],
+)
+def test_completion(monkeypatch, shell, words, completions):
+    monkeypatch.setenv("_TRACE_FAST_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", words)
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    result = CliRunner().invoke(cli.app, prog_name="trace-fast")
+    assert set(re.findall(r"[\w-]+", result.stdout)) >= completions
 
 
 @pytest.mark.slow

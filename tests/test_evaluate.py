@@ -248,7 +248,7 @@ class TestReport:
         result = call("--data", data, "-o", "out", "--method", "sobel", "--limit", 3)
         assert result.exit_code == 0
         notes = [f"p0: no ground truth in {data / 'inst'}", "p1: no contour in its ground truth"]
-        assert result.stderr == "".join(f"note: {note}\n" for note in notes)
+        assert result.stderr == "".join(f"trace-fast: {note}\n" for note in notes)
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         assert report["notes"] == notes and report["methods"]["sobel"]["images"] == 2
 
@@ -400,7 +400,7 @@ class TestBadData:
         assert counted == [] and files(tmp_path / "out") == {} and not (tmp_path / "out" / "counts").exists()
         lines = result.stderr.splitlines()
         notes = ["new: no ground truth in data/inst", "void: no contour in its ground truth"]
-        assert lines[:2] == [f"note: {note}" for note in notes]
+        assert lines[:2] == [f"trace-fast: {note}" for note in notes]
         assert lines[2] == (
             "trace-fast: evaluate: data must be free of problems, got 11 problems; skip_bad leaves these images out:"
         )
@@ -435,7 +435,7 @@ class TestBadData:
             result = call("--data", "data", "-o", "out", "--method", "sobel", *extra)
             assert result.exit_code == 2
             assert result.stderr == (
-                "note: a: no contour in its ground truth\n"
+                "trace-fast: a: no contour in its ground truth\n"
                 "trace-fast: evaluate: data must hold an image with contours, got none in 'data'\n"
             )
 

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -173,7 +174,64 @@ def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatc
         read_map(tmp_path / "bomb.png")
 
 
-def test_heic_names_its_package(tmp_path):
-    (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(ValueError, match="pillow-heif, which must be registered"):
-        read_image(tmp_path / "photo.HEIC")
+class TestHeic:
+    """HEIC, which Pillow reads by pillow-heif; each test begins without it."""
+
+    @pytest.fixture(autouse=True)
+    def unregistered(self, monkeypatch):
+        Image.init()
+        monkeypatch.setattr(Image, "OPEN", {name: opener for name, opener in Image.OPEN.items() if name != "HEIF"})
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Write a photo of two colors as HEIC, on its side by EXIF, and one as PNG."""
+        pillow_heif = pytest.importorskip("pillow_heif")
+        pixels = np.zeros((64, 96, 3), np.uint8)
+        pixels[:, :40], pixels[:, 40:] = (200, 30, 30), (30, 60, 200)
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        Image.fromarray(pixels).save(folder / "b.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        heic = pillow_heif.from_pillow(Image.fromarray(np.rot90(pixels).copy()))
+        heic.save(folder / "a.HEIC", quality=95, exif=exif.tobytes())
+        return folder
+
+    def test_the_package_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+        with pytest.raises(ValueError, match=r"without pillow-heif: pip install 'trace_fast\[heif\]', or convert HEIC"):
+            read_image(tmp_path / "photo.HEIC")
+
+    def test_pixels(self, folder):
+        upright, expected = read_image(folder / "a.HEIC"), read_image(folder / "b.png")
+        assert upright.shape == expected.shape and (upright - expected).abs().mean() < 0.02
+
+    def test_other_files_do_not_import_it(self, folder):
+        read_image(folder / "b.png")
+        assert "HEIF" not in Image.OPEN
+
+    def test_folders_and_commands(self, folder):
+        assert [photo.name for photo in list_photos(folder)] == ["a.HEIC", "b.png"]
+        options = ["--size", "32x48", "--device", "cpu", "-o", str(folder / "out"), "--max-side", "80"]
+        result = CliRunner().invoke(app, ["edges", str(folder), *options])
+        assert (result.exit_code, result.stderr) == (0, "")
+        with Image.open(folder / "out" / "a.png") as picture:
+            assert picture.size == (80, 53)
+
+    def test_damage(self, folder):
+        content = (folder / "a.HEIC").read_bytes()
+        for end in (40, len(content) // 2, len(content) - 30):
+            (folder / "cut.heic").write_bytes(content[:end])
+            with pytest.raises(ValueError, match="edges: image must be"):
+                read_image(folder / "cut.heic")
+
+    def test_a_large_one_is_refused_before_it_is_decoded(self, folder, monkeypatch):
+        monkeypatch.setattr("trace_fast.io.pictures.MAX_PIXELS", 1000)
+        with pytest.raises(ValueError, match="must have at most 1000 pixels"):
+            read_image(folder / "a.HEIC")
+
+    def test_postscript_of_that_name(self, folder):
+        (folder / "c.heic").write_bytes(POSTSCRIPT)
+        with pytest.raises(ValueError, match="must be an image file"):
+            read_image(folder / "c.heic")

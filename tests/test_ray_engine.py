@@ -58,7 +58,7 @@ def test_too_many_actors_are_refused_before_and_after(inputs):
         make_photo(inputs / "a.jpg")
 
 
-def test_a_shard_whose_process_ends(inputs, tmp_path, monkeypatch, capsys):
+def test_a_shard_whose_process_ends(inputs, tmp_path, monkeypatch, caplog):
     from exiting import ExitingTask
 
     from trace_fast.jobs.finder import EdgeFinder
@@ -75,6 +75,6 @@ def test_a_shard_whose_process_ends(inputs, tmp_path, monkeypatch, capsys):
     outcome = run_job(task, targets, tmp_path / "out", engine="ray")
     assert (outcome.images, outcome.failures) == (53, 2)
     assert (tmp_path / "starts").read_text() == "xxx"
-    assert f"{inputs / 'a.tar'}: not written: the process ended 3 times" in capsys.readouterr().err
+    assert f"{inputs / 'a.tar'}: not written: the process ended 3 times" in caplog.messages
     names = list_tree(tmp_path / "out")
     assert len(names) == 48 and "b.tar" in names and "a.tar" not in names

@@ -410,7 +410,7 @@ def test_bad_results_are_left_out_and_named(call, data, baseline, tmp_path):
     result = call(*command)
     assert result.exit_code == 2 and "[1]: segmentation must be" in result.stderr
     result = call(*command, "--skip-bad")
-    assert result.exit_code == 0 and "note: left out of bad: results[1]: segmentation must be" in result.stderr
+    assert result.exit_code == 0 and "trace-fast: left out of bad: results[1]: segmentation must be" in result.stderr
     assert 0 < read(tmp_path / "out")["bad"]["ap"] < 1
 
 

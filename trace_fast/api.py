@@ -14,6 +14,7 @@ from trace_fast.backbones import find_source, models
 from trace_fast.detector import Detector
 from trace_fast.io.images import check_channel_order, check_output_type, convert_edges, error_context, read_image
 from trace_fast.model import EdgeModel
+from trace_fast.progress import LOGGER
 from trace_fast.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def load(
             source = find_source(model, revision=revision, local_files_only=local_files_only)
             stage = 1 if source.student is None else 2
         edge_model = (Tracer if stage == 1 else Detector).from_pretrained(model, size=size, **options)
+    LOGGER.debug("loaded %r", edge_model)
     return edge_model if channel_order is None else edge_model.reordered(channel_order)
 
 

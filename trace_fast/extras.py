@@ -17,6 +17,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "eval"),
     "pandas": ("pandas", "eval"),
     "peft": ("peft", "train"),
+    "pillow_heif": ("pillow-heif", "heif"),
     "pyarrow": ("pyarrow", "data"),
     "pycocotools": ("pycocotools", "eval"),
     "ray": ("ray", "ray"),

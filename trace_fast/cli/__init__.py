@@ -2,7 +2,7 @@
 
 Each command is a file that parses, calls the library and prints. Heavy modules are imported inside the commands, so
 that help costs no more than `import trace_fast.cli`.
-Exit status: 0 all is well, 1 some images failed (the others are done), 2 the command was refused or failed.
+The exit status is in the help of the command.
 """
 
 from typing import Annotated
@@ -21,28 +21,34 @@ from trace_fast.cli.page import run_page
 from trace_fast.cli.pretrain import run_pretrain
 from trace_fast.cli.scenes import run_scenes
 from trace_fast.cli.segment import run_segment
+from trace_fast.cli.verbosity import with_verbosity
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Instance edges from a diffusion model's self-attention.",
+    epilog="Exit status: 0 all is well, 1 some images failed and the others are done, 2 the command was refused or "
+    "failed, 130 Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
-app.command("edges")(run_edges)
-app.command("segment")(run_segment)
-app.command("evaluate")(run_evaluate)
-app.command("demo")(run_demo)
-app.command("app")(run_page)
-app.command("distill")(run_distill)
-app.command("pretrain")(run_pretrain)
-app.command("scenes")(run_scenes)
-app.command("models")(run_models)
-app.command("check")(run_check)
-app.command("backends")(run_backends)
+COMMANDS = {
+    "edges": run_edges,
+    "segment": run_segment,
+    "evaluate": run_evaluate,
+    "demo": run_demo,
+    "app": run_page,
+    "distill": run_distill,
+    "pretrain": run_pretrain,
+    "scenes": run_scenes,
+    "models": run_models,
+    "check": run_check,
+    "backends": run_backends,
+}
+for name, run in COMMANDS.items():
+    app.command(name)(with_verbosity(run))
 
 
 def main() -> None:

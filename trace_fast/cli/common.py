@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import tempfile
@@ -12,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from trace_fast.io.folders import IMAGE_SUFFIXES
 from trace_fast.io.pictures import MAX_PIXELS
 from trace_fast.jobs.errors import FAILURES, describe
+from trace_fast.progress import LOGGER
 
 if TYPE_CHECKING:
     from trace_fast.jobs.finder import EdgeFinder
@@ -31,6 +35,7 @@ __all__ = [
     "Model",
     "Noising",
     "Offload",
+    "Output",
     "OutputFolder",
     "OverlayFormat",
     "Overwrite",
@@ -62,8 +67,30 @@ Inputs = Annotated[
 OutputFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to. It is created where it is missing.")
 ]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR|FILE.png",
+        help="Folder to write to, which is created where it is missing; or, for one image, the file.",
+    ),
+]
+
+
+def complete_model(start: str) -> list[str]:
+    """Return the names of models that begin with a text, for the shell."""
+    from trace_fast.backbones import models
+
+    return [name for name in models() if name.startswith(start)]
+
+
 Model = Annotated[
-    str, typer.Option(help="Name that `trace-fast models` shows, repository of the hub (owner/name), or local folder.")
+    str,
+    typer.Option(
+        help="Name that `trace-fast models` shows, repository of the hub (owner/name), or local folder.",
+        autocompletion=complete_model,
+    ),
 ]
 Stage = Annotated[
     Literal["1", "2"] | None,
@@ -167,6 +194,7 @@ def refuse_failures() -> Iterator[None]:
     except typer.Exit:  # a refusal inside the block; it is a RuntimeError
         raise
     except FAILURES as error:
+        LOGGER.debug("the failure came from here:", exc_info=error)
         refuse(describe(error))
 
 
@@ -235,7 +263,7 @@ def list_files(op: str, inputs: list[Path], output: Path, recursive: bool) -> li
     with refuse_failures():
         listed = list_inputs(op, inputs, output, recursive)
     for line in listed.left_out:
-        typer.echo(f"trace-fast: {line}", err=True)
+        LOGGER.warning(line)
     return listed.files
 
 
@@ -256,7 +284,7 @@ def run(
     Args:
         task: what to compute.
         files: pictures and shards.
-        output: the folder.
+        output: the folder; or the PNG file of one picture, beside which its other files are written.
         workers: option.
         part: option.
         overwrite: option.
@@ -270,31 +298,60 @@ def run(
 
     if actors is not None and engine != "ray":
         refuse("--actors needs --engine ray")
+    single = not output.is_dir() and output.suffix.lower() in IMAGE_SUFFIXES
+    if single:
+        names = name_single(task, files, output, overwrite)
     with refuse_failures():
         own_part = find_part() if part is None else parse_part("--part", part)
         targets = plan_targets(task, files, output)
         task.settings  # noqa: B018 (loads the model before anything is written)
-    open_folder(output)
-    with refuse_failures():
+    open_folder(output.parent if single else output)
+    with contextlib.ExitStack() as stack, refuse_failures():
+        folder = output
+        if single:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".trace-fast-")))
         outcome = run_job(
             task,
             targets,
-            output,
+            folder,
             workers=workers or min(4, os.cpu_count() or 1),
             part=own_part,
             overwrite=overwrite,
             engine=engine,
             actors=actors,
         )
+        if single and not outcome.failures:
+            for kind, name in targets[files[0]].items():
+                os.replace(folder / name, output.parent / names[kind])
         if finish is not None:
             finish(outcome)
     if outcome.left_out:
-        typer.echo(f"trace-fast: left out of tar files: {describe_left_out([], outcome.left_out)}", err=True)
+        LOGGER.warning("left out of tar files: %s", describe_left_out([], outcome.left_out))
     earlier = f", {outcome.earlier} of them by an earlier run" if outcome.earlier else ""
-    typer.echo(f"{outcome.images - outcome.failures} of {outcome.images} written to {output}{earlier}")
+    if LOGGER.isEnabledFor(logging.INFO):
+        typer.echo(f"{outcome.images - outcome.failures} of {outcome.images} written to {output}{earlier}")
     # torchrun ends the processes of all parts when that of one has failed
     if outcome.failures and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise typer.Exit(1)
+
+
+def name_single(task: Task, files: list[InputFile], output: Path, overwrite: bool) -> dict[str, str]:
+    """Return the names of the files of one picture by kind, given that of the first; refuse what cannot be done."""
+    from trace_fast.jobs.inputs import name_file
+
+    if output.suffix.lower() != ".png":
+        refuse(f"--output must be a folder, or end in .png, got '{output}'")
+    if len(files) != 1 or files[0].is_shard:
+        refuse(f"--output must be a folder for several images or a shard, got '{output}'")
+    names = {kind: name_file(output.stem, kind) for kind in task.file_kinds}
+    names["png"] = output.name
+    for name in names.values():
+        path = output.with_name(name)
+        if path.exists() and path.samefile(files[0].path):
+            refuse(f"'{path}' is the image itself: choose another --output")
+        if path.exists() and not overwrite:
+            refuse(f"'{path}' exists: choose another --output, or replace it by --overwrite")
+    return names
 
 
 def open_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from trace_fast.cli.common import (
     Model,
     Noising,
     Offload,
-    OutputFolder,
+    Output,
     OverlayFormat,
     Overwrite,
     PartOption,
@@ -39,7 +39,7 @@ __all__ = ["run_edges"]
 
 def run_edges(
     inputs: Inputs,
-    output: OutputFolder,
+    output: Output,
     model: Model = "mini",
     stage: Stage = None,
     timestep: Timestep = None,

@@ -18,7 +18,7 @@ from trace_fast.cli.common import (
     Model,
     Noising,
     Offload,
-    OutputFolder,
+    Output,
     OverlayFormat,
     Overwrite,
     PartOption,
@@ -46,7 +46,7 @@ __all__ = ["run_segment"]
 
 def run_segment(
     inputs: Inputs,
-    output: OutputFolder,
+    output: Output,
     masks: Annotated[
         Path | None,
         typer.Option(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from trace_fast.backbones import has_student
 from trace_fast.evaluation import run
@@ -23,6 +20,7 @@ from trace_fast.evaluation.report import Report
 from trace_fast.masks import coco
 from trace_fast.ops import checks
 from trace_fast.ops.contours import SUPPRESSIONS
+from trace_fast.progress import LOGGER
 
 __all__ = ["evaluate"]
 
@@ -213,11 +211,11 @@ def _open_methods(named: Sequence[tuple[str | None, Any]], device: str | None) -
 def _select_photos(
     dataset: DataSet, methods: Sequence[Method], limit: int | None, skip_bad: bool
 ) -> tuple[list[Photo], list[str]]:
-    """Return the photos to score, and notes of what is left out, which are written to stderr, too."""
+    """Return the photos to score, and notes of what is left out, which are logged, too."""
     photos, problems, notes = run.check_photos(dataset.photos[:limit], methods)
     problems, notes = dataset.problems + problems, dataset.notes + notes
     for note in notes:
-        tqdm.write(f"note: {note}", file=sys.stderr)
+        LOGGER.warning(note)
     if problems and not skip_bad:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         lines = "\n  ".join(problems)
@@ -228,11 +226,11 @@ def _select_photos(
 
 
 def _describe_left_out(annotations: Mapping[str, Annotations]) -> list[str]:
-    """Return a note for each result that was left out, and write them to stderr."""
+    """Return a note for each result that was left out, and log it."""
     instances = {name: entry for name, entry in annotations.items() if isinstance(entry, coco.Instances)}
     notes = [f"left out of {name}: {line}" for name, entry in instances.items() for line in entry.left_out]
     for note in notes:
-        tqdm.write(f"note: {note}", file=sys.stderr)
+        LOGGER.warning(note)
     return notes
 
 

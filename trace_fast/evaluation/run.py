@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from trace_fast import __version__
 from trace_fast.evaluation.data import Photo
@@ -25,6 +23,7 @@ from trace_fast.evaluation.methods import Method
 from trace_fast.io.files import write_atomically
 from trace_fast.io.pictures import read_picture
 from trace_fast.masks import coco
+from trace_fast.progress import LOGGER, Progress
 
 __all__ = [
     "FAILURES",
@@ -155,13 +154,16 @@ def read_truth(photos: Sequence[Photo]) -> coco.Instances:
 
 
 def map_photos(work: Callable[[Photo], Result], photos: Sequence[Photo], title: str) -> Iterable[Result]:
-    """Yield results in order, with progress on a terminal; several are computed at a time.
+    """Yield results in order, with progress; several are computed at a time.
 
     An error or Ctrl-C ends the work at once.
     """
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        yield from tqdm(pool.map(work, photos), total=len(photos), desc=title, unit="image", disable=None)
+        with Progress(title, "image", len(photos)) as progress:
+            for result in pool.map(work, photos):
+                progress.update()
+                yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -178,7 +180,7 @@ def read_cached(file: Path, read: Callable[[Path], Result | None]) -> Result | N
     except FileNotFoundError:
         pass
     except Exception as error:  # damaged bytes fail in many ways
-        tqdm.write(f"trace-fast: {file} is damaged and computed again: {error!r}", file=sys.stderr)
+        LOGGER.warning("%s is damaged and computed again: %r", file, error)
     return None
 
 

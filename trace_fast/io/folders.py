@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
-__all__ = ["IMAGE_SUFFIXES", "NO_FILE", "describe_left_out", "get_ending", "is_litter", "is_picture"]
+__all__ = [
+    "HEIF_HINT",
+    "HEIF_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "NO_FILE",
+    "describe_left_out",
+    "get_ending",
+    "is_litter",
+    "is_picture",
+]
 
 # names of image files in folders end in one of these
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+HEIF_SUFFIXES = (".heic", ".heif")  # likewise, where pillow-heif is installed
+HEIF_HINT = "pip install 'trace_fast[heif]', or convert HEIC to JPEG or PNG"
 # files of Windows; those of macOS begin with a dot or are in a folder of archives
 LITTER = ("desktop.ini", "ehthumbs.db", "thumbs.db", "__macosx")
 NO_FILE = "no file"  # in place of an ending
@@ -38,7 +50,11 @@ def is_picture(path: str | PurePath) -> bool:
         >>> is_picture("photos/a.JPG"), is_picture("photos/._a.jpg"), is_picture("a.txt")
         (True, False, False)
     """
-    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_litter(path)
+    suffix = PurePath(path).suffix.lower()
+    is_known = suffix in IMAGE_SUFFIXES
+    if suffix in HEIF_SUFFIXES:
+        is_known = importlib.util.find_spec("pillow_heif") is not None
+    return is_known and not is_litter(path)
 
 
 def get_ending(path: str | PurePath) -> str:
@@ -66,7 +82,7 @@ def describe_left_out(entries: Iterable[Path], members: Mapping[str, int] = {}) 
 
     Example:
         >>> describe_left_out([Path("a.heic"), Path("a.jpg"), Path("notes.txt")])  # doctest: +SKIP
-        '2 files of other formats (.heic, .txt); convert HEIC to JPEG or PNG'
+        "2 files of other formats (.heic, .txt): pip install 'trace_fast[heif]', or convert HEIC to JPEG or PNG"
     """
     endings = Counter(members)
     subfolders, broken = 0, endings.pop(NO_FILE, 0)
@@ -84,7 +100,7 @@ def describe_left_out(entries: Iterable[Path], members: Mapping[str, int] = {}) 
         count = endings.total()
         kind = "file of another format" if count == 1 else "files of other formats"
         text = f"{count} {kind} ({', '.join(sorted(endings))})"
-        reasons.append(text + "; convert HEIC to JPEG or PNG" * any(end in (".heic", ".heif") for end in endings))
+        reasons.append(text + f": {HEIF_HINT}" * any(end in HEIF_SUFFIXES for end in endings))
     if subfolders:
         reasons.append(f"{subfolders} subfolder{'s' * (subfolders > 1)}, not read")
     if broken:

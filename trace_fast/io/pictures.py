@@ -7,16 +7,19 @@ PostScript, for which Pillow starts Ghostscript. Only raster formats are opened 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
+
+from trace_fast.io.folders import HEIF_HINT, HEIF_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["FORMATS", "MAX_PIXELS", "decode", "open_picture", "read_picture"]
 
-# raster formats by their names in Pillow; HEIF is there where the caller has registered pillow-heif
+# raster formats by their names in Pillow; HEIF is read by pillow-heif, where it is installed
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "MPO", "DIB", "HEIF")
 MAX_PIXELS = 178_956_970  # largest accepted image: where Pillow refuses a file as a decompression bomb
 
@@ -41,14 +44,13 @@ def open_picture(subject: str, file: BinaryIO, name: str) -> Image.Image:
     """
     from PIL import Image, UnidentifiedImageError
 
-    Image.init()
     try:
-        picture = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        picture = _open(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{subject} must have at most {MAX_PIXELS} pixels, got more in {name}") from None
     except UnidentifiedImageError:
-        heic = name.strip("'\"").lower().endswith((".heic", ".heif"))
-        hint = " without pillow-heif, which must be registered: convert it to JPEG or PNG" if heic else ""
+        is_heic = name.strip("'\"").lower().endswith(HEIF_SUFFIXES) and "HEIF" not in Image.OPEN
+        hint = f" without pillow-heif: {HEIF_HINT}" if is_heic else ""
         raise ValueError(f"{subject} must be an image file, got {name}, which Pillow cannot read{hint}") from None
     except Exception as error:  # each format's reader fails in its own way on damaged bytes
         raise ValueError(f"{subject} must be readable to its end, got {name}: {error}") from error
@@ -57,6 +59,25 @@ def open_picture(subject: str, file: BinaryIO, name: str) -> Image.Image:
         size = f"{picture.height} x {picture.width}"
         raise ValueError(f"{subject} must have at most {MAX_PIXELS} pixels, got {size} in {name}")
     return picture
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Open a picture by Pillow, which learns to read HEIC at the first file that it does not know."""
+    from PIL import Image, UnidentifiedImageError
+
+    def open_raster() -> Image.Image:
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+    Image.init()
+    try:
+        return open_raster()
+    except UnidentifiedImageError:
+        if "HEIF" in Image.OPEN or importlib.util.find_spec("pillow_heif") is None:
+            raise
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        return open_raster()
 
 
 def decode(subject: str, picture: Image.Image, name: str) -> None:

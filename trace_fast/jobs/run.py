@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from trace_fast.io.claims import remove_parts
 from trace_fast.io.files import write_atomically
@@ -20,6 +17,7 @@ from trace_fast.jobs.manifest import Manifest, open_manifest
 from trace_fast.jobs.parts import ALONE, Part
 from trace_fast.jobs.shards import list_images, open_shard_writer
 from trace_fast.jobs.tasks import Photo, Result, Task
+from trace_fast.progress import LOGGER, Progress
 
 __all__ = ["Job", "Outcome", "Recorder", "Targets", "compute_results", "plan_targets", "run_job"]
 
@@ -99,6 +97,7 @@ def take_result(name: str, future: Future[Result], raise_memory: bool) -> Result
     except FAILURES as error:
         if raise_memory and is_out_of_memory(error):
             raise
+        LOGGER.debug("%s failed here:", name, exc_info=error)
         return Result(name, error=describe(error))
 
 
@@ -137,7 +136,7 @@ def run_job(
     """Write the results of all inputs that are not done: files for a picture, and a shard for each shard.
 
     A run that ends early, even by force, is continued by running it again: what an input gave is complete or not there.
-    Failures of images are reported on stderr, and the others are done all the same.
+    Failures of images are logged, and the others are done all the same.
 
     Args:
         task: what to compute.
@@ -161,9 +160,8 @@ def run_job(
         own = dict(list(targets.items())[part.share])
         missing = {file: paths for file, paths in own.items() if not job.is_done(file, paths)}
         shards = sum(file.is_shard for file in missing)
-        # several images show progress, on a terminal only
-        quiet = None if len(missing) > 1 or shards else True
-        with tqdm(total=None if shards else len(missing), unit="image", disable=quiet) as job.bar:
+        hidden = len(missing) < 2 and not shards
+        with Progress("", "image", None if shards else len(missing), hidden=hidden) as job.progress:
             if engine == "ray" and missing:
                 from trace_fast.jobs.ray_engine import run_in_actors
 
@@ -232,7 +230,7 @@ class Job:
         output: the folder to write to.
         workers: threads.
         manifest: where what is done is recorded.
-        warn: called with a line for each failure; None writes it to stderr.
+        warn: called with a line for each failure; None logs it.
     """
 
     def __init__(
@@ -244,16 +242,16 @@ class Job:
         warn: Callable[[str], None] | None = None,
     ):
         self.task, self.output, self.workers, self.manifest = task, output, workers, manifest
-        self.warn = write_warning if warn is None else warn
+        self.warn = LOGGER.error if warn is None else warn
         self.outcome = Outcome()
-        self.bar = tqdm(disable=True)
+        self.progress = Progress("", "image", hidden=True)
 
     def write(self, targets: Targets) -> None:
         """Write the results of inputs."""
         shards = {file: names[""] for file, names in targets.items() if file.is_shard}
         self.write_pictures({file: names for file, names in targets.items() if not file.is_shard})
         for number, (shard, target) in enumerate(shards.items(), 1):
-            self.bar.set_description(f"shard {number} of {len(shards)}")
+            self.progress.set_title(f"shard {number} of {len(shards)}")
             self.write_shard(shard, target)
 
     def merge(self, recorder: Recorder, outcome: Outcome, warnings: list[str]) -> None:
@@ -266,7 +264,7 @@ class Job:
         self.outcome.failures += outcome.failures
         self.outcome.results |= outcome.results
         self.outcome.left_out += outcome.left_out
-        self.bar.update(outcome.images)
+        self.progress.update(outcome.images)
 
     def read_stamp(self, file: InputFile, targets: dict[str, str]) -> list[int]:
         """Return what a later run compares: the state of an input, and of the other files that the task reads."""
@@ -346,14 +344,9 @@ class Job:
         self.outcome.images += 1
         if result.error is not None:
             self.outcome.failures += 1
-            self.bar.set_postfix(failed=self.outcome.failures, refresh=False)
+            self.progress.set_postfix(failed=self.outcome.failures)
             self.warn(f"{source}: {result.error}")
-        self.bar.update()
-
-
-def write_warning(line: str) -> None:
-    """Write a line to stderr, above the bar of progress."""
-    tqdm.write(f"trace-fast: {line}", file=sys.stderr)
+        self.progress.update()
 
 
 def name_result(targets: dict[str, str]) -> str:

@@ -34,6 +34,7 @@ from trace_fast.masks.formats import (
 from trace_fast.masks.propagation import Seeds
 from trace_fast.masks.rle import decode_run_lengths, encode_rles
 from trace_fast.ops import checks
+from trace_fast.progress import Progress
 
 __all__ = [
     "make_panoptic_segments",
@@ -132,8 +133,6 @@ def refine_results(
         ...     return mask_set.masks, mask_set.scores
         >>> refine_results("cutler.json", "refined.json", refine)
     """
-    from tqdm import tqdm
-
     op = "refine_results"
     content, name = coco.load_json(op, path, or_list=True)
     images = coco.parse_instances(op, content, name, as_results=True).images
@@ -145,12 +144,14 @@ def refine_results(
     ids = itertools.count(1 + max(known, default=0))
 
     def refine_images() -> Iterator[dict[str, Any]]:
-        for image in tqdm(images.values(), desc="refine", unit="image", disable=None):
-            records = _refine_image(op, image, entries.get(image.id, []), refine, with_defaults=not is_list)
-            if exclusive:
-                records = _keep_visible_records(records, (image.height, image.width))
-            for record in records:
-                yield record if is_list or "id" in record else {"id": next(ids), **record}
+        with Progress("refine", "image", len(images)) as progress:
+            for image in images.values():
+                records = _refine_image(op, image, entries.get(image.id, []), refine, with_defaults=not is_list)
+                if exclusive:
+                    records = _keep_visible_records(records, (image.height, image.width))
+                for record in records:
+                    yield record if is_list or "id" in record else {"id": next(ids), **record}
+                progress.update()
 
     with write_atomically(out, op) as file:
         if is_list:

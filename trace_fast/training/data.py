@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from trace_fast.io.archives import list_pictures
 from trace_fast.io.folders import describe_left_out, is_litter, is_picture
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import open_picture
+from trace_fast.progress import LOGGER, Progress
 from trace_fast.training.state import Process
 
 __all__ = ["PhotoFile", "find_damaged", "list_photos", "refuse_damaged", "shuffle_photos"]
@@ -63,7 +62,7 @@ class PhotoFile:
 
 
 def list_photos(folder: Path) -> list[PhotoFile]:
-    """Return all photos of a folder, sorted by name; files that are left out are counted on stderr.
+    """Return all photos of a folder, sorted by name; files that are left out are counted in a warning of the log.
 
     Args:
         folder: searched with its subfolders and the tar files in them.
@@ -95,7 +94,7 @@ def list_photos(folder: Path) -> list[PhotoFile]:
         raise ValueError(f"photos must be a folder with image files, got none in {str(folder)!r}{reason}")
     # one of several processes that train together
     if left_out and os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"trace-fast: left out of {str(folder)!r}: {left_out}", file=sys.stderr)
+        LOGGER.warning("left out of %r: %s", str(folder), left_out)
     return sorted(photos, key=lambda photo: photo.name)
 
 
@@ -124,7 +123,7 @@ def shuffle_photos(photos: Sequence[PhotoFile], seed: int) -> list[PhotoFile]:
     return sorted(photos, key=get_hash)
 
 
-def find_damaged(photos: Iterable[PhotoFile], quiet: bool = False) -> dict[PhotoFile, str]:
+def find_damaged(photos: Sequence[PhotoFile], quiet: bool = False) -> dict[PhotoFile, str]:
     """Return the photos that are damaged or too small, with the reason for each, after reading them all.
 
     Args:
@@ -132,16 +131,18 @@ def find_damaged(photos: Iterable[PhotoFile], quiet: bool = False) -> dict[Photo
         quiet: show no progress.
     """
     damaged = {}
-    for photo in tqdm(photos, desc="checking photos", unit="image", disable=True if quiet else None):
-        try:
-            photo.read()
-        except ValueError as error:
-            damaged[photo] = str(error).removeprefix(REFUSAL)
+    with Progress("checking photos", "image", len(photos), hidden=quiet) as progress:
+        for photo in photos:
+            try:
+                photo.read()
+            except ValueError as error:
+                damaged[photo] = str(error).removeprefix(REFUSAL)
+            progress.update()
     return damaged
 
 
 def refuse_damaged(photos: Sequence[PhotoFile], skip: bool, process: Process) -> set[PhotoFile]:
-    """Return the photos that are damaged or too small, and list them on stderr.
+    """Return the photos that are damaged or too small, and log them.
 
     Args:
         photos: to read; every process reads its share.
@@ -157,5 +158,5 @@ def refuse_damaged(photos: Sequence[PhotoFile], skip: bool, process: Process) ->
     if damaged and not skip:
         raise ValueError(f"{REFUSAL}{len(damaged)} damaged or too small; --skip-bad leaves them out:{lines}")
     if damaged and process.index == 0:
-        tqdm.write(f"trace-fast: {len(damaged)} photos cannot be read and are left out:{lines}", file=sys.stderr)
+        LOGGER.warning("%d photos cannot be read and are left out:%s", len(damaged), lines)
     return set(damaged)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from trace_fast.backbones.base import NOISINGS, STEPS, check_timestep, constant, default_dtype, load_weights
 from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
@@ -32,6 +31,7 @@ from trace_fast.detector import StudentPass, save_student, use_channels_last
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.jobs.parts import ALONE, Part, parse_part
+from trace_fast.progress import Progress
 from trace_fast.tracer import Tracer
 from trace_fast.training.batches import PREVIEW, Batch, Batches
 from trace_fast.training.cards import describe_machine, format_card
@@ -574,17 +574,17 @@ class Distillation:
         for name, value in (self.state.resume() or {}).items():
             setattr(self, name, value)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        hidden = None if self.process.index == 0 else True
-        with tqdm(total=self.batches.steps, initial=self.step, unit="step", desc="distill", disable=hidden) as bar:
+        hidden = self.process.index > 0
+        with Progress("distill", "step", self.batches.steps, initial=self.step, hidden=hidden) as progress:
             for batch in self.batches.iterate(self.step, self.process.share):
                 self.train_step(batch)
                 self.seconds = time.monotonic() - started
-                bar.update()
+                progress.update()
                 if len(self.recent) == 50:
                     means = [average(losses) for losses in zip(*self.recent, strict=True)]
                     self.losses.append([self.step, *means])
                     self.recent = []
-                    bar.set_postfix(edges=format_loss(means[0]), reconstruction=format_loss(means[1]))
+                    progress.set_postfix(edges=format_loss(means[0]), reconstruction=format_loss(means[1]))
                 if time.monotonic() - saved > 60 * config.save_minutes:
                     self.save()
                     saved = time.monotonic()

@@ -20,13 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from trace_fast.backbones.base import load_weights
 from trace_fast.backbones.mini import Mini, MiniConfig
 from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.io.files import write_files
 from trace_fast.io.images import resize
+from trace_fast.progress import LOGGER, Progress
 from trace_fast.tracer import Tracer
 from trace_fast.training.cards import describe_machine, format_card
 from trace_fast.training.data import list_photos
@@ -184,12 +184,15 @@ def load_photos(folder: Path, size: int = 256) -> np.ndarray:
         ValueError: it has no photo, or one is damaged or too small; the message names it.
     """
     squares = []
-    for photo in tqdm(list_photos(folder), desc="reading photos", unit="image"):
-        pixels = photo.read()
-        side = min(pixels.shape[2:])
-        top, left = ((length - side) // 2 for length in pixels.shape[2:])
-        square = resize(pixels[:, :, top : top + side, left : left + side], (size, size))
-        squares.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    photos = list_photos(folder)
+    with Progress("reading photos", "image", len(photos)) as progress:
+        for photo in photos:
+            pixels = photo.read()
+            side = min(pixels.shape[2:])
+            top, left = ((length - side) // 2 for length in pixels.shape[2:])
+            square = resize(pixels[:, :, top : top + side, left : left + side], (size, size))
+            squares.append((square[0] * 255).round().byte().permute(1, 2, 0).numpy())
+            progress.update()
     return np.stack(squares)
 
 
@@ -382,7 +385,7 @@ class Pretraining:
                 f"Attention of a token of an object that stays inside the object, at timestep 0, in {len(measured)} "
                 f"scenes that were not trained on: {inside:.3f}; by chance {chance:.3f}"
             )
-            tqdm.write(f"{self.images_done:,} images: {inside:.3f} of attention inside objects, chance {chance:.3f}")
+            LOGGER.info("%d images: %.3f of attention inside objects, chance %.3f", self.images_done, inside, chance)
         write_files(folder, {"README.md": self.write_card(lines).encode()}, "pretrain")
 
     def write_card(self, measured: Sequence[str]) -> str:
@@ -448,17 +451,17 @@ class Pretraining:
         )
         batches = iter(loader)
         begun = saved = time.monotonic()
-        started, hidden = begun - self.seconds, self.process.index > 0
+        started, is_first = begun - self.seconds, self.process.index == 0
         limit = math.inf if config.minutes is None else 60 * config.minutes
-        with tqdm(total=config.images, initial=self.images_done, unit="image", desc="pretrain", disable=hidden) as bar:
+        with Progress("pretrain", "image", config.images, initial=self.images_done, hidden=not is_first) as progress:
             while self.images_done < config.images and time.monotonic() - begun < limit:
                 before = self.images_done
                 self.recent.append(self.train_step(next(batches)))
                 self.seconds = time.monotonic() - started
-                bar.update(self.images_done - before)
+                progress.update(self.images_done - before)
                 if len(self.recent) == 60:
                     self.losses.append((self.images_done, float(sum(self.recent) / 60)))
-                    bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
+                    progress.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
                     self.recent = []
                 for count in EXPORTS:
                     if before < count <= self.images_done:

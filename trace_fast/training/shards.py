@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from trace_fast.io.files import write_atomically, write_tensors
+from trace_fast.progress import LOGGER, Progress
 from trace_fast.training.data import PhotoFile
 from trace_fast.training.state import require_same
 
@@ -51,7 +50,7 @@ class Shards:
     def rows(self) -> dict[str, tuple[Path, int]]:
         """File and row of every photo that is in a file, by its key; read once.
 
-        A damaged file is reported on stderr, and its photos are searched again.
+        A damaged file is logged, and its photos are searched again.
 
         Raises:
             ValueError: a file belongs to another source.
@@ -61,7 +60,7 @@ class Shards:
             try:
                 keys = self._read_keys(path)
             except (SafetensorError, OSError) as error:
-                tqdm.write(f"trace-fast: {path} is damaged, its photos are searched again: {error}", file=sys.stderr)
+                LOGGER.warning("%s is damaged, its photos are searched again: %s", path, error)
                 continue
             rows |= {key: (path, row) for row, key in enumerate(keys)}
         return rows
@@ -101,12 +100,12 @@ class Shards:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         parts = cut(photos, length)[share]
-        with tqdm(total=sum(map(len, parts)), desc="searching", unit="image", disable=None) as bar:
+        with Progress("searching", "image", sum(map(len, parts))) as progress:
             for part in parts:
                 maps = {}
                 for row, photo in enumerate(part):
                     maps[str(row)] = find(photo.read()).cpu()
-                    bar.update()
+                    progress.update()
                 keys = json.dumps([photo.key for photo in part])
                 name = hashlib.sha256(json.dumps([self.source, keys]).encode()).hexdigest()[:32]
                 with write_atomically(self.folder / f"{name}.safetensors", "distill") as file:

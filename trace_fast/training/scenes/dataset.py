@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trace_fast.io.claims import claim_folder
 from trace_fast.io.files import write_files
 from trace_fast.io.folders import is_picture
 from trace_fast.io.pictures import read_picture
 from trace_fast.jobs.parts import Part, find_part, parse_part
+from trace_fast.progress import Progress
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.options import check_options, document_options, option, to_json
 from trace_fast.training.state import require_same
@@ -152,11 +152,9 @@ def _write_missing(config: ScenesConfig, files: list[PhotoFile]) -> None:
     chunks = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
     photos = load_photos(files) if files and missing else None
     write = functools.partial(_write_chunk, config, photos)
-    with tqdm(
-        total=len(numbers), initial=len(numbers) - len(missing), desc="drawing", unit="scene", disable=None
-    ) as bar:
+    with Progress("drawing", "scene", len(numbers), initial=len(numbers) - len(missing)) as progress:
         for done in _run_chunks(write, chunks, config.workers):
-            bar.update(done)
+            progress.update(done)
 
 
 def load_photos(files: list[PhotoFile]) -> np.ndarray:
