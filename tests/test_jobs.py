@@ -485,6 +485,13 @@ class TestTars:
         assert call("edges", tmp_path / "3.jpg").exit_code == 0
         assert members["c.png"] == (tmp_path / "out" / "3.png").read_bytes()  # of the last of its name
 
+    def test_one_without_pictures(self, call, tmp_path):
+        make_tar(tmp_path / "a.tar", {"a.txt": b"a caption"})
+        result = call("edges", "a.tar")
+        assert (result.exit_code, result.stdout) == (0, "0 of 0 written to out\n")
+        assert result.stderr == "trace-fast: left out of tar files: 1 file of another format (.txt)\n"
+        assert read_tar("out/a.tar") == {}
+
     def test_the_same_bytes_each_time(self, call, tmp_path, photos):
         make_tar(tmp_path / "in.tar", {f"{index}.jpg": photo for index, photo in enumerate(photos)})
         contents = set()

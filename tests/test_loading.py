@@ -455,7 +455,8 @@ class TestSources:
     def test_a_name_is_known_and_comes_before_a_folder(self, tmp_path, monkeypatch):
         write_files(tmp_path, {"mini/config.json": {"model_type": "dinov2"}, "sdxl/model_index.json": {}})
         monkeypatch.chdir(tmp_path)
-        source = find_source("mini")
+        with pytest.warns(UserWarning, match="model 'mini' is taken as the name of a model, not as the folder"):
+            source = find_source("mini")
         assert (source.kind, source.files.location, source.student) == (Kind.NETWORK, str(MINI), str(MINI / "student"))
         warning = "model 'sdxl' is taken as the name of a model, not as the folder"
         with pytest.warns(UserWarning, match=warning):

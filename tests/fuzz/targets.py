@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from inputs import check_answer, check_shard, damage_manifest, make_input
 from PIL import Image
 from pycocotools import mask as mask_api
 from safetensors.torch import load_file, save_file
@@ -28,6 +30,7 @@ import trace_fast.training.mini
 from trace_fast import ops, reference
 from trace_fast.cli import app
 from trace_fast.io.images import read_image
+from trace_fast.jobs.manifest import MANIFEST
 from trace_fast.masks import coco
 from trace_fast.masks.formats import open_masks
 
@@ -613,6 +616,38 @@ def propagation(random: np.random.Generator, level: int, folder: Path) -> None:
             require(len(points.points) <= k, "number of seeds")
 
 
+# --- jobs over shards, lists and folders
+
+
+def jobs(random: np.random.Generator, level: int, folder: Path) -> None:
+    """Run a job over an input of any kind; then damage what it has recorded, and run it again."""
+    source = make_input(random, level, folder)
+    make_small_network(folder / "model")
+    os.chdir(folder)
+    words = [source.name, "-o", "out", "--model", "./model", "--device", "cpu", "--size", "16x24"]
+    words = ["edges", *words, *choose(random, ([], ["--overlay"], ["--max-side", "16"], ["--recursive"]))]
+
+    def run(*more: str) -> dict[Path, bytes]:
+        check_answer(CliRunner().invoke(app, [*words, *more], env={"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}))
+        require(not list((folder / "out").rglob("*.part")), "incomplete files")
+        files = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+        for path in files:
+            check_shard(path)
+        return files
+
+    before = run()
+    require({path.name for path in folder.iterdir()} <= KEPT, "a file outside of the output")
+    manifest = Path("out", MANIFEST)
+    if manifest.exists() and random.random() < 0.7:
+        damage_manifest(random, level, manifest)
+        with contextlib.suppress(RefusedError):
+            require(run() == before, "another result of a run that is continued")
+        require(run("--overwrite") == before, "another result of a run that is repeated")
+
+
+KEPT = {"in", "in.tar", "in.parquet", "in.txt", "model", "out"}
+
+
 # --- the command line
 
 COMMANDS: dict[str, list[list[str]]] = {
@@ -709,5 +744,6 @@ TARGETS = (
     Target("coco", coco_files, 6),
     Target("propagation", propagation, 3),
     Target("models", models, 2),
+    Target("jobs", jobs, 2),
     Target("commands", commands, 1),
 )

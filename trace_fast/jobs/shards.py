@@ -147,6 +147,10 @@ def open_shard_writer(task: Task, suffix: str, file: BinaryIO) -> Iterator[Shard
         # a comment is what every program that reads tar files skips
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": settings}) as tar:
             yield TarWriter(tar)
+        if not tar.members:  # Python reads no tar file that has a comment alone
+            file.seek(0)
+            file.truncate()
+            file.write(bytes(tarfile.RECORDSIZE))
     else:
         from trace_fast.jobs.columns import make_schema, make_table
 

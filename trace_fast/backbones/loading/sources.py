@@ -75,17 +75,17 @@ def find_source(model: str | Path, *, revision: str | None = None, local_files_o
         >>> find_source("mini").kind
         <Kind.NETWORK: 'a network of this package'>
     """
-    name = str(model)
-    if model in embedded_models():
-        return folder_source(name, EMBEDDED / name)
-    if isinstance(model, str) and model in MODELS:
-        if os.path.isdir(model):
+    name, is_embedded = str(model), model in embedded_models()
+    if is_embedded or (isinstance(model, str) and model in MODELS):
+        if os.path.isdir(name):
             warnings.warn(
-                f"load: model {model!r} is taken as the name of a model, not as the folder; './{model}' is the folder",
+                f"load: model {name!r} is taken as the name of a model, not as the folder; './{name}' is the folder",
                 stacklevel=2,
             )
-        kind = Kind.ENCODER if MODELS[model].encoder else Kind.PIPELINE
-        return Source(name, kind, Files(MODELS[model].repository, revision, local_files_only))
+        if is_embedded:
+            return folder_source(name, EMBEDDED / name)
+        kind = Kind.ENCODER if MODELS[name].encoder else Kind.PIPELINE
+        return Source(name, kind, Files(MODELS[name].repository, revision, local_files_only))
     if os.path.isdir(model):
         return folder_source(name, Path(model))
     files = Files(name, revision, local_files_only)
