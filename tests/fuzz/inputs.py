@@ -16,22 +16,11 @@ from PIL import Image
 from server import RefusedError, UnclearError, WrongError
 from values import choose, distort_bytes, hostile
 
-__all__ = ["check_shard", "damage_manifest", "make_input"]
+__all__ = ["check_answer", "check_shard", "damage_manifest", "make_input"]
 
 NAMES = (
     *("a.png", "b.JPG", "a.png", "a.jpg", "x/a.png", "x/b.png", "./c.png", "d.txt", "e.json", "f.heic", "._g.png"),
-    *(
-        "../up.png",
-        "x/../../up.png",
-        "/tmp/abs.png",
-        "//abs.png",
-        "..",
-        ".",
-        "/",
-        "\u00e4.png",
-        "a\udcff.png",
-        "a b.png",
-    ),
+    *("../up.png", "x/../../up.png", "/tmp/abs.png", "//abs.png", "..", ".", "/", "\u00e4.png", "a\udcff.png"),
     *("n" * 260 + ".png", "n" * 250 + ".png", "a.overlay.jpg", "con.png", "\n.png", "a.png/b.png", "C:\\a.png", ".png"),
 )
 KINDS = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, b"?")
@@ -150,8 +139,9 @@ def check_shard(path: Path) -> None:
         import pyarrow.parquet
 
         for row in pyarrow.parquet.read_table(path).to_pylist():
-            if (row["edges"] is None) is (row["error"] is None):
-                raise WrongError(f"a row with the edges {row['edges']!r} and the error {row['error']!r}")
+            content = row["edges"] if "edges" in row else row["labels"]
+            if (content is None) is (row["error"] is None):
+                raise WrongError(f"a row with the file {content!r} and the error {row['error']!r}")
 
 
 def check_answer(result: Any) -> None:

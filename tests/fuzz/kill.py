@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
+from inputs import check_shard
 from PIL import Image
 from safetensors import safe_open
 from tables import print_table
@@ -37,15 +39,19 @@ from trace_fast.cli import app
 
 COLUMNS = ("killed", "finished before", "half-written", "lost", "differs", "failed")
 JOBS = {
-    "edges": ["PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
-    "segment": ["PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
-    "evaluate": ["--data", "DATA", "-o", "OUT", "--method", "sobel"],
-    "scenes": ["-o", "OUT", "--count", "6", "--size", "32"],
+    "edges": ["edges", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
+    "edges of shards": ["edges", "SHARDS", "-o", "OUT", "--model", "MODEL", "--overlay"],
+    "segment": ["segment", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
+    "segment of shards": ["segment", "SHARDS", "-o", "OUT", "--model", "MODEL"],
+    "evaluate": ["evaluate", "--data", "DATA", "-o", "OUT", "--method", "sobel"],
+    "scenes": ["scenes", "-o", "OUT", "--count", "6", "--size", "32"],
     "distill": [
+        "distill",
         *("--images", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--rank", "2", "--epochs", "2", "--batch", "2"),
         *("--shard", "3", "--save-minutes", "0", "--warmup", "2"),
     ],
     "pretrain": [
+        "pretrain",
         *("PHOTOS", "-o", "OUT", "--images", "48", "--batch", "8", "--size", "16", "--large-size", "32"),
         *("--dim", "16", "--depth", "1", "--heads", "2", "--save-minutes", "0", "--warmup", "2"),
     ],
@@ -55,7 +61,7 @@ JOBS = {
 def make_inputs(folder: Path) -> dict[str, str]:
     """Make photos, a data set and a model, and return the words that name them."""
     random = np.random.default_rng(0)
-    for name in ("photos", "data/images", "data/inst", "model"):
+    for name in ("photos", "shards", "data/images", "data/inst", "model"):
         (folder / name).mkdir(parents=True)
     for index in range(9):
         small = Image.fromarray(random.integers(0, 256, (4, 6, 3), dtype=np.uint8))
@@ -66,8 +72,23 @@ def make_inputs(folder: Path) -> dict[str, str]:
             labels = np.kron(random.integers(0, 3, (4, 4)), np.ones((9, 12 + index), dtype=np.int64))
             picture = Image.fromarray(labels[:, : photo.width].astype(np.uint16))
             picture.save(folder / "data" / "inst" / f"{index}.png")
+    write_shards(sorted((folder / "photos").iterdir()), folder / "shards")
     make_small_network(folder / "model")
-    return {word: str(folder / word.lower()) for word in ("PHOTOS", "DATA", "MODEL")}
+    return {word: str(folder / word.lower()) for word in ("PHOTOS", "SHARDS", "DATA", "MODEL")}
+
+
+def write_shards(photos: list[Path], folder: Path) -> None:
+    """Write photos to tar files and, where pyarrow is there, to parquet files, three to a file."""
+    for start in range(0, len(photos), 3):
+        part = photos[start : start + 3]
+        with tarfile.open(folder / f"{start}.tar", "w") as archive:
+            for photo in part:
+                archive.add(photo, photo.name)
+        with contextlib.suppress(ImportError):
+            import pyarrow.parquet
+
+            table = pyarrow.table({"key": [photo.name for photo in part], "bytes": [p.read_bytes() for p in part]})
+            pyarrow.parquet.write_table(table, folder / f"{start}.parquet")
 
 
 def start(job: str, paths: dict[str, str], output: Path, log: Path) -> int:
@@ -81,8 +102,8 @@ def start(job: str, paths: dict[str, str], output: Path, log: Path) -> int:
         os.dup2(file, 1)
         os.dup2(file, 2)
         words = [{**paths, "OUT": str(output)}.get(word, word) for word in JOBS[job]]
-        sys.argv = ["trace-fast", job, *words]
-        app([job, *words])
+        sys.argv = ["trace-fast", *words]
+        app(words)
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BaseException:
@@ -96,10 +117,10 @@ def start(job: str, paths: dict[str, str], output: Path, log: Path) -> int:
 
 def warm_up(paths: dict[str, str], folder: Path) -> None:
     """Import what commands import when they run, so that no child has to: on one thread, a run leaves none behind."""
-    for job in ("edges", "segment", "evaluate", "scenes"):
+    for job in ("edges", "edges of shards", "segment", "evaluate", "scenes"):
         with contextlib.suppress(SystemExit), open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
             words = [{**paths, "OUT": str(folder / "warm-up")}.get(word, word) for word in JOBS[job]]
-            app([job, *words])
+            app(words)
         shutil.rmtree(folder / "warm-up")
     for module in ("accelerate", "torch.distributed", "torch.utils.data"):
         importlib.import_module(module)
@@ -136,6 +157,8 @@ def digest(path: Path) -> str:
                 picture.load()
         elif path.suffix == ".json":
             json.loads(content)
+        elif path.suffix in (".tar", ".parquet"):
+            check_shard(path)
         elif not content:
             raise ValueError("empty")
         if path.suffix == ".md":  # a model card says how many hours a training took
