@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 import pickle
-import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from trace_fast.extras import require
-from trace_fast.jobs.run import Job, Recorder, Targets
+from trace_fast.jobs.errors import FAILURES, describe
+from trace_fast.jobs.run import Job, Outcome, Recorder, Targets
 
 __all__ = ["run_in_actors"]
 
 PICTURES = 32  # of a row, which an actor writes before it reports
-RETRIES = 2  # of a row whose process ends
+STARTS = 3  # of a row: Ray starts one whose process ends again without an end
 RESERVED = 2  # CPUs for Ray itself: where actors take all, it waits without an end
 
 
 def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
     """Write the results of inputs in actors, and record what is done as they report it.
 
-    A row whose process ends is given to another one twice; then its inputs are failures, and the others are done all
-    the same.
+    A row whose process ends is given to another one twice; then its inputs are failures. All others are done.
 
     Args:
         job: whose outcome and manifest are kept here.
@@ -53,30 +53,19 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
                 "Ray, which waits without an end where none is left"
             )
         rows = list_rows(missing)
-        context = ray.data.DataContext.get_current()
-        context.max_errored_blocks, context.enable_progress_bars = -1, False
+        ray.data.DataContext.get_current().enable_progress_bars = False
         # it writes a traceback for each process that ends
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        # it advises against arguments without a name of their own, such as the number of retries
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        arguments = pickle.dumps((job.task, job.task.settings, job.output.absolute(), job.workers))
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             Actor,
-            fn_constructor_args=(pickle.dumps((job.task, job.task.settings, job.output.absolute(), job.workers)),),
+            fn_constructor_args=(arguments, ray.remote(num_cpus=0)(Starts).remote()),
             compute=ray.data.ActorPoolStrategy(size=min(actors or most, len(rows)), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=int(job.task.settings.get("device") == "cuda"),
-            max_task_retries=RETRIES,
         )
-        waiting = {row["index"]: pickle.loads(row["inputs"]) for row in rows}
         for report in reports.iter_rows():
-            del waiting[report["index"]]
             job.merge(*pickle.loads(report["result"]))
-        for inputs in waiting.values():
-            job.outcome.images += len(inputs)
-            job.outcome.failures += len(inputs)
-            names = " and ".join(str(file.path) for file in [*inputs][:: max(1, len(inputs) - 1)])
-            text = f"{len(inputs)} pictures from {names}" if len(inputs) > 1 else names
-            job.warn(f"{text}: not written: the process ended {RETRIES + 1} times")
     finally:
         ray.shutdown()
 
@@ -90,15 +79,29 @@ def list_rows(missing: Targets) -> list[dict[str, Any]]:
     return [{"index": index, "inputs": pickle.dumps(part)} for index, part in enumerate(inputs)]
 
 
+class Starts:
+    """Counts how often each row was begun, in a process of its own, which those of actors do not end."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[int]()
+
+    def add(self, index: int) -> int:
+        """Return the number of times that a row was begun, this one included."""
+        self.counts[index] += 1
+        return self.counts[index]
+
+
 class Actor:
     """Writes the results of rows, in a process of Ray.
 
     Args:
         arguments: task, settings, folder of results and number of threads, pickled.
+        starts: an actor of `Starts`.
     """
 
-    def __init__(self, arguments: bytes):
+    def __init__(self, arguments: bytes, starts: Any):
         self.task, settings, self.output, self.workers = pickle.loads(arguments)
+        self.starts = starts
         if self.task.settings != settings:
             raise RuntimeError(
                 f"{self.task.op}: actors must run the model as the driver does, got {self.task.settings} instead of "
@@ -107,7 +110,18 @@ class Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return what `Job.merge` takes."""
-        recorder, lines = Recorder(), list[str]()
+        import ray
+
+        recorder, lines, inputs = Recorder(), list[str](), pickle.loads(row["inputs"])
         job = Job(self.task, self.output, self.workers, recorder, lines.append)
-        job.write(pickle.loads(row["inputs"]))
-        return {"index": row["index"], "result": pickle.dumps((recorder, job.outcome, lines))}
+        try:
+            if ray.get(self.starts.add.remote(row["index"])) > STARTS:
+                raise RuntimeError(f"the process ended {STARTS} times")
+            job.write(inputs)
+        except FAILURES as error:
+            # what was written is written again by the next run
+            recorder, job.outcome = Recorder(), Outcome(images=len(inputs), failures=len(inputs))
+            names = " and ".join(str(file.path) for file in [*inputs][:: max(1, len(inputs) - 1)])
+            text = f"{len(inputs)} pictures from {names}" if len(inputs) > 1 else names
+            job.warn(f"{text}: not written: {describe(error)}")
+        return {"result": pickle.dumps((recorder, job.outcome, lines))}

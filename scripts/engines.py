@@ -1,0 +1,233 @@
+"""Measure `trace-fast edges --overlay` with each engine beside a plain loop, and compare all their files.
+
+`python scripts/engines.py PHOTOS` writes benchmarks/results/engines-cpu.json. CPU seconds and memory are those of all
+processes that an engine starts; memory is the largest sum of their proportional set sizes (shared pages count once).
+Every process has one thread of torch. Runs that are in the file are not repeated, so that the command continues where it
+was stopped. First the photographs, in rounds, engine after engine; then pictures of 96 x 64 pixels that are cut from
+them, few and many, from which the cost of an image follows apart from the fixed cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trace_fast.io.folders import is_picture
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "engines-cpu.json"
+SMALL = (64, 96)  # height and width of the small pictures
+TICKS = os.sysconf("SC_CLK_TCK")
+
+REFERENCE, RAY = "threads, 1 worker", "Ray, 1 actor"
+MANY = (REFERENCE, "plain loop", RAY)  # engines that see the small pictures
+# the loop's overlays have other options of JPEG
+WITHOUT_OVERLAYS = ("plain loop", "datasets.map, no overlay")
+
+LOOP = """
+import sys
+from pathlib import Path
+import trace_fast
+from trace_fast.io import visualize
+source, output, *size = sys.argv[1:]
+model = trace_fast.load("mini", device="cpu", size=tuple(map(int, size)) or None)
+Path(output).mkdir()
+for path in sorted(Path(source).iterdir()):
+    edges = model(path)
+    visualize.write_png(Path(output, path.stem + ".png"), edges)
+    visualize.write_picture(Path(output, path.stem + "_overlay.jpg"), visualize.overlay(path, edges))
+"""
+DATASETS = """
+import sys
+from pathlib import Path
+import datasets
+import pyarrow
+import trace_fast
+source, output, *size = sys.argv[1:]
+datasets.disable_progress_bars()
+paths = sorted(map(str, Path(source).iterdir()))
+data = datasets.Dataset(pyarrow.table({"key": paths, "image": paths}), fingerprint="paths")
+find_edges = trace_fast.BatchEdges("mini", "image", device="cpu", size=tuple(map(int, size)) or None)
+for row in data.map(find_edges, batched=True, batch_size=32, remove_columns=["image"]):
+    Path(output).mkdir(exist_ok=True)
+    Path(output, Path(row["key"]).stem + ".png").write_bytes(row["edges"])
+"""
+
+
+def list_commands(source: Path, output: Path, size: tuple[int, int] | None) -> dict[str, list[str]]:
+    """Return the command of each engine."""
+    sides = [str(side) for side in size or ()]
+    words = ["edges", str(source), "-o", str(output), "--overlay", "--device", "cpu"]
+    words += ["--size", "x".join(sides)] if sides else []
+    program = [sys.executable, "-m", "trace_fast", *words]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return {
+        REFERENCE: [*program, "--workers", "1"],
+        "plain loop": [sys.executable, "-c", LOOP, str(source), str(output), *sides],
+        "threads, 2 workers": [*program, "--workers", "2"],
+        "threads, 3 workers": [*program, "--workers", "3"],
+        "torchrun, 2 processes": [*torchrun, "-m", "trace_fast", *words, "--workers", "1"],
+        RAY: [*program, "--engine", "ray", "--workers", "1"],
+        "datasets.map, no overlay": [sys.executable, "-c", DATASETS, str(source), str(output), *sides],
+    }
+
+
+class Processes:
+    """The processes that this one has started, theirs included, and what they use."""
+
+    def __init__(self) -> None:
+        # CPU seconds of each process, by its number and when it began
+        self.times: dict[tuple[int, str], float] = {}
+        self.peak = 0
+        self.looked = 0.0
+
+    def look(self) -> list[int]:
+        """Return the numbers of the processes that run; note their times, and every two seconds their memory."""
+        parents, own, memory = {}, {os.getpid()}, 0
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            parents[int(path.name)] = fields
+        while more := {pid for pid, fields in parents.items() if int(fields[1]) in own and pid not in own}:
+            own |= more
+        own.remove(os.getpid())
+        for pid in own:
+            fields = parents[pid]
+            self.times[pid, fields[19]] = (int(fields[11]) + int(fields[12])) / TICKS
+        if time.monotonic() - self.looked > 2:
+            self.looked = time.monotonic()
+            for pid in own:
+                with contextlib.suppress(OSError):
+                    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                    memory += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            self.peak = max(self.peak, memory)
+        return [pid for pid in own if parents[pid][0] != "Z"]
+
+
+def measure(command: list[str], output: Path) -> dict[str, float]:
+    """Run a command, and return its seconds, CPU seconds, seconds to the first file, and MiB."""
+    shutil.rmtree(output, ignore_errors=True)
+    processes, first = Processes(), 0.0
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as cache:
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path[1:]), "HF_HOME": cache}
+        started = time.monotonic()
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            processes.look()
+            if not first and output.is_dir() and any(path.name[0] != "." for path in output.iterdir()):
+                first = time.monotonic() - started
+            time.sleep(0.2)
+        seconds = time.monotonic() - started
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(log.read().decode()[-2000:])
+        # daemons of Ray, whose parent has become this process
+        for _ in range(100):
+            if not (left := processes.look()):
+                break
+            time.sleep(0.1)
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    return {"seconds": seconds, "cpu": sum(processes.times.values()), "first": first, "memory": processes.peak / 1024}
+
+
+def count_different(engine: str, output: Path, expected: Path) -> int:
+    """Return the number of files that are missing, or differ from those that are expected."""
+    names = {path.name for path in expected.iterdir() if path.name[0] != "."}
+    if engine in WITHOUT_OVERLAYS:
+        names = {name for name in names if name.endswith(".png")}
+    written = {name for name in names if (output / name).is_file()}
+    return len(names - written) + sum(
+        (output / name).read_bytes() != (expected / name).read_bytes() for name in written
+    )
+
+
+def cut_pictures(photos: list[Path], folder: Path, count: int) -> Path:
+    """Cut small pictures from photographs in turn, and return their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    height, width = SMALL
+    each = -(-count // len(photos))
+    for number, path in enumerate(photos):
+        with Image.open(path) as picture:
+            pixels = picture.convert("RGB")
+        for index in range(number * each, min(count, (number + 1) * each)):
+            random = np.random.default_rng(index)
+            left, top = random.integers(0, pixels.width - width + 1), random.integers(0, pixels.height - height + 1)
+            pixels.crop((left, top, left + width, top + height)).save(folder / f"{index:06}.jpg", quality=90)
+    return folder
+
+
+def read_commit() -> str:
+    """Return the commit of the working tree."""
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def describe_machine() -> str:
+    """Return the processor, and the versions of what is measured."""
+    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "datasets", "pyarrow")]
+    return ", ".join([model.partition(": ")[2], f"{os.cpu_count()} cores", *packages])
+
+
+def main() -> None:
+    """Measure what the file of results does not have."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path, help="folder of photographs")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each engine on the photographs")
+    parser.add_argument("--small", type=int, nargs=2, default=(333, 10_000), help="numbers of small pictures")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "engines", help="for pictures and results")
+    options = parser.parse_args()
+    # orphans of its children become its own children
+    ctypes.CDLL(None).prctl(36, 1)
+    photos = sorted(path for path in options.photos.iterdir() if is_picture(path.name))
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
+    folders = {"photographs": (options.photos, None)}
+    for count in options.small:
+        folders[f"{count} small"] = cut_pictures(photos, options.folder / f"small-{count}", count), SMALL
+    for name in [*["photographs"] * options.rounds, *folders]:
+        source, size = folders[name]
+        expected, output = options.folder / f"expected-{name.split()[0]}", options.folder / "out"
+        for engine, command in list_commands(source, output, size).items():
+            if size and engine not in MANY:
+                continue
+            runs = [run for run in results["runs"] if (run["inputs"], run["engine"]) == (name, engine)]
+            if len(runs) >= (options.rounds if size is None else 1) and expected.is_dir():
+                continue
+            figures = measure(command, output)
+            if engine == REFERENCE:
+                shutil.rmtree(expected, ignore_errors=True)
+                shutil.copytree(output, expected)
+            images = len(list(source.iterdir()))
+            run = {"inputs": name, "engine": engine, "images": images, "commit": read_commit(), **figures}
+            run["different"] = count_different(engine, output, expected)
+            results |= {"machine": describe_machine(), "command": shlex.join(["python", *sys.argv])}
+            results["runs"].append(run)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(run, flush=True)
+
+
+if __name__ == "__main__":
+    main()
