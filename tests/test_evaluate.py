@@ -241,6 +241,24 @@ class TestReport:
         assert result.exit_code == 2 and "p5: " in result.stderr and "p4: " not in result.stderr
         assert f"shards/a.{ending} cannot be read: evaluate: maps must have the edges of every image" in result.stderr
 
+    @pytest.mark.parametrize("ending", ["tar", "parquet"])
+    def test_damaged_shards_of_maps_are_named(self, call, data, tmp_path, ending):
+        if ending == "parquet":
+            arrow = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'trace_fast[data]'")
+            import pyarrow.parquet
+
+            keys = arrow.py_buffer(b"\xff"), arrow.array([0, 1], arrow.int32()).buffers()[1]
+            keys = arrow.Array.from_buffers(arrow.string(), 1, [None, keys[1], keys[0]])
+            pyarrow.parquet.write_table(arrow.table({"key": keys, "edges": [b""]}), tmp_path / "a.parquet")
+        else:
+            member = tarfile.TarInfo("p0.png")
+            member.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.map": "x", "GNU.sparse.size": "9"}
+            with tarfile.open(tmp_path / "a.tar", "w") as archive:
+                archive.addfile(member)
+        result = call("--data", data, "-o", "out", "--method", f"m=maps:a.{ending}")
+        assert result.exit_code == 2
+        assert f"evaluate: maps must be complete {ending} files, got 'a.{ending}': " in result.stderr
+
     @pytest.mark.usefixtures("no_pictures")
     def test_limit_and_images_without_truth(self, call, data, tmp_path):
         (data / "inst" / "p0.png").unlink()

@@ -151,7 +151,7 @@ def test_models_have_a_student_where_there_is_one(tmp_path):
     assert models.tracer.backbone is models.detector.backbone
 
 
-# gradio leaves event loops open: in a process of its own
+# in another process, since gradio leaves event loops open
 EVENTS = """
 from types import SimpleNamespace
 

@@ -65,37 +65,52 @@ def list_images(task: Task, path: Path, left_out: Counter[str]) -> Iterator[Imag
         yield from _list_rows(task, path)
 
 
+@contextmanager
+def refuse_damaged(subject: str, path: Path) -> Iterator[None]:
+    """Refuse a shard that is not what its ending says; libraries fail in many ways on damaged bytes.
+
+    Args:
+        subject: function and argument, for the message.
+        path: of the shard.
+
+    Raises:
+        ValueError: the block raised an error of the file.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = path.suffix.lower().removeprefix(".")
+        raise ValueError(f"{subject} must be complete {kind} files, got '{path}': {error}") from error
+
+
 def _list_members(task: Task, path: Path, left_out: Counter[str]) -> Iterator[Image]:
     """Yield the pictures of a tar file; other members, such as captions, are not read."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            pictures, others = list_pictures(archive)
-            left_out += others
-            for member, name in zip(pictures.values(), name_results([*pictures], task.file_kinds), strict=True):
-                opened = archive.extractfile(member)
-                assert opened is not None  # of a file
-                yield name, opened.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"{task.op}: inputs must be complete tar files, got '{path}': {error}") from error
+    with refuse_damaged(f"{task.op}: inputs", path), tarfile.open(path, "r:") as archive:
+        pictures, others = list_pictures(archive)
+        left_out += others
+        for member, name in zip(pictures.values(), name_results([*pictures], task.file_kinds), strict=True):
+            opened = archive.extractfile(member)
+            assert opened is not None  # of a file
+            yield name, opened.read()
 
 
 def _list_rows(task: Task, path: Path) -> Iterator[Image]:
     """Yield the images of the rows of a parquet file."""
-    arrow = import_arrow(task.op)
-    try:
-        with arrow.parquet.ParquetFile(path) as file:
-            image, key = _choose_columns(task.op, file.schema_arrow, path)
-            columns = [image] if key is None else [image, key]
-            row = 0
-            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-                cells = batch.column(image).to_pylist()
-                keys = [None] * len(cells) if key is None else batch.column(key).to_pylist()
-                for cell, name in zip(cells, keys, strict=True):
-                    yield str(row if name is None else name), get_content(cell)
-                    row += 1
-    # cells that are not of the type of their column are damaged, too
-    except (arrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
-        raise ValueError(f"{task.op}: inputs must be complete parquet files, got '{path}': {error}") from error
+    arrow, subject = import_arrow(task.op), f"{task.op}: inputs"
+    with refuse_damaged(subject, path):
+        schema = arrow.parquet.read_schema(path)
+    image, key = _choose_columns(task.op, schema, path)
+    columns = [image] if key is None else [image, key]
+    with refuse_damaged(subject, path), arrow.parquet.ParquetFile(path) as file:
+        row = 0
+        for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+            cells = batch.column(image).to_pylist()
+            keys = [None] * len(cells) if key is None else batch.column(key).to_pylist()
+            for cell, name in zip(cells, keys, strict=True):
+                yield str(row if name is None else name), get_content(cell)
+                row += 1
 
 
 def get_content(cell: Any) -> bytes | Path | Exception:
@@ -183,26 +198,23 @@ class EdgeShards:
 
     def _index_members(self, path: Path) -> Iterator[tuple[str, int, int]]:
         """Yield the key, offset and length of each edge file of a tar file."""
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if member.isfile() and member.name.endswith(".png"):
-                        yield member.name.removesuffix(".png"), member.offset_data, member.size
-        except tarfile.TarError as error:
-            raise ValueError(f"{self.op}: maps must be in complete tar files, got '{path}': {error}") from error
+        with refuse_damaged(f"{self.op}: maps", path), tarfile.open(path, "r:") as archive:
+            pictures, _ = list_pictures(archive)
+        for name, member in pictures.items():
+            if name.endswith(".png"):
+                yield name.removesuffix(".png"), member.offset_data, member.size
 
     def _index_rows(self, path: Path) -> Iterator[tuple[str, int, int]]:
         """Yield the key, row group and row of each row of a parquet file."""
-        arrow = import_arrow(self.op)
-        try:
-            with arrow.parquet.ParquetFile(path) as file:
-                if missing := {"key", "edges"} - set(file.schema_arrow.names):
-                    raise ValueError(f"{self.op}: maps must have columns key and edges, got '{path}' without {missing}")
-                for group in range(file.num_row_groups):
-                    keys = file.read_row_group(group, ["key"])["key"].to_pylist()
-                    yield from ((key, group, row) for row, key in enumerate(keys))
-        except arrow.ArrowException as error:
-            raise ValueError(f"{self.op}: maps must be in complete parquet files, got '{path}': {error}") from error
+        arrow, subject = import_arrow(self.op), f"{self.op}: maps"
+        with refuse_damaged(subject, path):
+            schema = arrow.parquet.read_schema(path)
+        if missing := {"key", "edges"} - set(schema.names):
+            raise ValueError(f"{self.op}: maps must have columns key and edges, got '{path}' without {missing}")
+        with refuse_damaged(subject, path), arrow.parquet.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                keys = file.read_row_group(group, ["key"])["key"].to_pylist()
+                yield from ((key, group, row) for row, key in enumerate(keys))
 
     def read(self, key: str) -> bytes:
         """Return the edge file of an image.
@@ -229,7 +241,8 @@ class EdgeShards:
     @functools.lru_cache(maxsize=4)  # noqa: B019 (as long as a command)
     def _read_rows(self, path: Path, group: int) -> list[bytes | None]:
         """Return the edge files of a row group, of which several threads read rows in order."""
-        with import_arrow(self.op).parquet.ParquetFile(path) as file:
+        arrow = import_arrow(self.op)
+        with refuse_damaged(f"{self.op}: maps", path), arrow.parquet.ParquetFile(path) as file:
             rows: list[bytes | None] = file.read_row_group(group, ["edges"])["edges"].to_pylist()
             return rows
 
