@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 
@@ -121,6 +122,17 @@ def test_evaluate(photos, tmp_path, truth):
     good, problems, notes = check_photos(dataset.photos, [])
     assert ([photo.name for photo in good], problems, notes) == (["a"], [], [])
     assert (dataset.problems, dataset.notes) == ([], [])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_evaluate_waits_for_no_pipe(photos, tmp_path):
+    photos.rename(tmp_path / "images")
+    os.mkfifo(tmp_path / "images" / "b.jpg")
+    (tmp_path / "inst").mkdir()
+    Image.fromarray(np.eye(48, 64, dtype=np.uint8)).save(tmp_path / "inst" / "a.png")
+    dataset = open_dataset(tmp_path)
+    assert [photo.name for photo in dataset.photos] == ["a"]
+    assert dataset.notes == [f"left out of {tmp_path / 'images'}: 1 that is no file, such as a link to nothing"]
 
 
 def test_scenes(tmp_path):

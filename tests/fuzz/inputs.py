@@ -102,10 +102,10 @@ def make_list(random: np.random.Generator, level: int, folder: Path) -> Path:
 
 def make_input(random: np.random.Generator, level: int, folder: Path) -> Path:
     """Write an input of any kind, and return its path."""
-    kinds = [make_tar, make_tar, make_folder, make_list]
+    makers = [make_tar, make_tar, make_folder, make_list]
     if importlib.util.find_spec("pyarrow"):
-        kinds += [make_parquet, make_parquet]
-    return choose(random, kinds)(random, level, folder)
+        makers += [make_parquet, make_parquet]
+    return choose(random, makers)(random, level, folder)
 
 
 def damage_manifest(random: np.random.Generator, level: int, path: Path) -> None:

@@ -226,7 +226,8 @@ def open_dataset(
     truth_path = _find_truth(folder, truth)
     names = ["images", truth_path.stem.rpartition("_")[2]] if truth_path.suffix == ".json" else ["images"]
     images = next((folder / name for name in names if os.path.isdir(folder / name)), folder)
-    files = sorted(path for path in images.iterdir() if is_picture(path.name)) if os.path.isdir(images) else []
+    entries = images.iterdir() if os.path.isdir(images) else ()
+    files = sorted(path for path in entries if is_picture(path.name) and path.is_file())
     if truth_path.suffix == ".json":
         return _open_json(truth_path, images, files, skip_bad)
     return _open_folder(truth_path, images, files, tuple(ignore))
