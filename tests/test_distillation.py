@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from trace_fast.decoder import AttentionReadout
 from trace_fast.detector import StudentPass
 from trace_fast.io import files, visualize
 from trace_fast.io.images import resize
-from trace_fast.training import batches, data
+from trace_fast.training import batches, data, distillation
 from trace_fast.training.batches import Augmentation, Batch
 from trace_fast.training.data import PhotoFile, list_photos, shuffle_photos
 from trace_fast.training.distillation import Distillation, DistillConfig, distill
@@ -232,6 +233,21 @@ class TestEveryFamily:
         card = (out / "student" / "README.md").read_text()
         assert "4 photos" in card and "4 steps of 2" in card and "license CC0" in card
 
+    def test_the_command_says_what_it_did(self, distilled):
+        base, out, result = distilled
+        # transformers shows bars, too
+        lines = [line for line in result.stderr.splitlines() if line.startswith("trace-fast: ")]
+        search, start, warning, end = lines
+        assert search == "trace-fast: distill: 10 photos, of which 10 must be searched for labels"
+        assert start == "trace-fast: distill: 4 steps of 2 from 4 photos, 6 photos for the preview alone"
+        assert f"needs its base model, the folder '{base}' of this machine" in warning
+        number = r"\d+\.\d{4}"
+        assert re.fullmatch(
+            rf"trace-fast: distill: 4 steps took \d+ s; loss of edges {number}, at first {number}; loss of the "
+            rf"reconstruction {number}; to use the student: trace-fast edges photos/ -o edges/ --model {out}/student",
+            end,
+        )
+
     def test_the_student_gives_edges_without_text_encoders(self, distilled, monkeypatch, tmp_path):
         _, out, _ = distilled
         monkeypatch.setenv("TRACE_FAST_CACHE", str(tmp_path))  # empty
@@ -389,6 +405,28 @@ def test_labels_of_another_teacher_size_are_resized_to_the_students_grid(config)
         assert [stored.get_slice(name).get_shape() for name in stored.keys()] == [[1, 12, 8]] * 4  # noqa: SIM118
     assert Detector.from_pretrained(student, device="cpu").decoder.grid == (8, 12)
     assert "Teacher: ABDiv at 48x32 pixels" in (student / "README.md").read_text()
+
+
+def test_a_finished_run_says_so(config, caplog):
+    caplog.set_level(logging.INFO, "trace_fast")
+    distill(config)
+    assert "finished by an earlier run" not in caplog.text
+    distill(config)
+    assert "distill: 10 photos, of which 0 must be searched for labels" in caplog.messages
+    assert (
+        "distill: 4 steps of 2 from 4 photos, 6 photos for the preview alone; already finished by an earlier run"
+        in caplog.messages
+    )
+
+
+def test_the_card_names_a_base_on_the_hub(config, monkeypatch):
+    from huggingface_hub import ModelCard
+
+    folder = distill(config)
+    data = ModelCard((folder / "README.md").read_text()).data
+    assert data.library_name == "trace_fast" and "edge-detection" in data.tags and data.base_model is None
+    monkeypatch.setattr(distillation, "find_repository", lambda model: "owner/name" if model == config.model else None)
+    assert ModelCard((distill(config) / "README.md").read_text()).data.base_model == "owner/name"
 
 
 def test_the_card_has_the_timestep_of_the_teacher(config):
@@ -818,7 +856,7 @@ class TestShards:
         (config.output / "state.safetensors").unlink()
         result = call()
         assert result.exit_code == 0
-        lines = [line for line in result.stderr.splitlines() if "damaged" in line]
+        lines = [line for line in result.stderr.splitlines() if "is damaged" in line]
         assert len(lines) == 1 and f"{path.name} is damaged, its photos are searched again" in lines[0]
         assert read_divergences(config) == divergences
         changed = {name for name, time in list_shards(config).items() if time != shards[name]}

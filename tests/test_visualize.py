@@ -1,10 +1,13 @@
 """Pictures of edges, masks and KL curves, and that files are written whole or not at all."""
 
+import base64
 import colorsys
 import io
 import os
+import re
 import sys
 import zlib
+from dataclasses import replace
 from subprocess import run
 
 import numpy as np
@@ -12,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trace_fast import TraceOutput
-from trace_fast.io.visualize import draw_masks, grid, overlay, panel, plot_curve, write_picture, write_png
+from trace_fast import Detector, TraceOutput, Tracer
+from trace_fast.io.notebook import format_html
+from trace_fast.io.visualize import draw_masks, grid, overlay, panel, plot_curve, show, write_picture, write_png
 
 HEIGHT, WIDTH = 20, 31
 TIMESTEPS = (0, *range(99, 1000, 100))
@@ -334,11 +338,12 @@ class TestGrid:
             grid([Image.new("RGB", (2, 3))] * count, columns)
 
 
-class TestPlotCurve:
-    @pytest.fixture
-    def kl(self):
-        return torch.rand(3, 10, generator=torch.Generator().manual_seed(0)) / 10
+@pytest.fixture
+def kl():
+    return torch.rand(3, 10, generator=torch.Generator().manual_seed(0)) / 10
 
+
+class TestPlotCurve:
     def peak(self, curve):
         return TIMESTEPS[1:][curve.argmax()]
 
@@ -404,6 +409,76 @@ class TestPlotCurve:
             "sys.exit(bool(loaded) or 'matplotlib.pyplot' in sys.modules)"
         )
         assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestShow:
+    def test_pictures_side_by_side(self, photo, edges):
+        masks = np.zeros((2, HEIGHT, WIDTH), bool)
+        masks[0, :9], masks[1, 9:, :7] = True, True
+        picture = show(photo, edges, masks)
+        parts = [photo, edges, overlay(photo, edges), draw_masks(photo, masks)]
+        assert picture == panel(parts, ["image", "edges", "overlay", "masks"])
+        assert show(photo, masks=masks) == panel([parts[0], parts[3]], ["image", "masks"])
+        assert show(photo) == panel([photo], ["image"])
+
+    def test_a_large_image_is_reduced(self):
+        picture = show(np.zeros((800, 400, 3), np.uint8), np.zeros((800, 400), np.float32))
+        assert picture.height == 320 + 2 * 16 and picture.width == 3 * 160 + 2 * 8
+
+    def test_other_sizes(self, photo):
+        with pytest.raises(ValueError, match="edges must be of the image's number and size"):
+            show(photo, np.zeros((HEIGHT, WIDTH + 1), np.float32))
+
+
+class TestPlotOutput:
+    def test_a_row_for_each_image(self, kl):
+        output = replace(make_output(kl, [499, 99, 99]), edges=torch.rand(3, 1, 24, 40), abdiv=torch.rand(3, 6, 10))
+        axes = [axes for axes in output.plot().axes if axes.get_title() or axes.get_xlabel()]
+        titles = ("edges, timestep {}", "ABDiv, nats, timestep {}", "")
+        assert [axes.get_title() for axes in axes] == [title.format(t) for t in (499, 99, 99) for title in titles]
+        np.testing.assert_array_equal(axes[6].images[0].get_array(), output.edges[2, 0])
+        assert axes[0].images[0].get_clim() == (0, 1)
+        np.testing.assert_allclose(axes[5].lines[0].get_ydata(), kl[1])
+
+    def test_edges_alone(self):
+        figure = replace(make_output(None, [0]), edges=torch.rand(1, 1, 24, 40)).plot()
+        assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["edges, timestep 0"]
+
+    def test_matplotlib_missing(self, kl, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(RuntimeError, match=r"^plot: matplotlib must be installed"):
+            make_output(kl[:1], [499]).plot()
+
+
+class TestNotebook:
+    def test_an_output(self, kl):
+        output = replace(make_output(kl, [499, 99, 99]), edges=torch.rand(3, 1, 24, 40), abdiv=torch.rand(3, 6, 10))
+        text = output._repr_html_()
+        captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+        assert captions == ["edges 0", "edges 1", "edges 2", "ABDiv 0", "ABDiv 1", "ABDiv 2"]
+        pictures = [base64.b64decode(data) for data in re.findall('src="data:image/png;base64,(.*?)"', text)]
+        sizes = []
+        for data in pictures:
+            with Image.open(io.BytesIO(data)) as picture:
+                sizes.append(picture.size)
+                assert picture.getextrema()[1] > 200
+        assert sizes == 6 * [(320, 192)]
+        assert "<th>images</th><td>3 of 24 x 40</td>" in text and "<th>timestep read</th><td>[499, 99, 99]</td>" in text
+
+    def test_a_large_batch_without_a_curve(self):
+        text = replace(make_output(None, 9 * [0]), edges=torch.rand(9, 1, 24, 40))._repr_html_()
+        assert text.count("<img") == 4 and "<th>KL" not in text
+
+    def test_models(self):
+        for model in (Tracer.from_pretrained("mini", device="cpu"), Detector.from_pretrained("mini", device="cpu")):
+            text = model._repr_html_()
+            assert text.startswith(f"<b>{type(model).__name__}</b>")
+            assert "<th>model</th><td>mini</td>" in text and f"<td>{model.size}</td>" in text
+
+    def test_names_are_escaped(self):
+        text = format_html("a & b", {"model": "<script>", "none": None}, {"<x>": Image.new("L", (4, 3))})
+        assert "<script>" not in text and "&lt;script&gt;" in text and "&lt;x&gt;" in text and "a &amp; b" in text
+        assert "none" not in text
 
 
 def test_defaults_of_torch_do_not_matter(photo, edges, tmp_path, request):

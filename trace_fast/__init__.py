@@ -3,8 +3,9 @@
 `edges` returns the edges of an image in one call. `load` returns the model that finds them: a `Detector`, the
 one-step student, or a `Tracer`, the search over timesteps. `ControlNetAnnotator` makes pictures of them for a
 ControlNet, and `BatchEdges` works on columns of images for engines of data sets. `propagate`, `instances` and `seeds`
-turn edges into masks, regions and prompts. `distill` and `pretrain` train models; `evaluate` scores edges and masks.
-`ops` are the kernels, with an eager twin of each in `reference`; `backends` shows which implementation runs them.
+turn edges into masks, regions and prompts, and `show` draws them. `distill` and `pretrain` train models; `evaluate`
+scores edges and masks. `ops` are the kernels, with an eager twin of each in `reference`; `backends` shows which
+implementation runs them.
 
     >>> import trace_fast
     >>> edges = trace_fast.edges("photo.jpg")  # doctest: +SKIP
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from trace_fast.backbones import models
     from trace_fast.detector import Detector
     from trace_fast.evaluation import evaluate
+    from trace_fast.io.visualize import show
     from trace_fast.jobs.columns import BatchEdges
     from trace_fast.masks.propagation import Seeds, instances, propagate, seeds
     from trace_fast.ops.dispatch import backends
@@ -53,6 +55,7 @@ __all__ = [
     "propagate",
     "reference",
     "seeds",
+    "show",
     "training",
 ]
 
@@ -84,6 +87,7 @@ _LAZY = {
     "propagate": "masks.propagation",
     "reference": "",
     "seeds": "masks.propagation",
+    "show": "io.visualize",
     "training": "",
 }
 

@@ -42,6 +42,7 @@ from trace_fast.io.images import (
 )
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
+from trace_fast.progress import LOGGER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -586,6 +587,14 @@ def save_student(
     card: str | None = None,
 ) -> None:
     """Write the files of a student, its adapter in half precision; see `Detector.from_pretrained`."""
+    if Path(base := config["base"]["model"]).is_absolute():
+        LOGGER.warning(
+            "the student in %r needs its base model, the folder %r of this machine; to use it on another, write where "
+            "the base is there, such as a repository of the hub, to base.model of %s",
+            str(folder),
+            base,
+            CONFIG,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     files = {DECODER: decoder.state_dict(), ADAPTER: {name: x.half() for name, x in adapter.items()}}
     if empty_prompt:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trace_fast.backbones import Backbone
 from trace_fast.backbones.base import get_device, get_dtype
 from trace_fast.io.images import check_channel_order
+from trace_fast.io.notebook import format_html
 from trace_fast.ops import checks
 
 __all__ = ["EdgeModel", "require_finite"]
@@ -175,6 +176,20 @@ class EdgeModel(abc.ABC):
         """Return the modules that run."""
         parts = [self.backbone.network, getattr(self.backbone, "vae", None)]
         return [part for part in parts if part is not None]
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a table of what the model is and where it runs."""
+        facts = {
+            "model": self.name,
+            "processing size": self.size,
+            "timestep": self.timestep,
+            "device": self.device,
+            "dtype": self.dtype,
+            "channel order": self.channel_order,
+            "contour threshold": self.contour_threshold,
+            "region threshold": self.region_threshold,
+        }
+        return format_html(type(self).__name__, facts)
 
     def __repr__(self) -> str:
         return (

@@ -19,17 +19,22 @@ from trace_fast.attention import MeanAttention
 from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pipeline
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
 from trace_fast.backbones.capture import run_captured, unwrap_compiled
-from trace_fast.io.images import error_context, read_image, resize
+from trace_fast.io import visualize
+from trace_fast.io.images import convert_edges, error_context, read_image, resize
+from trace_fast.io.notebook import format_html
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
 from trace_fast.ops.constants import cache_constants
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from trace_fast.io.images import ImageLike
 
 __all__ = ["TIMESTEPS", "TraceOutput", "Tracer"]
 
 TIMESTEPS = (0, *range(99, 1000, 100))  # stride 100 of a 1000-step schedule, and the image itself
+SHOWN = 4  # images of an output that a notebook shows
 MAP_BYTES = 2**30  # attention maps held at once when independent timesteps run as a batch, on a CPU
 
 
@@ -56,6 +61,34 @@ class TraceOutput:
     model: str
     noising: str
     size: tuple[int, int]
+
+    def plot(self) -> Figure:
+        """Plot the edges and, where they are there, ABDiv and the KL curve; this needs matplotlib.
+
+        Returns:
+            The matplotlib figure.
+
+        Example:
+            >>> figure = Tracer.from_pretrained("mini", device="cpu")("photo.jpg", return_kl=True).plot()
+        """
+        return visualize.plot_output(self)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: edges of the first images, ABDiv where it is there, and facts."""
+        maps = {f"edges {index}": edges for index, edges in enumerate(self.edges[:SHOWN, 0])}
+        if self.abdiv is not None:
+            strongest = self.abdiv.amax((1, 2), keepdim=True).clamp(min=1e-9)
+            maps |= {f"ABDiv {index}": values for index, values in enumerate((self.abdiv / strongest)[:SHOWN])}
+        pictures = {name: convert_edges(values[None, None], name, "pil") for name, values in maps.items()}
+        facts = {
+            "model": self.model,
+            "images": f"{len(self.edges)} of {self.edges.shape[2]} x {self.edges.shape[3]}",
+            "processing size": self.size,
+            "noising": self.noising,
+            "timestep read": self.timestep.tolist(),
+            "KL at the peak, nats": None if self.kl is None else [round(peak, 4) for peak in self.kl.amax(1).tolist()],
+        }
+        return format_html("TraceOutput", facts, pictures)
 
 
 class TraceOptions(TypedDict, total=False):

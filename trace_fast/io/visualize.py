@@ -39,6 +39,8 @@ __all__ = [
     "overlay",
     "panel",
     "plot_curve",
+    "plot_output",
+    "show",
     "write_picture",
     "write_png",
 ]
@@ -47,6 +49,7 @@ __all__ = [
 EDGE_COLOR = (1.0, 0.0, 0.6)
 CACHED_PIXELS = 2**16  # of an image that is drawn in parts
 PLOT_DPI = 150
+SHOWN_HEIGHT = 320  # of the pictures of `show`, in pixels
 # half the time of Pillow's default of 6, for 3 to 9 % more bytes
 PNG_COMPRESSION = 3
 # by bits of a pixel: runs alone are found in two thirds of the time, in fewer bytes; of 16 bits there are few runs
@@ -335,6 +338,72 @@ def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.I
     return sheet
 
 
+def show(
+    image: ImageLike, edges: np.ndarray | Tensor | None = None, masks: np.ndarray | Tensor | None = None
+) -> Image.Image:
+    """Return one picture of an image and its results, side by side, which a notebook shows.
+
+    In a program, `show(...).show()` opens it in a viewer, and `show(...).save("result.png")` writes it.
+
+    Args:
+        image: anything that `trace_fast.edges` takes, except a list or a batch.
+        edges: (H, W), (1, H, W) or (1, 1, H, W) float in [0, 1], of the image's size; drawn alone and over the image.
+        masks: (M, H, W) bool, of the image's size; drawn over the image.
+
+    Returns:
+        PIL image of mode RGB, at most 320 pixels high below its titles.
+
+    Raises:
+        TypeError, ValueError: see `overlay` and `draw_masks`.
+
+    Example:
+        >>> edges = trace_fast.edges("photo.jpg")
+        >>> trace_fast.show("photo.jpg", edges, trace_fast.instances(edges)[0]).mode
+        'RGB'
+    """
+    pictures: dict[str, Any] = {"image": image}
+    if edges is not None:
+        edge_map = read_edge_map("show", edges)
+        pictures |= {"edges": edge_map, "overlay": overlay(image, edge_map)}
+    if masks is not None:
+        pictures["masks"] = draw_masks(image, masks)
+    height = min(SHOWN_HEIGHT, read_image(image).shape[2])
+    return panel(list(pictures.values()), list(pictures), height)
+
+
+def plot_output(output: TraceOutput) -> Figure:
+    """Plot a trace: edges and, where the output has them, ABDiv and the KL curve, a row for each image.
+
+    Args:
+        output: of `trace_fast.Tracer`; with return_kl=True and return_abdiv=True it has all three.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+
+    Example:
+        >>> figure = plot_output(Tracer.from_pretrained()("photo.jpg", return_kl=True))
+    """
+    require("plot", "matplotlib")
+    from matplotlib.figure import Figure
+
+    maps = {"edges": output.edges[:, 0]} | ({} if output.abdiv is None else {"ABDiv, nats": output.abdiv})
+    rows, columns = len(output.edges), len(maps) + (output.kl is not None)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False)):
+        for plot, (name, values) in zip(axes, maps.items(), strict=False):
+            plot.set_axis_off()
+            plot.set_title(f"{name}, timestep {int(output.timestep[index])}", fontsize="medium")
+            shown = plot.imshow(values[index].cpu().numpy(), cmap="gray", vmin=0, vmax=1 if name == "edges" else None)
+            figure.colorbar(shown, ax=plot)
+        if output.kl is not None:
+            _plot_steps(axes[-1], output, index, "")
+            axes[-1].legend()
+    return figure
+
+
 def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) -> Figure:
     """Plot the KL curve of a trace, and mark its peak t* and the timestep whose map was read.
 
@@ -361,23 +430,31 @@ def plot_curve(output: TraceOutput, path: str | os.PathLike[str] | None = None) 
     require("plot_curve", "matplotlib")
     from matplotlib.figure import Figure
 
-    timesteps = output.timesteps[1:].tolist()  # each step is plotted at its noisier end
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="timestep t", ylabel="KL(previous || t), nats")
+    axes = figure.add_subplot()
     axes.set_title(f"{output.model}, {output.noising}", fontsize="medium")
-    for index, (read, curve) in enumerate(zip(output.timestep.tolist(), output.kl.tolist(), strict=True)):
-        peak = max(range(len(curve)), key=curve.__getitem__)
-        name = f"t* = {timesteps[peak]}" if len(output.kl) == 1 else f"image {index}, t* = {timesteps[peak]}"
-        (line,) = axes.plot(timesteps, curve, marker=".", label=name)
-        axes.plot(timesteps[peak], curve[peak], marker="o", markersize=9, color=line.get_color())
-        label = None if read == timesteps[peak] else f"read at {read}"
-        axes.axvline(read, color=line.get_color(), linestyle=":", label=label)
+    for index in range(len(output.kl)):
+        _plot_steps(axes, output, index, "" if len(output.kl) == 1 else f"image {index}, ")
     if len(output.kl) <= 10:  # beyond that a legend hides the curves
         axes.legend()
     if path is not None:
         with write_atomically(path, "plot_curve") as file:
             figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=PLOT_DPI)
     return figure
+
+
+def _plot_steps(axes: Any, output: TraceOutput, index: int, name: str) -> None:
+    """Plot the KL curve of one image of a trace, with its peak and the timestep that was read."""
+    assert output.kl is not None
+    timesteps = output.timesteps[1:].tolist()  # each step is plotted at its noisier end
+    curve, read = output.kl[index].tolist(), int(output.timestep[index])
+    peak = max(range(len(curve)), key=curve.__getitem__)
+    (line,) = axes.plot(timesteps, curve, marker=".", label=f"{name}t* = {timesteps[peak]}")
+    axes.plot(timesteps[peak], curve[peak], marker="o", markersize=9, color=line.get_color())
+    label = None if read == timesteps[peak] else f"read at {read}"
+    axes.axvline(read, color=line.get_color(), linestyle=":", label=label)
+    axes.set_xlabel("timestep t")
+    axes.set_ylabel("KL(previous || t), nats")
 
 
 def _find_interior(mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trace_fast.backbones.base import NOISINGS, STEPS, check_timestep, constant, default_dtype, load_weights
-from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER
+from trace_fast.backbones.loading.sources import ADAPTER, CONFIG, DECODER, find_repository
 from trace_fast.backbones.schedule import RectifiedFlow
 from trace_fast.decoder import DECODERS, FORMAT, make_decoder, resample_values, upgrade_student
 from trace_fast.detector import StudentPass, save_student, use_channels_last
 from trace_fast.io import visualize
 from trace_fast.io.images import resize
 from trace_fast.jobs.parts import ALONE, Part, parse_part
-from trace_fast.progress import Progress
+from trace_fast.progress import LOGGER, Progress
 from trace_fast.tracer import Tracer
 from trace_fast.training.batches import PREVIEW, Batch, Batches
 from trace_fast.training.cards import describe_machine, format_card
@@ -566,15 +567,19 @@ class Distillation:
         ]
         source = "distilled from the self-attention of the model" if photo_count else "learned from drawn scenes"
         summary = f"Instance edges in one pass, {source}. No annotations were used."
-        return format_card(f"A one-step student of {config.model}", summary, facts, {"base_model": config.model})
+        repository = find_repository(config.model)
+        metadata = {} if repository is None else {"base_model": repository}
+        return format_card(f"A one-step student of {config.model}", summary, facts, metadata)
 
     def run(self) -> Path:
         """Train to the end, from the state in the output folder if there is one, and return the student's folder."""
         config = self.config
         for name, value in (self.state.resume() or {}).items():
             setattr(self, name, value)
-        started, saved = time.monotonic() - self.seconds, time.monotonic()
         hidden = self.process.index > 0
+        if not hidden:
+            LOGGER.info(self.describe_start())
+        started, saved = time.monotonic() - self.seconds, time.monotonic()
         with Progress("distill", "step", self.batches.steps, initial=self.step, hidden=hidden) as progress:
             for batch in self.batches.iterate(self.step, self.process.share):
                 self.train_step(batch)
@@ -589,7 +594,29 @@ class Distillation:
                     self.save()
                     saved = time.monotonic()
         self.save()
-        return self.export()
+        folder = self.export()
+        if not hidden:
+            LOGGER.info(self.describe_end(folder))
+        return folder
+
+    def describe_start(self) -> str:
+        """Return what the run is about to do."""
+        photos, scenes, steps = self.batches.photos, self.batches.scenes, self.batches.steps
+        learned = f"{len(photos) - PREVIEW} photos" + (f" and {len(scenes)} scenes" if scenes else "")
+        text = f"distill: {steps} steps of {self.config.batch} from {learned}, {PREVIEW} photos for the preview alone"
+        if self.step == steps:
+            return f"{text}; already finished by an earlier run"
+        return f"{text}; continued at step {self.step}" if self.step else text
+
+    def describe_end(self, folder: Path) -> str:
+        """Return what the run has done, and how its student is used."""
+        means = self.losses or [[self.step, *map(average, zip(*self.recent, strict=True))]]
+        first, last = (format_loss(row[1]) for row in (means[0], means[-1]))
+        return (
+            f"distill: {self.step} steps took {self.seconds:.0f} s; loss of edges {last}, at first {first}; "
+            f"loss of the reconstruction {format_loss(means[-1][2])}; to use the student: "
+            f"trace-fast edges photos/ -o edges/ --model {shlex.quote(str(folder))}"
+        )
 
 
 def average(losses: Sequence[float | None]) -> float | None:
@@ -645,6 +672,8 @@ def distill(config: DistillConfig) -> Path:
         missing = list_missing(config, photos)
         # refused before the search, not after it
         read_progress(config.output / STATE, config.describe_run(), "distill")
+        if process.index == 0:
+            LOGGER.info("distill: %d photos, of which %d must be searched for labels", len(photos), len(missing[0][1]))
         damaged = search_photos(config, photos, missing, process, load_tracer)
         if config.part is not None:
             return config.shards_folder

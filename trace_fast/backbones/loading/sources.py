@@ -21,6 +21,7 @@ __all__ = [
     "Kind",
     "Source",
     "fetch_student",
+    "find_repository",
     "find_source",
     "has_student",
 ]
@@ -99,6 +100,21 @@ def is_repository(model: str | Path) -> bool:
     """Return whether a model can only be a repository of the hub: neither a known name nor a folder or file."""
     known = model in embedded_models() or model in MODELS or os.path.exists(model)
     return isinstance(model, str) and not known and REPOSITORY.fullmatch(model) is not None
+
+
+def find_repository(model: str) -> str | None:
+    """Return the repository of the hub that a model is loaded from; None for a folder and a model of this package.
+
+    Args:
+        model: see `find_source`.
+
+    Example:
+        >>> find_repository("dinov2-b"), find_repository("mini")
+        ('facebook/dinov2-base', None)
+    """
+    if model in MODELS:
+        return MODELS[model].repository
+    return model if is_repository(model) else None
 
 
 def folder_source(name: str, folder: Path) -> Source:
