@@ -2,9 +2,10 @@
 
 `python scripts/engines.py PHOTOS` writes benchmarks/results/engines-cpu.json. CPU seconds and memory are those of all
 processes that an engine starts; memory is the largest sum of their proportional set sizes (shared pages count once).
-Every process has one thread of torch. Runs that are in the file are not repeated, so that the command continues where it
-was stopped. First the photographs, in rounds, engine after engine; then pictures of 96 x 64 pixels that are cut from
-them, few and many, from which the cost of an image follows apart from the fixed cost.
+Every process has one thread of torch. A command that was stopped is continued by running it again.
+
+First the photographs, in rounds, engine after engine; then pictures of 96 x 64 pixels that are cut from them, few and
+many, from which the cost of an image follows apart from the fixed cost.
 """
 
 from __future__ import annotations
@@ -167,11 +168,11 @@ def cut_pictures(photos: list[Path], folder: Path, count: int) -> Path:
     """Cut small pictures from photographs in turn, and return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     height, width = SMALL
-    each = -(-count // len(photos))
+    share = -(-count // len(photos))
     for number, path in enumerate(photos):
         with Image.open(path) as picture:
             pixels = picture.convert("RGB")
-        for index in range(number * each, min(count, (number + 1) * each)):
+        for index in range(number * share, min(count, (number + 1) * share)):
             random = np.random.default_rng(index)
             left, top = random.integers(0, pixels.width - width + 1), random.integers(0, pixels.height - height + 1)
             pixels.crop((left, top, left + width, top + height)).save(folder / f"{index:06}.jpg", quality=90)

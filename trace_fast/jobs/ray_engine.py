@@ -80,7 +80,7 @@ def list_rows(missing: Targets) -> list[dict[str, Any]]:
 
 
 class Starts:
-    """Counts how often each row was begun, in a process of its own, which those of actors do not end."""
+    """Counts how often each row was begun, in another process than those that may end."""
 
     def __init__(self) -> None:
         self.counts = Counter[int]()
