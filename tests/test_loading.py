@@ -17,7 +17,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from tiny import FAMILIES, PIPELINES, SIZE, embedded, pipeline
 from torch.testing import assert_close
 
@@ -359,13 +360,19 @@ class TestCachedPrompts:
         pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")
         load(tmp_path / "model")
         (cache,) = (tmp_path / "cache" / "empty_prompts").iterdir()
-        content = cache.read_bytes()
-        cache.write_bytes(content[:-4])
-        with pytest.warns(UserWarning, match=r"^load: '.*' is damaged, and the empty prompt is embedded again: "):
-            load(tmp_path / "model")
-        assert len(encoded) == 2 and len(cache.read_bytes()) == len(content)
+        content, prompt = cache.read_bytes(), load_file(cache)
+        with safe_open(cache, "pt") as file:
+            metadata = file.metadata()
+        halves = {name: value[..., :3].contiguous() for name, value in prompt.items()}
+        flipped = bytearray(content)
+        flipped[-1] ^= 1
+        for count, damaged in enumerate((content[:-4], bytes(flipped), save(halves, metadata), save(prompt)), 2):
+            cache.write_bytes(damaged)
+            with pytest.warns(UserWarning, match=r"^load: '.*' is damaged, and the empty prompt is embedded again: "):
+                load(tmp_path / "model")
+            assert len(encoded) == count and len(cache.read_bytes()) == len(content)
         load(tmp_path / "model")
-        assert len(encoded) == 2
+        assert len(encoded) == count
 
     def test_a_cache_that_cannot_be_written_does_not_end_the_load(self, tmp_path, encoded, monkeypatch):
         pipeline("sd15", tmp_path).save_pretrained(tmp_path / "model")

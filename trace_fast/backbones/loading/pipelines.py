@@ -163,7 +163,7 @@ def get_empty_prompt(
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(cache, "load") as file:
-                file.write(save(prompt, {"encoders": text_encoder_stamp(files)}))
+                file.write(save(prompt, {"encoders": text_encoder_stamp(files), "hash": hash_prompt(prompt)}))
         except OSError as error:
             warnings.warn(
                 f"load: the embedded empty prompt cannot be kept in '{cache.parent}', so that it is embedded again the "
@@ -225,11 +225,19 @@ def load_cached_prompt(cache: Path, files: Files) -> dict[str, Tensor] | None:
         if not cache.is_file():
             return None
         with safe_open(cache, "pt") as file:
-            stamp = (file.metadata() or {}).get("encoders")
-        return load_file(cache) if text_encoder_stamp(files) in ("", stamp) else None
-    except (OSError, SafetensorError) as error:
+            metadata = file.metadata() or {}
+        prompt = load_file(cache)
+        if hash_prompt(prompt) != metadata.get("hash"):
+            raise ValueError("its content is not what was written")
+        return prompt if text_encoder_stamp(files) in ("", metadata.get("encoders")) else None
+    except (OSError, SafetensorError, ValueError) as error:
         warnings.warn(f"load: '{cache}' is damaged, and the empty prompt is embedded again: {error}", stacklevel=2)
         return None
+
+
+def hash_prompt(prompt: dict[str, Tensor]) -> str:
+    """Return a hash of an embedded prompt, which shows a changed value where safetensors would not."""
+    return hashlib.sha256(save(dict(sorted(prompt.items())))).hexdigest()
 
 
 def text_encoder_stamp(files: Files) -> str:
