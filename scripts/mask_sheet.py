@@ -4,7 +4,8 @@
         --name 000000000459 --name 000000000790 --name 000000174375 --name 000000278528 --name 000000401416 \
         -o docs/pictures/masks.jpg
 
-The masks before are the true masks on a grid of 16 pixels, as networks of such tokens draw them.
+"no hierarchy" has the regions that edges above the threshold enclose, which is how `segment` once found them. The masks
+on a grid are the true masks on a grid of 16 pixels, as networks of such tokens draw them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from propagation import draw_on_grid
+import numpy as np
+import torch
+from propagation import MIN_SHARE, draw_on_grid
 
 import trace_fast
 from trace_fast.evaluation import open_dataset, open_method
 from trace_fast.io import visualize
 from trace_fast.io.images import read_image
 
-TITLES = ("photograph", "edges", "segment", "masks on a grid", "after, fit", "after, flood")
+TITLES = ("photograph", "edges", "no hierarchy", "segment", "masks on a grid", "after, fit", "after, flood")
+
+
+def find_enclosed(edges: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the regions (M, H, W) that edges (H, W) above a threshold enclose, without the tiny ones."""
+    labels = trace_fast.ops.label_regions(torch.from_numpy(edges >= threshold)[None])[0][0].numpy()
+    masks = labels == np.arange(1, labels.max() + 1)[:, None, None]
+    return masks[masks.mean((1, 2)) >= MIN_SHARE]
 
 
 def main() -> None:
@@ -41,6 +51,7 @@ def main() -> None:
         image, edges = read_image(photo.image)[0], method.edges(photo)
         before = draw_on_grid(photo.instances().masks())
         stacks = [
+            find_enclosed(edges, options.threshold),
             trace_fast.instances(edges, threshold=options.threshold)[0].numpy(),
             before,
             trace_fast.propagate(before, edges),
