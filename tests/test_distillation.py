@@ -1553,8 +1553,7 @@ class TestScenes:
             distill(replace(config, output=tmp_path / "second", labels="combined", labels_student=first))
         finally:
             recording = False
-        seen = {path for path in opened if data in path.parents}
-        assert seen == {data / "images", *(data / "images").glob("*.png")}
+        assert {path for path in opened if data in path.parents} == {data / "images", *(data / "images").glob("*.png")}
 
     @pytest.mark.slow
     def test_another_student_has_other_labels(self, config):
