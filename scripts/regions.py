@@ -69,8 +69,8 @@ def main() -> None:
     sources = [open_source(text) for text in options.method]
     truth, results = collect(options, lambda *photo: measure(*photo, sources))
     print("| regions | AP | AR100 | 95 % |", "| --- | ---: | ---: | ---: |", sep="\n")
-    for name, found in results.items():
-        scores = mask_ap(truth, found, resamples=200)
+    for name, masks in results.items():
+        scores = mask_ap(truth, masks, resamples=200)
         assert scores.intervals is not None
         low, high = scores.intervals["ar100"]
         print(f"| {name} | {scores.ap:.3f} | {scores.ar100:.3f} | {low:.3f} to {high:.3f} |")
