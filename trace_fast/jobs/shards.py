@@ -162,7 +162,8 @@ def open_shard_writer(task: Task, suffix: str, file: BinaryIO) -> Iterator[Shard
         # a comment is what every program that reads tar files skips
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": settings}) as tar:
             yield TarWriter(tar)
-        if not tar.members:  # Python reads no tar file that has a comment alone
+            is_empty = not tar.getmembers()
+        if is_empty:  # Python reads no tar file that has a comment alone
             file.seek(0)
             file.truncate()
             file.write(bytes(tarfile.RECORDSIZE))
