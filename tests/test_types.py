@@ -1,6 +1,10 @@
-"""Types of results as type checkers see them: mypy runs on a few lines of a user."""
+"""Types of results as type checkers see them: mypy and pyright read a few lines of a user."""
 
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from mypy import api
@@ -20,22 +24,51 @@ LINES = {
     "load(stage=2)(array, 512, 512, 'pil')": "Any",
     "load(stage=1)(array)": "TraceOutput",
     "load(stage=1)([array], return_kl=True)": "list[TraceOutput]",
+    "propagate(array, tensor)": "ndarray",
+    "propagate(tensor, array, mode='flood', threshold=0.5)": "Tensor",
+    "propagate([{'mask': array}], array)": "list[dict[str, ndarray]]",
+    "propagate(open_masks(array)[0], array)": "MaskSet",
+    "instances(array)": "tuple[Tensor, Tensor]",
 }
-
 
 HEAD = """import numpy as np
 import torch
-from trace_fast import edges, load
+from trace_fast import edges, instances, load, propagate
+from trace_fast.masks import open_masks
 array, tensor = np.zeros((2, 3)), torch.zeros(2, 3)
 """
 
 
+@pytest.fixture
+def program(tmp_path):
+    """Write a program that reveals the types of all lines."""
+    path = tmp_path / "user.py"
+    path.write_text(HEAD + "".join(f"reveal_type({line})\n" for line in LINES))
+    return path
+
+
+def shorten(text):
+    """Return the name of a type without modules, and without what arrays hold."""
+    text = re.sub(r"\b[a-z_]\w*\.", "", text)
+    return re.sub(r"ndarray\[tuple\[[^\]]*\], dtype\[\w+\]\]", "ndarray", text)
+
+
 @pytest.mark.slow
-def test_types_of_results(tmp_path):
-    (tmp_path / "user.py").write_text(HEAD + "".join(f"reveal_type({line})\n" for line in LINES))
-    words = [str(tmp_path / "user.py"), "--cache-dir", str(tmp_path), "--follow-imports=silent"]
+def test_mypy(program, tmp_path):
+    words = [str(program), "--cache-dir", str(tmp_path), "--follow-imports=silent"]
     output, errors, _ = api.run(words)
-    array_type = re.compile(r"ndarray\[tuple\[Any, \.\.\.\], numpy\.dtype\[Any\]\]")
-    types = [array_type.sub("ndarray", text) for text in re.findall(r'Revealed type is "(.*)"', output)]
-    # without the names of modules
-    assert [re.sub(r"\w+\.", "", text) for text in types] == list(LINES.values()), output + errors
+    types = [shorten(text) for text in re.findall(r'Revealed type is "(.*)"', output)]
+    assert types == list(LINES.values()), output + errors
+
+
+@pytest.mark.slow
+def test_pyright(program):
+    pytest.importorskip("basedpyright", reason="needs basedpyright: pip install basedpyright")
+    # it does not see packages that are installed in place
+    config = {"extraPaths": [str(Path(__file__).parents[1])], "typeCheckingMode": "basic", "include": [program.name]}
+    (program.parent / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
+    done = subprocess.run([*command, "-p", str(program.parent)], capture_output=True, text=True, check=False)
+    messages = [diagnostic["message"] for diagnostic in json.loads(done.stdout)["generalDiagnostics"]]
+    types = [shorten(text) for message in messages for text in re.findall(r' is "(.*)"$', message)]
+    assert types == list(LINES.values()), messages

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ DUPLICATE = 0.7  # IoU above which one of two ranked masks is left out
 CUT_OFF = 0.5  # factor of the score of a ranked mask at the image's border: part of its outline is unknown
 NEIGHBORS = ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1]))  # all pixels that have one before them, and those
 
+Item = TypeVar("Item")  # of lists of masks or records
+
 
 @dataclass(frozen=True)
 class Seeds:
@@ -49,6 +51,41 @@ class Seeds:
     points: Tensor
     boxes: Tensor
     radius: Tensor
+
+
+class PropagateOptions(TypedDict, total=False):
+    """Keyword arguments of `propagate`, none of which decides what it returns."""
+
+    threshold: float | None
+    mode: str
+    iou: float
+    classes: Sequence[int] | Tensor | None
+    min_area: int | None
+    cover: float
+    exclusive: bool
+    ignore: int | Iterable[int] | None
+    label_divisor: int | None
+    cut: float | None
+
+
+@overload
+def propagate(masks: Tensor, edges: Any, **options: Unpack[PropagateOptions]) -> Tensor: ...
+
+
+@overload
+def propagate(masks: np.ndarray, edges: Any, **options: Unpack[PropagateOptions]) -> np.ndarray: ...
+
+
+@overload
+def propagate(masks: MaskSet, edges: Any, **options: Unpack[PropagateOptions]) -> MaskSet: ...
+
+
+@overload
+def propagate(masks: list[Item], edges: Any, **options: Unpack[PropagateOptions]) -> list[Item]: ...
+
+
+@overload
+def propagate(masks: Any, edges: Any, **options: Unpack[PropagateOptions]) -> Any: ...
 
 
 def propagate(
