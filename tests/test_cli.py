@@ -149,8 +149,16 @@ class TestOneFile:
     def test_overwrite(self, call, tmp_path):
         make_photo(tmp_path / "a.png")
         (tmp_path / "e.png").write_text("of before")
+        (tmp_path / "e.png").chmod(0o600)
         assert call("edges", "a.png", "-o", "e.png", "--overwrite").exit_code == 0
-        assert read("e.png").shape == (20, 31)
+        assert read("e.png").shape == (20, 31) and (tmp_path / "e.png").stat().st_mode & 0o777 == 0o600
+
+    def test_a_name_that_is_too_long_and_a_missing_image(self, call, tmp_path):
+        (tmp_path / "e.png").touch()
+        for photo, output in (("e.png", f"{'a' * 300}.png"), ("missing.png", "e.png")):
+            result = call("edges", photo, "-o", output)
+            assert result.exit_code == 2 and result.stderr.startswith("trace-fast: ")
+            assert isinstance(result.exception, SystemExit)
 
     def test_a_bad_image_leaves_nothing(self, call, tmp_path):
         (tmp_path / "a.png").write_text("no image")

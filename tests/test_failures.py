@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -21,6 +22,8 @@ from trace_fast.evaluation.data import open_dataset
 from trace_fast.evaluation.masks import mask_ap
 from trace_fast.evaluation.run import check_photos
 from trace_fast.io.visualize import write_png
+from trace_fast.jobs.finder import EdgeFinder
+from trace_fast.jobs.segments import SegmentTask
 from trace_fast.masks.coco import read_annotations
 from trace_fast.training.data import list_photos
 
@@ -101,6 +104,7 @@ def test_an_array_in_place_of_a_choice(name, call, tmp_path):
 
 
 LONG = "x" * 300  # more than a name of a file may have
+EDGES = torch.zeros(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +115,12 @@ LONG = "x" * 300  # more than a name of a file may have
         (lambda tmp_path: open_method(f"x=maps:{LONG}"), "^evaluate: method x must name a folder of maps"),
         (lambda tmp_path: list_photos(Path(LONG)), "^photos must be a folder of image or tar files"),
         (lambda tmp_path: read_annotations(write_panoptic_file(tmp_path)), r"(?s)^read_annotations: path .*got none$"),
+        (
+            lambda tmp_path: SegmentTask(EdgeFinder(), masks=tmp_path)._complete_masks(LONG, EDGES),
+            "^segment: masks must",
+        ),
     ],
-    ids=["load", "truth", "maps", "photos", "panoptic"],
+    ids=["load", "truth", "maps", "photos", "panoptic", "masks"],
 )
 def test_a_name_that_is_too_long_is_that_of_no_file(call, message, tmp_path):
     with pytest.raises((FileNotFoundError, ValueError), match=message):

@@ -292,16 +292,16 @@ def run(
         actors: option.
         finish: writes what all pictures share.
     """
+    from trace_fast.io.files import write_atomically
     from trace_fast.io.folders import describe_left_out
     from trace_fast.jobs.parts import find_part, parse_part
     from trace_fast.jobs.run import plan_targets, run_job
 
     if actors is not None and engine != "ray":
         refuse("--actors needs --engine ray")
-    single = not output.is_dir() and output.suffix.lower() in IMAGE_SUFFIXES
-    if single:
-        names = name_single(task, files, output, overwrite)
+    single = not os.path.isdir(output) and output.suffix.lower() in IMAGE_SUFFIXES
     with refuse_failures():
+        names = name_single(task, files, output, overwrite) if single else {}
         own_part = find_part() if part is None else parse_part("--part", part)
         targets = plan_targets(task, files, output)
         task.settings  # noqa: B018 (loads the model before anything is written)
@@ -309,7 +309,7 @@ def run(
     with contextlib.ExitStack() as stack, refuse_failures():
         folder = output
         if single:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".trace-fast-")))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trace_fast-")))
         outcome = run_job(
             task,
             targets,
@@ -322,7 +322,8 @@ def run(
         )
         if single and not outcome.failures:
             for kind, name in targets[files[0]].items():
-                os.replace(folder / name, output.parent / names[kind])
+                with write_atomically(output.parent / names[kind], task.op) as file:
+                    file.write((folder / name).read_bytes())
         if finish is not None:
             finish(outcome)
     if outcome.left_out:

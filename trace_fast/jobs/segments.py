@@ -183,7 +183,7 @@ def find_label_file(masks: Path, name: str) -> Path | None:
     if not os.path.isdir(masks):
         return masks
     paths = (masks / f"{name}{suffix}" for suffix in LABEL_SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def read_labels(path: Path) -> np.ndarray:
