@@ -137,7 +137,7 @@ def cases() -> Iterator[Case]:
         yield from attention_cases(dtype, HEADS, TOKENS, channels)
     for dtype in (torch.float32, torch.bfloat16):
         maps, masses = torch.empty(1, TOKENS, TOKENS, dtype=dtype), (torch.empty(16), torch.empty(16))
-        for config in divergence.CONFIGS:
+        for config in divergence.CONFIGS[dtype.itemsize]:
             launch = functools.partial(divergence.measure_divergence, maps, maps, (32, 32), config)
             yield Case({"kernel": "divergence", "dtype": name(dtype), "shipped": True}, config, launch)
         yield Case({"kernel": "finish", "dtype": name(dtype), "shipped": True}, divergence.FINISH, launch)

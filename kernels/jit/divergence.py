@@ -104,8 +104,11 @@ def finish_kernel(step_sums, score_sums, kl, scores, tokens, steps, tiles, STEP:
         tl.store(kl + image, tl.sum(step) * (LN2 / tokens))
 
 
-# tiles of WIDTH tokens by COLUMNS keys, large tiles first
-CONFIGS = (Config(8, 256, 4, 1), Config(8, 128, 4, 1), Config(4, 128, 2, 1))
+# tiles of WIDTH tokens by COLUMNS keys, large tiles first, by bytes of a number; Triton 3.6 spills 8 x 256 of bfloat16
+CONFIGS = {
+    4: (Config(8, 256, 4, 1), Config(8, 128, 4, 1), Config(4, 128, 2, 1)),
+    2: (Config(8, 128, 4, 1), Config(4, 128, 2, 1)),
+}
 SEGMENT = 16  # grid rows of one program; it reads two more
 RESIDENT = 4  # programs that a multiprocessor needs to hide the latency of memory
 FINISH = Config(128, 256, 4, 1)  # numbers of scores and of steps that the second kernel adds at once
@@ -116,10 +119,11 @@ def launch_grid(config: Config, batch: int, height: int, width: int, tokens: int
     return triton.cdiv(width, config.rows), triton.cdiv(tokens, config.columns), batch * triton.cdiv(height, SEGMENT)
 
 
-def pick_tile(batch: int, height: int, width: int, device: torch.device) -> Config:
-    """Return the tile for maps of a grid."""
-    tokens = height * width
-    return pick(CONFIGS, lambda c: launch_grid(c, batch, height, width, tokens), (width, tokens), device, RESIDENT)
+def pick_tile(current: Tensor, height: int, width: int) -> Config:
+    """Return the tile for maps (B, N, N) of a grid."""
+    batch, tokens, _ = current.shape
+    configs, sides = CONFIGS[current.dtype.itemsize], (width, tokens)
+    return pick(configs, lambda c: launch_grid(c, batch, height, width, tokens), sides, current.device, RESIDENT)
 
 
 def measure_divergence(
@@ -132,7 +136,7 @@ def measure_divergence(
     batch, tokens, _ = current.shape
     # the divergence of a step does not depend on the grid
     height, width = size or (triton.cdiv(tokens, 64), min(tokens, 64))
-    config = config or pick_tile(batch, height, width, current.device)
+    config = config or pick_tile(current, height, width)
     strips, tiles, _ = grid = launch_grid(config, batch, height, width, tokens)
     check_grid("step_kl_abdiv", *grid)
     steps = strips * tiles * triton.cdiv(height, SEGMENT)
