@@ -99,7 +99,8 @@ def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool])
             median, info = case["stats"]["median"], case["extra_info"]
             ratio = f"{eager / median:.1f}" if eager else ""
             memory = "" if info["peak_memory"] is None else f"{info['peak_memory'] / 2**20:.1f}"
-            lines.append(f"| {info['provider']} | {median * 1e3:.2f} | {ratio} | {memory} |")
+            pairs = f", in pairs {info['over_forward']:.2f} x forward" if "over_forward" in info else ""
+            lines.append(f"| {info['provider']}{pairs} | {median * 1e3:.2f} | {ratio} | {memory} |")
     return "\n".join(lines)
 
 

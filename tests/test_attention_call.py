@@ -6,6 +6,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from trace_fast import ops
 from trace_fast.backbones import Settings, attention_call
 from trace_fast.backbones.attention_call import AttentionCall
 from trace_fast.backbones.mini import Mini, MiniBackbone, MiniConfig
@@ -137,6 +138,19 @@ def test_a_call_that_is_not_taken_is_read():
     with AttentionCall(lambda *_: None) as call:
         output = functional.scaled_dot_product_attention(*features())
     assert not call.attended and torch.equal(output, plain) and torch.equal(call.inputs.query, features()[0])
+
+
+def test_the_op_that_attends_is_read_and_taken():
+    query, key, value = features()
+    plain = ops.attend(query, key, value)
+    for attend, taken in ((None, False), (lambda *_: None, False), (lambda q, k, v: torch.zeros_like(v), True)):
+        with AttentionCall(attend) as call:
+            output = ops.attend(query, key, value)
+        assert torch.equal(output, torch.zeros_like(value) if taken else plain)
+        assert call.attended == taken and call.obstacle is None
+        assert call.inputs.query is query and call.inputs.key is key and call.inputs.lse is None
+    with torch.device("cpu"):  # a mode, too, which leaves the op alone
+        assert torch.equal(ops.attend(query, key, value), plain)
 
 
 def test_without_a_call():

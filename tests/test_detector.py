@@ -1,5 +1,6 @@
 """The one-step student in use: `Detector`, and stage 2 of `trace_fast.edges` and of the command line."""
 
+import contextlib
 import copy
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import huggingface_hub
@@ -22,7 +24,7 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import trace_fast
-from trace_fast import Detector, Tracer, cli
+from trace_fast import Detector, Tracer, cli, ops
 from trace_fast.backbones import has_student, load_backbone
 from trace_fast.backbones.loading import pipelines
 from trace_fast.detector import OneThread, merge_adapter
@@ -429,6 +431,17 @@ class TestOnePass:
         for name in ("attention_map", "accumulate_attention", "resize_attention"):
             monkeypatch.setattr(ops, name, lambda *_: pytest.fail("a map was made"))
         detector.edges(photograph())
+
+    def test_logits_are_computed_once(self):
+        """Let every block of the embedded student attend and add its map at once; the last makes its map alone."""
+        detector = Detector.from_pretrained("mini", device="cpu", size=(32, 48))
+        names = ("attend", "accumulate_attention", "readout")
+        with contextlib.ExitStack() as stack:
+            calls = {n: stack.enter_context(mock.patch.object(ops, n, wraps=getattr(ops, n))) for n in names}
+            detector.edges(photograph())
+        totals = sum(len(call.args) > 3 for call in calls["attend"].call_args_list)
+        blocks = len(detector.backbone.attentions())
+        assert (totals, calls["accumulate_attention"].call_count, calls["readout"].call_count) == (blocks - 1, 1, 0)
 
     def test_blocks_that_the_settings_leave_out_are_not_read(self, students, tmp_path):
         base = shutil.copytree(students / "conv", tmp_path / "base")

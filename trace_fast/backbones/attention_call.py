@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from trace_fast.ops import attend as attend_op
 from trace_fast.ops import dispatch
 
 __all__ = ["AttentionCall", "AttentionInputs", "match_autocast"]
@@ -70,13 +71,14 @@ class AttentionCall(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.ops.trace_fast.attend.default:
-            query, key, value, _ = args
+        if function is scaled_dot_product_attention:
+            function = self._attend
+        elif function is attend_op:
+            query, key, value = args[:3]
             self.inputs, self.obstacle = AttentionInputs(query, key, None), None
             if (output := self._attend_with_map(query, key, value)) is not None:
                 return output
-        attend = self._attend if function is scaled_dot_product_attention else function
-        return attend(*args, **kwargs or {})
+        return function(*args, **kwargs or {})
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return the result of `scaled_dot_product_attention`, whose arguments these are."""

@@ -202,7 +202,7 @@ class MiniBackbone(Backbone):
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the grid of tokens, which is the same in every block."""
-        return [self.grid(size)] * len(self.attentions())
+        return [self.grid(size)] * self.network.config.depth
 
     def attention_inputs(self, module: nn.Module, query: Tensor, key: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """Return query and key (B, H, N, d), with their positions."""

@@ -35,7 +35,8 @@ class QwenBackbone(EncoderBackbone):
     Patches enter in units that are merged afterwards (2 x 2), and units are sorted by attention window; query and key
     are put back. Most blocks attend inside windows alone, so those of `fullatt_block_indexes` are read, and no other.
     The model was made for any size: 64 x 64 patches is the default here, the grid of the diffusion models. Its way of
-    cutting windows makes the host wait for the device.
+    cutting windows makes the host wait for the device. It calls attention once for each image of a batch, so that only
+    of a single image the call gives the log-sum-exp; of several, the projection is read, and rows are summed up again.
     """
 
     COLORS: ClassVar = CLIP

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trace_fast import reference
 from trace_fast.ops import checks, dispatch
@@ -109,6 +110,8 @@ def attend(
             tokens than there are from `first` on.
         RuntimeError: query, key, value or total requires grad; there is no gradient.
     """
+    if has_torch_function_variadic(query, key, value):  # a capture lets the call add its map to a total
+        return handle_torch_function(attend, (query, key, value), query, key, value, total, weight, scale, first)
     op = "attend"
     sizes = _check_features(op, query, key, scale)
     checks.tensor(op, "value", value, "B H N d", sizes, *_FEATURES)
