@@ -90,10 +90,11 @@ sanitize-threads: ## run the bodies of the GPU kernels in threads on the CPU, wi
 clean: ## remove what was made: environment, builds, demo
 	rm -rf build demo dist $(VENV) *.egg-info trace_fast/_C*.so
 
-# timm without its torchvision: the registry has that for CUDA alone, and beside another torch it cannot be imported
+# torch without its dependencies, which an index of torch alone has in other versions: the next installs bring them. timm
+# without its torchvision: the registry has that for CUDA alone, and beside another torch it cannot be imported
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt $(TORCH) torch
+	$(BIN)/pip install -c constraints.txt --no-deps $(TORCH) torch
 	$(BIN)/pip install -c constraints.txt setuptools pybind11 ninja
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/pip install -c constraints.txt --no-deps timm

@@ -48,6 +48,59 @@ def record(mask):
     return {"image_id": 7, "category_id": 1, "score": 0.5, "segmentation": {"size": [48, 64], "counts": counts}}
 
 
+def test_quick_start(photo, capsys):
+    load("quick_start").main(photo, "some/out")
+    with Image.open("some/out/edges.png") as picture:
+        assert picture.size == (64, 48) and picture.mode == "L"
+    with Image.open("some/out/result.png") as picture:
+        assert picture.height > 48 and picture.width > 4 * 64
+    assert "regions, the best with a score of 0." in capsys.readouterr().out
+
+
+def test_own_pipeline(photo, tmp_path, capsys):
+    from tiny import sd15_pipeline
+
+    sd15_pipeline(tmp_path / "parts").save_pretrained("model")
+    load("own_pipeline").main("model", photo, "out")
+    with Image.open("out/edges.png") as picture:
+        assert picture.size == (64, 48)
+    with Image.open("out/trace.png") as picture:
+        assert picture.width == 3 * picture.height * 4 / 3
+    assert "of [0, 99, 199, 299, 399, 499, 599, 699, 799, 899, 999]" in capsys.readouterr().out
+
+
+def test_distill_student(photo, tmp_path, monkeypatch, caplog):
+    from tiny import embedded
+
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for index in range(8):
+        with Image.open(photo) as picture:
+            picture.rotate(5 * index).save(f"photos/{index}.png")
+    caplog.set_level("INFO", "trace_fast")
+    load("distill_student").main("photos", "run", str(embedded(tmp_path / "model")), "1")
+    with Image.open("run/comparison.png") as picture:
+        assert picture.width > 3 * 64 and picture.height > 2 * 48
+    assert any("6 photos for the preview alone" in message for message in caplog.messages)
+
+
+def test_dataset_job(photo, capsys):
+    require("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    Path("images").mkdir()
+    content = Path(photo).read_bytes()
+    rows = {"key": ["a", "b", "c"], "bytes": [content, b"no image", content]}
+    parquet.write_table(pyarrow.table(rows), "images/part-0.parquet")
+    load("dataset_job").main("images", "edges", rows=2)
+    table = parquet.read_table("edges/part-0.parquet").to_pydict()
+    assert table["key"] == ["a", "b", "c"] and table["edges"][0] == table["edges"][2] != table["edges"][1] is None
+    assert "must be an image file" in table["error"][1]
+    assert capsys.readouterr().out == "part-0.parquet: 1 images failed\n"
+
+
 def test_cutler_results(photo):
     Path("photos").mkdir()
     Path(photo).rename(Path("photos") / photo)
@@ -196,4 +249,4 @@ def test_panoptic_export(photo):
 def test_every_program_is_tested():
     tested = Path(__file__).read_text()
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert len(names) >= 7 and all(f'load("{name}")' in tested for name in names)
+    assert len(names) >= 11 and all(f'load("{name}")' in tested for name in names)
