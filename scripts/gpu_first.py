@@ -213,10 +213,11 @@ def checks(device: str, rehearsed: bool) -> Iterator[Check]:
     for size, dtype in itertools.product((40, 72) if rehearsed else (40, 64, 72, 128, 160), (HALF, torch.float32)):
         call = functools.partial(check_readout, shape._replace(channels=size), device, dtype)
         yield "readout", f"readout and gradients, {size} channels, {dtype}", call
-    for height, width, dtype in ((17, 23, torch.float32), (32, 32, HALF), (64, 64, torch.float32)):
-        if not rehearsed or height == 17:
-            call = functools.partial(check_divergence, height, width, device, dtype)
-            yield "divergence", f"divergence, {height} x {width}, {dtype}", call
+    # two segments of rows, in a rehearsal with few columns, since the interpreter takes minutes for many keys
+    grids = ((17, 3 if rehearsed else 23, torch.float32), (32, 32, HALF), (64, 64, torch.float32))
+    for height, width, dtype in grids[:1] if rehearsed else grids:
+        call = functools.partial(check_divergence, height, width, device, dtype)
+        yield "divergence", f"divergence, {height} x {width}, {dtype}", call
     for side in (4,) if rehearsed else (8, 16, 32):
         yield "resized", f"resized, {side}", functools.partial(check_resized, side, 6 if rehearsed else 64, device)
     if device == "cuda":

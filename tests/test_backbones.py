@@ -88,14 +88,20 @@ def test_query_and_key_are_what_the_product_receives(family):
         assert torch.equal(key, expected_key[:, :, image(tokens)])
 
 
-def test_log_sum_exp_is_that_of_the_attention_call(family):
-    _, backbone = make(family)
+def read_from_calls(family, backbone):
+    """Return (index, query, key) of every block, after comparing them, and log-sum-exps, with the attention calls."""
     oracle, blocks = AttentionOracle(), []
     with backbone.capture(lambda *block: blocks.append(block)) as capture:
         run(backbone, oracle)
     assert capture.obstacles == [None] * FAMILIES[family].blocks
     for block, call in zip(blocks, FAMILIES[family].calls(oracle), strict=True):
         assert_read_from_the_call(block, call, FAMILIES[family].image(block[1].shape[2]))
+    return [block[:3] for block in blocks]
+
+
+def test_log_sum_exp_is_that_of_the_attention_call(family):
+    _, backbone = make(family)
+    read_from_calls(family, backbone)
 
 
 def test_projections_are_read_where_the_call_is_not(family):
@@ -243,13 +249,7 @@ def test_weights_kept_in_fewer_bits_than_are_computed_in(family):
         pytest.skip("of a later diffusers")
     backbone.network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert torch.float8_e4m3fn in {p.dtype for p in backbone.network.parameters()}
-    oracle = AttentionOracle()
-    _, blocks = captured(backbone, lambda backbone: run(backbone, oracle))
-    image = FAMILIES[family].image
-    calls = FAMILIES[family].calls(oracle)
-    for (_, query, key), (expected_query, expected_key) in zip(blocks, calls, strict=True):
-        assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
-        assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
+    read_from_calls(family, backbone)
 
 
 def test_hooks_are_gone_after_an_error():
@@ -268,8 +268,7 @@ def test_fused_projections_are_read_too(family):
     _, backbone = make(family)
     _, blocks = captured(backbone)
     backbone.network.fuse_qkv_projections()
-    _, fused = captured(backbone)
-    assert_alike(blocks, fused)
+    assert_alike(blocks, read_from_calls(family, backbone))
     with sdpa_kernel(SDPBackend.MATH):  # the layers are called themselves
         _, fused = captured(backbone)
     assert_alike(blocks, fused)
@@ -322,14 +321,7 @@ def test_lora_on_the_attention_is_part_of_what_is_read(family):
     _, before = captured(backbone)
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, backbone.network)
-    oracle = AttentionOracle()
-    _, blocks = captured(backbone, lambda backbone: run(backbone, oracle))
-    image = FAMILIES[family].image
-    calls = FAMILIES[family].calls(oracle)
-    assert len(calls) == len(blocks)
-    for (_, query, key), (expected_query, expected_key) in zip(blocks, calls, strict=True):
-        assert torch.equal(query, expected_query[:, :, image(query.shape[2])])
-        assert torch.equal(key, expected_key[:, :, image(key.shape[2])])
+    blocks = read_from_calls(family, backbone)
     assert not torch.equal(before[0][1], blocks[0][1])
 
 
