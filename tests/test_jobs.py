@@ -116,8 +116,8 @@ class TestInputs:
         (tmp_path / "list.txt").write_text("\n")
         with pytest.raises(ValueError, match=r"got none in 'list\.txt'"):
             self.names("list.txt")
-        (tmp_path / "list.txt").write_bytes("f.jpg\n".encode("utf-8-sig"))
-        assert self.names("list.txt") == ["f.jpg"]
+        (tmp_path / "list.txt").write_bytes("f.jpg\r\na\u2028\r\x1c.jpg\n".encode("utf-8-sig"))
+        assert self.names("list.txt") == ["f.jpg", "a\u2028\r\x1c.jpg"]
         for content in (b"f.jpg\nin/\0.png", b"\0/in.png", "f.jpg\n".encode("utf-16")):
             (tmp_path / "list.txt").write_bytes(content)
             with pytest.raises(ValueError, match=r"must be lists in UTF-8, got a zero byte in 'list\.txt'"):
@@ -484,6 +484,16 @@ class TestTars:
         assert [name for name in members if "json" not in name] == ["a.png", "b.png", "c.png"]
         assert call("edges", tmp_path / "3.jpg").exit_code == 0
         assert members["c.png"] == (tmp_path / "out" / "3.png").read_bytes()  # of the last of its name
+
+    def test_names_do_not_reach_the_terminal_as_they_are(self, call, tmp_path):
+        name = "a\x1b]0;title\x07\x9b2J\r.jpg"
+        make_tar(tmp_path / "a.tar", {name: b""})
+        result = call("edges", "a.tar")
+        assert result.stderr.startswith(r"trace-fast: a.tar/a\x1b]0;title\x07\x9b2J\r: edges: image must be")
+        assert json.loads(read_tar("out/a.tar")[f"{name[:-4]}.json"])["key"] == name[:-4]
+        (tmp_path / "list.txt").write_text(f"{name[:-4]}.mp4")
+        result = call("edges", "list.txt")
+        assert result.exit_code == 2 and "\x1b" not in result.stderr and r"\x9b2J" in result.stderr
 
     def test_one_without_pictures(self, call, tmp_path):
         make_tar(tmp_path / "a.tar", {"a.txt": b"a caption"})

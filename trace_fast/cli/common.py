@@ -16,7 +16,7 @@ import typer
 
 from trace_fast.io.folders import IMAGE_SUFFIXES
 from trace_fast.io.pictures import MAX_PIXELS
-from trace_fast.jobs.errors import FAILURES, describe
+from trace_fast.jobs.errors import FAILURES, describe, escape_controls
 from trace_fast.progress import LOGGER
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ OverlayFormat = Annotated[Literal["jpg", "png", "webp"], typer.Option(help="Form
 
 def refuse(reason: str) -> NoReturn:
     """Write the reason to stderr and end the command with exit status 2."""
-    typer.echo(f"trace-fast: {reason}", err=True)
+    typer.echo(f"trace-fast: {escape_controls(reason)}", err=True)
     raise typer.Exit(2)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from trace_fast.jobs.errors import escape_controls
 from trace_fast.progress import LOGGER
 
 __all__ = ["log_to_stderr", "with_verbosity"]
@@ -73,4 +74,4 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message to what stderr is at this moment."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(escape_controls(self.format(record)), file=sys.stderr)

@@ -7,7 +7,7 @@ import re
 import torch
 from safetensors import SafetensorError
 
-__all__ = ["FAILURES", "describe", "is_out_of_memory"]
+__all__ = ["FAILURES", "describe", "escape_controls", "is_out_of_memory"]
 
 # reported in one line, without a traceback
 FAILURES = (
@@ -21,6 +21,7 @@ FAILURES = (
     TypeError,
     ValueError,
 )
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-fA-F]+")
 
 
@@ -37,6 +38,21 @@ def describe(error: BaseException) -> str:
     """
     text, kind = ADDRESS.sub("", str(error)), type(error).__name__
     return f"{kind}: {text}" if isinstance(error, LookupError) else text or kind  # a key alone says little
+
+
+def escape_controls(text: str) -> str:
+    r"""Return a text whose control characters, but line feeds and tabs, are written as escapes.
+
+    A name in a file may hold sequences that a terminal obeys.
+
+    Args:
+        text: any.
+
+    Example:
+        >>> print(escape_controls(chr(27) + "[2J.png"))
+        \x1b[2J.png
+    """
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

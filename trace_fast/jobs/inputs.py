@@ -100,7 +100,7 @@ def _list_input(op: str, source: str, output: Path | None, recursive: bool, list
             raise ValueError(f"{op}: inputs must be existing files, got the pattern {source!r}, which no file has")
         listed.files += files
     elif path.suffix.lower() == LIST_SUFFIX:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
         sources = [line.strip() for line in lines if line.strip()]
         if not sources:
             raise ValueError(f"{op}: inputs must be lists with a path in each line, got none in {source!r}")
