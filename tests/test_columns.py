@@ -83,17 +83,6 @@ class TestTables:
         frame = find_edges()(pandas.DataFrame(batch)).to_pandas()
         check(frame.astype(object).where(frame.notna(), None).to_dict("records"), photos[1])
 
-    def test_one_schema_whatever_is_damaged(self, tmp_path, batch):
-        import pyarrow.dataset
-        import pyarrow.parquet
-
-        for name, rows in (("some", slice(0, 5)), ("none", slice(0, 3)), ("all", slice(11, 13))):
-            table = find_edges()({column: cells[rows] for column, cells in batch.items()})
-            assert table["error"].null_count == {"some": 4, "none": 3, "all": 0}[name]
-            pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-        table = pyarrow.dataset.dataset(tmp_path).to_table()
-        assert len(table) == 10 and table.schema.field("error").type == pyarrow.string()
-
     def test_errors_are_the_same_each_time(self, batch):
         errors = [find_edges()(batch)["error"].to_pylist() for _ in range(2)]
         assert errors[0] == errors[1] and "0x" not in str(errors)
@@ -127,6 +116,50 @@ class TestTables:
         assert rows[3]["masks"] is None and rows[3]["error"]
         (picture,) = {Image.open(io.BytesIO(row["labels"])).mode for row in rows if row["labels"]}
         assert picture == "P" and any(row["masks"] for row in rows)
+
+
+@pytest.fixture(scope="module")
+def results(photos, tmp_path_factory):
+    """Write the results of batches of 40 images, of which three, none or all are damaged, to files of one folder."""
+    import pyarrow.parquet
+
+    folder, find = tmp_path_factory.mktemp("results"), find_edges()
+    whole = [content for name, content in photos[0].items() if int(name) not in DAMAGED]
+    for name, damaged in (("none", ()), ("some", (3, 11, 12)), ("all", range(40))):
+        cells = [b"" if index in damaged else whole[index % len(whole)] for index in range(40)]
+        table = find({"key": [f"{name} {index}" for index in range(40)], "bytes": cells})
+        errors = {index for index, error in enumerate(table["error"].to_pylist()) if error is not None}
+        assert errors == set(damaged)
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+class TestReaders:
+    """Files of which a column has no values are read with the others, as one table."""
+
+    def check(self, rows):
+        assert len(rows) == len({row["key"] for row in rows}) == 120
+        assert sum(row["error"] is not None for row in rows) == 43
+        assert all((row["error"] is None) == (row["edges"] is not None) for row in rows)
+
+    def test_pyarrow(self, results):
+        import pyarrow.dataset
+
+        table = pyarrow.dataset.dataset(results).to_table()
+        assert table.schema.field("error").type == pyarrow.string()
+        self.check(table.to_pylist())
+
+    def test_pandas(self, results):
+        pandas = pytest.importorskip("pandas", reason=REASON.format("pandas"))
+        frame = pandas.read_parquet(results)
+        self.check(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+
+    @pytest.mark.slow
+    def test_datasets(self, results, tmp_path):
+        datasets = pytest.importorskip("datasets", reason=REASON.format("datasets"))
+        files = [str(path) for path in sorted(results.iterdir())]
+        data = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+        self.check(list(data))
 
 
 @pytest.mark.slow

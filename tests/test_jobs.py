@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from trace_fast.jobs.inputs import list_inputs, name_results
 from trace_fast.jobs.manifest import MANIFEST, Manifest, open_manifest
 from trace_fast.jobs.parts import Part, find_part
 from trace_fast.jobs.run import compute_results
+from trace_fast.jobs.shards import TarWriter
 from trace_fast.jobs.tasks import Result, read_photo
 from trace_fast.masks.rle import decode_mask
 
@@ -544,6 +546,32 @@ class TestTars:
         result = call("edges", "in")
         assert (result.exit_code, result.stderr) == (1, "trace-fast: in/a.tar: not written: MemoryError\n")
         assert list(list_tree("out")) == ["b.tar"]
+
+    def test_a_full_disk_fails_the_shard(self, call, tmp_path, photos, monkeypatch):
+        def fail(self, result, real=TarWriter.add):
+            if result.name == "1":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(self, result)
+
+        make_tar(tmp_path / "in" / "a.tar", {f"{index}.jpg": photo for index, photo in enumerate(photos)})
+        make_tar(tmp_path / "in" / "b.tar", {"0.jpg": photos[0]})
+        with monkeypatch.context() as patch:
+            patch.setattr(TarWriter, "add", fail)
+            result = call("edges", "in")
+        assert result.exit_code == 1 and "in/a.tar: not written: [Errno 28] edges: the disk must have" in result.stderr
+        assert list(list_tree("out")) == ["b.tar"] and not list((tmp_path / "out").glob(".*.part"))
+        assert call("edges", "in").stdout == "5 of 5 written to out, 1 of them by an earlier run\n"
+
+    def test_two_commands_at_a_time(self, call, tmp_path, photos):
+        make_tar(tmp_path / "in" / "a.tar", {"0.jpg": photos[0]})
+        assert call("edges", "in").exit_code == 0
+        expected = list_tree("out")
+        (tmp_path / "out" / "a.tar").unlink()
+        with claim_folder(tmp_path / "out", "edges"):
+            result = call("edges", "in")
+            assert result.exit_code == 2 and "output must be a folder that no other run writes to" in result.stderr
+            assert list_tree("out") == {}
+        assert call("edges", "in").exit_code == 0 and list_tree("out") == expected
 
     def test_segment(self, call, tmp_path, photos):
         make_tar(tmp_path / "a.tar", {"0.jpg": photos[0]})
