@@ -57,9 +57,11 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
         # it writes a traceback for each process that ends
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         arguments = pickle.dumps((job.task, job.task.settings, job.output.absolute(), job.workers))
+        # it may be on a machine that ends; counts begin again then
+        starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             Actor,
-            fn_constructor_args=(arguments, ray.remote(num_cpus=0)(Starts).remote()),
+            fn_constructor_args=(arguments, starts),
             compute=ray.data.ActorPoolStrategy(size=min(actors or most, len(rows)), max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=int(job.task.settings.get("device") == "cuda"),
