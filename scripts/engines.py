@@ -4,8 +4,8 @@
 processes that an engine starts; memory is the largest sum of their proportional set sizes (shared pages count once).
 Every process has one thread of torch. A command that was stopped is continued by running it again.
 
-First the photographs, in rounds, engine after engine; then pictures of 96 x 64 pixels that are cut from them, few and
-many, from which the cost of an image follows apart from the fixed cost.
+First the photographs, with a student that works at 64 x 96 pixels and with that of the model's size; then pictures of
+64 x 96 pixels that are cut from them, few and many, from which the cost of an image follows apart from the fixed cost.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from trace_fast.io.folders import is_picture
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "engines-cpu.json"
-SMALL = (64, 96)  # height and width of the small pictures
+SMALL = (64, 96)  # height and width of the small pictures, and of what the small student sees
 TICKS = os.sysconf("SC_CLK_TCK")
 
 REFERENCE, RAY = "threads, 1 worker", "Ray, 1 actor"
 MANY = (REFERENCE, "plain loop", RAY)  # engines that see the small pictures
 # the loop's overlays have other options of JPEG
-WITHOUT_OVERLAYS = ("plain loop", "datasets.map, no overlay")
+WITHOUT_OVERLAYS = ("plain loop", "datasets.map, no overlay", "pandas, no overlay")
 
 LOOP = """
 import sys
@@ -70,6 +70,22 @@ for row in data.map(find_edges, batched=True, batch_size=32, remove_columns=["im
 """
 
 
+PANDAS = """
+import sys
+from pathlib import Path
+import pandas
+import trace_fast
+source, output, *size = sys.argv[1:]
+paths = sorted(map(str, Path(source).iterdir()))
+find_edges = trace_fast.BatchEdges("mini", "image", device="cpu", size=tuple(map(int, size)) or None)
+Path(output).mkdir()
+for start in range(0, len(paths), 32):
+    frame = pandas.DataFrame({"key": paths[start : start + 32], "image": paths[start : start + 32]})
+    for row in find_edges(frame).to_pandas().itertuples():
+        Path(output, Path(row.key).stem + ".png").write_bytes(row.edges)
+"""
+
+
 def list_commands(source: Path, output: Path, size: tuple[int, int] | None) -> dict[str, list[str]]:
     """Return the command of each engine."""
     sides = [str(side) for side in size or ()]
@@ -85,6 +101,7 @@ def list_commands(source: Path, output: Path, size: tuple[int, int] | None) -> d
         "torchrun, 2 processes": [*torchrun, "-m", "trace_fast", *words, "--workers", "1"],
         RAY: [*program, "--engine", "ray", "--workers", "1"],
         "datasets.map, no overlay": [sys.executable, "-c", DATASETS, str(source), str(output), *sides],
+        "pandas, no overlay": [sys.executable, "-c", PANDAS, str(source), str(output), *sides],
     }
 
 
@@ -197,7 +214,9 @@ def main() -> None:
     """Measure what the file of results does not have."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path, help="folder of photographs")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each engine on the photographs")
+    parser.add_argument(
+        "--only", action="append", help="inputs to measure, such as 'photographs'; repeat it for several"
+    )
     parser.add_argument("--small", type=int, nargs=2, default=(333, 10_000), help="numbers of small pictures")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "engines", help="for pictures and results")
     options = parser.parse_args()
@@ -205,17 +224,20 @@ def main() -> None:
     ctypes.CDLL(None).prctl(36, 1)
     photos = sorted(path for path in options.photos.iterdir() if is_picture(path.name))
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
-    folders = {"photographs": (options.photos, None)}
+    folders: dict[str, tuple[Path, tuple[int, int] | None]] = {
+        "photographs, small student": (options.photos, SMALL),
+        "photographs": (options.photos, None),
+    }
     for count in options.small:
         folders[f"{count} small"] = cut_pictures(photos, options.folder / f"small-{count}", count), SMALL
-    for name in [*["photographs"] * options.rounds, *folders]:
+    for name in options.only or folders:
         source, size = folders[name]
-        expected, output = options.folder / f"expected-{name.split()[0]}", options.folder / "out"
+        expected, output = options.folder / f"expected-{name.replace(' ', '-')}", options.folder / "out"
         for engine, command in list_commands(source, output, size).items():
-            if size and engine not in MANY:
+            if source != options.photos and engine not in MANY:
                 continue
-            runs = [run for run in results["runs"] if (run["inputs"], run["engine"]) == (name, engine)]
-            if len(runs) >= (options.rounds if size is None else 1) and expected.is_dir():
+            done = any((run["inputs"], run["engine"]) == (name, engine) for run in results["runs"])
+            if done and expected.is_dir():
                 continue
             figures = measure(command, output)
             if engine == REFERENCE:
@@ -225,7 +247,9 @@ def main() -> None:
             run = {"inputs": name, "engine": engine, "images": images, "commit": read_commit(), **figures}
             run["different"] = count_different(engine, output, expected)
             results |= {"machine": describe_machine(), "command": shlex.join(["python", *sys.argv])}
-            results["runs"].append(run)
+            # again, where a folder of what is expected was lost
+            others = [other for other in results["runs"] if (other["inputs"], other["engine"]) != (name, engine)]
+            results["runs"] = [*others, run]
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(run, flush=True)
 
