@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +172,40 @@ def test_what_is_left_out_is_counted(photos):
         result.stderr
         == f"trace-fast: no image files in the folder '{photos}': left out {expected}; --recursive reads subfolders\n"
     )
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Return a function that lets a function of os fail for a path, since root may read everything."""
+
+    def forbid(name, forbidden):
+        function = getattr(os, name)
+
+        def call(path, *arguments, **options):
+            if Path(path) == forbidden:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return function(path, *arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    return forbid
+
+
+@pytest.mark.parametrize("list_all", [lambda folder: list_inputs("edges", [folder], recursive=True), list_photos])
+def test_subfolders_that_cannot_be_read_are_counted(photos, forbid, list_all, caplog):
+    for name in ("open", "closed"):
+        (photos / name).mkdir()
+        shutil.copy(photos / "a.jpg", photos / name)
+    forbid("scandir", photos / "closed")
+    listed = list_all(photos)
+    assert sorted(file.name for file in getattr(listed, "files", listed)) == ["a.jpg", "open/a.jpg"]
+    assert "1 subfolder, not read" in "".join(getattr(listed, "left_out", caplog.messages))
+    forbid("scandir", photos)
+    with pytest.raises(PermissionError, match=re.escape(str(photos))):
+        list_all(photos)
+
+
+def test_links_to_what_may_not_be_read_are_counted(photos, forbid):
+    (photos / "lost.jpg").symlink_to("elsewhere")
+    forbid("stat", photos / "lost.jpg")
+    assert describe_left_out(photos.iterdir()) == "1 that is no file, such as a link to nothing"

@@ -227,7 +227,7 @@ def open_dataset(
     names = ["images", truth_path.stem.rpartition("_")[2]] if truth_path.suffix == ".json" else ["images"]
     images = next((folder / name for name in names if os.path.isdir(folder / name)), folder)
     entries = images.iterdir() if os.path.isdir(images) else ()
-    files = sorted(path for path in entries if is_picture(path.name) and path.is_file())
+    files = sorted(path for path in entries if is_picture(path.name) and os.path.isfile(path))
     if truth_path.suffix == ".json":
         return _open_json(truth_path, images, files, skip_bad)
     return _open_folder(truth_path, images, files, tuple(ignore))
@@ -241,7 +241,7 @@ def _find_truth(folder: Path, truth: str | Path | None) -> Path:
             return path
     if truth is None:
         files = {path.stem.partition("_")[2]: path for path in sorted(folder.glob("annotations/instances_*.json"))}
-        files = {split: path for split, path in files.items() if (folder / split).is_dir()}
+        files = {split: path for split, path in files.items() if os.path.isdir(folder / split)}
         chosen = [split for split in files if split.startswith("val")] or list(files)
         if len(chosen) == 1:
             return files[chosen[0]]
@@ -275,7 +275,7 @@ def _group_by_name(paths: Iterable[Path], kind: str) -> tuple[dict[str, list[Pat
     """Group files by their names without ending, and folders by their names; problems: names of several."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        groups.setdefault(path.name if path.is_dir() else path.stem, []).append(path)
+        groups.setdefault(path.name if os.path.isdir(path) else path.stem, []).append(path)
     return groups, [f"{name}: {len(group)} {kind} of that name" for name, group in groups.items() if len(group) > 1]
 
 

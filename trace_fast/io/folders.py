@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "get_ending",
     "is_litter",
     "is_picture",
+    "walk_folder",
 ]
 
 # names of image files in folders end in one of these
@@ -70,6 +72,33 @@ def get_ending(path: str | PurePath) -> str:
     return PurePath(path).suffix.lower() or "no ending"
 
 
+def walk_folder(folder: Path, left_out: set[Path]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder and its subfolders, without litter.
+
+    Args:
+        folder: where to begin.
+        left_out: subfolders that are links, or that cannot be read, are added; they are not entered.
+
+    Yields:
+        A folder, the names of its subfolders, and those of its files. Subfolders that are removed from their list are
+        not entered.
+
+    Raises:
+        OSError: the folder itself cannot be read.
+    """
+
+    def leave_out(error: OSError) -> None:
+        if error.filename == os.fspath(folder):
+            raise error
+        left_out.add(Path(error.filename))
+
+    for parent, folders, names in os.walk(folder, onerror=leave_out):
+        here = Path(parent)
+        folders[:] = [name for name in folders if not is_litter(name)]
+        left_out |= {here / name for name in folders if os.path.islink(here / name)}
+        yield here, folders, [name for name in names if not is_litter(name)]
+
+
 def describe_left_out(entries: Iterable[Path], members: Mapping[str, int] = {}) -> str:
     """Return what is left out of the entries of a folder, and of archives, and why.
 
@@ -89,9 +118,10 @@ def describe_left_out(entries: Iterable[Path], members: Mapping[str, int] = {}) 
     for entry in entries:
         if is_litter(entry.name):
             continue
-        if entry.is_dir():
+        # not the methods of Path, which raise where a link leads to what may not be read
+        if os.path.isdir(entry):
             subfolders += 1
-        elif not entry.is_file():
+        elif not os.path.isfile(entry):
             broken += 1
         elif not is_picture(entry.name):
             endings[get_ending(entry)] += 1

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trace_fast.io.folders import describe_left_out, is_litter, is_picture
+from trace_fast.io.folders import describe_left_out, is_litter, is_picture, walk_folder
 
 __all__ = ["SHARD_SUFFIXES", "InputFile", "Inputs", "list_inputs", "name_file", "name_results", "read_stamp"]
 
@@ -131,21 +131,18 @@ def _list_folder(op: str, folder: Path, output: Path | None, recursive: bool, le
     """Return the pictures and shards of a folder, sorted by name."""
     own = None if output is None else os.path.realpath(output)
     files: list[InputFile] = []
-    others: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        here = Path(parent)
+    others: set[Path] = set()
+    for here, folders, names in walk_folder(folder, others):
         if not recursive:
-            others += [here / name for name in folders]
+            others |= {here / name for name in folders}
             folders.clear()
-        others += [here / name for name in folders if (here / name).is_symlink()]
-        folders[:] = [name for name in folders if not is_litter(name) and os.path.realpath(here / name) != own]
+        folders[:] = [name for name in folders if os.path.realpath(here / name) != own]
         for name in names:
             path = here / name
-            taken = is_picture(name) or (path.suffix.lower() in SHARD_SUFFIXES and not is_litter(name))
-            if taken and path.is_file():
+            if (is_picture(name) or path.suffix.lower() in SHARD_SUFFIXES) and os.path.isfile(path):
                 files.append(InputFile(path.relative_to(folder).as_posix(), path))
             else:
-                others.append(path)
+                others.add(path)
     reasons = describe_left_out(others)
     if not files:
         hint = "; --recursive reads subfolders" if not recursive and any(map(os.path.isdir, others)) else ""

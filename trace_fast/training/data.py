@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trace_fast.io.archives import list_pictures
-from trace_fast.io.folders import describe_left_out, is_litter, is_picture
+from trace_fast.io.folders import describe_left_out, is_picture, walk_folder
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import open_picture
 from trace_fast.progress import LOGGER, Progress
@@ -74,20 +74,19 @@ def list_photos(folder: Path) -> list[PhotoFile]:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"photos must be a folder of image or tar files, got {str(folder)!r}")
     photos: list[PhotoFile] = []
-    others: list[Path] = []  # files that are no photos
+    others: set[Path] = set()  # what is no photo
     other_members: Counter[str] = Counter()
-    for path in folder.rglob("*"):
+    paths = (here / name for here, _, names in walk_folder(folder, others) for name in names)
+    for path in paths:
         name = path.relative_to(folder).as_posix()
-        if is_litter(name) or path.is_dir():
-            continue
-        if is_picture(name) and path.is_file():
+        if is_picture(name) and os.path.isfile(path):
             photos.append(PhotoFile(name, path, length=path.stat().st_size))
-        elif path.suffix == ".tar" and path.is_file():
+        elif path.suffix == ".tar" and os.path.isfile(path):
             pictures, left_out_of_it = _list_members(path)
             photos += [PhotoFile(f"{name}/{key}", path, file.offset_data, file.size) for key, file in pictures.items()]
             other_members += left_out_of_it
         else:
-            others.append(path)
+            others.add(path)
     left_out = describe_left_out(others, other_members)
     if not photos:
         reason = f": left out {left_out}" if left_out else ""
