@@ -5,7 +5,7 @@
 run's quality.json), `ablations.json` by `scripts/ablations.py`, `kernels.json` by `scripts/compile_kernels.py`,
 `memory.json` by `scripts/memory.py`, `gpu-check.json`, `gpu-time.json`, `speed-gpu.json` and a
 `backbones-gpu-<model>.json` each by `scripts/gpu.sh`;
-`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json` and `propagation-walk.json` its
+`edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json`, `-walk` and `-fit` its
 masks.json, and `commit` was added to each.
 """
 
@@ -347,6 +347,7 @@ TABLES = (
     ("benchmarks/README.md", "edges-nuclei", "edges-nuclei.json", edges),
     ("benchmarks/README.md", "propagation", "propagation.json", propagation),
     ("benchmarks/README.md", "propagation-walk", "propagation-walk.json", propagation),
+    ("benchmarks/README.md", "propagation-fit", "propagation-fit.json", propagation),
     ("benchmarks/README.md", "quality", "quality-mini.json", quality),
     ("README.md", "student", "speed-cpu.json", student),
     ("benchmarks/README.md", "ablations", "ablations.json", ablations),
