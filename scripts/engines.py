@@ -182,8 +182,10 @@ def count_different(engine: str, output: Path, expected: Path) -> int:
 
 
 def cut_pictures(photos: list[Path], folder: Path, count: int) -> Path:
-    """Cut small pictures from photographs in turn, and return their folder."""
+    """Cut small pictures from photographs in turn, unless they are there, and return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if len(list(folder.iterdir())) == count:
+        return folder
     height, width = SMALL
     share = -(-count // len(photos))
     for number, path in enumerate(photos):
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", help="inputs to measure, such as 'photographs'; repeat it for several"
     )
+    parser.add_argument("--engine", action="append", help="engines to measure; repeat it for several")
     parser.add_argument("--small", type=int, nargs=2, default=(333, 10_000), help="numbers of small pictures")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "engines", help="for pictures and results")
     options = parser.parse_args()
@@ -233,8 +236,9 @@ def main() -> None:
     for name in options.only or folders:
         source, size = folders[name]
         expected, output = options.folder / f"expected-{name.replace(' ', '-')}", options.folder / "out"
-        for engine, command in list_commands(source, output, size).items():
-            if source != options.photos and engine not in MANY:
+        commands = list_commands(source, output, size)
+        for engine, command in commands.items():
+            if engine not in (options.engine or (commands if source == options.photos else MANY)):
                 continue
             done = any((run["inputs"], run["engine"]) == (name, engine) for run in results["runs"])
             if done and expected.is_dir():

@@ -3,14 +3,15 @@
 `speed-cpu.json`, `regions-cpu.json` and `evaluation-cpu.json` are written by the commands beside their tables, with
 `--benchmark-json=benchmarks/results/speed-cpu.json` and so on, `quality-mini.json` by `scripts/quality.py` (it is that
 run's quality.json), `ablations.json` by `scripts/ablations.py`, `kernels.json` by `scripts/compile_kernels.py`,
-`memory.json` by `scripts/memory.py`, `gpu-check.json`, `gpu-time.json`, `speed-gpu.json` and a
-`backbones-gpu-<model>.json` each by `scripts/gpu.sh`;
+`memory.json` by `scripts/memory.py`, `engines-cpu.json` by `scripts/engines.py`, `gpu-check.json`, `gpu-time.json`,
+`speed-gpu.json` and a `backbones-gpu-<model>.json` each by `scripts/gpu.sh`;
 `edges-*.json` are the report.json of `trace-fast evaluate`, `propagation.json`, `-walk` and `-fit` its
 masks.json, and `commit` was added to each.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -340,7 +341,35 @@ def memory(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engines(results: dict[str, Any]) -> str:
+    """Return what jobs over many images take with each engine, and what an image costs apart from the fixed cost."""
+    lines = [f"{results['machine']}; `{results['command']}`. Memory is that of all processes together."]
+    names = list(dict.fromkeys(run["inputs"] for run in results["runs"]))
+    for name in names:
+        runs = [run for run in results["runs"] if run["inputs"] == name]
+        loop = next((run for run in runs if run["engine"] == "plain loop"), None)
+        head = f"{runs[0]['images']:,} {'small pictures' if name[0].isdecimal() else name}"
+        lines += [
+            "",
+            f"| {head} | CPU s | to the loop | seconds | images a second | first file, s | MiB | files that differ |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for run in runs:
+            ratio = "" if loop is None else f"{run['cpu'] / loop['cpu']:.2f}"
+            figures = [f"{run['cpu']:.1f}", ratio, f"{run['seconds']:.0f}", f"{run['images'] / run['seconds']:.2f}"]
+            figures += [f"{run['first']:.0f}", f"{run['memory']:.0f}", str(run["different"])]
+            lines.append(f"| {run['engine']} | {' | '.join(figures)} |")
+    lines += ["", "| small pictures | CPU ms an image | fixed CPU s |", "| --- | ---: | ---: |"]
+    small = sorted((run for run in results["runs"] if run["inputs"][0].isdecimal()), key=lambda run: run["images"])
+    for few, many in itertools.combinations(small, 2):
+        if few["engine"] == many["engine"]:
+            cost = (many["cpu"] - few["cpu"]) / (many["images"] - few["images"])
+            lines.append(f"| {few['engine']} | {cost * 1e3:.2f} | {few['cpu'] - cost * few['images']:.1f} |")
+    return "\n".join(lines)
+
+
 TABLES = (
+    ("docs/datasets.md", "engines", "engines-cpu.json", engines),
     ("docs/performance.md", "speed", "speed-cpu.json", speed),
     ("README.md", "edges-inst", "edges-inst.json", edges),
     ("benchmarks/README.md", "edges-panoptic", "edges-panoptic.json", edges),
