@@ -343,7 +343,11 @@ def memory(results: dict[str, Any]) -> str:
 
 def engines(results: dict[str, Any]) -> str:
     """Return what jobs over many images take with each engine, and what an image costs apart from the fixed cost."""
-    lines = [f"{results['machine']}; `{results['command']}`. Memory is that of all processes together."]
+    commits = sorted({run["commit"] for run in results["runs"]})
+    lines = [
+        f"{results['machine']}, commit `{'`, `'.join(commits)}`, by `python scripts/engines.py PHOTOS`. CPU seconds "
+        "and memory are those of all processes together."
+    ]
     names = list(dict.fromkeys(run["inputs"] for run in results["runs"]))
     for name in names:
         runs = [run for run in results["runs"] if run["inputs"] == name]
