@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,21 @@ class TestEdges:
         result = call(*words, "--stage", 2, "--timestep", 99)
         message = "trace-fast: --timestep, --noising and --curve are options of the search: give --stage 1 with them\n"
         assert (result.exit_code, result.stderr) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--masks", "merged", "--save-edges", "merged"), "would replace the input 'merged/007.png'"),
+        (("--edges", "edges", "--save-edges", "edges"), "would replace the input 'edges/007.png'"),
+        (("--edges", "edges", "--save-edges", "out"), "would both be written to 'out/007.png'"),
+        (("--edges", "edges", "--masks", "out"), "would replace the input 'out/007.png'"),
+    ],
+    ids=["masks", "edges", "output", "output of masks"],
+)
+def test_nothing_is_replaced_by_what_comes_of_it(call, tmp_path, words, reason):
+    shutil.copytree(tmp_path / "merged", tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    result = call(*words, "--size", "32x48", "--device", "cpu")
+    assert result.exit_code == 2 and reason in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before

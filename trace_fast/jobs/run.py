@@ -192,19 +192,23 @@ def plan_targets(task: Task, files: list[InputFile], output: Path) -> Targets:
             resolved[path.parent] = str(path.parent.resolve())
         return f"{resolved[path.parent]}/{path.name}".casefold()
 
-    sources = {locate(file.path): file.path for file in files}
+    results_of = {file: name_result(names) for file, names in targets.items() if not file.is_shard}
+    inputs = [file.path for file in files]
+    inputs += [path for result in results_of.values() for path in task.list_companions(result)]
+    sources = {locate(path): path for path in inputs}
     writers: dict[str, Path] = {}
     for file, names in targets.items():
-        for name in names.values():
-            location = locate(output / name)
+        paths = [output / name for name in names.values()]
+        for path in [*paths, *(task.list_additions(results_of[file]) if file in results_of else [])]:
+            location = locate(path)
             if location in sources:
                 raise ValueError(
-                    f"'{output / name}' would replace the input '{sources[location]}': "
-                    "choose another folder with --output"
+                    f"'{path}' would replace the input '{sources[location]}': "
+                    f"choose another folder with {'--output' if path in paths else '--save-edges'}"
                 )
             if location in writers:
                 raise ValueError(
-                    f"'{writers[location]}' and '{file.path}' would both be written to '{output / name}': "
+                    f"'{writers[location]}' and '{file.path}' would both be written to '{path}': "
                     "rename one, or give each its own --output"
                 )
             writers[location] = file.path

@@ -106,6 +106,10 @@ class SegmentTask:
         files = [] if self.edges is None else [self.edges / f"{name}.png"]
         return files if self.masks is None else [*files, find_label_file(self.masks, name) or self.masks]
 
+    def list_additions(self, name: str) -> list[Path]:
+        """Return the file to which the edges of an image are written, too."""
+        return [] if self.save_edges is None else [self.save_edges / f"{name}.png"]
+
     def read(self, content: Path | bytes) -> Photo:
         """Return an image."""
         return read_photo(content, self.max_side)
@@ -124,8 +128,7 @@ class SegmentTask:
     def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None]) -> Result:
         """Return the files and the masks of an image."""
         edge_map, timestep = computed
-        if self.save_edges is not None:
-            path = self.save_edges / f"{name}.png"
+        for path in self.list_additions(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             visualize.write_png(path, edge_map, 16)
         if self.masks is not None:

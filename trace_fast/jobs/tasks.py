@@ -100,6 +100,10 @@ class Task(Protocol):
         """Return the other files that the results of an image depend on."""
         ...
 
+    def list_additions(self, name: str) -> list[Path]:
+        """Return the files outside of the output folder that the results of an image are written to, too."""
+        ...
+
     def read(self, content: Path | bytes) -> Photo:
         """Return an image, given its file or its bytes."""
         ...
@@ -204,6 +208,10 @@ class EdgesTask:
 
     def list_companions(self, name: str) -> list[Path]:
         """Return the other files that the results of an image depend on: none."""
+        return []
+
+    def list_additions(self, name: str) -> list[Path]:
+        """Return the files outside of the output folder: none."""
         return []
 
     def read(self, content: Path | bytes) -> Photo:
