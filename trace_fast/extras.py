@@ -23,6 +23,7 @@ EXTRAS = {
     "ray": ("ray", "ray"),
     "scipy": ("scipy", "eval"),
     "skimage": ("scikit-image", "eval"),
+    "starlette": ("gradio", "app"),  # which is made of it
     "timm": ("timm", "encoders"),
     "transformers": ("transformers", "encoders"),
     "typer": ("typer", "cli"),

@@ -66,6 +66,7 @@ def refine_all(
             edges = method.edges(photo)
         scores = torch.tensor([instance.score for instance in image.instances], dtype=torch.float32)
         refined = propagate(MaskSet(torch.from_numpy(image.masks()), scores), edges, threshold=threshold, mode=mode)
+        assert refined.scores is not None  # as those before
         instances = coco.encode_masks(refined.masks.numpy(), refined.scores.numpy(), id=number, file_name=photo.name)
         _write_instances(file, stamp, instances.instances)
         return instances
