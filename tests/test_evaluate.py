@@ -233,6 +233,7 @@ class TestReport:
         assert CliRunner().invoke(cli.app, [*map(str, arguments), *size]).exit_code == 0
         arguments = ["edges", data / "images", "-o", tmp_path / "files"]
         assert CliRunner().invoke(cli.app, [*map(str, arguments), *size]).exit_code == 0
+        (tmp_path / "shards" / f"._a.{ending}").write_bytes(b"\0\5\x16\7")  # of macOS
         words = [word for name in ("files", "shards") for word in ("--method", f"{name}=maps:{name}")]
         assert call("--data", data, "-o", "out", *words).exit_code == 0
         scores = json.loads((tmp_path / "out" / "report.json").read_text())["methods"]

@@ -15,6 +15,7 @@ import numpy as np
 from trace_fast.api import load
 from trace_fast.evaluation.data import Photo
 from trace_fast.extras import require
+from trace_fast.io.folders import is_litter
 from trace_fast.io.images import read_image
 from trace_fast.io.pictures import read_picture
 from trace_fast.jobs.inputs import SHARD_SUFFIXES
@@ -138,7 +139,7 @@ def _open_maps(name: str, source: Path, *, suppress: bool) -> Method:
     """Return the method of a folder of maps, of shards of maps, or of one shard."""
     is_folder = os.path.isdir(source)
     shards = sorted(source.iterdir()) if is_folder else [source] if os.path.isfile(source) else []
-    shards = [path for path in shards if path.suffix.lower() in SHARD_SUFFIXES]
+    shards = [path for path in shards if path.suffix.lower() in SHARD_SUFFIXES and not is_litter(path.name)]
     if not is_folder and not shards:
         raise ValueError(
             f"evaluate: method {name} must name a folder of maps, or a tar or parquet file, got '{source}'"
