@@ -281,22 +281,6 @@ def test_requests_for_other_files_and_of_other_hosts(address, tmp_path):
 
 
 @pytest.mark.slow
-def test_cancel(browser, address, tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    page, _ = visit(browser, address)
-    page.set_input_files("#file input[type=file]", tmp_path / "a.png")
-    page.wait_for_selector("#status:has-text('Measuring every timestep')")
-    page.click("#cancel")
-    page.wait_for_selector("#status:has-text('Canceled.')")
-    # longer than the search takes
-    page.wait_for_timeout(5000)
-    assert page.locator("#strip .thumbnail-item").count() == 0 and page.inner_text("#status") == "Canceled."
-    page.click("#start")
-    page.wait_for_selector("#status:has-text('t* = ')")
-    assert page.locator("#strip .thumbnail-item").count() == 11
-
-
-@pytest.mark.slow
 def test_the_page_in_a_browser(browser, address, tmp_path):
     from skimage import data
 
