@@ -94,7 +94,8 @@ def make_folder(random: np.random.Generator, level: int, folder: Path) -> Path:
 def make_list(random: np.random.Generator, level: int, folder: Path) -> Path:
     """Write a list of inputs, some of which exist."""
     path, pictures = folder / "in.txt", [str(file) for file in make_folder(random, level, folder).iterdir()]
-    lines = [choose(random, (*pictures, *pictures, *NAMES, "in", "in.txt", "*", "[", "", "a\0b")) for _ in range(level)]
+    names = [name for name in NAMES if name != "/"]  # whose pictures are all those of the machine
+    lines = [choose(random, (*pictures, *pictures, *names, "in", "in.txt", "*", "[", "", "a\0b")) for _ in range(level)]
     encoding = choose(random, ("utf-8", "utf-8", "utf-8-sig", "utf-16"))
     path.write_bytes("\n".join(lines).encode(encoding, "surrogatepass" if encoding == "utf-16" else "surrogateescape"))
     return path

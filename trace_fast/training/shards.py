@@ -71,7 +71,7 @@ class Shards:
             metadata = stored.metadata() or {}
         content = "labels of the same teacher"
         require_same("distill", "labels_dir", content, metadata.get("teacher"), self.source, path)
-        return list(json.loads(metadata["photographs"]))
+        return list(json.loads(metadata.get("photographs", "[]")))
 
     def list_missing(self) -> list[PhotoFile]:
         """Return the photos that are in no file.
