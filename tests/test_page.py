@@ -157,11 +157,12 @@ from types import SimpleNamespace
 
 import gradio
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 
 from trace_fast.levels import measure_levels
 from trace_fast.page.analysis import Models
-from trace_fast.page.layout import MEASURING, NO_PHOTO, Page, Session, sentences
+from trace_fast.page.layout import MEASURING, NO_PHOTO, SEARCH, Page, Session, sentences
 from trace_fast.tracer import Tracer
 
 
@@ -187,6 +188,23 @@ for index, point in (([1e9, -5], (0, 59)), ([-7, 1e9], (39, 0)), ([59.9, 39.9], 
     page.choose_point(session, SimpleNamespace(index=index))
     assert session.point == point
 
+# a run that is canceled ends before the next pass of the network, and the next one is as any other
+visitor, pixels = SimpleNamespace(session_hash="v"), (photo[0] * 255).byte().permute(1, 2, 0).numpy()
+Image.fromarray(pixels).save("photo.png")
+assert page.stop(visitor) == "There is nothing to cancel."
+for cancel in (True, False):
+    page.begin(visitor)
+    run = page.run("photo.png", SEARCH, 0.3, 3, visitor)
+    assert next(run)[page.status] == MEASURING
+    if cancel:
+        assert page.stop(visitor) == "Canceling ..."
+    updates = next(run)
+    assert (updates == {page.status: "Canceled."}) == cancel and (page.strip in updates) != cancel
+    assert list(run) == [] and page.stop(visitor) == "There is nothing to cancel."
+page.begin(visitor)
+page.stop(visitor)
+tracer.edges(photo)  # of nobody's
+
 # clicks before the search has ended
 session.levels = None
 assert page.choose_point(session, SimpleNamespace(index=[3, 5])) == {page.status: MEASURING}
@@ -205,9 +223,10 @@ print("done")
 
 
 @pytest.mark.slow
-def test_events_of_any_content_are_answered_with_a_sentence():
+def test_events_of_any_content_are_answered_with_a_sentence(tmp_path):
     pytest.importorskip("gradio", reason="needs gradio: pip install 'trace_fast[app]'")
-    result = subprocess.run([sys.executable, "-c", EVENTS], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", EVENTS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.stdout == "done\n", result.stderr
 
 
@@ -278,6 +297,22 @@ def test_requests_for_other_files_and_of_other_hosts(address, tmp_path):
         assert '"success":false' in events and "process_generating" not in events
     assert ask(address, "/config")[0] == 200
     assert ask(address, "/config", Host="other.example")[0] == 400
+
+
+@pytest.mark.slow
+def test_cancel(browser, address, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    page, _ = visit(browser, address)
+    page.click("#cancel")
+    page.wait_for_selector("#status:has-text('There is nothing to cancel.')")
+    page.set_input_files("#file input[type=file]", tmp_path / "a.png")
+    page.wait_for_selector("#status:has-text('...')")  # finding edges, or already measuring
+    page.click("#cancel")
+    page.wait_for_selector("#status:has-text('Canceled.')")
+    assert page.locator("#strip .thumbnail-item").count() == 0
+    page.click("#start")
+    page.wait_for_selector("#status:has-text('t* = ')")
+    assert page.locator("#strip .thumbnail-item").count() == 11
 
 
 @pytest.mark.slow

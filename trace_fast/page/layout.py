@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ HELP = (
 )
 
 Updates = dict[Any, Any]  # new values of components
+
+
+class CanceledError(Exception):
+    """A visitor has canceled the work of this thread."""
 
 
 @dataclass
@@ -86,6 +91,10 @@ class Page:
 
     def __init__(self, models: Models):
         self.models = models
+        self.canceled: dict[str | None, bool] = {}  # by visitor, while there is work for them
+        self.thread = threading.local()
+        for network in {model.backbone.network for model in (models.tracer, models.detector) if model is not None}:
+            network.register_forward_pre_hook(self.stop_if_canceled)
         with gradio.Blocks(title="trace_fast", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             self.session = gradio.State(None)
             gradio.Markdown(f"# Instance edges by {models.tracer.name}\n{HELP}")
@@ -144,45 +153,86 @@ class Page:
         shown = [self.session, self.slider, self.edges, self.masks, self.overlay, self.files, self.status]
         search = [self.strip, self.photo, self.attention, self.token, self.abdiv, self.curve]
         with self.blocks:
-            runs = gradio.on(
-                [self.start.click, self.file.upload], self.run, [self.file, self.stage, *choices], shown + search
-            )
-            self.cancel.click(lambda: "Canceled.", None, self.status, cancels=runs)
+            started = gradio.on([self.start.click, self.file.upload], self.begin, None, self.status, queue=False)
+            run = [self.file, self.stage, *choices]
+            started.then(self.run, run, shown + search, trigger_mode="once")
+            self.cancel.click(self.stop, None, self.status, queue=False)
             changes = [choice.change for choice in choices]
             gradio.on(changes, self.change_masks, [self.session, *choices], shown, trigger_mode="always_last")
             self.strip.select(self.choose_level, self.session, [self.status, *search])
             self.photo.select(self.choose_point, self.session, [self.status, *search])
 
-    def run(self, path: str | None, stage: str, threshold: float, count: int) -> Iterator[Updates]:
+    def begin(self, request: gradio.Request) -> str:
+        """Begin the work of a visitor, which may wait for that of others."""
+        self.canceled[request.session_hash] = False
+        return "Finding edges ..."
+
+    def stop(self, request: gradio.Request) -> str:
+        """Cancel the work of a visitor, which says when it has ended."""
+        if request.session_hash not in self.canceled:
+            return "There is nothing to cancel."
+        self.canceled[request.session_hash] = True
+        return "Canceling ..."
+
+    @contextmanager
+    def work_for(self, visitor: str | None) -> Iterator[None]:
+        """Let the network stop in this thread as soon as the visitor cancels."""
+        self.thread.visitor = visitor
+        try:
+            yield
+        finally:
+            del self.thread.visitor
+
+    def stop_if_canceled(self, *_: Any) -> None:
+        """Raise `CanceledError` before a pass of the network that the visitor of this thread has canceled."""
+        if self.canceled.get(getattr(self.thread, "visitor", None), False):
+            raise CanceledError
+
+    def run(
+        self, path: str | None, stage: str, threshold: float, count: int, request: gradio.Request
+    ) -> Iterator[Updates]:
+        """Find edges and masks and measure every timestep, and show what there is, until the visitor cancels."""
+        visitor = request.session_hash
+        try:
+            with sentences():
+                yield from self.compute(path, stage, threshold, count, visitor)
+        except CanceledError:
+            yield {self.status: "Canceled."}
+        finally:
+            self.canceled.pop(visitor, None)
+
+    def compute(
+        self, path: str | None, stage: str, threshold: float, count: int, visitor: str | None
+    ) -> Iterator[Updates]:
         """Find edges and masks, show them, and then measure every timestep."""
-        with sentences():
-            if path is None:
-                raise ValueError(NO_PHOTO)
-            yield {self.status: "Finding edges ..."}
-            photo = read_image(path)
-            detector = self.models.detector if stage == STUDENT else None
+        if path is None:
+            raise ValueError(NO_PHOTO)
+        photo = read_image(path)
+        detector = self.models.detector if stage == STUDENT else None
+        with self.work_for(visitor):
             edges = (detector or self.models.tracer).edges(photo)[0, 0].cpu()
-            session = Session(Path(path).stem, photo, edges, *find_masks(edges, threshold, count))
-            yield {
-                self.slider: (shrink(photo), shrink(edges)),
-                self.edges: shrink(edges),
-                self.overlay: shrink(visualize.overlay(photo[0], edges)),
-                self.photo: shrink(photo),
-                self.attention: None,
-                self.token: "",
-                **self.show_masks(session),
-                self.status: MEASURING,
-            }
+        session = Session(Path(path).stem, photo, edges, *find_masks(edges, threshold, count))
+        yield {
+            self.slider: (shrink(photo), shrink(edges)),
+            self.edges: shrink(edges),
+            self.overlay: shrink(visualize.overlay(photo[0], edges)),
+            self.photo: shrink(photo),
+            self.attention: None,
+            self.token: "",
+            **self.show_masks(session),
+            self.status: MEASURING,
+        }
+        with self.work_for(visitor):
             levels = session.levels = measure_levels(self.models.tracer, photo)
-            session.level = levels.read
-            pictures = [(draw_level(levels, index), levels.describe(index)) for index in range(len(levels.timesteps))]
-            yield {
-                self.strip: pictures,
-                self.curve: None if levels.output.kl is None else visualize.plot_curve(levels.output),
-                **self.show_level(session),
-                self.session: session,
-                self.status: session.describe(),
-            }
+        session.level = levels.read
+        pictures = [(draw_level(levels, index), levels.describe(index)) for index in range(len(levels.timesteps))]
+        yield {
+            self.strip: pictures,
+            self.curve: None if levels.output.kl is None else visualize.plot_curve(levels.output),
+            **self.show_level(session),
+            self.session: session,
+            self.status: session.describe(),
+        }
 
     def change_masks(self, session: Session | None, threshold: float, count: int) -> Updates:
         """Find the masks again."""
