@@ -557,8 +557,14 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("maps:/no/such/folder", "evaluate: method maps:/no/such/folder must name a folder of maps, got '/no/such"),
-            ("x=lines:/no/such", "evaluate: method x must name a folder of maps, got '/no/such'"),
+            (
+                "maps:/no/such/folder",
+                r"evaluate: method maps:/no/such/folder must name a folder of maps, or a tar .* file, got '/no/such",
+            ),
+            (
+                "x=lines:/no/such",
+                "evaluate: method x must name a folder of maps, or a tar or parquet file, got '/no/such'",
+            ),
             ("mini@potato", "evaluate: timestep of method mini@potato must be iep or an integer, got 'potato'"),
             ("mini@-1", "evaluate: timestep of method mini@-1 must be iep or an integer, got '-1'"),
             ("sobbel", "load: model must be one of .* got 'sobbel'"),

@@ -433,9 +433,9 @@ def test_sets_are_measured_once_for_each_source(data):
         raise AssertionError("edges of a finished source were computed again")
 
     photo, masks = open_dataset(data).photos[0], {}
-    measure(photo, photo.instances(), [open_source("truth=0.5")], masks)
+    measure(photo, photo.instances(), masks, [open_source("truth=0.5")])
     assert set(masks) == {f"{name}, {row}" for name in SETS for row in ("before", "truth, fit", "truth, flood")}
     before = dict(masks)
-    measure(photo, photo.instances(), [Source("truth", refuse, 0.5), open_source("none")], masks)
+    measure(photo, photo.instances(), masks, [Source("truth", refuse, 0.5), open_source("none")])
     assert {key: masks[key] for key in before} == before
     assert all(masks[f"{name}, none, fit"] == before[f"{name}, before"] for name in SETS)
