@@ -6,6 +6,7 @@ and undefined-behavior sanitizers. Each has a build folder apart from the ordina
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,12 @@ SANITIZE = os.environ.get("TRACE_FAST_SANITIZE") == "1"
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -pthread -Wall -Wextra -Wno-psabi"
 if SANITIZE:
     FLAGS += " -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+def read_description() -> str:
+    """Return README.md for package indexes, where pictures and links of the repository would lead nowhere."""
+    text = re.sub(r"<img [^>]*>\n+", "", Path("README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 
 class NinjaBuild(build_ext):
@@ -117,6 +124,8 @@ if CUDA and shutil.which("nvcc") is None:
     raise SystemExit("trace_fast: TRACE_FAST_CUDA=1 needs nvcc, which is not on PATH; unset it to build for the CPU")
 
 setup(
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("trace_fast._C", CORE + CPU + (GPU if CUDA else []), depends=[*HEADERS, *GPU])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -102,6 +102,16 @@ def run_bare(bare: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     )
 
 
+def test_the_description_has_no_links_of_the_repository(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        description = archive.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in description and "\n## Sixty seconds\n" in description
+    assert "CONTRIBUTING.md says which files" in description
+    assert "](https://arxiv.org/abs/2503.07982)" in description
+    assert re.findall(r"\]\((?!https:)|<img", description) == []
+
+
 def test_every_file_states_one_version():
     stated = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
     assert stated == PROJECT["version"] == trace_fast.__version__
