@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from PIL import Image
 from safetensors import safe_open
 from tables import print_table
 from targets import make_small_network
+from tqdm import tqdm
 
 from trace_fast.cli import app
 
@@ -117,6 +119,8 @@ def start(job: str, paths: dict[str, str], output: Path, log: Path) -> int:
 
 def warm_up(paths: dict[str, str], folder: Path) -> None:
     """Import what commands import when they run, so that no child has to: on one thread, a run leaves none behind."""
+    # processes share the lock that tqdm makes by itself, so that a child killed while it holds it would stop all others
+    tqdm.set_lock(threading.RLock())
     for job in ("edges", "edges of shards", "segment", "evaluate", "scenes"):
         with contextlib.suppress(SystemExit), open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
             words = [{**paths, "OUT": str(folder / "warm-up")}.get(word, word) for word in JOBS[job]]
