@@ -848,6 +848,13 @@ class TestShards:
         monkeypatch.setattr(Shards, "write", record)
         return names
 
+    @pytest.mark.parametrize("photographs", [None, "[1"])
+    def test_damaged_metadata_are_reported(self, tmp_path, caplog, photographs):
+        keys = {} if photographs is None else {"photographs": photographs}
+        save_file({"maps": torch.zeros(1)}, tmp_path / "a.safetensors", {"teacher": "here"} | keys)
+        assert Shards(tmp_path, "here", []).rows == {}
+        assert "a.safetensors is damaged, its photos are searched again" in caplog.text
+
     def test_a_damaged_one_is_reported_and_searched_again(self, config, call):
         distill(config)
         path = find_shard(config, 1)

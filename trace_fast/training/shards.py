@@ -59,7 +59,7 @@ class Shards:
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 keys = self._read_keys(path)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
                 LOGGER.warning("%s is damaged, its photos are searched again: %s", path, error)
                 continue
             rows |= {key: (path, row) for row, key in enumerate(keys)}
@@ -71,7 +71,7 @@ class Shards:
             metadata = stored.metadata() or {}
         content = "labels of the same teacher"
         require_same("distill", "labels_dir", content, metadata.get("teacher"), self.source, path)
-        return list(json.loads(metadata.get("photographs", "[]")))
+        return list(json.loads(metadata["photographs"]))
 
     def list_missing(self) -> list[PhotoFile]:
         """Return the photos that are in no file.
