@@ -291,7 +291,8 @@ def test_requests_for_other_files_and_of_other_hosts(address, tmp_path):
     for path in (tmp_path / "private.png", "/etc/passwd", "README.md", "../../etc/passwd", "http://127.0.0.1:1/x.png"):
         assert ask(address, f"/gradio_api/file={path}")[0] == 403
         file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-        content = {"data": [file, "student, in one step", 0.5, 3], "fn_index": 0, "session_hash": "a"}
+        # the second function of the page is the one that reads the file
+        content = {"data": [file, "student, in one step", 0.5, 3], "fn_index": 1, "session_hash": "a"}
         assert ask(address, "/gradio_api/queue/join", content)[0] == 200
         events = ask(address, "/gradio_api/queue/data?session_hash=a")[1].decode()
         assert '"success":false' in events and "process_generating" not in events
