@@ -157,13 +157,17 @@ def write_row(name: str, scores: MaskScores, changes: dict[str, tuple[float, flo
     return f"| {' | '.join(cells)} |"
 
 
-def add_photo_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `collect`."""
+def parse_options(description: str | None) -> tuple[argparse.Namespace, list[Source]]:
+    """Return the options of `collect`, and the sources of edges, of a command with this description."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="The data set, as for `trace-fast evaluate`.")
     parser.add_argument("--first", type=int, default=0, help="The first photograph, by name.")
     parser.add_argument("--every", type=int, default=1, help="Steps between photographs.")
     parser.add_argument("--rest", action="store_true", help="Take all the others instead.")
+    parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
     parser.add_argument("-o", "--output", type=Path, required=True, help="The folder of masks.")
+    options = parser.parse_args()
+    return options, [open_source(text) for text in options.method]
 
 
 def list_photos(options: argparse.Namespace) -> Iterable[Photo]:
@@ -204,11 +208,7 @@ def collect(
 
 def main() -> None:
     """Measure what is not measured yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_photo_options(parser)
-    parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
-    options = parser.parse_args()
-    sources = [open_source(text) for text in options.method]
+    options, sources = parse_options(__doc__)
     instances, results = collect(options, lambda *photo: measure(*photo, sources))
     lines = ["| masks | AP | change | AR100 | change |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in SETS:

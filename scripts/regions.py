@@ -11,13 +11,12 @@ methods.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from propagation import Source, add_photo_options, collect, encode, find_regions, open_source
+from propagation import Source, collect, encode, find_regions, parse_options
 from skimage.graph import cut_normalized, rag_mean_color
 from skimage.segmentation import slic
 
@@ -62,11 +61,7 @@ def measure(photo: Photo, image: coco.ImageInstances, known: dict[str, Any], sou
 
 def main() -> None:
     """Measure what is not measured yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_photo_options(parser)
-    parser.add_argument("--method", action="append", required=True, metavar="[NAME=]SPEC[=THRESHOLD]")
-    options = parser.parse_args()
-    sources = [open_source(text) for text in options.method]
+    options, sources = parse_options(__doc__)
     truth, results = collect(options, lambda *photo: measure(*photo, sources))
     print("| regions | AP | AR100 | 95 % |", "| --- | ---: | ---: | ---: |", sep="\n")
     for name, masks in results.items():

@@ -1,4 +1,4 @@
-"""What long work tells its user: messages of the logger `trace_fast`, and progress.
+"""Messages of long work to its user: those of the logger `trace_fast`, and progress.
 
 The package sets no handler and no level; the commands do, and so may a program: `logging.basicConfig(level="INFO")`.
 """

@@ -1,4 +1,4 @@
-"""What a command writes to stderr: messages of the package's log, more of them with -v and fewer with -q."""
+"""Messages of a command on stderr: those of the package's log, more of them with -v and fewer with -q."""
 
 from __future__ import annotations
 

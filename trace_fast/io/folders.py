@@ -17,6 +17,7 @@ __all__ = [
     "get_ending",
     "is_litter",
     "is_picture",
+    "reads_heif",
     "walk_folder",
 ]
 
@@ -53,10 +54,12 @@ def is_picture(path: str | PurePath) -> bool:
         (True, False, False)
     """
     suffix = PurePath(path).suffix.lower()
-    is_known = suffix in IMAGE_SUFFIXES
-    if suffix in HEIF_SUFFIXES:
-        is_known = importlib.util.find_spec("pillow_heif") is not None
-    return is_known and not is_litter(path)
+    return (suffix in IMAGE_SUFFIXES or (suffix in HEIF_SUFFIXES and reads_heif())) and not is_litter(path)
+
+
+def reads_heif() -> bool:
+    """Return whether pillow-heif is installed, which reads HEIC."""
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def get_ending(path: str | PurePath) -> str:

@@ -7,12 +7,11 @@ PostScript, for which Pillow starts Ghostscript. Only raster formats are opened 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from trace_fast.io.folders import HEIF_HINT, HEIF_SUFFIXES
+from trace_fast.io.folders import HEIF_HINT, HEIF_SUFFIXES, reads_heif
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,7 +71,7 @@ def _open(file: BinaryIO) -> Image.Image:
     try:
         return open_raster()
     except UnidentifiedImageError:
-        if "HEIF" in Image.OPEN or importlib.util.find_spec("pillow_heif") is None:
+        if "HEIF" in Image.OPEN or not reads_heif():
             raise
         import pillow_heif
 
