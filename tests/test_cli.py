@@ -421,6 +421,17 @@ def test_help_names_every_command(call):
     assert "--timestep" in call("edges", "--help").stdout
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_whole_in_80_columns(call, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in call(command, "--help").stdout
+
+
+def test_help_keeps_patterns_and_has_flags_for_fields(call):
+    assert "'photos/*/*.jpg'" in call("edges", "--help").stdout
+    assert "labels_student" not in call("distill", "--help").stdout
+
+
 def test_help_says_what_the_exit_status_means(call):
     text = " ".join(call("--help").stdout.split())
     assert "Exit status: 0 all is well, 1 some images failed and the others are done, 2 the command was refused" in text

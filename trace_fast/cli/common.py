@@ -61,7 +61,7 @@ Inputs = Annotated[
     typer.Argument(
         metavar="IN",
         help="Image files, shards (tar files of webdataset, parquet files), folders of these, patterns in quotes such "
-        "as 'photos/*/*.jpg', and lists: files ending in .txt with one of these in each line.",
+        "as `'photos/*/*.jpg'`, and lists: files ending in .txt with one of these in each line.",
     ),
 ]
 OutputFolder = Annotated[

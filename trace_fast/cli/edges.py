@@ -57,7 +57,7 @@ def run_edges(
         typer.Option(
             "--grid",
             help="Write edges at the size of the student's output, in about a quarter of the bytes; "
-            "trace_fast.io.restore_edges enlarges them.",
+            "`restore_edges` of trace_fast.io enlarges them.",
         ),
     ] = False,
     curve: Annotated[bool, typer.Option("--curve", help="Also plot the KL curve. This needs matplotlib.")] = False,

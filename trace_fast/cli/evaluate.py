@@ -75,8 +75,8 @@ def run_evaluate(
         typer.Option(
             metavar="NAME|FILE",
             help="Folder of label maps, of mask files or of BSDS .mat files, or a COCO JSON file, such as "
-            "coco/annotations/instances_val2017.json. The default is the first that exists of inst, panoptic, masks, "
-            "ground_truth, groundTruth, annotations/instances_SPLIT.json of a folder SPLIT (that of val of several).",
+            "instances_val2017.json. The default is the first that exists of inst, panoptic, masks, ground_truth, "
+            "groundTruth, and in annotations/ instances_SPLIT.json of a folder SPLIT (val, where there are several).",
         ),
     ] = None,
     ignore: Annotated[

@@ -8,19 +8,19 @@ __all__ = ["run_models"]
 
 
 def run_models() -> None:
-    """Show the named models: processing size, token grid, parameters, what is measured, license, and source.
+    """Show the named models: processing size, token grid, parameters, outputs, license, and source.
 
-    Encoders have no timesteps: ABDiv is measured, and no t* is searched.
+    Encoders have no timesteps: they give ABDiv, and no t* is searched.
     """
     from trace_fast.backbones.registry import MODELS
 
-    rows = [("name", "pixels", "grid", "parameters", "measured", "license", "source")]
+    rows = [("name", "pixels", "grid", "parameters", "outputs", "license", "source")]
     rows.append(("mini", "128", "32 x 32", "0.002 B", "t*, ABDiv", "Apache-2.0", "this package"))
     for name, model in MODELS.items():
         license = f"{model.license}, gated" if model.gated else model.license
         grid = f"{model.grid} x {model.grid}"
-        measured = "ABDiv only" if model.encoder else "t*, ABDiv"
-        rows.append((name, str(model.size), grid, f"{model.billions} B", measured, license, model.repository))
+        outputs = "ABDiv only" if model.encoder else "t*, ABDiv"
+        rows.append((name, str(model.size), grid, f"{model.billions} B", outputs, license, model.repository))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +51,8 @@ def _make_parameter(
 ) -> inspect.Parameter:
     """Return the parameter from which typer makes the option of a field."""
     help, least, most, choices = (field.metadata[name] for name in ("help", "least", "most", "choices"))
-    flag, default = f"--{field.name.replace('_', '-')}", field.default
+    help = re.sub("`(\\w+_\\w+)`", lambda name: _write_flag(name[1]), help)  # fields that Python users know by name
+    flag, default = _write_flag(field.name), field.default
     metavar = "DIR" if value_type is Path else None
     if choices is not None:
         value_type = Literal[choices]
@@ -72,6 +74,11 @@ def _make_parameter(
         default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
         annotation=Annotated[annotation, info],
     )
+
+
+def _write_flag(name: str) -> str:
+    """Return the option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _parse(name: str, value_type: Any, value: Any) -> Any:

@@ -24,7 +24,7 @@ def run_page(
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Serve a page for this machine alone: edges, masks, the KL curve, ABDiv at every level, and attention by a click.
+    """Serve a page for this machine alone: edges, masks, the KL curve, ABDiv of each timestep, and attention by click.
 
     Nothing leaves the machine. Ctrl-C ends it.
     """
