@@ -122,6 +122,11 @@ def test_every_public_name_is_in_the_reference():
     assert sorted(set(trace_fast.__all__) - covered - modules) == []
 
 
+def test_every_op_is_on_the_page_of_kernels():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert [name for name in trace_fast.ops.__all__ if f"`{name}`" not in page] == []
+
+
 def test_the_card_of_the_embedded_student_has_the_scores_of_the_table():
     card = (ROOT / "trace_fast" / "weights" / "mini" / "student" / "README.md").read_text()
     stated = {name: float(value) for name, value in re.findall(r"\{type: (\w+), value: ([\d.]+)\}", card)}
