@@ -63,7 +63,7 @@ def main() -> None:
     """Measure what is not measured yet, and print the table."""
     options, sources = parse_options(__doc__)
     truth, results = collect(options, lambda *photo: measure(*photo, sources))
-    print("| regions | AP | AR100 | 95 % |", "| --- | ---: | ---: | ---: |", sep="\n")
+    print("| regions | AP | AR100 | 95 % interval |", "| --- | ---: | ---: | ---: |", sep="\n")
     for name, masks in results.items():
         scores = mask_ap(truth, masks, resamples=200)
         assert scores.intervals is not None

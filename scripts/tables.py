@@ -55,7 +55,7 @@ def ablations(results: dict[str, Any]) -> str:
     """Return the scores of students with one choice changed, best last, and paired differences to the first."""
     first = next(name for name in results["methods"] if name not in results["differences"])
     lines = [
-        f"| | ODS | OIS | AP | clDice | ODS above {first} | 95 % |",
+        f"| | ODS | OIS | AP | clDice | ODS above {first} | 95 % interval |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in sorted(results["methods"].items(), key=lambda item: item[1]["ods"]):
@@ -92,7 +92,7 @@ def grouped(results: dict[str, Any], command: str, shown: Callable[[str], bool])
         if shown(case["group"]):
             groups.setdefault(case["group"], []).append(case)
     for group, cases in groups.items():
-        lines += ["", f"| {group} | median ms | eager / it | memory MiB |", "| --- | ---: | ---: | ---: |"]
+        lines += ["", f"| {group} | median ms | speed-up over eager | memory MiB |", "| --- | ---: | ---: | ---: |"]
         eager = next((case["stats"]["median"] for case in cases if case["extra_info"]["provider"] == "eager"), None)
         if not group.startswith("stages"):
             cases = sorted(cases, key=lambda case: case["stats"]["median"])
@@ -119,7 +119,10 @@ def quality(results: dict[str, Any]) -> str:
     own = [name for name in methods if name.startswith("ABDiv") and name not in fixed]
     names = {**SHOWN, **{name: name for name in own}, best: f"{best} (best timestep, chosen on these photographs)"}
     rows = sorted((methods[name]["ap"], name) for name in names)
-    lines = ["| method | AP | 95 % | best F a photo | gap to the control |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| method | AP | 95 % interval | best F a photo | gap to the control |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for _, name in rows:
         row = methods[name]
         low, high = row["ap_interval"]
@@ -276,7 +279,7 @@ def backbones(results: list[dict[str, Any]]) -> str:
         "plain forward (aim: at most 25 %); `search` is ten timesteps by inversion, `eager` the same with maps in "
         "plain torch (aim: 4 times as long). GiB: what a search adds to the weights at its peak.",
         "",
-        "| model | encode | forward | capture | share | search | eager | eager / it | GiB | student | compiled |",
+        "| model | encode | forward | capture | share | search | eager | speed-up | GiB | student | compiled |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     cases = [case for run in results for case in run["benchmarks"]]

@@ -147,7 +147,7 @@ class Report:
             sections["report"] = _add_footnote(table, f"{images} images", command)
             if len(self.edges) > 1:
                 first = next(iter(self.edges))
-                text = f"Difference to {first}, and 95 % of resamples of the images, the same for both"
+                text = f"Difference to {first}, with the 95 % interval over the same resamples of the images"
                 sections["differences"] = _add_footnote(difference_table(self.compare()), text, "")
         if self.panoptic:
             sections["panoptic"] = _add_footnote(panoptic_table(self.panoptic), "", command)
@@ -193,7 +193,7 @@ def edge_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
         methods: by name, `EdgeScores.to_dict()` or the same from a report.json.
     """
     split = all(row["by"] for row in methods.values())
-    head = ["method", "ODS", "95 %", "OIS", "AP", "clDice"]
+    head = ["method", "ODS", "95 % interval", "OIS", "AP", "clDice"]
     head += ["recall: touching", "background", *SIZES] * split
     lines = [head]
     for name, row in methods.items():
@@ -214,7 +214,9 @@ def difference_table(differences: Mapping[str, Mapping[str, Sequence[float]]]) -
     Args:
         differences: by name of the method, what `compare_edges` returns or the same from a report.json.
     """
-    lines = [["difference", "ODS", "95 %", "OIS", "95 %", "AP", "95 %", "clDice", "95 %"]]
+    lines = [
+        ["difference", "ODS", "95 % interval", "OIS", "95 % interval", "AP", "95 % interval", "clDice", "95 % interval"]
+    ]
     for name, row in differences.items():
         cells = ((f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}") for value, low, high in row.values())
         lines.append([name, *(cell for pair in cells for cell in pair)])
@@ -229,7 +231,7 @@ def mask_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
         parameters: number of network parameters by the same names, for a column of them; None for no such column.
     """
     head = ["masks", *["parameters"] * (parameters is not None)]
-    head += ["AP", "95 %", "AP50", "AP75", "small", "medium", "large", "AR100"]
+    head += ["AP", "95 % interval", "AP50", "AP75", "small", "medium", "large", "AR100"]
     lines = [head]
     for name, row in results.items():
         ends = [_format_score(end) for end in (row["intervals"]["ap"] if row["intervals"] else (row["ap"], row["ap"]))]
