@@ -134,6 +134,13 @@ def test_bad_images(image, error, message):
         trace_fast.edges(image)
 
 
+@pytest.mark.parametrize("image", ["nothing.jpg", []])
+def test_a_bad_image_is_refused_before_a_model_is_loaded(image, monkeypatch):
+    monkeypatch.setattr(api, "load_cached", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises((FileNotFoundError, ValueError), match="edges: image must"):
+        trace_fast.edges(image)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 0), (torch.bfloat16, 2e-3)], ids=str)

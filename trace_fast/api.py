@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trace_fast.backbones import find_source, models
 from trace_fast.detector import Detector
-from trace_fast.io.images import check_channel_order, check_output_type, convert_edges, error_context, read_image
+from trace_fast.io.images import check_channel_order, check_output_type, convert_edges, map_images, read_image
 from trace_fast.model import EdgeModel
 from trace_fast.progress import LOGGER
 from trace_fast.tracer import Tracer
@@ -253,18 +253,11 @@ def edges(
 
     def find_edges(item: Any) -> Any:
         item_device = item.device if device is None and isinstance(item, Tensor) else device
+        pixels = read_image(item, order)  # before a model is loaded, which may take minutes
         edge_model = loaded or load_cached(model, stage, item_device, dtype, size)
-        return convert_edges(edge_model.edges(read_image(item, order), seed=seed), item, output_type)
+        return convert_edges(edge_model.edges(pixels, seed=seed), item, output_type)
 
-    if not isinstance(image, (list, tuple)):
-        return find_edges(image)
-    if not image:
-        raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-    results = []
-    for index, item in enumerate(image):
-        with error_context(index):
-            results.append(find_edges(item))
-    return results
+    return map_images(find_edges, image)
 
 
 def load_cached(

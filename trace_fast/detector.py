@@ -311,10 +311,8 @@ class Detector(EdgeModel):
             output_size = size if image_resolution is None else fit_resolution(*input_size, image_resolution)
             return Photo(pixels if input_size == size else resize(pixels, input_size), output_size)
 
-        if not isinstance(image, (list, tuple)):
-            return convert_edges(self._detect([prepare(image)])[0], image, output_type)
-        if not image:
-            raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
+        if not (isinstance(image, (list, tuple)) and image):
+            return convert_edges(self._detect([prepare(image)])[0], image, output_type)  # refuses an empty list
         edges = itertools.chain.from_iterable(map(self._detect, self._group(image, prepare)))
         return [convert_edges(one, item, output_type) for one, item in zip(edges, image, strict=True)]
 

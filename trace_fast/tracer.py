@@ -20,7 +20,7 @@ from trace_fast.backbones import Backbone, load_backbone, wrap_encoder, wrap_pip
 from trace_fast.backbones.base import STEPS, check_noising, check_timestep, constant
 from trace_fast.backbones.capture import run_captured, unwrap_compiled
 from trace_fast.io import visualize
-from trace_fast.io.images import convert_edges, error_context, read_image, resize
+from trace_fast.io.images import convert_edges, map_images, read_image, resize
 from trace_fast.io.notebook import format_html
 from trace_fast.model import EdgeModel, require_finite
 from trace_fast.ops import checks
@@ -288,7 +288,8 @@ class Tracer(EdgeModel):
             needed = all_timesteps if return_kl else [t for t in all_timesteps if t < fixed and noising == "inversion"]
             all_timesteps = tuple(sorted({*needed, fixed}))
 
-        def trace(pixels: Tensor) -> TraceOutput:
+        def trace(item: Any) -> TraceOutput:
+            pixels = read_image(item, order)
             kl, abdiv = self.scan(pixels, timesteps=all_timesteps, noising=noising, seed=seed)
             if fixed is None:
                 chosen = kl.argmax(1) + 1  # the noisier map of the pair with the largest divergence
@@ -308,15 +309,7 @@ class Tracer(EdgeModel):
                 size=settings.size,
             )
 
-        if not isinstance(image, (list, tuple)):
-            return trace(read_image(image, order))
-        if not image:
-            raise ValueError(f"edges: image must hold at least one image, got an empty {type(image).__name__}")
-        outputs = []
-        for index, item in enumerate(image):
-            with error_context(index):
-                outputs.append(trace(read_image(item, order)))
-        return outputs
+        return map_images(trace, image)
 
     def edges(self, pixels: Tensor, *, seed: int = 0) -> Tensor:
         """Return the edge probability of a batch of images, searched as the backbone's settings say.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -36,12 +36,15 @@ __all__ = [
     "convert_edges",
     "error_context",
     "fit_resolution",
+    "map_images",
     "read_edge_map",
     "read_edge_maps",
     "read_image",
     "resize",
     "restore_edges",
 ]
+
+Result = TypeVar("Result")  # of a function of an image
 
 MIN_SIDE = 16  # smallest accepted side, in pixels
 OUTPUT_TYPES = ("np", "pt", "pil")
@@ -73,6 +76,29 @@ def error_context(index: int) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"image {index} of the list, counted from 0")
         raise
+
+
+def map_images(function: Callable[[Any], Result], image: Any) -> Result | list[Result]:
+    """Return the result of a function for an image, or a list of those for several images; errors name the image.
+
+    Args:
+        function: called with one image; it reads the image by `read_image`.
+        image: one image, or a list or tuple of images.
+
+    Raises:
+        ValueError: the list is empty.
+
+    Example:
+        >>> map_images(lambda image: tuple(read_image(image).shape), [np.zeros((20, 31)), np.zeros((16, 24))])
+        [(1, 3, 20, 31), (1, 3, 16, 24)]
+    """
+    if not (isinstance(image, (list, tuple)) and image):
+        return function(image)  # `read_image` refuses an empty list
+    results = []
+    for index, item in enumerate(image):
+        with error_context(index):
+            results.append(function(item))
+    return results
 
 
 def read_image(image: ImageLike, channel_order: str = "rgb") -> Tensor:
