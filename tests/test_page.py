@@ -18,10 +18,10 @@ from tiny import embedded, student
 from torch.testing import assert_close
 
 from trace_fast import TraceOutput, Tracer
-from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.masks import read_results
 from trace_fast.page import analysis
 from trace_fast.page.analysis import Models
+from trace_fast.scan import Scan, draw_abdiv, scan_photo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -39,35 +39,35 @@ def photo():
 
 
 @pytest.fixture(scope="module")
-def levels(tracer, photo):
-    return measure_levels(tracer, photo)
+def scan(tracer, photo):
+    return scan_photo(tracer, photo)
 
 
-def test_levels_are_those_of_the_search(tracer, photo, levels):
+def test_scan_is_that_of_the_search(tracer, photo, scan):
     output = tracer(photo, return_kl=True, return_abdiv=True)
     for name in ("edges", "timestep", "timesteps", "kl", "abdiv"):
-        assert_close(getattr(levels.output, name), getattr(output, name))
-    assert (levels.output.model, levels.output.noising, levels.output.size) == ("mini", "inversion", (48, 64))
-    assert_close(levels.abdiv[levels.read], output.abdiv[0])
-    assert levels.abdiv.shape == (11, 12, 16)
+        assert_close(getattr(scan.output, name), getattr(output, name))
+    assert (scan.output.model, scan.output.noising, scan.output.size) == ("mini", "inversion", (48, 64))
+    assert_close(scan.abdiv[scan.read], output.abdiv[0])
+    assert scan.abdiv.shape == (11, 12, 16)
 
 
-def test_levels_of_a_search_for_the_peak(photo, tmp_path):
+def test_scan_of_a_search_for_the_peak(photo, tmp_path):
     tracer = Tracer.from_pretrained(embedded(tmp_path), device="cpu")
     tracer.backbone.settings = replace(tracer.backbone.settings, timestep="iep")
-    levels = measure_levels(tracer, photo)
-    assert levels.read == levels.peak
-    assert int(tracer(photo).timestep) == levels.timesteps[levels.peak]
+    scan = scan_photo(tracer, photo)
+    assert scan.read == scan.peak
+    assert int(tracer(photo).timestep) == scan.timesteps[scan.peak]
 
 
-def test_a_timestep_is_described(levels):
-    assert levels.describe(0) == "t = 0"
-    texts = [levels.describe(index) for index in range(1, 11)]
-    assert [index for index, text in enumerate(texts, 1) if text.endswith(", t*")] == [levels.peak]
-    assert texts[4].startswith(f"t = 499, KL {levels.output.kl[0, 4]:.3f}")
+def test_a_timestep_is_described(scan):
+    assert scan.describe(0) == "t = 0"
+    texts = [scan.describe(index) for index in range(1, 11)]
+    assert [index for index, text in enumerate(texts, 1) if text.endswith(", t*")] == [scan.peak]
+    assert texts[4].startswith(f"t = 499, KL {scan.output.kl[0, 4]:.3f}")
 
 
-def test_an_encoder_has_one_level_and_no_peak(levels):
+def test_an_encoder_has_one_timestep_and_no_peak(scan):
     output = TraceOutput(
         edges=torch.zeros(1, 1, 4, 6),
         timestep=torch.tensor([0]),
@@ -78,15 +78,15 @@ def test_an_encoder_has_one_level_and_no_peak(levels):
         noising="none",
         size=(4, 6),
     )
-    levels = Levels(output, torch.zeros(1, 2, 3), 0.1)
-    assert (levels.peak, levels.read, levels.describe(0)) == (None, 0, "t = 0")
+    scan = Scan(output, torch.zeros(1, 2, 3), 0.1)
+    assert (scan.peak, scan.read, scan.describe(0)) == (None, 0, "t = 0")
 
 
-def test_a_level_is_drawn_as_edge_probability(levels):
-    assert draw_level(levels, 3).size == (16, 12)
-    picture = np.asarray(draw_level(levels, 0, (40, 60)))
+def test_abdiv_is_drawn_as_edge_probability(scan):
+    assert draw_abdiv(scan, 3).size == (16, 12)
+    picture = np.asarray(draw_abdiv(scan, 0, (40, 60)))
     assert picture.shape == (40, 60)
-    assert_close(torch.from_numpy(picture / 255.0).float(), levels.output.edges[0, 0], atol=0.003, rtol=0)
+    assert_close(torch.from_numpy(picture / 255.0).float(), scan.output.edges[0, 0], atol=0.003, rtol=0)
 
 
 def test_the_region_of_a_pixel_is_the_smallest_mask():
@@ -160,7 +160,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from trace_fast.levels import measure_levels
+from trace_fast.scan import scan_photo
 from trace_fast.page.analysis import Models
 from trace_fast.page.layout import MEASURING, NO_PHOTO, SEARCH, Page, Session, sentences
 from trace_fast.tracer import Tracer
@@ -177,11 +177,11 @@ def refuse(call, index, text):
 
 tracer = Tracer.from_pretrained("mini", device="cpu", size=(16, 16))
 page, photo = Page(Models(tracer, None)), torch.rand(1, 3, 40, 60)
-levels, masks = measure_levels(tracer, photo), torch.zeros(0, 40, 60, dtype=torch.bool)
-session = Session("photo", photo, torch.zeros(40, 60), masks, torch.zeros(0), levels, levels.read)
+scan, masks = scan_photo(tracer, photo), torch.zeros(0, 40, 60, dtype=torch.bool)
+session = Session("photo", photo, torch.zeros(40, 60), masks, torch.zeros(0), scan, scan.read)
 for index in (11, -1, 10**9, None, "x", [1, 2], float("nan")):
-    refuse(page.choose_level, index, "app: level must be one of those that are shown, got")
-assert session.level == levels.read
+    refuse(page.choose_timestep, index, "app: timestep must be one of those that are shown, got")
+assert session.index == scan.read
 for index in ([float("nan"), 1], [float("inf"), 1], [1], 5, ["a", "b"]):
     refuse(page.choose_point, index, "")
 for index, point in (([1e9, -5], (0, 59)), ([-7, 1e9], (39, 0)), ([59.9, 39.9], (39, 59))):
@@ -206,11 +206,11 @@ page.stop(visitor)
 tracer.edges(photo)  # of nobody's
 
 # clicks before the search has ended
-session.levels = None
+session.scan = None
 assert page.choose_point(session, SimpleNamespace(index=[3, 5])) == {page.status: MEASURING}
-assert page.choose_level(None, SimpleNamespace(index=0)) == {page.status: NO_PHOTO}
-session.levels = levels
-assert page.attention in page.show_level(session) and session.point == (5, 3)
+assert page.choose_timestep(None, SimpleNamespace(index=0)) == {page.status: NO_PHOTO}
+session.scan = scan
+assert page.attention in page.show_timestep(session) and session.point == (5, 3)
 
 for error, text in ((SafetensorError("damaged"), "damaged"), (KeyError("x"), "KeyError: 'x'"), (MemoryError(), "Mem")):
     try:
@@ -341,7 +341,7 @@ def test_the_page_in_a_browser(browser, address, tmp_path):
     moved = page.locator("#slider .fixed, #slider img").last.evaluate("element => getComputedStyle(element).clipPath")
     assert left != moved
 
-    # a level, and a point
+    # a timestep, and a point
     assert page.locator("#strip .thumbnail-item").count() == 11
     page.locator("#strip .thumbnail-item").nth(3).click()
     page.wait_for_selector("#abdiv:has-text('ABDiv at t = 299')")

@@ -27,8 +27,8 @@ from trace_fast.extras import require
 from trace_fast.io import visualize
 from trace_fast.io.files import format_json, write_atomically
 from trace_fast.io.images import read_image, resize
-from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.ops.dispatch import backends
+from trace_fast.scan import Scan, draw_abdiv, scan_photo
 from trace_fast.tracer import Tracer
 
 __all__ = ["Report", "check"]
@@ -117,9 +117,9 @@ def check(model: str | Path = "mini", output: str | Path | None = None, **option
     tracer, loading = measure(lambda: Tracer.from_pretrained(model, **options), repeat=False)
     photos = {name: read_image(getattr(data, name)()) for name in PHOTOS}
     capture, stages = check_capture(tracer, photos["coffee"])
-    levels = {}
+    scans = {}
     for name, photo in photos.items():
-        levels[name], stages["search"] = measure(functools.partial(measure_levels, tracer, photo), repeat=False)
+        scans[name], stages["search"] = measure(functools.partial(scan_photo, tracer, photo), repeat=False)
     if has_student(model):
         detector = Detector.from_pretrained(model, **options)
         _, stages["student"] = measure(lambda: detector.edges(photos["coffee"]))
@@ -128,12 +128,12 @@ def check(model: str | Path = "mini", output: str | Path | None = None, **option
         describe_model(tracer),
         capture,
         {"loading": loading, **stages},
-        {name: describe_levels(measured) for name, measured in levels.items()},
+        {name: describe_scan(scan) for name, scan in scans.items()},
         check_divergence(tracer, photos["coffee"], photos["chelsea"]),
     )
     if output is not None:
         report.save(output)
-        visualize.write_picture(Path(output) / "panel.png", draw_panel(photos, levels))
+        visualize.write_picture(Path(output) / "panel.png", draw_panel(photos, scans))
     return report
 
 
@@ -230,13 +230,13 @@ def check_capture(tracer: Tracer, photo: Tensor) -> tuple[dict[str, Any], dict[s
     return capture, {"encoding": encoding, "pass alone": pass_alone, "pass with capture": capturing}
 
 
-def describe_levels(levels: Levels) -> dict[str, Any]:
+def describe_scan(scan: Scan) -> dict[str, Any]:
     """Return the KL curve, t*, and the timestep that the model reads."""
-    timesteps, kl = levels.timesteps, levels.output.kl
+    timesteps, kl = scan.timesteps, scan.output.kl
     return {
         "kl": {} if kl is None else dict(zip(timesteps[1:], kl[0].tolist(), strict=True)),
-        "t*": None if levels.peak is None else timesteps[levels.peak],
-        "read": timesteps[levels.read],
+        "t*": None if scan.peak is None else timesteps[scan.peak],
+        "read": timesteps[scan.read],
     }
 
 
@@ -256,29 +256,29 @@ def check_divergence(tracer: Tracer, background: Tensor, photo: Tensor) -> dict[
     size = background.shape[-2:]
     row, column = (torch.linspace(-1, 1, side) for side in size)
     disc = (row[:, None] ** 2 + column**2 < 0.36)[None, None].float()
-    levels = measure_levels(tracer, torch.lerp(background, resize(photo, (size[0], size[1])), disc))
+    scan = scan_photo(tracer, torch.lerp(background, resize(photo, (size[0], size[1])), disc))
     tokens = functional.interpolate(disc, (height, width), mode="nearest-exact")
     padded = functional.pad(tokens, (1, 1, 1, 1), mode="replicate")[0, 0] > 0
     across = padded[1:-1, :-2] != padded[1:-1, 2:]
     down = padded[:-2, 1:-1] != padded[2:, 1:-1]
     inside = functional.avg_pool2d(tokens, 3, 1, 1)[0, 0] > 0.99
-    chosen = {levels.read, *([] if levels.peak is None else [levels.peak])}
+    chosen = {scan.read, *([] if scan.peak is None else [scan.peak])}
     return {
-        str(levels.timesteps[index]): {
-            "boundary": float(levels.abdiv[index][across | down].mean()),
-            "inside": float(levels.abdiv[index][inside].mean()),
+        str(scan.timesteps[index]): {
+            "boundary": float(scan.abdiv[index][across | down].mean()),
+            "inside": float(scan.abdiv[index][inside].mean()),
         }
         for index in sorted(chosen)
     }
 
 
-def draw_panel(photos: dict[str, Tensor], levels: dict[str, Levels]) -> Any:
+def draw_panel(photos: dict[str, Tensor], scans: dict[str, Scan]) -> Any:
     """Draw a row for each photograph: itself, the edges of the search, and ABDiv at a few timesteps."""
     rows = []
     for name, photo in photos.items():
-        measured = levels[name]
-        shown = sorted({*range(0, len(measured.timesteps), 3), measured.peak or 0})
-        pictures: list[Any] = [photo[0], measured.output.edges[0, 0]]
-        pictures += [np.asarray(draw_level(measured, index, photo.shape[-2:])) for index in shown]
-        rows.append(visualize.panel(pictures, [name, "edges", *map(measured.describe, shown)], height=HEIGHT))
+        scan = scans[name]
+        shown = sorted({*range(0, len(scan.timesteps), 3), scan.peak or 0})
+        pictures: list[Any] = [photo[0], scan.output.edges[0, 0]]
+        pictures += [np.asarray(draw_abdiv(scan, index, photo.shape[-2:])) for index in shown]
+        rows.append(visualize.panel(pictures, [name, "edges", *map(scan.describe, shown)], height=HEIGHT))
     return visualize.grid(rows, 1)

@@ -1,4 +1,4 @@
-"""The contents of the page beside `trace_fast.levels`: the models, the attention of a token, and files."""
+"""The contents of the page beside `trace_fast.scan`: the models, the attention of a token, and files."""
 
 from __future__ import annotations
 

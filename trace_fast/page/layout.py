@@ -19,9 +19,9 @@ from torch import Tensor
 from trace_fast.io import visualize
 from trace_fast.io.images import read_image
 from trace_fast.jobs.errors import FAILURES, describe
-from trace_fast.levels import Levels, draw_level, measure_levels
 from trace_fast.masks import instances
 from trace_fast.page.analysis import Models, draw_attention, write_files
+from trace_fast.scan import Scan, draw_abdiv, scan_photo
 
 __all__ = ["Page", "serve"]
 
@@ -31,7 +31,7 @@ USERS = 2  # whose work runs at the same time
 NO_PHOTO, MEASURING = "Choose a photograph first.", "Measuring every timestep ..."
 HELP = (
     "Choose a photograph: its instance edges, the masks that they enclose, and what the search measures follow. Then "
-    "click on a level for its ABDiv, and on the photograph for what that point attends to. All of it stays on this "
+    "click on a timestep for its ABDiv, and on the photograph for what that point attends to. All of it stays on this "
     "machine."
 )
 
@@ -52,8 +52,8 @@ class Session:
         edges: (H, W) float32 in [0, 1].
         masks: (M, H, W) bool.
         scores: (M,) float32.
-        levels: what the search measured; None before.
-        level: index of the timestep that is shown.
+        scan: what the search measured; None before.
+        index: of the timestep that is shown.
         point: row and column of the pixel that was clicked; None before.
         folder: of the files to download, which go with the session.
     """
@@ -63,8 +63,8 @@ class Session:
     edges: Tensor
     masks: Tensor
     scores: Tensor
-    levels: Levels | None = None
-    level: int = 0
+    scan: Scan | None = None
+    index: int = 0
     point: tuple[int, int] | None = None
     folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="trace_fast-"))
 
@@ -72,10 +72,10 @@ class Session:
         """Return a line on what there is."""
         height, width = self.edges.shape
         text = f"{width} x {height} pixels, {len(self.masks)} masks."
-        if self.levels is not None:
-            text += f" The model reads t = {self.levels.timesteps[self.levels.read]}."
-            if self.levels.peak is not None:
-                text += f" The KL curve peaks at t* = {self.levels.timesteps[self.levels.peak]}."
+        if self.scan is not None:
+            text += f" The model reads t = {self.scan.timesteps[self.scan.read]}."
+            if self.scan.peak is not None:
+                text += f" The KL curve peaks at t* = {self.scan.timesteps[self.scan.peak]}."
         return text
 
 
@@ -159,7 +159,7 @@ class Page:
             self.cancel.click(self.stop, None, self.status, queue=False)
             changes = [choice.change for choice in choices]
             gradio.on(changes, self.change_masks, [self.session, *choices], shown, trigger_mode="always_last")
-            self.strip.select(self.choose_level, self.session, [self.status, *search])
+            self.strip.select(self.choose_timestep, self.session, [self.status, *search])
             self.photo.select(self.choose_point, self.session, [self.status, *search])
 
     def begin(self, request: gradio.Request) -> str:
@@ -223,13 +223,13 @@ class Page:
             self.status: MEASURING,
         }
         with self.work_for(visitor):
-            levels = session.levels = measure_levels(self.models.tracer, photo)
-        session.level = levels.read
-        pictures = [(draw_level(levels, index), levels.describe(index)) for index in range(len(levels.timesteps))]
+            scan = session.scan = scan_photo(self.models.tracer, photo)
+        session.index = scan.read
+        pictures = [(draw_abdiv(scan, index), scan.describe(index)) for index in range(len(scan.timesteps))]
         yield {
             self.strip: pictures,
-            self.curve: None if levels.output.kl is None else visualize.plot_curve(levels.output),
-            **self.show_level(session),
+            self.curve: None if scan.output.kl is None else visualize.plot_curve(scan.output),
+            **self.show_timestep(session),
             self.session: session,
             self.status: session.describe(),
         }
@@ -242,15 +242,15 @@ class Page:
             session.masks, session.scores = find_masks(session.edges, threshold, count)
             return {**self.show_masks(session), self.status: session.describe()}
 
-    def choose_level(self, session: Session | None, event: gradio.SelectData) -> Updates:
+    def choose_timestep(self, session: Session | None, event: gradio.SelectData) -> Updates:
         """Show another timestep."""
         with sentences():
             if session is None:
                 return {self.status: NO_PHOTO}
-            if session.levels is not None and event.index not in range(len(session.levels.timesteps)):
-                raise ValueError(f"app: level must be one of those that are shown, got {event.index}")
-            session.level = event.index
-            return self.show_level(session)
+            if session.scan is not None and event.index not in range(len(session.scan.timesteps)):
+                raise ValueError(f"app: timestep must be one of those that are shown, got {event.index}")
+            session.index = event.index
+            return self.show_timestep(session)
 
     def choose_point(self, session: Session | None, event: gradio.SelectData) -> Updates:
         """Show what another point attends to."""
@@ -258,7 +258,7 @@ class Page:
             if session is None:
                 return {self.status: NO_PHOTO}
             session.point = find_pixel(session.photo, *event.index)
-            return self.show_level(session)
+            return self.show_timestep(session)
 
     def show_masks(self, session: Session) -> Updates:
         """Return the picture of the masks, and the files."""
@@ -269,15 +269,15 @@ class Page:
             self.session: session,
         }
 
-    def show_level(self, session: Session) -> Updates:
+    def show_timestep(self, session: Session) -> Updates:
         """Return ABDiv at the timestep of the session, and what its point attends to."""
-        levels, photo = session.levels, session.photo
-        if levels is None:
+        scan, photo = session.scan, session.photo
+        if scan is None:
             return {self.status: MEASURING}
-        picture = shrink(draw_level(levels, session.level, photo.shape[-2:]))
-        updates: Updates = {self.abdiv: gradio.Image(picture, label=f"ABDiv at {levels.describe(session.level)}")}
+        picture = shrink(draw_abdiv(scan, session.index, photo.shape[-2:]))
+        updates: Updates = {self.abdiv: gradio.Image(picture, label=f"ABDiv at {scan.describe(session.index)}")}
         if session.point is not None:
-            timestep = levels.timesteps[session.level]
+            timestep = scan.timesteps[session.index]
             picture, text = draw_attention(self.models.tracer, photo, session.masks, timestep, *session.point)
             updates |= {self.attention: shrink(picture), self.token: text}
         return updates

@@ -14,11 +14,11 @@ from trace_fast.tracer import TIMESTEPS, TraceOutput, Tracer, edge_probability
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Levels", "draw_level", "measure_levels"]
+__all__ = ["Scan", "draw_abdiv", "scan_photo"]
 
 
 @dataclass(frozen=True)
-class Levels:
+class Scan:
     """The measurements of the search at every timestep of one image.
 
     Attributes:
@@ -54,7 +54,7 @@ class Levels:
         return text + (", t*" if index == self.peak else "")
 
 
-def measure_levels(tracer: Tracer, photo: Tensor, seed: int = 0) -> Levels:
+def scan_photo(tracer: Tracer, photo: Tensor, seed: int = 0) -> Scan:
     """Run the network at every timestep of the search, and measure KL and ABDiv.
 
     Args:
@@ -63,7 +63,7 @@ def measure_levels(tracer: Tracer, photo: Tensor, seed: int = 0) -> Levels:
         seed: seed of the Gaussian noise, where the search draws any.
 
     Example:
-        >>> measure_levels(Tracer.from_pretrained("mini", device="cpu"), torch.rand(1, 3, 48, 64)).abdiv.shape
+        >>> scan_photo(Tracer.from_pretrained("mini", device="cpu"), torch.rand(1, 3, 48, 64)).abdiv.shape
         torch.Size([11, 32, 32])
     """
     settings, schedule = tracer.backbone.settings, tracer.backbone.schedule
@@ -81,24 +81,24 @@ def measure_levels(tracer: Tracer, photo: Tensor, seed: int = 0) -> Levels:
         noising="none" if schedule is None else settings.noising,
         size=settings.size,
     )
-    return Levels(output, abdiv[0], settings.edge_scale)
+    return Scan(output, abdiv[0], settings.edge_scale)
 
 
-def draw_level(levels: Levels, index: int, size: Sequence[int] | None = None) -> Image.Image:
+def draw_abdiv(scan: Scan, index: int, size: Sequence[int] | None = None) -> Image.Image:
     """Draw ABDiv at a timestep as edge probability, black for 0 and white for 1.
 
     Args:
-        levels: of the image.
+        scan: of the image.
         index: of the timestep.
         size: (H, W) of the picture in pixels; None is the token grid.
 
     Example:
-        >>> levels = measure_levels(Tracer.from_pretrained("mini", device="cpu"), torch.rand(1, 3, 48, 64))
-        >>> draw_level(levels, 0).size
+        >>> scan = scan_photo(Tracer.from_pretrained("mini", device="cpu"), torch.rand(1, 3, 48, 64))
+        >>> draw_abdiv(scan, 0).size
         (32, 32)
     """
     from PIL import Image
 
-    strength = levels.abdiv[None, index]
-    edges = edge_probability(strength, levels.scale, strength.shape[1:] if size is None else size)
+    strength = scan.abdiv[None, index]
+    edges = edge_probability(strength, scan.scale, strength.shape[1:] if size is None else size)
     return Image.fromarray((edges[0, 0] * 255).round().to(torch.uint8).numpy())
