@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from trace_fast.api import load
 from trace_fast.cli import app
-from trace_fast.io.claims import CLAIM, claim_folder
+from trace_fast.io.claims import CLAIM, claim_folder, make_stage
 from trace_fast.io.images import read_image, resize, restore_edges
 from trace_fast.jobs.errors import describe, is_out_of_memory
 from trace_fast.jobs.inputs import list_inputs, name_results
@@ -256,6 +256,16 @@ class TestManifest:
             pass
         with open_manifest(tmp_path, self.SETTINGS, "edges"):
             assert [path.name for path in tmp_path.glob("*.lock")] == [CLAIM]
+
+    def test_stages_of_earlier_runs_are_removed_and_those_of_other_parts_are_not(self, tmp_path):
+        stages = [make_stage(tmp_path, index) for index in (0, 0, 1, 10)]
+        (stages[0] / "a.tar").touch()
+        with open_manifest(tmp_path, self.SETTINGS, "edges", part=Part(0, 12)):
+            assert {*tmp_path.glob(".trace-fast-stage*")} == {*stages[2:]}
+        with open_manifest(tmp_path, self.SETTINGS, "edges"):
+            assert not list(tmp_path.glob(".trace-fast-stage*"))
+            make_stage(tmp_path, 0)
+        assert not list(tmp_path.iterdir())
 
     def test_names_that_are_too_long_are_those_of_no_file(self, tmp_path):
         name = "a" * 300

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import stat
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from disks import mount
 from exiting import EndingTask, SlowTask
 from test_jobs import list_tree, make_photo, make_tar
 from typer.testing import CliRunner
@@ -16,13 +22,32 @@ from typer.testing import CliRunner
 from trace_fast.cli import app
 from trace_fast.jobs.finder import EdgeFinder
 from trace_fast.jobs.inputs import list_inputs
+from trace_fast.jobs.manifest import MANIFEST
+from trace_fast.jobs.ray_engine import move_files
 from trace_fast.jobs.run import plan_targets, run_job
+from trace_fast.jobs.tasks import EdgesTask
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'trace_fast[ray]'")
 pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'trace_fast[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # those of Ray, which starts processes
 SIZE = ("--size", "16x24", "--device", "cpu")
 FINDER = EdgeFinder(device="cpu", size=(16, 24))
+# a shell that runs the tests in the background has them ignore Ctrl-C
+DRIVER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import exiting
+from trace_fast.cli import main
+from trace_fast.jobs import tasks
+tasks.EdgesTask = exiting.SlowTask
+main()
+"""
+
+
+def set_environment(patch, notes):
+    """Let nodes of Ray that are started from here, and their actors, import the tests."""
+    patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{':'.join(sys.path)}")
+    patch.setenv("TRACE_FAST_NOTES", str(notes))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +57,7 @@ def cluster(tmp_path_factory):
 
     notes = tmp_path_factory.mktemp("notes") / "notes"
     with pytest.MonkeyPatch.context() as patch:
-        # actors have the environment that their node is started with
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{':'.join(sys.path)}")
-        patch.setenv("TRACE_FAST_NOTES", str(notes))
+        set_environment(patch, notes)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             cluster.nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
@@ -60,12 +83,48 @@ def inputs(tmp_path, monkeypatch):
 
 
 def call(output, *options):
-    return CliRunner().invoke(app, ["edges", "in", "-o", output, *SIZE, *map(str, options)])
+    return CliRunner().invoke(app, ["edges", "in", "-o", str(output), *SIZE, *map(str, options)])
 
 
 def run(task, inputs, output, **options):
     output.mkdir(exist_ok=True)
     return run_job(task, plan_targets(task, list_inputs("edges", [inputs]).files, output), output, **options)
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """Make ten tar files of four photos, and a folder "plain" of what a run without Ray makes of them."""
+    monkeypatch.chdir(tmp_path)
+    photos = {f"{index}.png": make_photo(tmp_path / "photo.png", index).read_bytes() for index in range(4)}
+    for index in range(10):
+        make_tar(tmp_path / "in" / f"{index}.tar", photos)
+    run(EdgesTask(FINDER), tmp_path / "in", tmp_path / "plain")
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def driver(tmp_path, shards, monkeypatch):
+    """Start a command that takes a moment for each photo, on this machine, and wait for lines of its manifest."""
+    set_environment(monkeypatch, tmp_path / "notes")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    manifest, processes = tmp_path / "out" / MANIFEST, []
+
+    def start(lines):
+        words = ["edges", "in", "-o", "out", *SIZE, "--engine", "ray", "--actors", "1"]
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, *words], stderr=subprocess.DEVNULL)
+        processes.append(process)
+        while process.poll() is None and not (manifest.exists() and manifest.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def list_everything(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*"))
 
 
 def test_too_many_actors_are_refused_on_this_machine(inputs, monkeypatch):
@@ -108,27 +167,57 @@ def test_shards_whose_process_ends(inputs, tmp_path, cluster, caplog):
     assert len(names) == 48 and "b.tar" in names and "a.tar" not in names
 
 
-def test_a_shard_that_cannot_be_written(inputs, tmp_path, cluster, caplog):
-    (tmp_path / "out").mkdir()
+@pytest.mark.usefixtures("cluster")
+def test_a_folder_that_cannot_be_written_to(inputs, tmp_path):
     make_photo(inputs / "deep" / "a.jpg")
-    task, files = EndingTask(FINDER), list_inputs("edges", [inputs], recursive=True).files
+    files = list_inputs("edges", [inputs], recursive=True).files
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "deep").touch()  # in the place of a folder
-    outcome = run_job(task, plan_targets(task, files[-1:], tmp_path / "out"), tmp_path / "out", engine="ray")
-    assert (outcome.images, outcome.failures) == (1, 1)
-    assert f"{inputs / 'deep' / 'a.jpg'}: not written: " in caplog.text
+    targets, task = plan_targets(EdgesTask(FINDER), files[-1:], tmp_path / "out"), EdgesTask(FINDER)
+    for engine in ("threads", "ray"):
+        with pytest.raises(FileExistsError, match="deep"):
+            run_job(task, targets, tmp_path / "out", engine=engine)
+    assert list_everything("out") == ["deep"]
 
 
-def test_a_machine_that_ends(tmp_path, cluster):
+@pytest.mark.usefixtures("cluster", "shards")
+def test_a_disk_that_is_full():
+    """Let some shards fail by name; the same command does them when there is room."""
+    with ExitStack() as stack:
+        try:
+            disk = stack.enter_context(mount(64))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs the right to mount: {error}")
+        output = disk / "out"
+        result = call(output, "--engine", "ray")
+        done = [*list_tree(output)]
+        assert (result.exit_code, result.stdout) == (1, f"{4 * len(done)} of 40 written to {output}\n") and done
+        for shard in {path.name for path in Path("in").iterdir()}.difference(done):
+            reason = rf"{shard}: not written: \[Errno 28\] edges: the disk must have room for {shard}"
+            assert re.search(reason, result.stderr)
+        assert list_everything(output) == [MANIFEST, *done]
+        subprocess.run(["mount", "-o", "remount,size=1024k", str(disk)], check=True)
+        result = call(output, "--engine", "ray")
+        assert result.stdout == f"40 of 40 written to {output}, {4 * len(done)} of them by an earlier run\n"
+        assert list_everything(output) == list_everything("plain") and list_tree(output) == list_tree("plain")
+
+
+def test_files_that_are_moved_keep_permissions(tmp_path):
+    for folder in (tmp_path / "stage", tmp_path / "out"):
+        folder.mkdir()
+        (folder / "a.png").write_text(folder.name)
+    (tmp_path / "out" / "a.png").chmod(0o600)
+    move_files(["a.png"], tmp_path / "stage", tmp_path / "out")
+    assert (tmp_path / "out" / "a.png").read_text() == "stage"
+    assert stat.S_IMODE((tmp_path / "out" / "a.png").stat().st_mode) == 0o600
+
+
+def test_a_machine_that_ends(shards, tmp_path, cluster):
     """Kill a node in the middle of the work: every shard is there once, and those that were done stay."""
-    photos = {f"{index}.png": make_photo(tmp_path / "photo.png", index).read_bytes() for index in range(4)}
-    for index in range(10):
-        make_tar(tmp_path / "in" / f"{index}.tar", photos)
-    task = SlowTask(FINDER)
-    run(task, tmp_path / "in", tmp_path / "plain")
-    cluster.notes.unlink()
+    cluster.notes.unlink(missing_ok=True)
     output, pool = tmp_path / "out", ThreadPoolExecutor()
-    future = pool.submit(run, task, tmp_path / "in", output, engine="ray", actors=2)
-    manifest = output / ".trace-fast.jsonl"
+    future = pool.submit(run, SlowTask(FINDER), shards, output, engine="ray", actors=2)
+    manifest = output / MANIFEST
     while not future.done() and (not manifest.exists() or manifest.read_bytes().count(b"\n") < 3):
         time.sleep(0.01)
     done = [json.loads(line)["name"] for line in manifest.read_bytes().split(b"\n")[1:-1]]
@@ -142,3 +231,31 @@ def test_a_machine_that_ends(tmp_path, cluster):
     assert list_tree(output) == list_tree(tmp_path / "plain") and len(list_tree(output)) == 10
     assert {name: (output / name).stat().st_mtime_ns for name in done} == times and len(done) >= 2
     assert manifest.read_bytes() == (tmp_path / "plain" / ".trace-fast.jsonl").read_bytes()
+
+
+def test_a_command_that_is_killed(tmp_path, driver):
+    """Kill it in the middle of the work: every shard is there once, and those that were done stay."""
+    process = driver(4)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    shards = {*Path("out").glob("*.tar")}
+    time.sleep(1.5)  # an actor lives on for a moment, and writes
+    assert {*Path("out").glob("*.tar")} == shards
+    done = {json.loads(line)["name"] for line in Path("out", MANIFEST).read_bytes().split(b"\n")[1:-1]}
+    times = {name: Path("out", name).stat().st_mtime_ns for name in done}
+    result = call("out", "--engine", "ray", "--actors", 1)
+    assert result.stdout == f"40 of 40 written to out, {4 * len(done)} of them by an earlier run\n"
+    assert {name: Path("out", name).stat().st_mtime_ns for name in done} == times and len(done) >= 3
+    assert list_everything("out") == list_everything("plain") and list_tree("out") == list_tree("plain")
+    assert Path("out", MANIFEST).read_bytes() == Path("plain", MANIFEST).read_bytes()
+
+
+def test_ctrl_c(driver):
+    """Press it in the middle: the command ends soon, and all its files are complete."""
+    process = driver(3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and time.monotonic() - started < 10
+    files = list_tree("out")
+    assert files.items() < list_tree("plain").items() and len(files) >= 2
+    assert list_everything("out") == [MANIFEST, *files]

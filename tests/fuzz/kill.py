@@ -23,13 +23,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 # before anything imports torch: a child has one thread
 os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.append(str(Path(__file__).parents[1]))
 
 import numpy as np
+from disks import mount
 from inputs import check_shard
 from PIL import Image
 from safetensors import safe_open
@@ -246,17 +247,6 @@ def kill_once(job: Job, random: np.random.Generator, counts: Counter[str]) -> li
     counts["lost"] += bool(lost)
     counts["differs"] += bool(different)
     return [*problems, *(f"lost {name}" for name in lost), *(f"differs: {name}" for name in different)]
-
-
-@contextlib.contextmanager
-def mount(size: int) -> Iterator[Path]:
-    """Mount a disk of some KiB in memory; this needs the rights of root."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], check=True)
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
 
 
 def fill_disk(job: Job, random: np.random.Generator) -> list[str]:

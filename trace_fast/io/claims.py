@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-__all__ = ["CLAIM", "claim_folder", "list_claims", "remove_parts"]
+__all__ = ["CLAIM", "claim_folder", "list_claims", "make_stage", "remove_parts", "remove_stages"]
 
 CLAIM = ".trace-fast.lock"  # has the number of the process that writes to its folder
 ATTEMPTS = 10  # to lock a file that others remove meanwhile
@@ -29,6 +31,7 @@ LOCKED_BYTE = 1 << 30
 # names that `write_atomically` gives to files that are not complete, and for how many seconds none is left alone
 PART = re.compile(r"\.[0-9a-f]{16}\.part")
 STALE = 600
+STAGE = ".trace-fast-stage"
 
 # folders that this process has claimed: its own locks do not keep its other threads out
 _claimed: set[str] = set()
@@ -168,3 +171,28 @@ def remove_parts(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 if PART.fullmatch(path.name) and path.stat().st_mtime < newest:
                     path.unlink()
+
+
+def make_stage(folder: Path, part: int) -> Path:
+    """Make a folder inside a claimed folder, and return it.
+
+    Processes that may live longer than their run write to it, and the run that has the claim moves the complete files:
+    what such a process writes later has no effect on the files of the next run.
+
+    Args:
+        folder: it exists.
+        part: of the folder; see `claim_folder`.
+    """
+    return Path(tempfile.mkdtemp(prefix=f"{STAGE}-{part}-", dir=folder))
+
+
+def remove_stages(folder: Path, part: int | str) -> None:
+    """Remove the folders that `make_stage` has made, with the files that were not moved.
+
+    Args:
+        folder: in which they are.
+        part: of the folder; "*" is all parts, none of which another run may have claimed.
+    """
+    for stage in folder.glob(f"{STAGE}-{part}-*"):
+        # a process that still writes to it makes this fail
+        shutil.rmtree(stage, ignore_errors=True)

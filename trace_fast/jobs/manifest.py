@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trace_fast.io.claims import claim_folder, list_claims
+from trace_fast.io.claims import claim_folder, list_claims, remove_stages
 from trace_fast.io.files import write_atomically
 from trace_fast.jobs.parts import ALONE, Part
 from trace_fast.training.state import require_same
@@ -199,6 +199,10 @@ def open_manifest(
         if part.count == 1:  # it replaces the files of all parts
             for index in list_claims(folder):
                 claims.enter_context(claim_folder(folder, op, index))
+        stages = "*" if part.count == 1 else part.index
+        remove_stages(folder, stages)
+        # those of this run, too, and what processes of an earlier one have written meanwhile
+        claims.callback(remove_stages, folder, stages)
         manifest = Manifest(folder, settings, op, targets, part, overwrite)
         try:
             yield manifest

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import pickle
+import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from trace_fast.extras import require
+from trace_fast.io.claims import make_stage
 from trace_fast.jobs.errors import FAILURES, describe
+from trace_fast.jobs.manifest import Manifest
 from trace_fast.jobs.run import Job, Outcome, Recorder, Targets
 
 __all__ = ["run_in_actors"]
@@ -24,6 +31,9 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
 
     A row whose process ends is given to another one twice; then its inputs are failures. All others are done.
 
+    Actors may live longer than this process, if it is killed. They write to a folder of this run, from which files are
+    moved here.
+
     Args:
         job: whose outcome and manifest are kept here.
         missing: inputs, and the names of the files of their results.
@@ -32,8 +42,10 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
     Raises:
         ValueError: there are too many actors.
         RuntimeError: Ray is not installed, or does not start.
+        OSError: the folder of results cannot be written to.
     """
-    op = job.task.op
+    assert isinstance(job.manifest, Manifest)
+    op, files = job.task.op, {file.name: names.values() for file, names in missing.items()}
     require(op, "ray")
     import ray
     import ray.data
@@ -56,7 +68,8 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
         ray.data.DataContext.get_current().enable_progress_bars = False
         # it writes a traceback for each process that ends
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        arguments = pickle.dumps((job.task, job.task.settings, job.output.absolute(), job.workers))
+        stage = make_stage(job.output.absolute(), job.manifest.part.index)
+        arguments = pickle.dumps((job.task, job.task.settings, stage, job.workers))
         # it may be on a machine that ends; counts begin again then
         starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
@@ -67,9 +80,22 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
             num_gpus=int(job.task.settings.get("device") == "cuda"),
         )
         for report in reports.iter_rows():
-            job.merge(*pickle.loads(report["result"]))
+            recorder, outcome, lines = pickle.loads(report["result"])
+            for name, _, _ in recorder.records:
+                move_files(files[name], stage, job.output)
+            job.merge(recorder, outcome, lines)
     finally:
         ray.shutdown()
+
+
+def move_files(names: Iterable[str], stage: Path, output: Path) -> None:
+    """Move files into a folder of the same disk; each replaces the one of its name, and has its permissions."""
+    for name in names:
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, stage / name)
+        os.replace(stage / name, path)
 
 
 def list_rows(missing: Targets) -> list[dict[str, Any]]:
@@ -97,7 +123,7 @@ class Actor:
     """Writes the results of rows, in a process of Ray.
 
     Args:
-        arguments: task, settings, folder of results and number of threads, pickled.
+        arguments: task, settings, folder to write to and number of threads, pickled.
         starts: an actor of `Starts`.
     """
 
