@@ -37,9 +37,9 @@ class TestAttentionInside:
 class TestMeasureInside:
     @pytest.fixture
     def scene(self, tmp_path) -> SceneFile:
-        """Return a red square on green, 64 x 64 pixels."""
+        """Return a red rectangle on green, 64 x 64 pixels, off the center."""
         instances = np.zeros((64, 64), np.uint16)
-        instances[16:48, 16:48] = 1
+        instances[16:48, 8:24] = 1
         image = np.where(instances[..., None] > 0, [220, 30, 30], [40, 160, 60]).astype(np.uint8)
         return self.write(tmp_path, image, instances)
 
@@ -52,14 +52,14 @@ class TestMeasureInside:
     def test_the_embedded_model_attends_to_the_object_more_than_by_chance(self, scene):
         tracer = Tracer.from_pretrained("mini", device="cpu", size=(48, 64))
         inside, chance = measure_inside(tracer, [scene])
-        assert_close(chance, 0.25)
+        assert_close(chance, 0.125)
         assert 0.4 < inside < 1
 
     def test_it_is_that_of_the_map(self, scene):
         tracer = Tracer.from_pretrained("mini", device="cpu", size=(64, 64))
         image = torch.from_numpy(np.asarray(Image.open(scene.image)).copy()).permute(2, 0, 1)[None] / 255
         rows = torch.zeros(16, 16, dtype=torch.bool)
-        rows[4:12, 4:12] = True
+        rows[4:12, 2:6] = True
         rows = rows.flatten()
         expected = tracer.attention(image)[0][rows][:, rows].sum(1).mean()
         assert_close(measure_inside(tracer, [scene])[0], expected.item(), rtol=1e-5, atol=0)
