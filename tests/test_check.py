@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny import embedded, pipeline
+from tiny import dinov2, embedded, pipeline
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
@@ -70,6 +70,13 @@ def test_divergence_is_larger_on_the_outline_of_a_disc():
     tracer = Tracer.from_pretrained("mini", device="cpu")
     values = module.check_divergence(tracer, torch.full((1, 3, 90, 120), 0.2), torch.full((1, 3, 50, 60), 0.9))
     assert values["0"]["boundary"] > 2 * values["0"]["inside"] > 0
+
+
+def test_an_encoder_has_no_curve(tmp_path):
+    dinov2().save_pretrained(tmp_path)
+    report = check(tmp_path, device="cpu")
+    assert "- coffee: none, since an encoder has no timesteps" in str(report).splitlines()
+    assert report.photos["coffee"] == {"kl": {}, "t*": None, "read": 0} and list(report.divergence) == ["0"]
 
 
 @pytest.mark.slow

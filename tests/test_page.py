@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import embedded, student
+from tiny import dinov2, embedded, student
 from torch.testing import assert_close
 
-from trace_fast import TraceOutput, Tracer
+from trace_fast import Tracer
 from trace_fast.masks import read_results
 from trace_fast.page import analysis
 from trace_fast.page.analysis import Models
-from trace_fast.scan import Scan, draw_abdiv, scan_photo
+from trace_fast.scan import draw_abdiv, scan_photo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -67,19 +67,10 @@ def test_a_timestep_is_described(scan):
     assert texts[4].startswith(f"t = 499, KL {scan.output.kl[0, 4]:.3f}")
 
 
-def test_an_encoder_has_one_timestep_and_no_peak(scan):
-    output = TraceOutput(
-        edges=torch.zeros(1, 1, 4, 6),
-        timestep=torch.tensor([0]),
-        timesteps=torch.tensor([0]),
-        kl=None,
-        abdiv=None,
-        model="encoder",
-        noising="none",
-        size=(4, 6),
-    )
-    scan = Scan(output, torch.zeros(1, 2, 3), 0.1)
-    assert (scan.peak, scan.read, scan.describe(0)) == (None, 0, "t = 0")
+def test_an_encoder_has_one_timestep_and_no_peak(photo):
+    scan = scan_photo(Tracer.from_encoder(dinov2()), photo)
+    assert (scan.timesteps, scan.peak, scan.read, scan.describe(0)) == ([0], None, 0, "t = 0")
+    assert scan.output.noising == "none" and scan.abdiv.shape == (1, 5, 5)
 
 
 def test_abdiv_is_drawn_as_edge_probability(scan):

@@ -337,8 +337,9 @@ def test_segment_keeps_the_masks_of_a_file(call, data, tmp_path):
     walked = np.asarray(Image.open(tmp_path / "out" / "001.png"))
     expected = propagate(masks, trace_fast.edges(data / "images" / "001.png"), threshold=1, mode="walk")
     assert np.array_equal(walked, expected) and not np.array_equal(walked, labels)
-    result = call("segment", data / "images", "-o", "out", "--masks", data / "inst" / "001.png")
-    assert result.exit_code == 2 and "--masks must be of one image, or a folder, got 4" in result.output
+    for masks in (data / "inst" / "001.png", "missing"):
+        result = call("segment", data / "images", "-o", "out", "--masks", masks)
+        assert result.exit_code == 2 and f"--masks must be a folder for 4 images, got '{masks}'" in result.output
 
 
 def test_drawn_masks_have_outlines_and_colors():

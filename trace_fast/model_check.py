@@ -74,7 +74,12 @@ class Report:
         lines += ["", "## KL curve, in nats", ""]
         for name, photo in self.photos.items():
             curve = ", ".join(f"{timestep}: {kl:.4f}" for timestep, kl in photo["kl"].items())
-            lines.append(f"- {name}: t* {photo['t*']}, read at {photo['read']}; {curve or 'an encoder has none'}")
+            text = (
+                f"t* {photo['t*']}, read at {photo['read']}; {curve}"
+                if curve
+                else "none, since an encoder has no timesteps"
+            )
+            lines.append(f"- {name}: {text}")
         lines += ["", "## Mean ABDiv, in nats", "", "| timestep | on the boundary | inside |", "| ---: | ---: | ---: |"]
         for timestep, values in self.divergence.items():
             lines.append(f"| {timestep} | {values['boundary']:.4f} | {values['inside']:.4f} |")

@@ -202,7 +202,7 @@ def _check_label_files(masks: Path, file_kinds: list[str], files: list[InputFile
 
     if not os.path.isdir(masks):
         if len(files) != 1:
-            refuse(f"--masks must be of one image, or a folder, got {len(files)}")
+            refuse(f"--masks must be a folder for {len(files)} images, got '{masks}'")
         with refuse_failures():
             read_labels(masks)
     for name in name_results([file.name for file in files], file_kinds):
