@@ -15,7 +15,7 @@ from pycocotools import mask as api
 
 from trace_fast.io.arrays import array_to_tensor, mask_areas, mask_boxes
 from trace_fast.masks import formats
-from trace_fast.masks.formats import MaskSet, keep_visible, open_masks, semantic_masks
+from trace_fast.masks.formats import MaskSet, keep_visible, open_masks, paint_labels, semantic_masks
 from trace_fast.masks.propagation import propagate
 from trace_fast.ops import checks
 
@@ -975,6 +975,29 @@ def test_masks_that_are_visible(masks):
     for mask, index in zip(visible.numpy(), indices.tolist(), strict=True):
         above = masks[order[: order.index(index)]].any(0)
         np.testing.assert_array_equal(mask, masks[index] & ~above)
+
+
+def test_painted_masks_are_numbered_from_1():
+    masks = torch.tensor([[[True, True, False]], [[False, True, False]]])
+    assert paint_labels(masks).tolist() == [[1, 2, 0]] and paint_labels(masks, [9, 7]).tolist() == [[9, 7, 0]]
+    for labels in ([9], [9, 7, 5]):
+        with pytest.raises(ValueError, match=f"paint_labels: labels must be 2, one for each mask, got {len(labels)}"):
+            paint_labels(masks, labels)
+
+
+@pytest.mark.parametrize("function", [paint_labels, keep_visible])
+@pytest.mark.parametrize(
+    ("masks", "error", "message"),
+    [
+        (np.zeros((1, 2, 3), bool), TypeError, "a bool tensor, got ndarray"),
+        (torch.zeros(1, 2, 3), TypeError, "a bool tensor, got torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.bool), ValueError, r"\(M, H, W\), got \(2, 3\)"),
+    ],
+    ids=["array", "float", "one mask"],
+)
+def test_only_stacks_of_masks_are_painted(function, masks, error, message):
+    with pytest.raises(error, match=f"^{function.__name__}: masks must be {message}$"):
+        function(masks)
 
 
 @EXAMPLES

@@ -192,7 +192,7 @@ def make_panoptic_segments(mask_set: MaskSet) -> tuple[np.ndarray, list[dict[str
     mask_set, _ = open_masks(mask_set)
     if mask_set.classes is None:
         raise ValueError(f"{op}: mask_set must have classes, got None")
-    painted = paint_labels(mask_set.masks, range(1, len(mask_set.masks) + 1)).cpu()
+    painted = paint_labels(mask_set.masks).cpu()
     visible = painted.unique()
     visible = visible[visible > 0]
     # numbers from 1 without gaps

@@ -149,7 +149,7 @@ def write_files(folder: Path, name: str, edges: Tensor, masks: Tensor, scores: T
     write_coco_results(files[1], [(1, masks.cpu(), scores.cpu())])
     if len(masks) <= MOST_LABELS:
         files.append(folder / f"{name}_labels.png")
-        write_palette(files[-1], paint_labels(masks, range(1, len(masks) + 1)).cpu().numpy())
+        write_palette(files[-1], paint_labels(masks).cpu().numpy())
     return files
 
 

@@ -77,20 +77,28 @@ def semantic_masks(class_map: np.ndarray | Tensor, tags: Iterable[int], void: in
     return MaskSet(masks[is_present], classes=classes[is_present])
 
 
-def paint_labels(masks: Tensor, labels: Sequence[int]) -> Tensor:
+def paint_labels(masks: Tensor, labels: Sequence[int] | None = None) -> Tensor:
     """Paint masks into one label map; smaller masks lie on top, and the later one of masks of equal area.
 
     Args:
         masks: (M, H, W) bool.
-        labels: the label of each mask, M integers.
+        labels: the label of each mask, M integers; None numbers them from 1.
 
     Returns:
         (H, W) int64, 0 outside all masks, on the device of the masks.
+
+    Raises:
+        TypeError: masks are not a bool tensor.
+        ValueError: masks are not (M, H, W), or labels are not one for each.
 
     Example:
         >>> paint_labels(torch.tensor([[[True, False, False]], [[True, True, False]]]), [7, 9])
         tensor([[7, 9, 0]])
     """
+    _check_stack("paint_labels", masks)
+    labels = range(1, len(masks) + 1) if labels is None else labels
+    if len(labels) != len(masks):
+        raise ValueError(f"paint_labels: labels must be {len(masks)}, one for each mask, got {len(labels)}")
     label_map = masks.new_zeros(masks.shape[1:], dtype=torch.int64)
     for index in mask_areas(masks).argsort(descending=True, stable=True).tolist():
         label_map.masked_fill_(masks[index], labels[index])
@@ -107,14 +115,28 @@ def keep_visible(masks: Tensor) -> tuple[Tensor, Tensor]:
         The masks that have pixels left (K, H, W) bool, in their order, and their indices (K,) int64, both on the device
         of the masks.
 
+    Raises:
+        TypeError: masks are not a bool tensor.
+        ValueError: masks are not (M, H, W).
+
     Example:
         >>> keep_visible(torch.tensor([[[True, True, False]], [[True, False, False]]]))[0].tolist()
         [[[False, True, False]], [[True, False, False]]]
     """
-    painted = paint_labels(masks, range(1, len(masks) + 1))
+    _check_stack("keep_visible", masks)
+    painted = paint_labels(masks)
     numbers = painted.unique()
     numbers = numbers[numbers > 0]
     return painted == numbers[:, None, None], numbers - 1
+
+
+def _check_stack(op: str, masks: Any) -> None:
+    """Require masks (M, H, W) bool; there may be none, of any size."""
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise TypeError(f"{op}: masks must be a bool tensor, got {got}")
+    if masks.ndim != 3:
+        raise ValueError(f"{op}: masks must be (M, H, W), got {tuple(masks.shape)}")
 
 
 def is_label_map(masks: Any) -> bool:
@@ -215,7 +237,7 @@ def read_panoptic(pair: Sequence[Any], options: Options) -> tuple[MaskSet, Write
         sources = [ids[index] for index in best]
         is_stuff = [segments[index].get("isthing", True) in (False, 0) for index in best]
         numbers = _number_parts(sources, {*ids, 0}, None, is_stuff)
-        painted = paint_labels(result.masks, range(1, len(best) + 1)).to(labels.device)
+        painted = paint_labels(result.masks).to(labels.device)
         written_map = torch.where(is_void, labels, _as_tensor([background, *numbers], labels)[painted])
         values = None if scores is None else update_scores(scores, mask_set, result, best).tolist()
         written: dict[int, dict[str, Any]] = {}
