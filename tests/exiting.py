@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,22 @@ def note(text: str) -> str:
 class EndingTask(EdgesTask):
     """Ends the process at photos of width 99, as a fault in a decoder does, and at the first one of width 98."""
 
-    def compute(self, name: str, photo: Photo) -> Any:
+    def compute(self, names: Sequence[str], photos: Sequence[Photo]) -> list[Any]:
         """Return the edges, or end the process."""
+        (photo,) = photos
         if photo.width == 99:
             note("x")
             os._exit(3)
         if photo.width == 98 and "killed" not in note("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().compute(name, photo)
+        return super().compute(names, photos)
 
 
 class SlowTask(EdgesTask):
     """Takes a moment for each photo, and notes the parent of its process, which is one for all of a node of Ray."""
 
-    def compute(self, name: str, photo: Photo) -> Any:
+    def compute(self, names: Sequence[str], photos: Sequence[Photo]) -> list[Any]:
         """Return the edges."""
         note(f"{os.getppid()}\n")
         time.sleep(0.2)
-        return super().compute(name, photo)
+        return super().compute(names, photos)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,13 +22,11 @@ from trace_fast.api import load
 from trace_fast.cli import app
 from trace_fast.io.claims import CLAIM, claim_folder, make_stage
 from trace_fast.io.images import read_image, resize, restore_edges
-from trace_fast.jobs.errors import describe, is_out_of_memory
 from trace_fast.jobs.inputs import list_inputs, name_results
 from trace_fast.jobs.manifest import MANIFEST, Manifest, open_manifest
 from trace_fast.jobs.parts import Part, find_part
-from trace_fast.jobs.run import compute_results
 from trace_fast.jobs.shards import TarWriter
-from trace_fast.jobs.tasks import Result, read_photo
+from trace_fast.jobs.tasks import read_photo
 from trace_fast.masks.rle import decode_mask
 
 SIZE = ("--size", "16x24", "--device", "cpu")
@@ -288,56 +285,6 @@ class TestManifest:
         assert find_part({"RANK": "", "WORLD_SIZE": "2"}) == Part(0, 1)
 
 
-class TestThreads:
-    """A task that works on numbers."""
-
-    op, file_kinds = "edges", ["png"]
-
-    def read(self, content):
-        return torch.tensor(len(content))
-
-    def compute(self, name, photo):
-        if name == "bad":
-            raise ValueError("no <image at 0x7f00>")
-        return photo + 1
-
-    def finish(self, name, photo, computed):
-        time.sleep(0.01 * (name == "slow"))
-        return Result(name, int(photo), int(computed))
-
-    @pytest.mark.parametrize("workers", [1, 2, 5])
-    def test_results_are_in_order(self, workers):
-        names = ["slow", "a", "bad", "slow", *"bcdefghij", "missing"]
-        images = ((name, ValueError("gone") if name == "missing" else b"1" * index) for index, name in enumerate(names))
-        results = list(compute_results(self, images, workers))
-        assert [result.name for result in results] == names
-        assert [result.height for result in results][3:6] == [3, 4, 5]
-        assert {result.name: result.error for result in results if result.error} == {
-            "bad": "no <image>",
-            "missing": "gone",
-        }
-
-    def test_few_images_are_in_memory(self):
-        ahead = []
-
-        def list_images():
-            for index in range(50):
-                ahead.append(index)
-                yield str(index), b""
-
-        for done, _ in enumerate(compute_results(self, list_images(), 2)):
-            assert len(ahead) - done <= 2 * (2 + 1) + 1
-
-    def test_full_memory_is_raised_where_it_would_be_a_result(self):
-        error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        assert is_out_of_memory(error)
-        for failure in (error, MemoryError()):
-            (result,) = compute_results(self, [("a", failure)], 1)
-            assert result.error == describe(failure)
-            with pytest.raises(type(failure)):
-                list(compute_results(self, [("a", failure)], 1, raise_memory=True))
-
-
 class TestPictures:
     @pytest.fixture(autouse=True)
     def photos(self, tmp_path):
@@ -401,13 +348,15 @@ class TestPictures:
         assert names[-2:] == ["deep/0.png", "deep/0_overlay.jpg"]
         assert call("edges", "in", "--recursive", "--overlay").stdout.endswith("8 of them by an earlier run\n")
 
-    def test_threads_and_parts_give_the_same_bytes(self, call, tmp_path, monkeypatch):
-        trees = []
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    def test_threads_and_parts_give_the_same_bytes(self, call, tmp_path, batch_size):
+        trees, common = [], ("edges", "in", "--overlay", "--batch-size", batch_size)
         for options in ([("--workers", 1)], [("--workers", 3)], [("--part", "0/2"), ("--part", "1/2", "--workers", 2)]):
             for words in options:
-                assert call("edges", "in", "--overlay", *words).exit_code == 0
+                assert call(*common, *words).exit_code == 0
             trees.append(list_tree("out"))
-            assert call("edges", "in", "--overlay").stdout == "6 of 6 written to out, 6 of them by an earlier run\n"
+            assert call(*common).stdout == "6 of 6 written to out, 6 of them by an earlier run\n"
+            assert call("edges", "in", "--overlay", "--batch-size", 5).exit_code == 2  # edges may differ
             (tmp_path / "out").rename(tmp_path / f"out-{len(trees)}")
         assert trees[0] == trees[1] == trees[2] and len(trees[0]) == 12
 
@@ -545,10 +494,10 @@ class TestTars:
     def test_full_memory_fails_the_shard(self, call, tmp_path, photos, monkeypatch):
         from trace_fast.jobs.tasks import EdgesTask
 
-        def fail(self, name, photo, real=EdgesTask.compute):
-            if name == "1":
+        def fail(self, names, photos, real=EdgesTask.compute):
+            if "1" in names:
                 raise MemoryError
-            return real(self, name, photo)
+            return real(self, names, photos)
 
         make_tar(tmp_path / "in" / "a.tar", {f"{index}.jpg": photo for index, photo in enumerate(photos)})
         make_tar(tmp_path / "in" / "b.tar", {"0.jpg": photos[0]})
@@ -766,7 +715,8 @@ class TestReducedImages:
         result = call("edges", rotated, "--grid", "--overlay")
         assert result.exit_code == 2 and result.stderr.startswith("trace-fast: --grid must be without --overlay")
         result = call("edges", rotated, "--grid", "--stage", 1)
-        assert result.exit_code == 2 and "edges: grid must be of a student, got the search of mini" in result.stderr
+        assert result.exit_code == 2
+        assert "edges: grid and batches must be of a student, got the search of mini" in result.stderr
 
     def test_segment(self, call, rotated):
         assert call("segment", rotated, "--max-side", 60).exit_code == 0

@@ -331,7 +331,7 @@ class Detector(EdgeModel):
         Raises:
             RuntimeError: the network gives numbers that are not finite, and `pixels` are on the CPU.
         """
-        return self._detect([Photo(pixels, (pixels.shape[-2], pixels.shape[-1]))])[0]
+        return self.detect([pixels])[0]
 
     def grid_edges(self, pixels: Tensor) -> Tensor:
         """Return the edge probability of a batch of images at the size at which the decoder gives it.
@@ -351,7 +351,25 @@ class Detector(EdgeModel):
             >>> Detector.from_pretrained("mini", device="cpu").grid_edges(torch.rand(1, 3, 900, 1200)).shape
             torch.Size([1, 1, 192, 256])
         """
-        return self._detect([Photo(pixels, None)])[0]
+        return self.detect([pixels], grid=True)[0]
+
+    def detect(self, images: Sequence[Tensor], grid: bool = False) -> list[Tensor]:
+        """Return the edge probability of images, or batches, from one pass.
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1] each, RGB; the decoder must see all of them at one size, see
+                `trace_fast.decoder.Decoder.photo_size`.
+            grid: at the size at which the decoder gives it, in place of the image's.
+
+        Returns:
+            (B, 1, H, W) or (B, 1, h, w) float32 in [0, 1] each, on the device of the image.
+
+        Raises:
+            RuntimeError: see `edges`; or the decoder sees images at different sizes.
+        """
+        return self._detect(
+            [Photo(pixels, None if grid else (pixels.shape[-2], pixels.shape[-1])) for pixels in images]
+        )
 
     def view_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size at which the model sees an image at most; pixels of a larger one have no effect on its edges.
@@ -402,6 +420,16 @@ class Detector(EdgeModel):
             enlarged = part if photo.output_size is None else resize(part, photo.output_size)
             edges.append(require_finite(enlarged.sigmoid().to(photo.pixels.device), self.name))
         return edges
+
+    def replicated(self) -> Self:
+        """Return the same student for another thread: calls of both may run at a time. Weights are shared.
+
+        Hooks are set on a copy of the network's modules; a pass that was compiled is not in the result.
+        """
+        detector = copy.copy(self)
+        detector.backbone = share_weights(self.backbone)
+        detector._forward = StudentPass(detector.backbone, self.decoder, self.timestep)
+        return detector
 
     def resized(self, size: tuple[int, int]) -> Self:
         """Return the same student at another processing size, its values interpolated; weights are shared.
@@ -498,9 +526,7 @@ class CompilablePass(StudentPass):
     timesteps: Tensor
 
     def __init__(self, backbone: Backbone, decoder: Decoder, timestep: int):
-        own: Any = copy.copy(backbone)
-        shared: dict[int, Any] = {id(x): x for x in (*own.network.parameters(), *own.network.buffers())}
-        own.network = copy.deepcopy(own.network, shared)
+        own = share_weights(backbone)
         super().__init__(own, decoder, timestep)
         device = get_device(own.network)
         self.network = own.network  # moves with the pass, as its timestep does
@@ -543,6 +569,15 @@ class OneThread(nn.Module):
                 return self.compiled(images, photo).clone()
 
         return self._worker.submit(run).result()
+
+
+def share_weights(backbone: Backbone) -> Backbone:
+    """Return a backbone whose network has modules of its own, and the same weights."""
+    copied = copy.copy(backbone)
+    network: Any = backbone.network
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    copied.network = copy.deepcopy(network, shared)
+    return copied
 
 
 def use_channels_last(module: nn.Module) -> None:

@@ -137,8 +137,17 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Threads that read images and write results while the network works. The default is the number of "
-        "processor cores, at most 4.",
+        help="Threads. On a CPU each computes an image of the embedded student, or of another small one, and the "
+        "default is the number that torch has; else they read images and write results while the network works, and "
+        "the default is the number of processor cores, at most 4.",
+    ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Images of each pass of a student, for a GPU. The edges of another number differ by a level in a few "
+        "pixels.",
     ),
 ]
 PartOption = Annotated[
@@ -234,6 +243,7 @@ def choose_finder(
     dtype: str | None,
     offload: str | None,
     seed: int,
+    batch_size: int,
     curve: bool = False,
 ) -> EdgeFinder:
     """Return the model that the options choose, which is loaded later."""
@@ -253,6 +263,7 @@ def choose_finder(
         seed=seed,
         timestep=parsed,
         noising=noising,
+        batch_size=batch_size,
     )
 
 
@@ -314,7 +325,7 @@ def run(
             task,
             targets,
             folder,
-            workers=workers or min(4, os.cpu_count() or 1),
+            workers=workers,
             part=own_part,
             overwrite=overwrite,
             engine=engine,

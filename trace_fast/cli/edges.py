@@ -8,6 +8,7 @@ import typer
 
 from trace_fast.cli.common import (
     Actors,
+    BatchSize,
     Device,
     Dtype,
     Engine,
@@ -64,6 +65,7 @@ def run_edges(
     max_side: MaxSide = None,
     recursive: Recursive = False,
     workers: Workers = None,
+    batch_size: BatchSize = 1,
     part: PartOption = None,
     overwrite: Overwrite = False,
     engine: Engine = "threads",
@@ -84,7 +86,7 @@ def run_edges(
     if curve:
         with refuse_failures():
             require("--curve", "matplotlib")
-    finder = choose_finder(model, stage, timestep, noising, device, size, dtype, offload, seed, curve)
+    finder = choose_finder(model, stage, timestep, noising, device, size, dtype, offload, seed, batch_size, curve)
 
     from trace_fast.jobs.tasks import EdgesTask
 

@@ -10,6 +10,7 @@ import typer
 
 from trace_fast.cli.common import (
     Actors,
+    BatchSize,
     Device,
     Dtype,
     Engine,
@@ -122,6 +123,7 @@ def run_segment(
     max_side: MaxSide = None,
     recursive: Recursive = False,
     workers: Workers = None,
+    batch_size: BatchSize = 1,
     part: PartOption = None,
     overwrite: Overwrite = False,
     engine: Engine = "threads",
@@ -143,7 +145,7 @@ def run_segment(
             require("--coco" if coco is not None else "parquet", "pycocotools")
     if edges is not None and not os.path.isdir(edges):
         refuse(f"--edges must be a folder of edge maps, got '{edges}'")
-    finder = choose_finder(model, stage, timestep, noising, device, size, dtype, offload, seed)
+    finder = choose_finder(model, stage, timestep, noising, device, size, dtype, offload, seed, batch_size)
     if save_edges is not None:
         open_folder(save_edges)
 

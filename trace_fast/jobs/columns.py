@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trace_fast.jobs.finder import EdgeFinder
-from trace_fast.jobs.run import compute_results
+from trace_fast.jobs.pipeline import compute_results
 from trace_fast.jobs.segments import SegmentTask
 from trace_fast.jobs.shards import get_content, import_arrow
 from trace_fast.jobs.tasks import EdgesTask, Result, Task
@@ -67,22 +67,23 @@ class BatchEdges:
     """Find the edges, or the masks, of batches of images in columns, as engines for data sets have them.
 
     It is called with a batch by `ray.data.Dataset.map_batches`, `datasets.Dataset.map`, Spark's `mapInPandas` and plain
-    loops alike. It holds its options alone: the weights are loaded in the process that it runs in, once. Images run one
-    at a time, so that results do not depend on batches; they have the bytes of the files of `trace-fast edges`.
+    loops alike. It holds its options alone: the weights are loaded in the process that it runs in, once.
+    Results do not depend on batches; they have the bytes of the files of `trace-fast edges`.
 
     Args:
         model: a name, a repository of the hub or a folder; see `trace_fast.load`.
         image: column of images: bytes, paths, or records of these, as of `datasets.Image(decode=False)`.
         key: column of their names, which the results keep; without such a column they have none.
         masks: find masks, as `trace-fast segment` does, in place of edges; this needs pycocotools.
-        workers: threads that read images and compress results while the network works.
+        workers: threads, see `trace-fast edges`; None is the number that torch has, or for a GPU or a large model that
+            of processor cores, at most 4.
         bits: of each pixel of the edges, 8 or 16.
         max_side: of the longer side of images, in pixels; larger ones are reduced before anything else.
         grid: edges at the size of the decoder's output, see `trace_fast.Detector.grid_edges`.
         threshold: of masks; see `trace_fast.instances`.
         top: largest number of masks; see `trace-fast segment`.
         finder_options: what chooses the model beside its name: stage, device, size, dtype, revision, seed, timestep,
-            noising; see `trace_fast.jobs.finder.EdgeFinder`.
+            noising, and batch_size, the images of each pass; see `trace_fast.jobs.finder.EdgeFinder`.
 
     Example:
         >>> find = BatchEdges("mini", device="cpu", size=(96, 128))
@@ -98,7 +99,7 @@ class BatchEdges:
         key: str = "key",
         *,
         masks: bool = False,
-        workers: int = 1,
+        workers: int | None = None,
         bits: int = 8,
         max_side: int | None = None,
         grid: bool = False,

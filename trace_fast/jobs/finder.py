@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,6 +17,8 @@ from trace_fast.detector import Detector
 from trace_fast.tracer import TraceOutput, Tracer
 
 __all__ = ["EdgeFinder"]
+
+SMALL = 10**8  # parameters of a network; larger ones make good use of several threads, and need much memory a pass
 
 
 @dataclass
@@ -31,6 +36,8 @@ class EdgeFinder:
         seed: of the Gaussian noise.
         timestep: that the search reads, or "iep"; None is the model's own.
         noising: of the search; None is the model's own.
+        batch_size: images of each pass of a student. A pass that has fewer is filled up, so that edges depend on this
+            number, by a level of 8 bits in a few pixels, and not on what else is in the pass.
     """
 
     model: str = "mini"
@@ -43,6 +50,7 @@ class EdgeFinder:
     seed: int = 0
     timestep: int | str | None = None
     noising: str | None = None
+    batch_size: int = 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -73,30 +81,81 @@ class EdgeFinder:
             ValueError: it is the search.
         """
         if not isinstance(self.loaded, Detector):
-            raise ValueError(f"edges: grid must be of a student, got the search of {self.model}")
+            raise ValueError(f"edges: grid and batches must be of a student, got the search of {self.model}")
         return self.loaded
 
-    def find(self, photo: Tensor, curve: bool = False) -> tuple[Tensor, TraceOutput | None]:
-        """Return the edges of an image and, where an option of the search is given, its whole output.
+    @functools.cached_property
+    def is_parallel(self) -> bool:
+        """Whether several threads may compute at a time: small students on a CPU, which use many threads badly."""
+        model = self.loaded
+        return (
+            isinstance(model, Detector)
+            and model.device.type == "cpu"
+            and self.offload is None
+            and self.batch_size == 1
+            and sum(parameter.numel() for parameter in model.backbone.network.parameters()) < SMALL
+        )
+
+    @functools.cached_property
+    def replicas(self) -> deque[Detector]:
+        """Models that share their weights and that no thread uses."""
+        return deque()
+
+    @contextlib.contextmanager
+    def borrow_detector(self) -> Iterator[Detector]:
+        """Lend a student to one thread."""
+        if not self.is_parallel:
+            yield self.load_detector()
+            return
+        try:
+            replica = self.replicas.pop()
+        except IndexError:
+            replica = self.load_detector().replicated()
+        try:
+            yield replica
+        finally:
+            self.replicas.append(replica)
+
+    def get_group(self, photo: Tensor) -> Hashable:
+        """Return what images of one pass have in common: the size at which the decoder sees them.
 
         Args:
-            photo: (1, 3, H, W) float32 in [0, 1].
+            photo: (1, 3, H, W).
+        """
+        if self.batch_size == 1:
+            return None
+        detector = self.load_detector()
+        return detector.decoder.photo_size((photo.shape[2], photo.shape[3]), detector.size)
+
+    def find(
+        self, photos: Sequence[Tensor], curve: bool = False, grid: bool = False
+    ) -> list[tuple[Tensor, TraceOutput | None]]:
+        """Return the edges of images of one group and, where an option of the search is given, its whole output.
+
+        Args:
+            photos: (1, 3, H, W) float32 in [0, 1] each; at most `batch_size`.
             curve: let the search return its KL curve.
+            grid: return edges at the size of the decoder's output.
 
         Returns:
-            (1, 1, H, W) float32 in [0, 1], and the output or None.
+            (1, 1, H, W) float32 in [0, 1], and the output or None, of each.
         """
         model = self.loaded
-        if isinstance(model, Tracer) and (self.search or curve):
-            traced = model(photo, seed=self.seed, return_kl=curve, **self.search)
-            return traced.edges, traced
-        return model.edges(photo, seed=self.seed), None
+        if isinstance(model, Detector):
+            filled = [*photos, *[photos[-1]] * (self.batch_size - len(photos))]
+            with self.borrow_detector() as detector:
+                edges = detector.detect(filled, grid)
+            return [(one, None) for one in edges[: len(photos)]]
+        if self.search or curve:
+            outputs = [model(photo, seed=self.seed, return_kl=curve, **self.search) for photo in photos]
+            return [(traced.edges, traced) for traced in outputs]
+        return [(model.edges(photo, seed=self.seed), None) for photo in photos]
 
     def get_timestep(self, traced: TraceOutput | None) -> int | None:
         """Return the timestep whose attention was read; None where it was searched and is not known.
 
         Args:
-            traced: the second of the results of `find`.
+            traced: the second of what `find` returns for an image.
         """
         timestep = self.loaded.timestep if traced is None else int(traced.timestep[0])
         return timestep if isinstance(timestep, int) else None

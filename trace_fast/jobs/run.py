@@ -1,104 +1,28 @@
-"""Running a job: images are read and written in threads while the network works, and what is done is recorded."""
+"""Running a job: the results of inputs are written, and what is done is recorded."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trace_fast.io.claims import remove_parts
 from trace_fast.io.files import write_atomically
-from trace_fast.jobs.errors import FAILURES, describe, is_out_of_memory
+from trace_fast.jobs.errors import FAILURES, describe
 from trace_fast.jobs.inputs import InputFile, name_file, name_results, read_stamp
 from trace_fast.jobs.manifest import Manifest, open_manifest
 from trace_fast.jobs.parts import ALONE, Part
+from trace_fast.jobs.pipeline import compute_results
 from trace_fast.jobs.shards import list_images, open_shard_writer
-from trace_fast.jobs.tasks import Photo, Result, Task
+from trace_fast.jobs.tasks import Result, Task
 from trace_fast.progress import LOGGER, Progress
 
-__all__ = ["Job", "Outcome", "Recorder", "Targets", "compute_results", "plan_targets", "run_job"]
+__all__ = ["Job", "Outcome", "Recorder", "Targets", "plan_targets", "run_job"]
 
 # names of the files of the results of each input, by their kind
 Targets = dict[InputFile, dict[str, str]]
-
-
-def compute_results(
-    task: Task,
-    images: Iterable[tuple[str, Path | bytes | Exception]],
-    workers: int,
-    write: Callable[[Result], None] | None = None,
-    raise_memory: bool = False,
-) -> Iterator[Result]:
-    """Yield the result of each image, in order; those that fail have an error.
-
-    Threads read the next images and finish the last ones while the task computes in the thread of the caller, one image
-    at a time, so that results are the same for every number of threads. The images in memory are at most
-    2 * (workers + 1).
-
-    Args:
-        task: what to compute.
-        images: name and file, or bytes, of each; an exception in their place is the reason why there are none.
-        workers: threads that read and finish.
-        write: called in a thread with each result that has no error.
-        raise_memory: raise where memory is full, in place of an error of the image.
-    """
-    source = iter(images)
-    reading: deque[tuple[str, Future[Photo]]] = deque()
-    finishing: deque[tuple[str, Future[Result]]] = deque()
-    pool = ThreadPoolExecutor(workers, "trace-fast")
-
-    def finish(name: str, photo: Photo, computed: Any) -> Result:
-        result = task.finish(name, photo, computed)
-        if write is not None:
-            write(result)
-        return result
-
-    def read_ahead() -> None:
-        while len(reading) <= workers and (image := next(source, None)) is not None:
-            reading.append((image[0], pool.submit(read_image, task, image[1])))
-
-    def compute_next() -> None:
-        name, future = reading.popleft()
-        try:
-            photo = future.result()
-            read_ahead()
-            last = pool.submit(finish, name, photo, task.compute(name, photo))
-        except FAILURES as error:
-            read_ahead()
-            last = Future()
-            last.set_exception(error)
-        finishing.append((name, last))
-
-    try:
-        read_ahead()
-        while reading or finishing:
-            if reading:
-                compute_next()
-            while finishing and (not reading or len(finishing) > workers or finishing[0][1].done()):
-                yield take_result(*finishing.popleft(), raise_memory)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def read_image(task: Task, content: Path | bytes | Exception) -> Photo:
-    """Return an image, or raise what stands in its place."""
-    if isinstance(content, Exception):
-        raise content
-    return task.read(content)
-
-
-def take_result(name: str, future: Future[Result], raise_memory: bool) -> Result:
-    """Return the result of an image, or one with the reason of its failure."""
-    try:
-        return future.result()
-    except FAILURES as error:
-        if raise_memory and is_out_of_memory(error):
-            raise
-        LOGGER.debug("%s failed here:", name, exc_info=error)
-        return Result(name, error=describe(error))
 
 
 @dataclass
@@ -127,7 +51,7 @@ def run_job(
     targets: Targets,
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | None = None,
     part: Part = ALONE,
     overwrite: bool = False,
     engine: str = "threads",
@@ -142,7 +66,7 @@ def run_job(
         task: what to compute.
         targets: of pictures and shards, see `plan_targets`.
         output: the folder to write to; it exists.
-        workers: see `compute_results`.
+        workers: see `trace_fast.jobs.pipeline.compute_results`.
         part: of the inputs, which this process works on.
         overwrite: do everything again, and replace files of other origin.
         engine: "threads" of this process, or actors of "ray".
@@ -232,7 +156,7 @@ class Job:
     Args:
         task: what to compute.
         output: the folder to write to.
-        workers: threads.
+        workers: see `trace_fast.jobs.pipeline.compute_results`.
         manifest: where what is done is recorded.
         warn: called with a line for each failure; None logs it.
     """
@@ -241,7 +165,7 @@ class Job:
         self,
         task: Task,
         output: Path,
-        workers: int,
+        workers: int | None,
         manifest: Manifest | Recorder,
         warn: Callable[[str], None] | None = None,
     ):

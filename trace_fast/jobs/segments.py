@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -90,6 +90,8 @@ class SegmentTask:
         for name in ("finder", "has_masks"):
             del own[name]
         own |= {name: None if own[name] is None else str(own[name]) for name in ("edges", "save_edges", "masks")}
+        if self.batch_size > 1:
+            self.finder.load_detector()
         model = {} if self.edges is not None else self.finder.describe()
         return {"command": self.op, "version": __version__, **model, **own}
 
@@ -114,16 +116,35 @@ class SegmentTask:
         """Return an image."""
         return read_photo(content, self.max_side)
 
-    def compute(self, name: str, photo: Photo) -> tuple[Tensor, int | None]:
-        """Return the edges (H, W) of an image, and the timestep that was read."""
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several threads may compute at a time."""
+        return self.edges is not None or self.finder.is_parallel
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images of a pass."""
+        return 1 if self.edges is not None else self.finder.batch_size
+
+    def get_group(self, photo: Photo) -> Hashable:
+        """Return what images of one pass have in common."""
+        return self.finder.get_group(photo.pixels)
+
+    def compute(self, names: Sequence[str], photos: Sequence[Photo]) -> list[tuple[Tensor, int | None]]:
+        """Return the edges (H, W) of images, and the timestep that was read."""
         if self.edges is not None:
-            edge_map = torch.from_numpy(read_map(self.edges / f"{name}.png"))
-            size, got = (photo.height, photo.width), tuple(edge_map.shape)
-            if got != size:
-                raise ValueError(f"segment: edges must be of the image's size {size}, got {got} in '{self.edges}'")
-            return edge_map, None
-        edges, traced = self.finder.find(photo.pixels)
-        return edges[0, 0].cpu(), self.finder.get_timestep(traced)
+            return [(self._read_edges(name, photo), None) for name, photo in zip(names, photos, strict=True)]
+        found = self.finder.find([photo.pixels for photo in photos])
+        return [(edges[0, 0].cpu(), self.finder.get_timestep(traced)) for edges, traced in found]
+
+    def _read_edges(self, name: str, photo: Photo) -> Tensor:
+        """Return the edge map (H, W) of an image, read from the folder of edges."""
+        assert self.edges is not None
+        edge_map = torch.from_numpy(read_map(self.edges / f"{name}.png"))
+        size, got = (photo.height, photo.width), tuple(edge_map.shape)
+        if got != size:
+            raise ValueError(f"segment: edges must be of the image's size {size}, got {got} in '{self.edges}'")
+        return edge_map
 
     def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None]) -> Result:
         """Return the files and the masks of an image."""

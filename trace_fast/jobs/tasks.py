@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,8 @@ from trace_fast.jobs.finder import EdgeFinder
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from trace_fast.tracer import TraceOutput
 
 __all__ = ["OVERLAY_FORMATS", "EdgesTask", "Photo", "Result", "Task", "encode_overlay", "read_photo"]
 
@@ -72,7 +74,7 @@ class Result:
 
 
 class Task(Protocol):
-    """The steps from an image to its results; `read` and `finish` run in threads of their own.
+    """The steps from an image to its results, which may run in several threads; see `trace_fast.jobs.pipeline`.
 
     Attributes:
         op: name of the command, for messages.
@@ -81,6 +83,8 @@ class Task(Protocol):
         keeps_results: whether a run ends with the results of all pictures, without their files.
         file_kinds: of the files of each image, see `trace_fast.jobs.inputs.name_file`.
         settings: what results depend on beside the image, for JSON.
+        is_parallel: whether several threads may compute at a time; images are computed one by one then.
+        batch_size: images that are computed together.
     """
 
     op: str
@@ -96,6 +100,12 @@ class Task(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...  # noqa: D102
 
+    @property
+    def is_parallel(self) -> bool: ...  # noqa: D102
+
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+
     def list_companions(self, name: str) -> list[Path]:
         """Return the other files that the results of an image depend on."""
         ...
@@ -108,8 +118,12 @@ class Task(Protocol):
         """Return an image, given its file or its bytes."""
         ...
 
-    def compute(self, name: str, photo: Photo) -> Any:
-        """Return what the network, or whatever else is one for all images, finds in an image."""
+    def get_group(self, photo: Photo) -> Hashable:
+        """Return what images that are computed together have in common."""
+        ...
+
+    def compute(self, names: Sequence[str], photos: Sequence[Photo]) -> list[Any]:
+        """Return what the network, or whatever else is one for all images, finds in images of one group."""
         ...
 
     def finish(self, name: str, photo: Photo, computed: Any) -> Result:
@@ -172,6 +186,15 @@ def lies_on_its_side(picture: Image.Image) -> bool:
     return False
 
 
+def plot_curve(traced: TraceOutput | None) -> bytes | None:
+    """Return a PNG file of the KL curve of a search; None without one."""
+    if traced is None:
+        return None
+    file = io.BytesIO()
+    visualize.plot_curve(traced).savefig(file, format="png", dpi=visualize.PLOT_DPI)
+    return file.getvalue()
+
+
 @dataclass
 class EdgesTask:
     """Find the edges of images: a grayscale PNG file each.
@@ -201,7 +224,7 @@ class EdgesTask:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that the results depend on, for JSON."""
-        if self.grid:
+        if self.grid or self.batch_size > 1:
             self.finder.load_detector()
         own = {name: value for name, value in asdict(self).items() if name != "finder"}
         return {"command": self.op, "version": __version__, **self.finder.describe(), **own}
@@ -218,18 +241,27 @@ class EdgesTask:
         """Return an image, decoded at a reduced scale where its pixels would have no effect."""
         return read_photo(content, self.max_side, self.finder.load_detector().view_size if self.grid else None)
 
-    def compute(self, name: str, photo: Photo) -> tuple[Tensor, int | None, bytes | None]:
-        """Return the edges (1, 1, H, W), the timestep that was read, and the plot of the curve."""
-        if self.grid:
-            detector = self.finder.load_detector()
-            return detector.grid_edges(photo.pixels).cpu(), detector.timestep, None
-        edges, traced = self.finder.find(photo.pixels, self.curve)
-        plot = None
-        if self.curve and traced is not None:
-            file = io.BytesIO()
-            visualize.plot_curve(traced).savefig(file, format="png", dpi=visualize.PLOT_DPI)
-            plot = file.getvalue()
-        return edges.cpu(), self.finder.get_timestep(traced), plot
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several threads may compute at a time."""
+        return self.finder.is_parallel
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images of a pass."""
+        return self.finder.batch_size
+
+    def get_group(self, photo: Photo) -> Hashable:
+        """Return what images of one pass have in common."""
+        return self.finder.get_group(photo.pixels)
+
+    def compute(self, names: Sequence[str], photos: Sequence[Photo]) -> list[tuple[Tensor, int | None, bytes | None]]:
+        """Return the edges (1, 1, H, W) of images, the timestep that was read, and the plot of the curve."""
+        found = self.finder.find([photo.pixels for photo in photos], self.curve, self.grid)
+        return [
+            (edges.cpu(), self.finder.get_timestep(traced), plot_curve(traced) if self.curve else None)
+            for edges, traced in found
+        ]
 
     def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None, bytes | None]) -> Result:
         """Return the files of an image."""
