@@ -2,10 +2,11 @@
 
 `python scripts/engines.py PHOTOS` writes benchmarks/results/engines-cpu.json. CPU seconds and memory are those of all
 processes that an engine starts; memory is the largest sum of their proportional set sizes (shared pages count once).
-Every process has one thread of torch. A command that was stopped is continued by running it again.
+torch has its own number of threads, except where a name says one. A command that was stopped is continued by running it
+again.
 
-First the photographs, with a student that works at 64 x 96 pixels and with that of the model's size; then pictures of
-64 x 96 pixels that are cut from them, few and many, from which the cost of an image follows apart from the fixed cost.
+First the photographs; then pictures of 64 x 96 pixels that are cut from them, few and many, with a student that works
+at this size: the cost of an image follows from them apart from the fixed cost.
 """
 
 from __future__ import annotations
@@ -31,26 +32,28 @@ from trace_fast.io.folders import is_picture
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "engines-cpu.json"
-SMALL = (64, 96)  # height and width of the small pictures, and of what the small student sees
+SMALL = (64, 96)  # height and width of the small pictures, and of what the student sees of them
 TICKS = os.sysconf("SC_CLK_TCK")
 
-REFERENCE, RAY = "threads, 1 worker", "Ray, 1 actor"
-MANY = (REFERENCE, "plain loop", RAY)  # engines that see the small pictures
+REFERENCE, RAY, LOOPS = "threads", "Ray, 1 actor", ("plain loop", "plain loop, 1 thread")
+MANY = (REFERENCE, *LOOPS, RAY)  # engines that see the small pictures
 # the loop's overlays have other options of JPEG
-WITHOUT_OVERLAYS = ("plain loop", "datasets.map, no overlay", "pandas, no overlay")
+WITHOUT_OVERLAYS = (*LOOPS, "datasets.map, no overlay", "pandas, no overlay")
 
 LOOP = """
 import sys
 from pathlib import Path
 import trace_fast
 from trace_fast.io import visualize
+from trace_fast.io.images import read_image
 source, output, *size = sys.argv[1:]
 model = trace_fast.load("mini", device="cpu", size=tuple(map(int, size)) or None)
 Path(output).mkdir()
 for path in sorted(Path(source).iterdir()):
-    edges = model(path)
+    photo = read_image(path)
+    edges = model.edges(photo)
     visualize.write_png(Path(output, path.stem + ".png"), edges)
-    visualize.write_picture(Path(output, path.stem + "_overlay.jpg"), visualize.overlay(path, edges))
+    visualize.write_picture(Path(output, path.stem + "_overlay.jpg"), visualize.overlay(photo[0], edges[0, 0]))
 """
 DATASETS = """
 import sys
@@ -92,13 +95,15 @@ def list_commands(source: Path, output: Path, size: tuple[int, int] | None) -> d
     words += ["--size", "x".join(sides)] if sides else []
     program = [sys.executable, "-m", "trace_fast", *words]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    loop = [sys.executable, "-c", LOOP, str(source), str(output), *sides]
     return {
-        REFERENCE: [*program, "--workers", "1"],
-        "plain loop": [sys.executable, "-c", LOOP, str(source), str(output), *sides],
-        "threads, 2 workers": [*program, "--workers", "2"],
+        REFERENCE: program,
+        "plain loop": loop,
+        "plain loop, 1 thread": ["env", "OMP_NUM_THREADS=1", *loop],
+        "threads, 1 worker": [*program, "--workers", "1"],
         "threads, 3 workers": [*program, "--workers", "3"],
-        "torchrun, 2 processes": [*torchrun, "-m", "trace_fast", *words, "--workers", "1"],
-        RAY: [*program, "--engine", "ray", "--workers", "1"],
+        "torchrun, 2 processes": [*torchrun, "-m", "trace_fast", *words],
+        RAY: [*program, "--engine", "ray"],
         "datasets.map, no overlay": [sys.executable, "-c", DATASETS, str(source), str(output), *sides],
         "pandas, no overlay": [sys.executable, "-c", PANDAS, str(source), str(output), *sides],
     }
@@ -143,7 +148,7 @@ def measure(command: list[str], output: Path) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
     processes, first = Processes(), 0.0
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as cache:
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path[1:]), "HF_HOME": cache}
+        settings = {"PYTHONPATH": os.pathsep.join(sys.path[1:]), "HF_HOME": cache}
         started = time.monotonic()
         process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -227,7 +232,6 @@ def main() -> None:
     photos = sorted(path for path in options.photos.iterdir() if is_picture(path.name))
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
     folders: dict[str, tuple[Path, tuple[int, int] | None]] = {
-        "photographs, small student": (options.photos, SMALL),
         "photographs": (options.photos, None),
     }
     for count in options.small:

@@ -51,10 +51,9 @@ def task(request):
 
 
 @pytest.fixture
-def eight_threads():
+def set_threads():
     threads = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(threads)
 
 
@@ -94,18 +93,17 @@ def test_batches_are_full_where_they_can_be():
     assert task.passes[-1] != [0] and [0] in task.passes
 
 
-def test_threads_share_those_of_torch(eight_threads):
-    def run(task, count, workers):
-        list(compute_results(task, [("slow", b"")] * count, workers))
-        return {number for _, number in task.threads}
+def test_each_image_has_one_thread_of_torch(set_threads):
+    set_threads(8)
 
-    assert run(Numbers(), 20, 2) == {4}
-    assert run(Numbers(), 20, 3) == {2}
-    assert run(Numbers(), 20, 16) == {1}
-    assert run(Numbers(), 20, None) == {1}
-    assert run(Numbers(), 1, None) == {8}
+    def run(task, workers):
+        list(compute_results(task, [("slow", b"")] * 20, workers))
+        return {number for _, number in task.threads}, len(task.threads)
+
+    assert run(Numbers(), 2) == ({1}, 2)
+    assert run(Numbers(), None) == ({1}, 8)
     one = Numbers(False)
-    assert run(one, 20, 2) == {8} and {name for name, _ in one.threads} == {threading.current_thread().name}
+    assert run(one, 2) == ({8}, 1) and {name for name, _ in one.threads} == {threading.current_thread().name}
     assert torch.get_num_threads() == 8
 
 

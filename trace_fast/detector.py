@@ -68,7 +68,8 @@ class Detector(EdgeModel):
     """Instance edges in one pass: the student of `Tracer`, distilled by `trace_fast.distill` (TRACE, section 3.3).
 
     The network runs once, at one timestep, and only as far as the last attention that is read; no attention map is
-    made. Calls do not depend on one another, and calls from several threads run one after the other.
+    made. Calls do not depend on one another. Those from several threads run one after the other, unless each
+    thread has its own `replicated` student.
 
     Args:
         backbone: the network, with its adapter merged into the weights.
@@ -572,7 +573,7 @@ class OneThread(nn.Module):
 
 
 def share_weights(backbone: Backbone) -> Backbone:
-    """Return a backbone whose network has modules of its own, and the same weights."""
+    """Return a backbone whose network has the same weights in other modules, on which other hooks are set."""
     copied = copy.copy(backbone)
     network: Any = backbone.network
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}

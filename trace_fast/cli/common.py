@@ -137,17 +137,17 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Threads. On a CPU each computes an image of the embedded student, or of another small one, and the "
-        "default is the number that torch has; else they read images and write results while the network works, and "
-        "the default is the number of processor cores, at most 4.",
+        help="Threads. With the embedded student, or another small one, on a CPU each works on an image from reading "
+        "to writing; the default is the number of threads of torch. Otherwise they read images and write results while "
+        "the network works; the default is the number of processor cores, at most 4.",
     ),
 ]
 BatchSize = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Images of each pass of a student, for a GPU. The edges of another number differ by a level in a few "
-        "pixels.",
+        help="Images that a student sees in one pass, for a GPU. Edges differ by a level in a few pixels from those of "
+        "another number.",
     ),
 ]
 PartOption = Annotated[

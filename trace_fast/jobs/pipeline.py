@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -33,9 +32,10 @@ def compute_results(
 ) -> Iterator[Result]:
     """Yield the result of each image, in order; those that fail have an error.
 
-    Where several threads may compute at a time, each takes an image from reading to writing, and they share the threads
-    of torch. Otherwise the thread of the caller computes, so that an interrupt ends a long pass at once, and the others
-    read the next images and finish the last ones. Results are the same for every number of threads.
+    Where several threads may compute at a time, each takes an image from reading to writing, and torch uses no other
+    threads for it: with several, the last bits of some sums depend on their number. Otherwise the thread of the caller
+    computes with all threads of torch, so that an interrupt ends a long pass at once, and the others read the next
+    images and finish the last ones.
 
     About 3 * workers images are in memory, and those that wait until a batch is full.
 
@@ -50,17 +50,12 @@ def compute_results(
     threads = torch.get_num_threads()
     if workers is None:
         workers = threads if task.is_parallel else min(READERS, os.cpu_count() or 1)
-    source = iter(images)
-    first = list(itertools.islice(source, workers))
-    # one image alone is computed by all threads of torch
-    workers = max(1, min(workers, len(first)))
-    share = max(1, threads // workers) if task.is_parallel else threads
-    pool = ThreadPoolExecutor(workers, "trace-fast", torch.set_num_threads, (share,))
+    pool = ThreadPoolExecutor(workers, "trace-fast", torch.set_num_threads, (1 if task.is_parallel else threads,))
     pipeline = Pipeline(task, pool, workers, write)
     run = pipeline.run_images if task.is_parallel else pipeline.run_stages
     waiting: deque[tuple[str, Future[Result]]] = deque()
     try:
-        for image in run(itertools.chain(first, source)):
+        for image in run(images):
             waiting.append(image)
             while waiting and (len(waiting) > 2 * workers or waiting[0][1].done()):
                 yield take_result(*waiting.popleft(), raise_memory)

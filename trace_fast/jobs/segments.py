@@ -134,8 +134,8 @@ class SegmentTask:
         """Return the edges (H, W) of images, and the timestep that was read."""
         if self.edges is not None:
             return [(self._read_edges(name, photo), None) for name, photo in zip(names, photos, strict=True)]
-        found = self.finder.find([photo.pixels for photo in photos])
-        return [(edges[0, 0].cpu(), self.finder.get_timestep(traced)) for edges, traced in found]
+        outputs = self.finder.find([photo.pixels for photo in photos])
+        return [(edges[0, 0].cpu(), self.finder.get_timestep(traced)) for edges, traced in outputs]
 
     def _read_edges(self, name: str, photo: Photo) -> Tensor:
         """Return the edge map (H, W) of an image, read from the folder of edges."""

@@ -257,10 +257,10 @@ class EdgesTask:
 
     def compute(self, names: Sequence[str], photos: Sequence[Photo]) -> list[tuple[Tensor, int | None, bytes | None]]:
         """Return the edges (1, 1, H, W) of images, the timestep that was read, and the plot of the curve."""
-        found = self.finder.find([photo.pixels for photo in photos], self.curve, self.grid)
+        outputs = self.finder.find([photo.pixels for photo in photos], self.curve, self.grid)
         return [
             (edges.cpu(), self.finder.get_timestep(traced), plot_curve(traced) if self.curve else None)
-            for edges, traced in found
+            for edges, traced in outputs
         ]
 
     def finish(self, name: str, photo: Photo, computed: tuple[Tensor, int | None, bytes | None]) -> Result:
