@@ -144,8 +144,8 @@ class TestStudents:
         assert theirs == own and not set(model.backbone.network.modules()) & set(replica.backbone.network.modules())
         with ThreadPoolExecutor(2) as pool:
             for _ in range(5):
-                found = pool.map(lambda one: [one.edges(photo) for photo in photos], (model, replica))
-                for edges in found:
+                results = pool.map(lambda one: [one.edges(photo) for photo in photos], (model, replica))
+                for edges in results:
                     assert all(map(torch.equal, edges, expected))
 
     def test_threads_do_not_wait_for_each_other(self, photos):
@@ -168,9 +168,9 @@ class TestStudents:
         assert finder.get_group(photos[0]) != finder.get_group(photos[1])
         alone = [finder.find([photo])[0][0] for photo in photos]
         for batch in ([0, 4], [5, 0, 4], [1, 2, 3], [3, 6, 1]):
-            found = finder.find([photos[index] for index in batch])
-            assert all(torch.equal(edges, alone[index]) for (edges, _), index in zip(found, batch, strict=True))
-            assert [edges.shape for edges, _ in found] == [photos[index][:, :1].shape for index in batch]
+            outputs = finder.find([photos[index] for index in batch])
+            assert all(torch.equal(edges, alone[index]) for (edges, _), index in zip(outputs, batch, strict=True))
+            assert [edges.shape for edges, _ in outputs] == [photos[index][:, :1].shape for index in batch]
         single = EdgeFinder("mini", device="cpu", size=(32, 48))
         for photo, edges in zip(photos, alone, strict=True):
             torch.testing.assert_close(edges, single.find([photo])[0][0], rtol=0, atol=1e-4)
