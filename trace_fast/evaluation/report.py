@@ -307,8 +307,6 @@ def contact_sheet(
         suppression: how the ridges of the maps are found.
         height: of each picture, in pixels.
     """
-    from PIL import Image
-
     order = np.argsort(-scores.f_per_image, kind="stable")
     count = min(SHOWN, (len(order) + 1) // 2)
     chosen = [*order[:count], *order[count:][::-1][:count][::-1]]
@@ -323,12 +321,7 @@ def contact_sheet(
         pictures = [edges, comparison] if photo.image is None else [photo.image, edges, comparison]
         titles = [photo.name, method.name, f"F {scores.f_per_image[index]:.2f}: right, wrong, missed"]
         rows.append(visualize.panel(pictures, titles[-len(pictures) :], height))
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height + 12 for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height + 12
-    return sheet
+    return visualize.grid(rows, 1)
 
 
 def _compare(ridges: torch.Tensor, photo: Photo, distance: float) -> np.ndarray:

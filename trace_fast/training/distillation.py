@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import shlex
 import time
@@ -504,12 +503,7 @@ class Distillation:
             titles = ["photo", "ABDiv", "labels", "student"] if index == 0 else [""] * 4
             pictures = [whole.images[0], *(maps[0, 0] for maps in (soft, target, edges))]
             rows.append(visualize.panel(pictures, titles, height=192))
-        from PIL import Image
-
-        sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-        for row, top in zip(rows, itertools.accumulate((row.height for row in rows), initial=0), strict=False):
-            sheet.paste(row, (0, top))
-        visualize.write_picture(self.config.output / "preview.png", sheet)
+        visualize.write_picture(self.config.output / "preview.png", visualize.grid(rows, 1))
 
     def save(self) -> None:
         """Write the state from which a later run resumes, and the preview."""
