@@ -24,7 +24,7 @@ from trace_fast.io.claims import CLAIM, claim_folder, make_stage
 from trace_fast.io.images import read_image, resize, restore_edges
 from trace_fast.jobs.inputs import list_inputs, name_results
 from trace_fast.jobs.manifest import MANIFEST, Manifest, open_manifest
-from trace_fast.jobs.parts import Part, find_part
+from trace_fast.jobs.parts import Part, find_device, find_part
 from trace_fast.jobs.shards import TarWriter
 from trace_fast.jobs.tasks import read_photo
 from trace_fast.masks.rle import decode_mask
@@ -283,6 +283,26 @@ class TestManifest:
         # in a script of sbatch one process runs, whatever the number of tasks
         assert find_part({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}) == Part(0, 1)
         assert find_part({"RANK": "", "WORLD_SIZE": "2"}) == Part(0, 1)
+
+    def test_the_gpu_of_a_process(self):
+        assert [find_device(4, {"LOCAL_RANK": str(rank), "SLURM_LOCALID": "0"}) for rank in (0, 3, 6)] == [
+            "cuda:0",
+            "cuda:3",
+            "cuda:2",
+        ]
+        assert find_device(4, {"SLURM_LOCALID": "1"}) == "cuda:1"
+        for gpus, environment in ((4, {}), (4, {"LOCAL_RANK": ""}), (1, {"LOCAL_RANK": "0"}), (0, {"LOCAL_RANK": "1"})):
+            assert find_device(gpus, environment) is None
+
+    def test_processes_of_torchrun_share_the_gpus(self, call, tmp_path, monkeypatch):
+        """Ask for a model on the second of two GPUs that are not there."""
+        make_photo(tmp_path / "in" / "a.jpg")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        for words in ((), ("--device", "cuda")):
+            result = CliRunner().invoke(app, ["edges", "in", "-o", "out", *words])
+            assert result.exit_code == 2 and "device must be present, got 'cuda:1'" in result.stderr
+        assert call("edges", "in").exit_code == 0  # on the CPU, which it names
 
 
 class TestPictures:

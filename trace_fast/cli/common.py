@@ -251,8 +251,13 @@ def choose_finder(
     if stage == "2" and (curve or parsed is not None or noising is not None):
         refuse("--timestep, --noising and --curve are options of the search: give --stage 1 with them")
 
-    from trace_fast.jobs.finder import EdgeFinder
+    import torch
 
+    from trace_fast.jobs.finder import EdgeFinder
+    from trace_fast.jobs.parts import find_device
+
+    if device in (None, "cuda"):
+        device = find_device(torch.cuda.device_count()) or device
     return EdgeFinder(
         model=model,
         stage=1 if curve else None if stage is None else int(stage),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ALONE", "Part", "find_part", "parse_part"]
+__all__ = ["ALONE", "Part", "find_device", "find_part", "parse_part"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,24 @@ def find_part(environment: Mapping[str, str] = os.environ) -> Part:
             if 0 <= part.index < part.count:
                 return part
     return ALONE
+
+
+def find_device(gpus: int, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the GPU of this process, where torchrun, accelerate launch or srun start several that see the same GPUs.
+
+    Args:
+        gpus: that this process sees.
+        environment: its variables.
+
+    Returns:
+        The device; None where there is no choice.
+
+    Example:
+        >>> find_device(2, {"LOCAL_RANK": "3"})
+        'cuda:1'
+    """
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        with contextlib.suppress(KeyError, ValueError):
+            rank = int(environment[name])
+            return f"cuda:{rank % gpus}" if gpus > 1 else None
+    return None
