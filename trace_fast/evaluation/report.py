@@ -33,7 +33,7 @@ __all__ = ["Report", "contact_sheet", "difference_table", "edge_table", "mask_ta
 
 SHOWN = 3  # best and worst images on a sheet, each
 # right, wrong and missed, which readers with any color vision can distinguish
-GREEN, RED, BLUE = (0.0, 0.62, 0.45), (0.84, 0.37, 0.0), (0.0, 0.45, 0.85)
+GREEN, ORANGE, BLUE = (0.0, 0.62, 0.45), (0.84, 0.37, 0.0), (0.0, 0.45, 0.85)
 EDGE_FIGURES = ("images", "ods", "ois", "ap", "cldice", "threshold")
 MASK_FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
 
@@ -319,7 +319,7 @@ def contact_sheet(
             ridges = ops.suppress_nonmaxima(ridges, suppression)
         comparison = _compare(ridges >= scores.threshold, photo, distance)
         pictures = [edges, comparison] if photo.image is None else [photo.image, edges, comparison]
-        titles = [photo.name, method.name, f"F {scores.f_per_image[index]:.2f}: right, wrong, missed"]
+        titles = [photo.name, method.name, f"F {scores.f_per_image[index]:.2f}: green right, orange wrong, blue missed"]
         rows.append(visualize.panel(pictures, titles[-len(pictures) :], height))
     return visualize.grid(rows, 1)
 
@@ -335,7 +335,7 @@ def _compare(ridges: torch.Tensor, photo: Photo, distance: float) -> np.ndarray:
     missed = torch.stack([lines & ~matched[0] for lines, (_, matched) in zip(annotators, pairs, strict=True)]).any(0)
     wrong = detected[0] & ~right & ~array_to_tensor(contours.ignored)
     picture = np.ones((*ridges.shape[1:], 3), np.float32)
-    for pixels, color in ((missed, BLUE), (wrong, RED), (right, GREEN)):
+    for pixels, color in ((missed, BLUE), (wrong, ORANGE), (right, GREEN)):
         wide = torch.nn.functional.max_pool2d(pixels[None].float(), 3, 1, 1)[0] > 0
         picture[wide.numpy()] = color
     return picture
