@@ -69,7 +69,7 @@ def evaluate(
         mode: "fit", "flood" or "walk", the way in which masks are refined, with `table`; see `trace_fast.propagate`.
         truth: ground truth, a folder of label maps, of folders of mask files or of BSDS .mat files, or a COCO JSON
             file, below `data` or anywhere; None is the first that exists of inst, panoptic, masks, ground_truth,
-            groundTruth.
+            groundTruth, and in annotations/ instances_SPLIT.json of a folder SPLIT (val, where there are several).
         ignore: labels of maps that are crowd or void.
         distance: largest distance of a match of edges, as a share of the image's diagonal.
         suppression: "bsds" or "hessian", the way in which ridges of edge maps are found; published scores are those of
