@@ -2,7 +2,7 @@
 
 `make kill POINTS=300` prints a table: runs that were killed, files that were half-written, files that a later run did
 not have, and later runs whose files differ. Then disks are full or read-only, folders disappear, and two runs write to
-one folder.
+one folder. `--job "edges of shards on ray"` does this with Ray, whose runs take 15 seconds; otherwise it is left out.
 """
 
 from __future__ import annotations
@@ -39,11 +39,19 @@ from targets import make_small_network
 from tqdm import tqdm
 
 from trace_fast.cli import app
+from trace_fast.io.claims import STAGE
+from trace_fast.jobs.manifest import MANIFEST, read_line
 
+MANY = 20  # shards for Ray, which takes longer to start than to compute
+RAY = "edges of shards on ray"
 COLUMNS = ("killed", "finished before", "half-written", "lost", "differs", "failed")
 JOBS = {
     "edges": ["edges", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
     "edges of shards": ["edges", "SHARDS", "-o", "OUT", "--model", "MODEL", "--overlay"],
+    RAY: [
+        "edges",
+        *("MANY", "-o", "OUT", "--model", "MODEL", "--overlay", "--engine", "ray", "--actors", "1"),
+    ],
     "segment": ["segment", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
     "segment of shards": ["segment", "SHARDS", "-o", "OUT", "--model", "MODEL"],
     "evaluate": ["evaluate", "--data", "DATA", "-o", "OUT", "--method", "sobel"],
@@ -64,7 +72,7 @@ JOBS = {
 def make_inputs(folder: Path) -> dict[str, str]:
     """Make photos, a data set and a model, and return the words that name them."""
     random = np.random.default_rng(0)
-    for name in ("photos", "shards", "data/images", "data/inst", "model"):
+    for name in ("photos", "shards", "many", "data/images", "data/inst", "model"):
         (folder / name).mkdir(parents=True)
     for index in range(9):
         small = Image.fromarray(random.integers(0, 256, (4, 6, 3), dtype=np.uint8))
@@ -76,8 +84,11 @@ def make_inputs(folder: Path) -> dict[str, str]:
             picture = Image.fromarray(labels[:, : photo.width].astype(np.uint16))
             picture.save(folder / "data" / "inst" / f"{index}.png")
     write_shards(sorted((folder / "photos").iterdir()), folder / "shards")
+    for index in range(MANY):
+        with tarfile.open(folder / "many" / f"{index:02}.tar", "w") as archive:
+            archive.add(folder / "photos", "")
     make_small_network(folder / "model")
-    return {word: str(folder / word.lower()) for word in ("PHOTOS", "SHARDS", "DATA", "MODEL")}
+    return {word: str(folder / word.lower()) for word in ("PHOTOS", "SHARDS", "MANY", "DATA", "MODEL")}
 
 
 def write_shards(photos: list[Path], folder: Path) -> None:
@@ -139,7 +150,7 @@ def wait(child: int) -> int:
 def list_files(folder: Path) -> dict[str, Path]:
     """Return the files of a run by name; claims and incomplete files are none."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path for name, path in files.items() if not Path(name).name.startswith(".")}
+    return {name: path for name, path in files.items() if not any(part[0] == "." for part in Path(name).parts)}
 
 
 def digest(path: Path) -> str:
@@ -225,7 +236,25 @@ class Job:
         for file, value in self.expected.items():
             if file in files and value not in ("", digest(files[file])):
                 different.append(file)
+        different += [path.name for path in output.glob(f"{STAGE}*")]
         return lost, different
+
+    def wait_for_moment(self, output: Path, random: np.random.Generator) -> None:
+        """Wait for a random time; half of the runs on Ray, until a random number of shards is done."""
+        if self.name != RAY or random.random() < 0.5:
+            time.sleep(self.seconds * 1.02 * random.random())
+            return
+        shards, end = random.integers(1, MANY), time.monotonic() + 2 * self.seconds
+        while len(list_done(output)) < shards and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def list_done(folder: Path) -> list[Path]:
+    """Return the shards of a folder that its manifest lists, and which later runs leave as they are."""
+    manifest = folder / MANIFEST
+    lines = manifest.read_bytes().split(b"\n")[1:-1] if manifest.exists() else []
+    names = [record["name"] for line in lines if (record := read_line(line)) is not None]
+    return [folder / name for name in names if name.endswith((".tar", ".parquet"))]
 
 
 def kill_once(job: Job, random: np.random.Generator, counts: Counter[str]) -> list[str]:
@@ -234,16 +263,22 @@ def kill_once(job: Job, random: np.random.Generator, counts: Counter[str]) -> li
     shutil.rmtree(output, ignore_errors=True)
     for _ in range(1 + int(random.random() < 0.3)):
         child = job.start(output)
-        time.sleep(job.seconds * 1.02 * random.random())
+        job.wait_for_moment(output, random)
         os.kill(child, signal.SIGKILL)
         counts["killed" if wait(child) == -signal.SIGKILL else "finished before"] += 1
+        if job.name == RAY and random.random() < 0.5:  # its actors live on for a moment
+            files = [*list_files(output)]
+            time.sleep(2.5)
+            problems += [f"written after the end: {name}" for name in list_files(output) if name not in files]
         if output.is_dir() and (damaged := find_damaged(output)):
             counts["half-written"] += 1
             problems += damaged
+    times = {path: path.stat().st_mtime_ns for path in list_done(output)}
     if job.run(output):
         counts["failed"] += 1
         return [*problems, job.log.read_text()[-500:]]
     lost, different = job.compare(output)
+    different += [path.name for path, modified in times.items() if path.stat().st_mtime_ns != modified]
     counts["lost"] += bool(lost)
     counts["differs"] += bool(different)
     return [*problems, *(f"lost {name}" for name in lost), *(f"differs: {name}" for name in different)]
@@ -325,7 +360,8 @@ def main() -> int:
         os.environ["TRACE_FAST_CACHE"] = str(folder / "cache")
         paths = make_inputs(folder)
         warm_up(paths, folder)
-        jobs = [Job(job, paths, folder) for job in JOBS if not options.job or job in options.job]
+        names = options.job or [job for job in JOBS if job != RAY]
+        jobs = [Job(job, paths, folder) for job in names]
         print("  ".join(f"{job.name} {job.seconds:.1f} s" for job in jobs), flush=True)
         faults: dict[str, Counter[str]] = {fault: Counter() for fault in FAULTS}
         for fault, check in FAULTS.items():
