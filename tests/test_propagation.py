@@ -6,10 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import trace_fast
 from trace_fast import ops, reference
-from trace_fast.masks import propagation
+from trace_fast.masks import fitting, propagation
 from trace_fast.masks.fitting import draw_parts
 from trace_fast.masks.formats import MaskSet
 
@@ -43,6 +44,16 @@ def test_merged_masks_are_split_and_fragments_completed(mode):
     truth = np.stack([labels == label for label in (1, 2, 3, 4)])
     for mask, other in zip(out, truth, strict=True):
         assert iou(mask, other) > 0.9
+
+
+@pytest.mark.parametrize("reach", [1, 2, 4])
+def test_pixels_near_an_outline_have_both_sides_in_reach(reach):
+    blocks = np.random.default_rng(0).random((5, 4)) < 0.5
+    mask = np.kron(blocks, np.ones((4, 7), bool))  # some lie along the border of the image
+    windows = {"size": 2 * reach + 1, "mode": "nearest"}
+    expected = ndimage.maximum_filter(mask, **windows) & ~ndimage.minimum_filter(mask, **windows)
+    assert expected.any() and not expected.all()
+    assert np.array_equal(fitting._is_near_outline(mask, reach), expected)
 
 
 def test_flood_fills_regions_exactly():
