@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from trace_fast.training.losses import cross_entropy, dice
+from trace_fast.training.losses import LOSSES, compute_loss, cross_entropy, dice
 
 
 class TestDice:
@@ -74,3 +74,11 @@ class TestCrossEntropy:
         logits.requires_grad_()
         cross_entropy(logits, label.sigmoid(), weight, 3.0).backward()
         assert not logits.grad[..., 2:].any() and logits.grad[..., :2].all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_have_names(name):
+    logits, label, weight = torch.rand(3, 2, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    losses = {"dice": dice(logits.sigmoid(), label, weight), "cross-entropy": cross_entropy(logits, label, weight, 3.0)}
+    assert losses["dice"] != losses["cross-entropy"]
+    assert_close(compute_loss(name, logits, label, weight, 3.0), losses[name])
