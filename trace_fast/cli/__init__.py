@@ -1,8 +1,8 @@
 """The command line: `trace-fast edges`, `segment`, `evaluate`, `distill`, `pretrain`, `scenes`, `models` and so on.
 
-Each command is a file that parses, calls the library and prints. Heavy modules are imported inside the commands, so
-that help costs no more than `import trace_fast.cli`.
-The exit status is in the help of the command.
+Each command is a file that parses, calls the library and prints. Pillow, matplotlib, diffusers and Triton are imported
+inside the commands, so that help does not wait for them; it does for torch, since the options of trainings are fields
+of their configurations. The exit status is in the help of the command.
 """
 
 from typing import Annotated
