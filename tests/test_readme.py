@@ -122,6 +122,13 @@ def test_every_public_name_is_in_the_reference():
     assert sorted(set(trace_fast.__all__) - covered - modules) == []
 
 
+def test_every_subpackage_is_in_the_tree():
+    _, _, tree = (ROOT / "docs" / "kernels.md").read_text().partition("## The tree")
+    packages = {path.parent.name for path in (ROOT / "trace_fast").glob("*/__init__.py")} - {"kernels"}  # kernels/jit
+    assert "jobs" in packages
+    assert sorted(name for name in packages if f"/{name}/`" not in tree and f"`{name}/`" not in tree) == []
+
+
 def test_every_op_is_on_the_page_of_kernels():
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert [name for name in trace_fast.ops.__all__ if f"`{name}`" not in page] == []
