@@ -486,16 +486,16 @@ def test_logits_are_computed_twice_on_a_gpu(family, device, monkeypatch):
 
 
 class TestNoising:
-    LEVELS = torch.tensor([0, 99, 500, 999])
+    TIMESTEPS = torch.tensor([0, 99, 500, 999])
 
     @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.flow])
     def test_variance_preserving_is_ddpm(self, family):
         pipe, backbone = make(family)
         betas = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).betas.double()
         latent, noise = torch.randn(2, 4, 4, 3, 5, dtype=torch.float64)
-        abar = (1 - betas).cumprod(0)[self.LEVELS][:, None, None, None]
+        abar = (1 - betas).cumprod(0)[self.TIMESTEPS][:, None, None, None]
         expected = abar.sqrt() * latent + (1 - abar).sqrt() * noise
-        outputs = backbone.schedule.noise(latent, noise, self.LEVELS)
+        outputs = backbone.schedule.noise(latent, noise, self.TIMESTEPS)
         # the scheduler's betas are float32
         torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5)
 
@@ -503,8 +503,8 @@ class TestNoising:
     def test_flow_is_the_straight_line(self, family):
         _, backbone = make(family)
         latent, noise = torch.randn(2, 4, 16, 3, 5, dtype=torch.float64)
-        sigma = (self.LEVELS.double() / 1000)[:, None, None, None]
-        outputs = backbone.schedule.noise(latent, noise, self.LEVELS)
+        sigma = (self.TIMESTEPS.double() / 1000)[:, None, None, None]
+        outputs = backbone.schedule.noise(latent, noise, self.TIMESTEPS)
         torch.testing.assert_close(outputs, (1 - sigma) * latent + sigma * noise, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("prediction", ["epsilon", "velocity"])

@@ -35,19 +35,19 @@ def backbone(network):
     return MiniBackbone(network, Settings(size=(20, 28)))
 
 
-LEVEL = torch.tensor([99, 700])
+TIMESTEPS = torch.tensor([99, 700])
 
 
 def test_output_has_the_shape_of_its_input(network, sample):
-    assert network(sample, LEVEL).shape == (2, 3, 20, 28)
+    assert network(sample, TIMESTEPS).shape == (2, 3, 20, 28)
 
 
 def test_output_depends_on_the_level_and_on_every_pixel(network, sample):
-    base = network(sample, LEVEL)
-    assert not torch.equal(base, network(sample, LEVEL.flip(0)))
+    base = network(sample, TIMESTEPS)
+    assert not torch.equal(base, network(sample, TIMESTEPS.flip(0)))
     touched = sample.clone()
     touched[:, :, -1, -1] += 1
-    assert (network(touched, LEVEL) - base)[:, :, :4, :4].abs().max() > 0  # attention reaches the far corner
+    assert (network(touched, TIMESTEPS) - base)[:, :, :4, :4].abs().max() > 0  # attention reaches the far corner
 
 
 def test_config_rejects_heads_that_do_not_fit():
@@ -77,7 +77,7 @@ def test_rotary_keeps_lengths_and_sees_only_relative_positions():
 def test_capture_passes_on_exactly_what_attention_receives(network, backbone, sample):
     inputs = {}
     with AttentionOracle() as oracle, backbone.capture(lambda i, q, k, *_: inputs.update({i: (q.clone(), k.clone())})):
-        network(sample, LEVEL)
+        network(sample, TIMESTEPS)
     assert sorted(inputs) == [0, 1, 2] and len(oracle.calls) == 3
     for index, (query, key) in enumerate(oracle.calls):
         assert query.shape == (2, 4, 35, 12)
@@ -85,9 +85,9 @@ def test_capture_passes_on_exactly_what_attention_receives(network, backbone, sa
 
 
 def test_capture_leaves_the_output_bit_equal_and_no_hook_behind(network, backbone, sample):
-    plain = network(sample, LEVEL)
+    plain = network(sample, TIMESTEPS)
     with backbone.capture(lambda *_: None) as capture:
-        captured = network(sample, LEVEL)
+        captured = network(sample, TIMESTEPS)
     assert capture.captured == [True] * 3
     assert torch.equal(plain, captured)
     for module in network.modules():
@@ -106,13 +106,13 @@ class TestAttend:
             mock.patch.object(ops, "accumulate_attention", wraps=ops.accumulate_attention) as accumulate,
             backbone.capture(mean.on_attention, attend=mean.attend if fused else None) as capture,
         ):
-            output = network(sample, LEVEL)
+            output = network(sample, TIMESTEPS)
         assert capture.captured == [True] * 3
         totals = sum(len(call.args) > 3 for call in attend.call_args_list)
         return output, mean.finish(), totals, accumulate.call_count
 
     def test_logits_are_computed_once(self, network, backbone, sample):
-        plain = network(sample, LEVEL)
+        plain = network(sample, TIMESTEPS)
         output, attention, attended, accumulated = self.trace(network, backbone, sample, True)
         assert (attended, accumulated) == (3, 0)
         assert torch.equal(output, plain)
@@ -125,22 +125,22 @@ class TestAttend:
         mean = MeanAttention(torch.empty(2, 35, 35), [(5, 7)])
         mean.clear()
         with backbone.capture(mean.on_attention, [1], mean.attend):
-            network(sample, LEVEL)
+            network(sample, TIMESTEPS)
         inputs = []
         with backbone.capture(lambda _, query, key, *__: inputs.append((query, key)), [1]):
-            network(sample, LEVEL)
+            network(sample, TIMESTEPS)
         assert torch.equal(mean.finish(), ops.attention_map(*inputs[0]))
 
     def test_with_gradients_it_is_attention_of_torch(self, network, backbone, sample):
         network.requires_grad_(True)
         with mock.patch.object(ops, "attend") as attend:
-            network(sample, LEVEL).sum().backward()
+            network(sample, TIMESTEPS).sum().backward()
         assert not attend.called and network.blocks[0].attn.to_v.weight.grad is not None
 
 
 def test_capture_removes_its_hooks_after_an_error(network, backbone, sample):
     with pytest.raises(ZeroDivisionError), backbone.capture(lambda *_: 1 / 0):
-        network(sample, LEVEL)
+        network(sample, TIMESTEPS)
     for module in network.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
 
@@ -159,7 +159,7 @@ def test_capture_complains_of_a_module_that_does_not_run(network, backbone, samp
         pytest.raises(CaptureError, match=r"got nothing from 1 of 3 modules \(Attention\)"),
         backbone.capture(lambda *_: None),
     ):
-        network(sample, LEVEL)
+        network(sample, TIMESTEPS)
 
 
 def test_captured_map_is_the_networks_own(network, backbone, sample):
@@ -171,7 +171,7 @@ def test_captured_map_is_the_networks_own(network, backbone, sample):
         attention.to_out[0].register_forward_hook(lambda _, args, __: outputs.update(mixed=args[0])),
     ]
     with backbone.capture(lambda _, q, k, *others: inputs.update(q=q, k=k), [1]):
-        network(sample, LEVEL)
+        network(sample, TIMESTEPS)
     for handle in handles:
         handle.remove()
     mixed = outputs["mixed"].unflatten(-1, (4, -1))  # (B, N, H, d)

@@ -20,7 +20,7 @@ from trace_fast.backbones.schedule import VariancePreserving
 from trace_fast.io import images as images_module
 from trace_fast.tracer import TIMESTEPS, edge_probability
 
-LEVELS = (0, 99, 299, 899)
+FOUR = (0, 99, 299, 899)
 
 
 def make_backbone(dtype=torch.float32, device="cpu", **settings):
@@ -84,9 +84,9 @@ def definition(backbone, images, levels, noising, seed, blocks):
 @pytest.mark.parametrize("noising", ["inversion", "gaussian"])
 @pytest.mark.parametrize("blocks", [None, (2, 0)])
 def test_scan_is_the_definition(tracer, images, noising, blocks):
-    kl, abdiv = tracer.scan(images, timesteps=LEVELS, noising=noising, seed=7, blocks=blocks)
+    kl, abdiv = tracer.scan(images, timesteps=FOUR, noising=noising, seed=7, blocks=blocks)
     # the definition's network runs in float64 and the tracer's in float32, which is what the tolerance allows for
-    expected = definition(make_backbone(torch.float64), images.double(), LEVELS, noising, 7, blocks or (0, 1, 2))
+    expected = definition(make_backbone(torch.float64), images.double(), FOUR, noising, 7, blocks or (0, 1, 2))
     assert kl.shape == (2, 3) and abdiv.shape == (2, 4, 6, 10)
     assert kl.dtype == abdiv.dtype == torch.float32 and kl.is_contiguous() and abdiv.is_contiguous()
     torch.testing.assert_close(kl.double(), expected[0], rtol=2e-3, atol=1e-6)
@@ -111,7 +111,7 @@ def test_attention_refuses_what_is_not_there(tracer, images, options, message):
 
 
 def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch):
-    whole = tracer.scan(images, timesteps=LEVELS, noising="gaussian")
+    whole = tracer.scan(images, timesteps=FOUR, noising="gaussian")
     sizes, predict = [], tracer.backbone.predict
     monkeypatch.setattr(tracer.backbone, "predict", lambda x, t: sizes.append(len(x)) or predict(x, t))
     maps = 2 * 4 * 60**2  # of two images
@@ -123,7 +123,7 @@ def test_batches_of_levels_do_not_change_the_result(tracer, images, monkeypatch)
     ):
         monkeypatch.setattr("trace_fast.tracer.MAP_BYTES", room)
         sizes.clear()
-        parts = tracer.scan(images, timesteps=LEVELS, noising="gaussian", batch=batch)
+        parts = tracer.scan(images, timesteps=FOUR, noising="gaussian", batch=batch)
         assert sizes == expected
         for one, other in zip(whole, parts, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -137,14 +137,14 @@ def test_one_level_has_no_steps(tracer, images):
 def test_images_are_squashed_to_the_processing_size(tracer):
     images = torch.rand(2, 3, 37, 61, generator=torch.Generator().manual_seed(3))
     small = torch.nn.functional.interpolate(images, (24, 40), mode="bilinear", antialias=True)
-    for one, other in zip(*(tracer.scan(pixels, timesteps=LEVELS) for pixels in (images, small)), strict=True):
+    for one, other in zip(*(tracer.scan(pixels, timesteps=FOUR) for pixels in (images, small)), strict=True):
         assert torch.equal(one, other)
 
 
 def test_what_a_user_does_to_an_output_stays_there(tracer, images):
-    output = tracer(images, timestep="iep", timesteps=LEVELS)
+    output = tracer(images, timestep="iep", timesteps=FOUR)
     output.timesteps.zero_()
-    assert tracer(images, timestep="iep", timesteps=LEVELS).timesteps.tolist() == list(LEVELS)
+    assert tracer(images, timestep="iep", timesteps=FOUR).timesteps.tolist() == list(FOUR)
 
 
 def test_maps_beyond_the_memory_are_refused(tracer, monkeypatch):
@@ -158,18 +158,18 @@ def test_maps_beyond_the_memory_are_refused(tracer, monkeypatch):
 
 def test_images_of_a_batch_do_not_see_one_another(tracer, images):
     for noising in ("inversion", "gaussian"):
-        together = tracer(images, noising=noising, timesteps=LEVELS, return_kl=True)
-        alone = tracer(images[1:], noising=noising, timesteps=LEVELS, return_kl=True)
+        together = tracer(images, noising=noising, timesteps=FOUR, return_kl=True)
+        alone = tracer(images[1:], noising=noising, timesteps=FOUR, return_kl=True)
         torch.testing.assert_close(together.edges[1:], alone.edges, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together.kl[1:], alone.kl, rtol=1e-4, atol=1e-6)
 
 
 def test_iep_is_the_peak_and_the_noisier_map_of_the_pair(tracer, images):
-    output = tracer(images, timestep="iep", timesteps=LEVELS, return_abdiv=True)
-    kl, abdiv = tracer.scan(images, timesteps=LEVELS)
+    output = tracer(images, timestep="iep", timesteps=FOUR, return_abdiv=True)
+    kl, abdiv = tracer.scan(images, timesteps=FOUR)
     step = kl.argmax(1)
-    assert output.timesteps.tolist() == list(LEVELS)
-    assert output.timestep.tolist() == [LEVELS[k + 1] for k in step.tolist()]
+    assert output.timesteps.tolist() == list(FOUR)
+    assert output.timestep.tolist() == [FOUR[k + 1] for k in step.tolist()]
     assert torch.equal(output.kl, kl)
     assert torch.equal(output.abdiv, torch.stack([abdiv[b, k + 1] for b, k in enumerate(step.tolist())]))
 
@@ -181,7 +181,7 @@ def test_the_host_never_waits_for_the_device(noising, timestep, monkeypatch):
     # a meta tensor has no numbers: whoever asks for one, to decide on the host, gets an error
     tracer = Tracer(make_backbone(device="meta"))
     images = torch.empty(2, 3, 24, 40, dtype=torch.uint8, device="meta")
-    output = tracer(images, timestep=timestep, timesteps=LEVELS, noising=noising, return_kl=True, return_abdiv=True)
+    output = tracer(images, timestep=timestep, timesteps=FOUR, noising=noising, return_kl=True, return_abdiv=True)
     assert output.edges.shape == (2, 1, 24, 40) and output.edges.is_meta
     assert output.kl.shape == (2, 3) and output.abdiv.shape == (2, 6, 10) and output.timestep.shape == (2,)
 
@@ -193,7 +193,7 @@ def test_the_search_replays_in_a_cuda_graph(noising):
     images = torch.rand(2, 3, 24, 40, device="cuda")
 
     def search():
-        return tracer.scan(images, timesteps=LEVELS, noising=noising, batch=2)
+        return tracer.scan(images, timesteps=FOUR, noising=noising, batch=2)
 
     search()  # compiles kernels and copies constants
     graph = torch.cuda.CUDAGraph()
@@ -210,11 +210,11 @@ def test_the_search_replays_in_a_cuda_graph(noising):
 def test_the_search_makes_no_synchronizing_call():
     tracer = Tracer(make_backbone(device="cuda"))
     images = torch.randint(256, (2, 3, 24, 40), dtype=torch.uint8, device="cuda")
-    tracer(images, timesteps=LEVELS, timestep="iep")
+    tracer(images, timesteps=FOUR, timestep="iep")
     try:
         with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
-        tracer(images, timesteps=LEVELS, timestep="iep")
+        tracer(images, timesteps=FOUR, timestep="iep")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -289,8 +289,8 @@ def test_fixed_level_off_the_grid_is_visited(tracer, images):
 
 
 def test_numbers_of_other_kinds_are_levels_too(tracer, images):
-    plain = tracer(images, timesteps=LEVELS, timestep=99)
-    other = tracer(images, timesteps=np.array(LEVELS), timestep=torch.tensor(99))
+    plain = tracer(images, timesteps=FOUR, timestep=99)
+    other = tracer(images, timesteps=np.array(FOUR), timestep=torch.tensor(99))
     assert torch.equal(plain.edges, other.edges)
 
 
