@@ -106,7 +106,8 @@ def shards(tmp_path, monkeypatch):
 def driver(tmp_path, shards, monkeypatch):
     """Start a command that takes a moment for each photo, on this machine, and wait for lines of its manifest."""
     set_environment(monkeypatch, tmp_path / "notes")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # not the cluster of other tests, which Ray finds on this machine
+    monkeypatch.setenv("RAY_ADDRESS", "local")
     manifest, processes = tmp_path / "out" / MANIFEST, []
 
     def start(lines):
@@ -149,6 +150,14 @@ def test_the_files_of_threads(inputs):
     # the manifests, too
     assert Path("out/.trace-fast.jsonl").read_bytes() == Path("plain/.trace-fast.jsonl").read_bytes()
     assert not ray.is_initialized()
+
+
+@pytest.mark.usefixtures("cluster", "inputs")
+def test_relative_paths_are_those_of_the_command():
+    words = ["segment", "in/01.jpg", "in/02.jpg", "-o", "out", "--save-edges", "edges", *SIZE, "--engine", "ray"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    assert [*list_tree("edges")] == ["01.png", "02.png"]
 
 
 def test_shards_whose_process_ends(inputs, tmp_path, cluster, caplog):

@@ -353,8 +353,8 @@ def main() -> int:
     parser.add_argument("--no-disks", action="store_true", help="mount no disks, which needs the rights of root")
     options = parser.parse_args()
     random, end, problems = np.random.default_rng(options.seed), time.monotonic() + 60 * options.minutes, 0
-    # children read no settings of this user, and no network
-    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    # children read no settings of this user, and no network; Ray does not look for a cluster on this machine
+    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "local"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["TRACE_FAST_CACHE"] = str(folder / "cache")

@@ -69,7 +69,7 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
         # it writes a traceback for each process that ends
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         stage = make_stage(job.output.absolute(), job.manifest.part.index)
-        arguments = pickle.dumps((job.task, job.task.settings, stage, job.workers))
+        arguments = pickle.dumps((job.task, job.task.settings, stage, job.workers, os.getcwd()))
         # it may be on a machine that ends; counts begin again then
         starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
@@ -99,7 +99,7 @@ def move_files(names: Iterable[str], stage: Path, output: Path) -> None:
 
 
 def list_rows(missing: Targets) -> list[dict[str, Any]]:
-    """Return the rows of a data set: a shard each, or a few pictures. Actors may have another working directory."""
+    """Return the rows of a data set: a shard each, or a few pictures. Actors may have another working folder."""
     absolute = [(replace(file, path=file.path.absolute()), names) for file, names in missing.items()]
     pictures = [(file, names) for file, names in absolute if not file.is_shard]
     inputs = [dict(pictures[start : start + PICTURES]) for start in range(0, len(pictures), PICTURES)]
@@ -123,13 +123,16 @@ class Actor:
     """Writes the results of rows, in a process of Ray.
 
     Args:
-        arguments: task, settings, folder to write to and number of threads, pickled.
+        arguments: task, settings, folder to write to, number of threads and working folder, pickled.
         starts: an actor of `Starts`.
     """
 
     def __init__(self, arguments: bytes, starts: Any):
-        self.task, settings, self.output, self.workers = pickle.loads(arguments)
+        self.task, settings, self.output, self.workers, working_folder = pickle.loads(arguments)
         self.starts = starts
+        # on a machine without it, all paths must be absolute
+        with contextlib.suppress(OSError):
+            os.chdir(working_folder)
         if self.task.settings != settings:
             raise RuntimeError(
                 f"{self.task.op}: actors must run the model as the driver does, got {self.task.settings} instead of "
