@@ -310,7 +310,8 @@ def test_threads_take_turns(tracer, images):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"size": (64,)}, ValueError, r"size must be \(height, width\), positive integers, got \(64,\)"),
+        ({"size": (64,)}, ValueError, r"size must be a tuple \(height, width\) of positive integers, got \(64,\)"),
+        ({"size": [64, 96]}, ValueError, r"size must be a tuple .* of positive integers, got \[64, 96\]"),
         ({"size": (22, 40)}, ValueError, "size must be positive multiples of 4 pixels"),
         ({"size": (20000, 9000)}, ValueError, "size must be at most 178956970 pixels, got 20000 x 9000"),
         ({"edge_scale": 0}, ValueError, "edge_scale must be from 1e-6 to 1e6, got 0"),

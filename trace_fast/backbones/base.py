@@ -97,7 +97,7 @@ class Settings:
     def __post_init__(self) -> None:
         size = self.size
         if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, Integral) and s > 0 for s in size):
-            raise ValueError(f"settings: size must be (height, width), positive integers, got {size!r}")
+            raise ValueError(f"settings: size must be a tuple (height, width) of positive integers, got {size!r}")
         if size[0] * size[1] > MAX_PIXELS:
             raise ValueError(f"settings: size must be at most {MAX_PIXELS} pixels, got {size[0]} x {size[1]}")
         # a divergence is divided by it in float32

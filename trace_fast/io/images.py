@@ -50,6 +50,7 @@ MIN_SIDE = 16  # smallest accepted side, in pixels
 OUTPUT_TYPES = ("np", "pt", "pil")
 CHANNEL_ORDERS = ("rgb", "bgr")
 
+EDGES_HINT = "; trace_fast.evaluation.read_map reads a PNG file of edges"
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # half a level of 8 bits: what is written as 0 is somewhat above
 LEAST_PROBABILITY = 0.5 / 255
@@ -313,9 +314,11 @@ def read_edge_maps(op: str, edges: np.ndarray | Tensor) -> Tensor:
         torch.Size([2, 48, 64])
     """
     if not isinstance(edges, (np.ndarray, Tensor)):
-        raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}")
+        raise TypeError(f"{op}: edges must be an array or a tensor, got {type(edges).__name__}{EDGES_HINT}")
     if dtype_name(edges) not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: edges must be float16, bfloat16, float32 or float64, got {dtype_name(edges)}")
+        raise TypeError(
+            f"{op}: edges must be float16, bfloat16, float32 or float64, got {dtype_name(edges)}{EDGES_HINT}"
+        )
     if isinstance(edges, Tensor):
         check_values(f"{op}: edges", edges)
     if edges.ndim >= 2 and math.prod(edges.shape[-2:]) > MAX_PIXELS:
