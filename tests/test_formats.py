@@ -1035,6 +1035,13 @@ def test_defaults_of_torch_do_not_matter():
             same(restore(mask_set, [[0]]), one)
 
 
+@pytest.mark.parametrize("empty", [[], ()], ids=["list", "tuple"])
+def test_no_masks_have_the_size_that_is_asked_for(empty):
+    mask_set, restore = open_masks(empty, (3, 5))
+    assert mask_set.masks.shape == (0, 3, 5) and restore(mask_set, []) == empty
+    assert open_masks(empty)[0].masks.shape == (0, 0, 0)
+
+
 @pytest.mark.slow
 def test_plain_masks_import_no_other_library():
     code = (
