@@ -160,6 +160,17 @@ def test_relative_paths_are_those_of_the_command():
     assert [*list_tree("edges")] == ["01.png", "02.png"]
 
 
+@pytest.mark.usefixtures("cluster", "inputs")
+def test_another_model_on_a_machine_is_refused(monkeypatch):
+    describe = EdgeFinder.describe
+    # of this process alone
+    monkeypatch.setattr(EdgeFinder, "describe", lambda finder: {**describe(finder), "weights": "0"})
+    result = call("out", "--engine", "ray", "--actors", 1)
+    assert result.exit_code == 2
+    assert re.search("actors must have the model of the command, got weights [0-9a-f]{64} instead of 0$", result.stderr)
+    assert "Traceback" not in result.stderr and not list_everything("out")
+
+
 def test_shards_whose_process_ends(inputs, tmp_path, cluster, caplog):
     """Let the process of a shard end each time, and that of another one be killed once."""
     plain = run(EndingTask(FINDER), inputs / "b.tar", tmp_path / "plain")

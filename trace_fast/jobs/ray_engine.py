@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import pickle
@@ -18,6 +19,7 @@ from trace_fast.io.claims import make_stage
 from trace_fast.jobs.errors import FAILURES, describe
 from trace_fast.jobs.manifest import Manifest
 from trace_fast.jobs.run import Job, Outcome, Recorder, Targets
+from trace_fast.training.state import list_differences
 
 __all__ = ["run_in_actors"]
 
@@ -41,7 +43,7 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
 
     Raises:
         ValueError: there are too many actors.
-        RuntimeError: Ray is not installed, or does not start.
+        RuntimeError: Ray is not installed, does not start or ends, or a machine has another model.
         OSError: the folder of results cannot be written to.
     """
     assert isinstance(job.manifest, Manifest)
@@ -49,6 +51,7 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
     require(op, "ray")
     import ray
     import ray.data
+    import ray.exceptions
 
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -69,7 +72,9 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
         # it writes a traceback for each process that ends
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         stage = make_stage(job.output.absolute(), job.manifest.part.index)
-        arguments = pickle.dumps((job.task, job.task.settings, stage, job.workers, os.getcwd()))
+        task, settings = copy.copy(job.task), job.task.settings
+        del vars(task)["settings"]  # actors compute theirs
+        arguments = pickle.dumps((task, settings, stage, job.workers, os.getcwd()))
         # it may be on a machine that ends; counts begin again then
         starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
         reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
@@ -84,6 +89,9 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
             for name, _, _ in recorder.records:
                 move_files(files[name], stage, job.output)
             job.merge(recorder, outcome, lines)
+    except ray.exceptions.RayError as error:  # its last line has the reason
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"{op}: actors of Ray must run to the end of the job, got {reason}") from error
     finally:
         ray.shutdown()
 
@@ -135,8 +143,8 @@ class Actor:
             os.chdir(working_folder)
         if self.task.settings != settings:
             raise RuntimeError(
-                f"{self.task.op}: actors must run the model as the driver does, got {self.task.settings} instead of "
-                f"{settings}"
+                f"{self.task.op}: actors must have the model of the command, got "
+                f"{list_differences(self.task.settings, settings)}"
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
