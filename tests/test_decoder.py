@@ -234,6 +234,7 @@ class TestPixelDecoder:
     @pytest.mark.parametrize("detail", [1, 2, 3])
     def test_logits_have_the_size_of_the_image(self, detail):
         decoder = PixelDecoder((3, 5), columns=6, channels=4, detail=detail)
+        assert decoder.photo_size((480, 640), (24, 40)) == (24 * detail, 40 * detail)
         readout, image = torch.randn(2, 15, 6), torch.rand(2, 3, 24 * detail, 40 * detail)
         assert decoder(readout, image).shape == (2, 1, 24 * detail, 40 * detail)
 
