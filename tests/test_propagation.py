@@ -46,6 +46,16 @@ def test_merged_masks_are_split_and_fragments_completed(mode):
         assert iou(mask, other) > 0.9
 
 
+def test_an_object_is_filled_from_the_share_that_is_asked_for():
+    edges, _ = cross(42, 61)
+    objects, _ = trace_fast.instances(edges, threshold=0.98, min_area=1)
+    whole = objects[1].numpy()
+    half = whole & (whole.ravel().cumsum().reshape(whole.shape) <= whole.sum() / 2)
+    assert 2 * half.sum() == whole.sum()
+    assert np.array_equal(trace_fast.propagate(half[None], edges, cover=0.5), whole[None])
+    assert np.array_equal(trace_fast.propagate(half[None], edges, cover=0.51), half[None])
+
+
 @pytest.mark.parametrize("reach", [1, 2, 4])
 def test_pixels_near_an_outline_have_both_sides_in_reach(reach):
     blocks = np.random.default_rng(0).random((5, 4)) < 0.5
