@@ -2,6 +2,8 @@
 
 import doctest
 import inspect
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -327,3 +329,18 @@ def test_sparse_tensors_are_refused(op):
     changed = [x.to_sparse() if isinstance(x, torch.Tensor) else x for x in arguments]
     with pytest.raises((TypeError, ValueError), match="must be dense"):
         getattr(ops, op)(*changed, **options)
+
+
+def test_ops_do_not_import_the_compiler():
+    """Importing it takes longer than finding the first edges does."""
+    code = """
+import sys, torch, trace_fast
+photo = torch.rand(1, 3, 48, 64)
+edges = trace_fast.load("mini", device="cpu", size=(32, 48)).edges(photo)[0, 0]
+trace_fast.load("mini", stage=1, device="cpu", size=(32, 48)).edges(photo)
+trace_fast.instances(edges, k=3)
+trace_fast.propagate(torch.ones(48, 64, dtype=torch.int64), edges)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")

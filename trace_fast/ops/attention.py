@@ -269,7 +269,7 @@ def _round_total(wide_total: Tensor, total: Tensor) -> None:
         total.copy_(wide_total)
 
 
-@torch.library.custom_op("trace_fast::accumulate_attention", mutates_args=("total",))
+@dispatch.custom_op("trace_fast::accumulate_attention", mutates_args=("total",))
 def _accumulate_attention(
     total: Tensor,
     query: Tensor,
@@ -310,7 +310,7 @@ def _(
     pass
 
 
-@torch.library.custom_op("trace_fast::attend", mutates_args=())
+@dispatch.custom_op("trace_fast::attend")
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     from trace_fast import _C
 
@@ -325,7 +325,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
-@torch.library.custom_op("trace_fast::attend_and_accumulate", mutates_args=("total",))
+@dispatch.custom_op("trace_fast::attend_and_accumulate", mutates_args=("total",))
 def _attend_and_accumulate(
     total: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: float, scale: float, first: int
 ) -> Tensor:
@@ -350,7 +350,7 @@ def _widen(*features: Tensor) -> tuple[Tensor, list[Tensor]]:
     return mixed, [tensor.float().contiguous() for tensor in features]
 
 
-@torch.library.custom_op("trace_fast::accumulate_resized", mutates_args=("total",))
+@dispatch.custom_op("trace_fast::accumulate_resized", mutates_args=("total",))
 def _accumulate_resized(
     total: Tensor,
     attention: Tensor,
@@ -397,7 +397,7 @@ def _bilinear_sums(size: tuple[int, int], target: tuple[int, int], device: torch
     return reference.attention.bilinear_sums(size, target, torch.empty(0, dtype=torch.float32, device=device))
 
 
-@torch.library.custom_op("trace_fast::readout", mutates_args=())
+@dispatch.custom_op("trace_fast::readout")
 def _readout(query: Tensor, key: Tensor, values: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the readout and, for the gradient, that of each head and log2 of the row sums of exp(logits) (B, H, N)."""
     if backend == "triton":
@@ -423,7 +423,7 @@ def _(query: Tensor, key: Tensor, values: Tensor, scale: float, backend: str) ->
     return parts.mean(1), parts, parts.new_empty(query.shape[:3])
 
 
-@torch.library.custom_op("trace_fast::readout_backward", mutates_args=())
+@dispatch.custom_op("trace_fast::readout_backward")
 def _readout_backward(
     grad: Tensor, query: Tensor, key: Tensor, values: Tensor, parts: Tensor, lse: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

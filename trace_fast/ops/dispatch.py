@@ -8,11 +8,13 @@ import functools
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from trace_fast import reference
 
@@ -30,6 +32,7 @@ __all__ = [
     "backends",
     "choose",
     "count_threads",
+    "custom_op",
     "for_core",
     "get_capability",
     "has_cuda",
@@ -79,6 +82,35 @@ def has_cuda() -> bool:
 def for_core(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor where the native core computes: a GPU if its kernels run there, or else the CPU."""
     return (tensor if has_cuda() else tensor.cpu()).contiguous()
+
+
+def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Return a decorator that makes a function an op of torch, as `torch.library.custom_op` does.
+
+    The first call of an op of torch's own decorator imports the compiler, which takes longer than a forward pass. Here
+    the function runs as it is until something else has imported the compiler, which must not look into it.
+
+    Args:
+        name: "trace_fast::<op>".
+        mutates_args: arguments that the op writes to.
+    """
+
+    def decorate(function: Callable[..., Any]) -> CustomOpDef:
+        disabled = None
+
+        def run(*arguments: Any) -> Any:
+            nonlocal disabled
+            if "torch._dynamo" not in sys.modules:
+                return function(*arguments)
+            if disabled is None:
+                disabled = torch.compiler.disable(function)
+            return disabled(*arguments)
+
+        op = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        torch.library.impl(name, ("cpu", "cuda"), run)
+        return op
+
+    return decorate
 
 
 _started = False  # whether threads may wait for work, which torch and the native core share

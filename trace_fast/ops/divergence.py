@@ -76,7 +76,7 @@ def _check_pair(op: str, previous: Tensor, current: Tensor) -> None:
     checks.same_device(op, previous=previous, current=current)
 
 
-@torch.library.custom_op("trace_fast::step_kl", mutates_args=())
+@dispatch.custom_op("trace_fast::step_kl")
 def _step_kl(previous: Tensor, current: Tensor, backend: str) -> Tensor:
     if backend == "triton":
         from trace_fast.kernels import divergence as kernels
@@ -96,7 +96,7 @@ def _(previous: Tensor, current: Tensor, backend: str) -> Tensor:
     return _empty(current, current.shape[0])
 
 
-@torch.library.custom_op("trace_fast::abdiv", mutates_args=())
+@dispatch.custom_op("trace_fast::abdiv")
 def _abdiv(attention: Tensor, height: int, width: int, backend: str) -> Tensor:
     if backend == "triton":
         from trace_fast.kernels import divergence as kernels
@@ -116,7 +116,7 @@ def _(attention: Tensor, height: int, width: int, backend: str) -> Tensor:
     return _empty(attention, attention.shape[0], height, width)
 
 
-@torch.library.custom_op("trace_fast::step_kl_abdiv", mutates_args=())
+@dispatch.custom_op("trace_fast::step_kl_abdiv")
 def _step_kl_abdiv(previous: Tensor, current: Tensor, height: int, width: int, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from trace_fast.kernels import divergence as kernels

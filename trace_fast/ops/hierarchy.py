@@ -73,7 +73,7 @@ def merge_tree(labels: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     return _merge_tree(labels, edges, count)
 
 
-@torch.library.custom_op("trace_fast::watershed", mutates_args=())
+@dispatch.custom_op("trace_fast::watershed")
 def _watershed(edges: Tensor) -> tuple[Tensor, Tensor]:
     from trace_fast import _C
 
@@ -89,7 +89,7 @@ def _(edges: Tensor) -> tuple[Tensor, Tensor]:
     return edges.new_empty(edges.shape, dtype=torch.int32), edges.new_empty(edges.shape[0], dtype=torch.int32)
 
 
-@torch.library.custom_op("trace_fast::merge_tree", mutates_args=())
+@dispatch.custom_op("trace_fast::merge_tree")
 def _merge_tree(labels: Tensor, edges: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the tree of `count` regions."""
     from trace_fast import _C

@@ -137,7 +137,7 @@ def _queue(device: torch.device) -> tuple[int, int]:
     return stream.device.index, stream.cuda_stream
 
 
-@torch.library.custom_op("trace_fast::label_regions", mutates_args=())
+@dispatch.custom_op("trace_fast::label_regions")
 def _label_regions(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     from trace_fast import _C
 
@@ -159,7 +159,7 @@ def _(barrier: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     return labels, labels.new_empty(barrier.shape[0])
 
 
-@torch.library.custom_op("trace_fast::flood_fill", mutates_args=())
+@dispatch.custom_op("trace_fast::flood_fill")
 def _flood_fill(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) -> Tensor:
     from trace_fast import _C
 
@@ -181,7 +181,7 @@ def _(seeds: Tensor, barrier: Tensor, connectivity: int, claim_barrier: bool) ->
     return seeds.new_empty(seeds.shape)
 
 
-@torch.library.custom_op("trace_fast::random_walk", mutates_args=())
+@dispatch.custom_op("trace_fast::random_walk")
 def _random_walk(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Tensor:
     from trace_fast import _C
 
@@ -222,7 +222,7 @@ def _(masks: Tensor, edges: Tensor, radius: int, beta: float, steps: int) -> Ten
     return masks.new_empty(masks.shape)
 
 
-@torch.library.custom_op("trace_fast::merge_masks", mutates_args=())
+@dispatch.custom_op("trace_fast::merge_masks")
 def _merge_masks(masks: Tensor, iou: float) -> Tensor:
     """Return the index of the union that contains each mask, (M,) int64."""
     from trace_fast import _C
@@ -251,7 +251,7 @@ def _(masks: Tensor, iou: float) -> Tensor:
     return masks.new_empty(masks.shape[0], dtype=torch.int64)
 
 
-@torch.library.custom_op("trace_fast::unite_masks", mutates_args=())
+@dispatch.custom_op("trace_fast::unite_masks")
 def _unite_masks(masks: Tensor, groups: Tensor, unions: int) -> Tensor:
     """Return the union of the masks (M, H, W) of each group (M,) int64, (unions, H, W)."""
     from trace_fast import _C
