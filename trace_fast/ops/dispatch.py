@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from trace_fast import reference
 
@@ -84,7 +83,7 @@ def for_core(tensor: Tensor) -> Tensor:
     return (tensor if has_cuda() else tensor.cpu()).contiguous()
 
 
-def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that makes a function an op of torch, as `torch.library.custom_op` does.
 
     The first call of an op of torch's own decorator imports the compiler, which takes longer than a forward pass. Here
@@ -95,7 +94,7 @@ def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Cal
         mutates_args: arguments that the op writes to.
     """
 
-    def decorate(function: Callable[..., Any]) -> CustomOpDef:
+    def decorate(function: Callable[..., Any]) -> Any:
         disabled = None
 
         def run(*arguments: Any) -> Any:
