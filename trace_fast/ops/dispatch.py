@@ -10,12 +10,15 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from trace_fast import reference
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 try:
     from trace_fast import _C
@@ -83,7 +86,7 @@ def for_core(tensor: Tensor) -> Tensor:
     return (tensor if has_cuda() else tensor.cpu()).contiguous()
 
 
-def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> "Callable[[Callable[..., Any]], CustomOpDef]":
     """Return a decorator that makes a function an op of torch, as `torch.library.custom_op` does.
 
     The first call of an op of torch's own decorator imports the compiler, which takes longer than a forward pass. Here
@@ -94,7 +97,7 @@ def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Cal
         mutates_args: arguments that the op writes to.
     """
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., Any]) -> "CustomOpDef":
         disabled = None
 
         def run(*arguments: Any) -> Any:
