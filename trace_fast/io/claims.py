@@ -31,7 +31,7 @@ LOCKED_BYTE = 1 << 30
 # names that `write_atomically` gives to files that are not complete, and for how many seconds none is left alone
 PART = re.compile(r"\.[0-9a-f]{16}\.part")
 STALE = 600
-STAGE = ".trace-fast-stage"
+STAGE = ".trace-fast-stage"  # begins the names of folders, see `make_stage`
 
 # folders that this process has claimed: its own locks do not keep its other threads out
 _claimed: set[str] = set()

@@ -43,7 +43,7 @@ def run_in_actors(job: Job, missing: Targets, actors: int | None) -> None:
 
     Raises:
         ValueError: there are too many actors.
-        RuntimeError: Ray is not installed, does not start or ends, or a machine has another model.
+        RuntimeError: Ray is not installed, does not start, or ends too early; or a machine has another model.
         OSError: the folder of results cannot be written to.
     """
     assert isinstance(job.manifest, Manifest)
