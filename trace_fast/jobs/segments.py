@@ -174,7 +174,7 @@ class SegmentTask:
         if self.exclusive:
             masks, indices = keep_visible(masks)
             scores = scores[indices]
-        return MaskSet(masks, scores), paint_labels(masks, range(1, len(masks) + 1)).cpu().numpy(), set()
+        return MaskSet(masks, scores), paint_labels(masks).cpu().numpy(), set()
 
     def _complete_masks(self, name: str, edge_map: Tensor) -> tuple[MaskSet, np.ndarray, set[int]]:
         """Split and complete the masks of a label map; return them, their label map (H, W), and its labels of void."""
