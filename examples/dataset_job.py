@@ -16,7 +16,10 @@ def main(source: str, target: str, column: str = "bytes", rows: int = 64) -> Non
     """Write a parquet file of edges for each one of images; a row whose image cannot be read has an error."""
     find_edges = trace_fast.BatchEdges("mini", image=column)  # picklable: engines send it to other processes
     Path(target).mkdir(parents=True, exist_ok=True)
-    for path in sorted(Path(source).glob("*.parquet")):
+    paths = sorted(Path(source).glob("*.parquet"))
+    if not paths:
+        sys.exit(f"no parquet files in the folder '{source}'")
+    for path in paths:
         failed = 0
         with parquet.ParquetWriter(Path(target) / path.name, find_edges.schema) as writer:
             for batch in parquet.ParquetFile(path).iter_batches(rows):

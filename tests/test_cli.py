@@ -267,7 +267,9 @@ class TestRefusals:
 
     def test_folder_without_images(self, refuse, tmp_path):
         (tmp_path / "empty").mkdir()
-        assert refuse("a.png", "empty", "-o", "out") == "trace-fast: no image files in the folder 'empty'\n"
+        assert refuse("a.png", "empty", "-o", "out") == (
+            "trace-fast: edges: inputs must hold images or shards, got none in the folder 'empty'\n"
+        )
 
     def test_unknown_model(self, refuse):
         error = refuse("a.png", "-o", "out", "--model", "sd9")

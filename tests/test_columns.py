@@ -100,7 +100,7 @@ class TestTables:
             find_edges()(batch)
 
     def test_no_column_of_images(self, batch):
-        with pytest.raises(KeyError, match="got 'image' and columns key, bytes"):
+        with pytest.raises(ValueError, match="got 'image' and columns key, bytes"):
             find_edges(image="image")(batch)
 
     def test_it_is_small_and_loads_where_it_runs(self, batch):

@@ -168,9 +168,9 @@ def test_what_is_left_out_is_counted(photos):
     (photos / "a.jpg").unlink()
     result = CliRunner().invoke(app, ["edges", str(photos), "-o", str(photos / "out")])
     assert result.exit_code == 2
-    assert (
-        result.stderr
-        == f"trace-fast: no image files in the folder '{photos}': left out {expected}; --recursive reads subfolders\n"
+    assert result.stderr == (
+        f"trace-fast: edges: inputs must hold images or shards, got none in the folder '{photos}': left out "
+        f"{expected}; --recursive reads subfolders\n"
     )
 
 

@@ -124,7 +124,11 @@ class TestInputs:
 
     @pytest.mark.parametrize(
         ("source", "reason"),
-        [("https://x.org/a.jpg", "download it"), ("s3://bucket/a.tar", "BatchEdges"), ("a.MP4", "by: ffmpeg -i a.MP4")],
+        [
+            ("https://x.org/a.jpg", "got the address 'https://x.org/a.jpg'; download it"),
+            ("s3://bucket/a.tar", "BatchEdges"),
+            ("a.MP4", "by: ffmpeg -i a.MP4"),
+        ],
     )
     def test_addresses_and_videos_are_refused_with_the_way(self, source, reason):
         for typed in (source, Path(source)):

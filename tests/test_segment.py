@@ -167,6 +167,12 @@ class TestEdges:
         assert result.exit_code == 1
         assert "segment: edges must be of the image's size (48, 64), got (9, 9) in 'edges'" in result.stderr
 
+    def test_a_map_that_is_missing(self, call, tmp_path):
+        (tmp_path / "edges" / "42.png").unlink()
+        result = call("--edges", "edges")
+        assert result.exit_code == 1
+        assert "segment: edges must hold an edge map of the image, got no 42.png in 'edges'" in result.stderr
+
     def test_no_folder(self, call):
         result = call("--edges", "nowhere")
         assert (result.exit_code, result.stderr) == (

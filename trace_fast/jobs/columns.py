@@ -133,12 +133,12 @@ class BatchEdges:
             version. A row has an error where its image cannot be read.
 
         Raises:
-            KeyError: there is no column of images.
+            ValueError: there is no column of images.
             MemoryError, RuntimeError: memory is full, which is no fault of an image; or pyarrow is not installed.
         """
         names = batch.column_names if hasattr(batch, "column_names") else list(batch)
         if self.image not in names:
-            raise KeyError(f"BatchEdges: image must be a column, got {self.image!r} and columns {', '.join(names)}")
+            raise ValueError(f"BatchEdges: image must be a column, got {self.image!r} and columns {', '.join(names)}")
         cells = list_cells(batch[self.image])
         keys = list_cells(batch[self.key]) if self.key in names else [None] * len(cells)
         task = load_task(self._task)

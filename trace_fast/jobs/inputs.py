@@ -83,9 +83,10 @@ def _list_input(op: str, source: str, output: Path | None, recursive: bool, list
     """Add the files of one input to those listed."""
     path = Path(source)
     if ADDRESS.match(source):
+        address = re.sub("(?<=:)/+", "//", source, count=1)  # a path has lost one of them
         raise ValueError(
-            f"{op}: inputs must be files of this machine, got the address {source!r}; download it, or mount its store, "
-            "or let an engine that reads it call trace_fast.BatchEdges"
+            f"{op}: inputs must be files of this machine, got the address {address!r}; download it, or mount its "
+            "store, or let an engine that reads it call trace_fast.BatchEdges"
         )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         raise ValueError(
@@ -147,7 +148,7 @@ def _list_folder(op: str, folder: Path, output: Path | None, recursive: bool, le
     if not files:
         hint = "; --recursive reads subfolders" if not recursive and any(map(os.path.isdir, others)) else ""
         reasons = f": left out {reasons}{hint}" if reasons else ""
-        raise ValueError(f"no image files in the folder '{folder}'{reasons}")
+        raise ValueError(f"{op}: inputs must hold images or shards, got none in the folder '{folder}'{reasons}")
     if reasons:
         left_out.append(f"left out of '{folder}': {reasons}")
     return sorted(files, key=lambda file: file.name)

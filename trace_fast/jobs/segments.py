@@ -140,7 +140,10 @@ class SegmentTask:
     def _read_edges(self, name: str, photo: Photo) -> Tensor:
         """Return the edge map (H, W) of an image, read from the folder of edges."""
         assert self.edges is not None
-        edge_map = torch.from_numpy(read_map(self.edges / f"{name}.png"))
+        path = self.edges / f"{name}.png"
+        if not os.path.isfile(path):
+            raise ValueError(f"segment: edges must hold an edge map of the image, got no {path.name} in '{self.edges}'")
+        edge_map = torch.from_numpy(read_map(path))
         size, got = (photo.height, photo.width), tuple(edge_map.shape)
         if got != size:
             raise ValueError(f"segment: edges must be of the image's size {size}, got {got} in '{self.edges}'")
