@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -224,6 +225,7 @@ def main() -> None:
         "--only", action="append", help="inputs to measure, such as 'photographs'; repeat it for several"
     )
     parser.add_argument("--engine", action="append", help="engines to measure; repeat it for several")
+    parser.add_argument("--runs", type=int, default=1, help="of each engine, in turn with the others")
     parser.add_argument("--small", type=int, nargs=2, default=(333, 10_000), help="numbers of small pictures")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "engines", help="for pictures and results")
     options = parser.parse_args()
@@ -236,17 +238,15 @@ def main() -> None:
     }
     for count in options.small:
         folders[f"{count} small"] = cut_pictures(photos, options.folder / f"small-{count}", count), SMALL
-    for name in options.only or folders:
+    for name, number in itertools.product(options.only or folders, range(options.runs)):
         source, size = folders[name]
         expected, output = options.folder / f"expected-{name.replace(' ', '-')}", options.folder / "out"
         commands = list_commands(source, output, size)
-        for engine, command in commands.items():
-            if engine not in (options.engine or (commands if source == options.photos else MANY)):
+        for engine in options.engine or (commands if source == options.photos else MANY):
+            done = sum((run["inputs"], run["engine"]) == (name, engine) for run in results["runs"])
+            if done > number and expected.is_dir():
                 continue
-            done = any((run["inputs"], run["engine"]) == (name, engine) for run in results["runs"])
-            if done and expected.is_dir():
-                continue
-            figures = measure(command, output)
+            figures = measure(commands[engine], output)
             if engine == REFERENCE:
                 shutil.rmtree(expected, ignore_errors=True)
                 shutil.copytree(output, expected)
@@ -254,9 +254,7 @@ def main() -> None:
             run = {"inputs": name, "engine": engine, "images": images, "commit": read_commit(), **figures}
             run["different"] = count_different(engine, output, expected)
             results["machine"] = describe_machine()
-            # again, where a folder of what is expected was lost
-            others = [other for other in results["runs"] if (other["inputs"], other["engine"]) != (name, engine)]
-            results["runs"] = [*others, run]
+            results["runs"].append(run)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(run, flush=True)
 

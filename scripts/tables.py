@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,30 +350,45 @@ def engines(results: dict[str, Any]) -> str:
     commits = sorted({run["commit"] for run in results["runs"]})
     lines = [
         f"{results['machine']}, commit `{'`, `'.join(commits)}`, by `python scripts/engines.py PHOTOS`. CPU seconds "
-        "and memory are those of all processes together."
+        "and memory are those of all processes together; figures are medians of the runs. The ratios are to the loop "
+        "that is faster, and to the one that takes less CPU time."
     ]
-    names = list(dict.fromkeys(run["inputs"] for run in results["runs"]))
-    for name in names:
-        runs = [run for run in results["runs"] if run["inputs"] == name]
-        loop = next(run for run in runs if run["engine"] == "plain loop")
-        head = f"{runs[0]['images']:,} {'small pictures' if name[0].isdecimal() else name}"
+    rows = [merge_runs(list(runs)) for _, runs in itertools.groupby(sorted(results["runs"], key=name_run), name_run)]
+    order = [*dict.fromkeys(name_run(run) for run in results["runs"])]
+    rows.sort(key=lambda row: order.index(name_run(row)))
+    for name, group in itertools.groupby(sorted(rows, key=lambda row: row["images"]), lambda row: row["inputs"]):
+        shown = list(group)
+        loops = [row for row in shown if row["engine"].startswith("plain loop")]
+        seconds, cpu = (min(loop[key] for loop in loops) for key in ("seconds", "cpu"))
+        head = f"{shown[0]['images']:,} {'small pictures' if name[0].isdecimal() else name}"
         lines += [
             "",
-            f"| {head} | images a second | to the loop | CPU s | to the loop | first file, s | MiB | different files |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| {head} | images a second | ratio | CPU s | ratio | first file, s | MiB | different files | runs |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        for run in runs:
-            figures = [f"{run['images'] / run['seconds']:.2f}", f"{loop['seconds'] / run['seconds']:.2f}"]
-            figures += [f"{run['cpu']:.1f}", f"{run['cpu'] / loop['cpu']:.2f}"]
-            figures += [f"{run['first']:.0f}", f"{run['memory']:.0f}", str(run["different"])]
-            lines.append(f"| {run['engine']} | {' | '.join(figures)} |")
+        for row in shown:
+            figures = [f"{row['images'] / row['seconds']:.2f}", f"{seconds / row['seconds']:.2f}"]
+            figures += [f"{row['cpu']:.1f}", f"{row['cpu'] / cpu:.2f}", f"{row['first']:.1f}", f"{row['memory']:.0f}"]
+            figures += [str(row["different"]), str(row["runs"])]
+            lines.append(f"| {row['engine']} | {' | '.join(figures)} |")
     lines += ["", "| small pictures | CPU ms an image | fixed CPU s |", "| --- | ---: | ---: |"]
-    small = sorted((run for run in results["runs"] if run["inputs"][0].isdecimal()), key=lambda run: run["images"])
-    for few, many in itertools.combinations(small, 2):
+    small = [row for row in rows if row["inputs"][0].isdecimal()]
+    for few, many in itertools.combinations(sorted(small, key=lambda row: row["images"]), 2):
         if few["engine"] == many["engine"]:
             cost = (many["cpu"] - few["cpu"]) / (many["images"] - few["images"])
             lines.append(f"| {few['engine']} | {cost * 1e3:.2f} | {few['cpu'] - cost * few['images']:.1f} |")
     return "\n".join(lines)
+
+
+def name_run(run: dict[str, Any]) -> tuple[str, str]:
+    """Return the inputs and the engine of a run."""
+    return run["inputs"], run["engine"]
+
+
+def merge_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians of the figures of runs of one engine, and the most files that differed."""
+    medians = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu", "first", "memory")}
+    return {**runs[0], **medians, "different": max(run["different"] for run in runs), "runs": len(runs)}
 
 
 TABLES = (

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -185,3 +189,23 @@ class TestStudents:
         task = EdgesTask(EdgeFinder("mini", stage=1, device="cpu", size=(32, 48), batch_size=2))
         with pytest.raises(ValueError, match="edges: grid and batches must be of a student, got the search of mini"):
             task.settings  # noqa: B018
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_memory_is_kept_for_the_next_image(is_kept):
+    """Write 32 MiB twice: the second time the system gives no page, unless the environment chooses."""
+    code = """
+import resource
+from trace_fast.jobs.memory import keep_memory
+keep_memory()
+faults = []
+for _ in range(3):
+    b"x" * 2**25
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {} if is_kept else {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 10) == is_kept

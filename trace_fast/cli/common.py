@@ -310,11 +310,13 @@ def run(
     """
     from trace_fast.io.files import write_atomically
     from trace_fast.io.folders import describe_left_out
+    from trace_fast.jobs.memory import keep_memory
     from trace_fast.jobs.parts import find_part, parse_part
     from trace_fast.jobs.run import plan_targets, run_job
 
     if actors is not None and engine != "ray":
         refuse("--actors needs --engine ray")
+    keep_memory()
     single = not os.path.isdir(output) and output.suffix.lower() in IMAGE_SUFFIXES
     with refuse_failures():
         names = name_single(task, files, output, overwrite) if single else {}

@@ -18,6 +18,7 @@ from trace_fast.extras import require
 from trace_fast.io.claims import make_stage
 from trace_fast.jobs.errors import FAILURES, describe
 from trace_fast.jobs.manifest import Manifest
+from trace_fast.jobs.memory import keep_memory
 from trace_fast.jobs.run import Job, Outcome, Recorder, Targets
 from trace_fast.training.state import list_differences
 
@@ -138,6 +139,7 @@ class Actor:
     def __init__(self, arguments: bytes, starts: Any):
         self.task, settings, self.output, self.workers, working_folder = pickle.loads(arguments)
         self.starts = starts
+        keep_memory()
         # on a machine without it, all paths must be absolute
         with contextlib.suppress(OSError):
             os.chdir(working_folder)
