@@ -46,14 +46,15 @@ MANY = 20  # shards for Ray, which takes longer to start than to compute
 RAY = "edges of shards on ray"
 COLUMNS = ("killed", "finished before", "half-written", "lost", "differs", "failed")
 JOBS = {
-    "edges": ["edges", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
-    "edges of shards": ["edges", "SHARDS", "-o", "OUT", "--model", "MODEL", "--overlay"],
+    "edges": ["edges", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay", "--workers", "3"],
+    "edges of the student": ["edges", "PHOTOS", "-o", "OUT", "--size", "32x48", "--overlay", "--workers", "3"],
+    "edges of shards": ["edges", "SHARDS", "-o", "OUT", "--model", "MODEL", "--overlay", "--workers", "3"],
     RAY: [
         "edges",
         *("MANY", "-o", "OUT", "--model", "MODEL", "--overlay", "--engine", "ray", "--actors", "1"),
     ],
-    "segment": ["segment", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay"],
-    "segment of shards": ["segment", "SHARDS", "-o", "OUT", "--model", "MODEL"],
+    "segment": ["segment", "PHOTOS", "-o", "OUT", "--model", "MODEL", "--overlay", "--workers", "3"],
+    "segment of shards": ["segment", "SHARDS", "-o", "OUT", "--model", "MODEL", "--workers", "3"],
     "evaluate": ["evaluate", "--data", "DATA", "-o", "OUT", "--method", "sobel"],
     "scenes": ["scenes", "-o", "OUT", "--count", "6", "--size", "32"],
     "distill": [
