@@ -355,8 +355,8 @@ def engines(results: dict[str, Any]) -> str:
     ]
     rows = [merge_runs(list(runs)) for _, runs in itertools.groupby(sorted(results["runs"], key=name_run), name_run)]
     order = [*dict.fromkeys(name_run(run) for run in results["runs"])]
-    rows.sort(key=lambda row: order.index(name_run(row)))
-    for name, group in itertools.groupby(sorted(rows, key=lambda row: row["images"]), lambda row: row["inputs"]):
+    rows.sort(key=lambda row: (row["inputs"][0].isdecimal(), row["images"], order.index(name_run(row))))
+    for name, group in itertools.groupby(rows, lambda row: row["inputs"]):
         shown = list(group)
         loops = [row for row in shown if row["engine"].startswith("plain loop")]
         seconds, cpu = (min(loop[key] for loop in loops) for key in ("seconds", "cpu"))
