@@ -161,8 +161,12 @@ class EdgeFinder:
         return timestep if isinstance(timestep, int) else None
 
     def describe(self) -> dict[str, Any]:
-        """Return what edges depend on beside the image, for JSON; two models of one name differ in their weights."""
-        model = self.loaded
+        """Return what edges depend on beside the image, for JSON; two models of one name differ in their weights.
+
+        Raises:
+            ValueError: there are batches of the search.
+        """
+        model = self.loaded if self.batch_size == 1 else self.load_detector()
         settings = asdict(self) | self.search
         own = {
             "stage": 1 if isinstance(model, Tracer) else 2,

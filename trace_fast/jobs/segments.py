@@ -90,8 +90,6 @@ class SegmentTask:
         for name in ("finder", "has_masks"):
             del own[name]
         own |= {name: None if own[name] is None else str(own[name]) for name in ("edges", "save_edges", "masks")}
-        if self.batch_size > 1:
-            self.finder.load_detector()
         model = {} if self.edges is not None else self.finder.describe()
         return {"command": self.op, "version": __version__, **model, **own}
 

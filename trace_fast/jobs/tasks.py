@@ -224,7 +224,7 @@ class EdgesTask:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that the results depend on, for JSON."""
-        if self.grid or self.batch_size > 1:
+        if self.grid:
             self.finder.load_detector()
         own = {name: value for name, value in asdict(self).items() if name != "finder"}
         return {"command": self.op, "version": __version__, **self.finder.describe(), **own}
